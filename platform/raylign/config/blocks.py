@@ -1,0 +1,251 @@
+"""Every block of a recipe. Names follow TRL's options wherever TRL has one; defaults live only here."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from raylign.config.base import Block
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RunBlock(Block):
+    """Who this run is and where its directory stands."""
+
+    name: str = Field("online-dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Directory name under `dir`; letters, digits, dots, dashes and underscores."""
+    dir: Path = Path("runs")
+    """Parent of the run directory; shared storage on a cluster of several nodes."""
+    seed: NonNegativeInt = 0
+    """Seeds prompts, sampling, adapter initialisation and batch order."""
+
+
+class LoraBlock(Block):
+    """A PEFT LoRA adapter (Hu et al. 2021); the base model stays frozen and is the reference."""
+
+    r: PositiveInt = 16
+    """Rank of the update."""
+    lora_alpha: PositiveInt = 32
+    """Scaling numerator: updates are multiplied by lora_alpha / r."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names, or "all-linear" for every linear layer but the output head."""
+
+
+class ModelBlock(Block):
+    """The policy."""
+
+    path: str = "embedded:smollm2-135m"
+    """`embedded:smollm2-135m`, a local folder in transformers format, or a hub id."""
+    revision: str | None = None
+    """Hub revision; pin it for repeatable runs."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype of trainer and generators; master weights are fp32 either way."""
+    lora: LoraBlock | None = None
+    """Train an adapter (block) or every weight (null)."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you have read that code."""
+
+
+class PromptsBlock(Block):
+    """Where prompts come from. Held-out prompts are never trained on."""
+
+    source: str = "embedded:review-topics"
+    """`embedded:review-topics`, a .jsonl/.json/.parquet file, a `save_to_disk` folder, or a hub data set id."""
+    split: str = "train"
+    """Split to read, for `datasets` sources."""
+    column: str = "prompt"
+    """Column with a string or a list of chat messages."""
+    system: str | None = None
+    """System message put before prompts that have none."""
+    held_out: PositiveInt = 32
+    """Prompts kept for evaluation: the source's own held-out split if it has one, else a seeded draw."""
+
+
+class SamplingBlock(Block):
+    """How candidates are drawn from the current policy."""
+
+    num_generations: int = Field(4, ge=2)
+    """K, candidates per prompt; a preference needs at least two."""
+    max_new_tokens: PositiveInt = 64
+    """Completion length limit in tokens; longer completions are marked truncated."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus mass."""
+    top_k: NonNegativeInt = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+
+
+class FunctionScoringBlock(Block):
+    """Scores from a Python function `(prompts, completions) -> list[float | None]`."""
+
+    type: Literal["function"] = "function"
+    function: str = Field("raylign.scoring.vader:compound", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`module:function`; runs in the scorer actor. `plan` shows its file and hash."""
+    batch_size: PositiveInt = 64
+    """Completions per call."""
+    timeout_s: PositiveFloat = 10.0
+    """Deadline per item in seconds; an item past it is unscored."""
+    max_unscored: Fraction = 0.2
+    """The round stops when more than this share of candidates is unscored."""
+
+
+class BestWorstPairingBlock(Block):
+    """The best against the worst candidate of each prompt."""
+
+    type: Literal["best_worst"] = "best_worst"
+    min_margin: NonNegativeFloat = 0.0
+    """Smallest score gap of a pair; ties never become pairs, whatever the value."""
+
+
+class SigmoidLossBlock(Block):
+    """DPO (Rafailov et al. 2023, eq. 7)."""
+
+    loss_type: Literal["sigmoid"] = "sigmoid"
+    beta: PositiveFloat = 0.1
+    """Strength of the pull towards the reference."""
+
+
+class ReferenceBlock(Block):
+    """The policy that log-ratios and KL are measured against."""
+
+    policy: Literal["initial"] = "initial"
+    """`initial`: the model before round 1 (the disabled adapter, or a frozen copy)."""
+
+
+class OffloadBlock(Block):
+    """What ZeRO keeps in host memory."""
+
+    optimizer: bool = False
+    """Optimizer state in host memory (ZeRO 1-3)."""
+    param: bool = False
+    """Parameters in host memory (ZeRO 3)."""
+
+
+class TrainerBlock(Block):
+    """The DeepSpeed group. Batch of one optimizer step = ranks x per_device_train_batch_size x accumulation."""
+
+    ranks: PositiveInt = 1
+    """Trainer actors, one DeepSpeed rank each."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage (Rajbhandari et al. 2020)."""
+    offload: OffloadBlock = OffloadBlock()
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up, over the steps the whole campaign plans."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm; 0 leaves it alone."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Preferences per rank and micro-batch."""
+    gradient_accumulation_steps: PositiveInt = 1
+    num_train_epochs: PositiveInt = 1
+    """Passes over a round's preferences."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Deadline for loading the model and joining the group, in seconds."""
+    step_timeout_s: PositiveFloat = 600.0
+    """Deadline for one optimizer step, in seconds."""
+
+    @property
+    def train_batch_size(self) -> int:
+        """Preferences per optimizer step over all ranks."""
+        return self.ranks * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class WeightSyncBlock(Block):
+    """How new weights reach the generators, and how that is verified."""
+
+    transport: Literal["auto", "lora", "shm", "nccl"] = "auto"
+    """`auto`: lora for adapters; else shm on CPU, nccl on GPU."""
+    canary_max_gap: PositiveFloat = 0.25
+    """Refuse a push when vLLM's mean absolute log-prob gap to the trainer on fixed tokens exceeds this (nats)."""
+    timeout_s: PositiveFloat = 300.0
+    """Deadline for one publish, in seconds."""
+
+
+class GeneratorsBlock(Block):
+    """The vLLM actors."""
+
+    count: PositiveInt = 1
+    """Generator actors, one engine each; prompts are spread over them."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs (or CPU workers) per engine."""
+    max_model_len: PositiveInt = 1024
+    """Context limit in tokens; prompts longer than it less max_new_tokens are refused before anything starts."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences an engine decodes at once."""
+    gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
+    """Share of a GPU that vLLM may take."""
+    kv_cache_gb: PositiveFloat = 2.0
+    """KV cache per engine on CPU, in GiB."""
+    enforce_eager: bool = True
+    """Skip graph capture: starts faster, decodes slower on GPU."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Deadline for an engine to start, in seconds."""
+    request_timeout_s: PositiveFloat = 600.0
+    """Longest wait without any prompt finishing, in seconds."""
+    weight_sync: WeightSyncBlock = WeightSyncBlock()
+
+
+class PlacementBlock(Block):
+    """What each role takes of the cluster."""
+
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: gpu when the cluster has one."""
+    mode: Literal["colocated", "disaggregated"] = "colocated"
+    """`colocated`: generators and trainers take turns on the same devices; `disaggregated`: each has its own."""
+    cpus_per_actor: PositiveInt = 2
+    """CPU cores (and compute threads) of each generator and trainer actor."""
+    scorer_cpus: NonNegativeFloat = 0.0
+    """CPU cores reserved for the scorer; 0 lets it share."""
+    ready_timeout_s: PositiveFloat = 60.0
+    """How long to wait for a cluster that can grow before refusing, in seconds."""
+
+
+class ScheduleBlock(Block):
+    """How long the campaign is."""
+
+    rounds: PositiveInt = 5
+    """Rounds of sample, score, prefer, train, publish."""
+    prompts_per_round: PositiveInt = 48
+    """Prompts drawn per round without replacement, reshuffled when the source is used up."""
+
+
+class EvaluationBlock(Block):
+    """Held-out evaluation before round 1 and after every round."""
+
+    num_generations: PositiveInt = 1
+    """Completions per held-out prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """0 decodes greedily; 1 keeps the KL estimate unbiased."""
+    bootstrap_samples: PositiveInt = 1000
+    """Resamples for the interval of the mean score."""
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    samples: NonNegativeInt = 3
+    """Held-out completions kept per round for people to read."""
+
+
+class TrackingBlock(Block):
+    """MLflow. Only the driver talks to it."""
+
+    uri: str | None = None
+    """Tracking server or database; null is `mlflow.db` (sqlite) in the parent of the run directory."""
+    experiment: str = "raylign"
+
+    @field_validator("uri")
+    @classmethod
+    def uri_carries_no_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in uri.split("://", 1)[-1].split("/", 1)[0]:
+            raise ValueError(
+                "credentials in the URI would be saved with the run; use MLFLOW_TRACKING_USERNAME/_PASSWORD"
+            )
+        return uri

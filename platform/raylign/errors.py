@@ -1,0 +1,41 @@
+"""Errors a person can act on: each message gives the value, the limit and the cure."""
+
+
+class RaylignError(Exception):
+    """Base of every error raylign raises on purpose; the CLI prints it without a traceback."""
+
+
+class ConfigError(RaylignError):
+    """The recipe or an override is wrong; nothing has started."""
+
+
+class ModelError(RaylignError):
+    """The model path cannot be resolved or loaded."""
+
+
+class PromptError(RaylignError):
+    """A prompt source is missing, empty or malformed; names the row."""
+
+
+class ScorerError(RaylignError):
+    """The scorer cannot be loaded, or left more items unscored than allowed."""
+
+
+class NoPreferencesError(RaylignError):
+    """A round gave no pair to train on; says why every group was dropped."""
+
+
+class PlacementError(RaylignError):
+    """The cluster has less than the roles need; says required and available."""
+
+
+class WeightSyncError(RaylignError):
+    """A weight push was refused or could not be verified."""
+
+
+class TrainerError(RaylignError):
+    """The trainer group cannot start or continue."""
+
+
+class GeneratorError(RaylignError):
+    """A generator failed and its prompts cannot be completed."""

@@ -1,0 +1,108 @@
+"""The records that pass between roles. Frozen; the contract of the whole platform.
+
+Token ids are the only truth about a completion: they travel from vLLM to the trainer untouched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation to answer. Made by `raylign.prompts`, read by every role.
+
+    `token_ids` is the chat template applied to `messages`, generation prompt included.
+    `id` is ours (never derived from user text) and unique within a run.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled completion. Made by a generator, read by scorers, pairing and the trainer.
+
+    `logprobs[t]` is the sampler's log-probability (nats, temperature 1) of `token_ids[t]`; the two have equal
+    length. `index` is 0..K-1 within its prompt. `finish_reason` "length" means truncated: no EOS is in
+    `token_ids`, and none is ever added. `policy_version` is the version that sampled every token.
+    """
+
+    prompt_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a scorer says of one candidate; higher is better. Made by scorers, read by pairing and evaluation.
+
+    `value` None means unscored, and `reason` then says why. `parts` holds the named components of the value.
+    """
+
+    value: float | None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Candidates of one prompt in order best..worst; a pair is a Preference of two. Made by `raylign.pairing`.
+
+    `scores`, `weights` and `reference_logps` run parallel to `candidates`. `weights` scale each candidate's share
+    of the loss (1 = full). `reference_logps[i]` is the summed log-probability (nats) of candidate i under the
+    reference policy; empty until the reference stage has filled it.
+    """
+
+    prompt: Prompt
+    candidates: tuple[Candidate, ...]
+    scores: tuple[float, ...]
+    weights: tuple[float, ...]
+    reference_logps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out quality of one policy version. Made by `raylign.evaluation`, read by reports and tracking.
+
+    `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
+    log pi(y|x) - log pi_ref(y|x) in nats. `length` is in tokens; the rates lie in 0..1.
+    """
+
+    score: float
+    score_low: float
+    score_high: float
+    kl: float
+    length: float
+    distinct_2: float
+    eos_rate: float
+    completions: int
+    unscored: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What one round did. Made by the recipe, written as `report.json`, read by tracking and `review`.
+
+    `counts` has candidates, unscored, ties, identical, below_margin, preferences. `steps` has one mapping of TRL metric
+    names to values per optimizer step. `seconds` is wall time per stage. `sync` has the canary's gaps.
+    """
+
+    index: int
+    policy_version: int
+    counts: Mapping[str, int]
+    steps: tuple[Mapping[str, float], ...]
+    sync: Mapping[str, float]
+    evaluation: Evaluation
+    seconds: Mapping[str, float]
