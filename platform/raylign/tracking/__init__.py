@@ -1,0 +1,10 @@
+"""The record of a campaign: a durable journal, and an MLflow feed that follows it."""
+
+import os
+
+# Read by mlflow when it is imported or called, so they stand before any module here imports it; the user's own win.
+# The feed retries by itself: one quick attempt per call tells it of an outage soonest.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,0 +1,205 @@
+"""The generator: one vLLM engine that samples candidates and serves one policy version at a time."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from vllm import SamplingParams
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
+from raylign.errors import GeneratorError
+from raylign.records import Candidate, Prompt
+from raylign.sampling import Decoding
+
+_ADAPTER = "policy"
+_GIB = 1 << 30
+_CPU_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a generator needs to start its engine. Made by `actors.team` from the config."""
+
+    model: str
+    dtype: Literal["bfloat16", "float32"]
+    device: Literal["cpu", "gpu"]
+    transport: Literal["lora", "shm", "nccl"]
+    lora_rank: int
+    tensor_parallel_size: int
+    max_model_len: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    kv_cache_gb: float
+    enforce_eager: bool
+    trust_remote_code: bool
+    seed: int
+
+
+def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
+    """vLLM's arguments for `spec`."""
+    options: dict[str, Any] = {}
+    if spec.device == "cpu":
+        # A per-request seed kills the CPU engine when a prefill is chunked.
+        options |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(spec.kv_cache_gb * _GIB)}
+        options |= {"max_num_batched_tokens": max(_CPU_BATCH_TOKENS, spec.max_model_len)}
+    else:
+        options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
+    if spec.transport == "lora":
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _supported_rank(spec.lora_rank)}
+    else:
+        backend = SHM_BACKEND if spec.transport == "shm" else "nccl"
+        options |= {"weight_transfer_config": WeightTransferConfig(backend=backend)}
+        options |= {"worker_extension_cls": WORKER_EXTENSION}
+    return AsyncEngineArgs(
+        model=spec.model,
+        dtype=spec.dtype,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        max_model_len=spec.max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        enforce_eager=spec.enforce_eager,
+        trust_remote_code=spec.trust_remote_code,
+        seed=spec.seed,
+        disable_log_stats=True,
+        **options,
+    )
+
+
+def _supported_rank(rank: int) -> int:
+    """vLLM reserves LoRA buffers for a power of two from 8 up."""
+    return max(8, 1 << (rank - 1).bit_length())
+
+
+class _Generator:
+    """Samples, scores fixed tokens for the canary, and takes new weights. One asyncio loop, many requests at once."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._engine = AsyncLLM.from_engine_args(engine_args(spec))
+        self._adapters: list[LoRARequest] = []
+        self._requests = 0
+
+    async def ready(self) -> int:
+        """Label the base weights version 0; returns the process id."""
+        await self.label(0)
+        return os.getpid()
+
+    async def label(self, version: int) -> None:
+        """Name the served weights."""
+        await self._engine.update_weight_version(str(version))
+
+    async def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
+        """K candidates of one prompt, in index order. Raises GeneratorError when another version sampled them."""
+        params = SamplingParams(
+            n=decoding.num_generations,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            max_tokens=decoding.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+        )
+        output = await self._run(list(prompt.token_ids), params)
+        completions = sorted(output.outputs, key=lambda completion: completion.index)
+        return [_candidate(prompt, completion, seed, version) for completion in completions]
+
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of token_ids[1:] given their prefix, under the served weights."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        output = await self._run(list(token_ids), params)
+        if output.prompt_logprobs is None:
+            raise GeneratorError("vLLM returned no prompt log-probs for the canary")
+        rows = output.prompt_logprobs[1:]
+        return [row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True) if row is not None]
+
+    async def _run(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
+        self._requests += 1
+        adapter = self._adapters[-1] if self._adapters else None
+        final: RequestOutput | None = None
+        stream = self._engine.generate(
+            {"prompt_token_ids": token_ids}, params, f"request-{self._requests}", lora_request=adapter
+        )
+        async for output in stream:
+            final = output
+        if final is None or not final.finished:
+            raise GeneratorError(f"request of {len(token_ids)} prompt tokens ended without a result")
+        return final
+
+    async def pause(self) -> None:
+        """Let requests in flight finish, then hold new ones."""
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+
+    async def resume(self) -> None:
+        """Forget prefixes computed with older weights, then serve again."""
+        if not await self._engine.reset_prefix_cache():
+            raise GeneratorError("vLLM refused to reset its prefix cache after a weight push")
+        await self._engine.resume_generation()
+
+    async def load_adapter(self, path: str, version: int) -> None:
+        """Serve the PEFT adapter in folder `path` as `version`, replacing the one before."""
+        request = LoRARequest(_ADAPTER, 1, path, load_inplace=True)
+        if not await self._engine.add_lora(request):
+            raise GeneratorError(f"vLLM did not take the adapter of version {version}")
+        self._adapters = [LoRARequest(_ADAPTER, 1, path)]
+        await self.label(version)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        await self._engine.finish_weight_update(weight_version)
+
+    async def version(self) -> int:
+        """The policy version the engine serves."""
+        return int(await self._engine.get_weight_version())
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead."""
+        await self._engine.check_health()
+
+    async def shutdown(self) -> None:
+        """End vLLM's processes."""
+        await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
+
+
+def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:
+    spans = completion.weight_versions or []
+    found = sorted({span.version for span in spans})
+    if found != [str(version)] and completion.token_ids:
+        raise GeneratorError(f"prompt {prompt.id}: tokens sampled by version {', '.join(found)}, expected {version}")
+    token_ids = tuple(completion.token_ids)
+    if completion.logprobs is None:
+        raise GeneratorError(f"prompt {prompt.id}: vLLM returned no log-probs")
+    rows = zip(completion.logprobs, token_ids, strict=True)
+    logprobs = tuple(row[token].logprob for row, token in rows if row is not None)
+    match completion.finish_reason:
+        case "stop" | "length" | "abort" as reason:
+            return Candidate(
+                prompt_id=prompt.id,
+                index=completion.index,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                text=completion.text,
+                finish_reason=reason,
+                policy_version=version,
+                seed=seed + completion.index,
+            )
+        case other:
+            raise GeneratorError(f"prompt {prompt.id}: vLLM ended a candidate with {other!r}")
+
+
+Generator: Any = ray.remote(_Generator)

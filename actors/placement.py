@@ -1,0 +1,98 @@
+"""What the roles need of the cluster, checked before any actor starts, and reserved as one placement group."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
+from raylign.errors import PlacementError
+
+Device = Literal["cpu", "gpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class ActorPlace:
+    """Where one actor goes: its bundle and what it takes of it."""
+
+    bundle: int
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPlan:
+    """Bundles to reserve and the place of every actor. Made by `plan_placement`, read by `actors.team`."""
+
+    device: Device
+    bundles: tuple[Mapping[str, float], ...]
+    generators: tuple[ActorPlace, ...]
+    trainers: tuple[ActorPlace, ...]
+
+    def required(self) -> dict[str, float]:
+        """Totals over all bundles."""
+        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}
+
+
+def choose_device(block: PlacementBlock, available: Mapping[str, float]) -> Device:
+    """`auto` takes GPUs when the cluster has any."""
+    if block.device != "auto":
+        return block.device
+    return "gpu" if available.get("GPU", 0.0) >= 1.0 else "cpu"
+
+
+def plan_placement(
+    block: PlacementBlock, generators: GeneratorsBlock, trainer: TrainerBlock, device: Device
+) -> PlacementPlan:
+    """Bundles for the roles. Colocated: generators and trainers share bundles, half of each; else each has its own."""
+    width = generators.tensor_parallel_size
+    gpu = 1.0 if device == "gpu" else 0.0
+    cpus = float(block.cpus_per_actor)
+    generator_bundles = [_bundle(cpus, gpu * width)] * generators.count
+    if block.mode == "disaggregated":
+        trainer_bundles = [_bundle(cpus, gpu)] * trainer.ranks
+        places = tuple(ActorPlace(generators.count + rank, cpus, gpu) for rank in range(trainer.ranks))
+        own = tuple(ActorPlace(index, cpus, gpu * width) for index in range(generators.count))
+        return PlacementPlan(device, (*generator_bundles, *trainer_bundles), own, places)
+    shared = min(trainer.ranks, generators.count * width)
+    bundles = (*generator_bundles, *[_bundle(cpus, gpu)] * (trainer.ranks - shared))
+    own = tuple(ActorPlace(index, cpus / 2, gpu * width / 2) for index in range(generators.count))
+    places = tuple(
+        ActorPlace(rank // width if rank < shared else generators.count + rank - shared, cpus / 2 / width, gpu / 2)
+        for rank in range(trainer.ranks)
+    )
+    return PlacementPlan(device, bundles, own, places)
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+
+
+def require_resources(plan: PlacementPlan, available: Mapping[str, float]) -> None:
+    """Raises PlacementError with required and available totals when the cluster is too small."""
+    short = {name: need for name, need in plan.required().items() if need > available.get(name, 0.0)}
+    if short:
+        needs = ", ".join(f"{need:g} {name} (available {available.get(name, 0.0):g})" for name, need in short.items())
+        raise PlacementError(
+            f"the cluster is too small: the roles need {needs}; lower placement.cpus_per_actor, trainer.ranks or "
+            "generators.count, or set placement.mode=colocated"
+        )
+
+
+def reserve(plan: PlacementPlan, timeout_s: float) -> PlacementGroup:
+    """The bundles as a ready placement group. Raises PlacementError when they are not free within `timeout_s`."""
+    group = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except GetTimeoutError as cause:
+        remove_placement_group(group)
+        free = json.dumps({name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")})
+        raise PlacementError(
+            f"placement of {json.dumps(plan.bundles)} was not ready within {timeout_s:g} s; free now: {free}; "
+            "another job may hold them, or no single node fits a bundle"
+        ) from cause
+    return group

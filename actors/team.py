@@ -1,0 +1,215 @@
+"""All actors of a run, started from the config and taken down together."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.generator import EngineSpec, Generator
+from actors.generator_pool import GeneratorPool
+from actors.network import free_address
+from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
+from actors.scorer import Scorer
+from actors.scorer_client import ScorerClient
+from actors.trainer import TrainerRank, TrainerSpec
+from actors.trainer_group import TrainerGroup
+from actors.waiting import get_all
+from actors.weight_sync.canary import Canary
+from actors.weight_sync.manifest import checkpoint_manifest
+from actors.weight_sync.publish import Publisher
+from actors.weight_sync.transports import (
+    LoraTransport,
+    NcclTransport,
+    ShmTransport,
+    Transport,
+    WeightTransport,
+    choose_transport,
+)
+from raylign.config import RunConfig
+from raylign.errors import GeneratorError, ScorerError, TrainerError
+from raylign.training.schedule import planned_steps
+
+log = logging.getLogger(__name__)
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The roles, ready: every actor has loaded and joined its group."""
+
+    generators: GeneratorPool
+    trainers: TrainerGroup
+    scorer: ScorerClient
+    publisher: Publisher
+
+
+@contextmanager
+def team(
+    config: RunConfig,
+    *,
+    folder: str,
+    pad_id: int,
+    canary_ids: tuple[tuple[int, ...], ...],
+    available: Mapping[str, float],
+) -> Iterator[Team]:
+    """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
+    plan = plan_placement(
+        config.placement, config.generators, config.trainer, choose_device(config.placement, available)
+    )
+    require_resources(plan, available)
+    with ExitStack() as stack:
+        directory = stack.enter_context(_shared_directory(config.run.name))
+        group = reserve(plan, config.placement.ready_timeout_s)
+        stack.callback(remove_placement_group, group)
+        transport = choose_transport(
+            config.generators.weight_sync.transport,
+            device=plan.device,
+            adapter=config.model.lora is not None,
+            own_devices=config.placement.mode == "disaggregated",
+        )
+        actors: list[ActorHandle[Any]] = []
+        stack.callback(_kill, actors)
+        generators = _start_generators(config, folder, plan, group, transport, actors)
+        scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
+        actors.append(scorer)
+        trainers = _start_trainers(config, folder, pad_id, plan, group, actors)
+        yield _ready_team(
+            config, generators, trainers, scorer, _transport(config, folder, transport, directory), canary_ids
+        )
+
+
+def _ready_team(
+    config: RunConfig,
+    generators: list[ActorHandle[Any]],
+    trainers: list[ActorHandle[Any]],
+    scorer: ActorHandle[Any],
+    transport: WeightTransport,
+    canary_ids: tuple[tuple[int, ...], ...],
+) -> Team:
+    """Wait until every actor has loaded; they load at the same time."""
+    sync = config.generators.weight_sync
+    get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
+    get_all(
+        [handle.ready.remote() for handle in generators],
+        config.generators.start_timeout_s,
+        "starting the generators",
+        GeneratorError,
+    )
+    get_all(
+        [handle.ready.remote() for handle in trainers],
+        config.trainer.start_timeout_s,
+        "starting the trainers",
+        TrainerError,
+    )
+    pool = GeneratorPool(
+        generators, max_num_seqs=config.generators.max_num_seqs, timeout_s=config.generators.request_timeout_s
+    )
+    group = TrainerGroup(trainers, step_timeout_s=config.trainer.step_timeout_s)
+    canary = Canary(canary_ids, sync.canary_max_gap)
+    if isinstance(transport, ShmTransport):
+        pool.call("init_weight_transfer_engine", {}, timeout_s=sync.timeout_s, what="opening weight transfer")
+    publisher = Publisher(group, pool, transport, canary, sync.timeout_s)
+    return Team(pool, group, ScorerClient(scorer, config.scoring), publisher)
+
+
+def _start_generators(
+    config: RunConfig,
+    folder: str,
+    plan: PlacementPlan,
+    group: PlacementGroup,
+    transport: Transport,
+    actors: list[ActorHandle[Any]],
+) -> list[ActorHandle[Any]]:
+    block = config.generators
+    spec = EngineSpec(
+        model=folder,
+        dtype=config.model.dtype,
+        device=plan.device,
+        transport=transport,
+        lora_rank=config.model.lora.r if config.model.lora else 0,
+        tensor_parallel_size=block.tensor_parallel_size,
+        max_model_len=block.max_model_len,
+        max_num_seqs=block.max_num_seqs,
+        gpu_memory_utilization=block.gpu_memory_utilization,
+        kv_cache_gb=block.kv_cache_gb,
+        enforce_eager=block.enforce_eager,
+        trust_remote_code=config.model.trust_remote_code,
+        seed=config.run.seed,
+    )
+    handles = [Generator.options(**_options(place, group)).remote(spec) for place in plan.generators]
+    actors += handles
+    return handles
+
+
+def _start_trainers(
+    config: RunConfig,
+    folder: str,
+    pad_id: int,
+    plan: PlacementPlan,
+    group: PlacementGroup,
+    actors: list[ActorHandle[Any]],
+) -> list[ActorHandle[Any]]:
+    spec = TrainerSpec(
+        folder=folder,
+        pad_id=pad_id,
+        model=config.model,
+        trainer=config.trainer,
+        loss=config.loss,
+        total_steps=planned_steps(config.schedule.prompts_per_round, config.schedule.rounds, config.trainer),
+        seed=config.run.seed,
+        threads=config.placement.cpus_per_actor,
+        on_gpu=plan.device == "gpu",
+    )
+    first = _options(plan.trainers[0], group) | {"num_cpus": 0, "num_gpus": 0}
+    find = ray.remote(free_address).options(**first)
+    address, port = get_all([find.remote()], config.trainer.start_timeout_s, "finding a port", TrainerError)[0]
+    handles = [
+        TrainerRank.options(**_options(place, group)).remote(spec, rank, address, port)
+        for rank, place in enumerate(plan.trainers)
+    ]
+    actors += handles
+    return handles
+
+
+def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle)
+    return {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": strategy}
+
+
+def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
+    match transport:
+        case "shm":
+            size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+            return ShmTransport(directory, checkpoint_manifest(Path(folder)), size)
+        case "lora":
+            return LoraTransport(directory)
+        case "nccl":
+            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
+
+
+@contextmanager
+def _shared_directory(run_name: str) -> Iterator[Path]:
+    """A folder in shared memory for weight files; gone when the run ends."""
+    root = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
+    directory = Path(tempfile.mkdtemp(prefix=f"raylign-{run_name}-{os.getpid()}-", dir=root))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _kill(actors: list[ActorHandle[Any]]) -> None:
+    for handle in actors:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(handle)

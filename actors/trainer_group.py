@@ -1,0 +1,60 @@
+"""N trainer ranks behind one port; every call runs on all of them, because their collectives need all of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from actors.waiting import get_all
+from raylign.errors import TrainerError
+from raylign.records import Preference
+from raylign.training.batches import TokenPair
+
+
+class TrainerGroup:
+    """The DeepSpeed group as the driver sees it. Handle 0 is rank 0."""
+
+    def __init__(self, handles: Sequence[ActorHandle[Any]], *, step_timeout_s: float) -> None:
+        self.handles = tuple(handles)
+        self._step_timeout_s = step_timeout_s
+
+    def reference_logps(self, rows: Sequence[TokenPair]) -> list[float]:
+        """Summed completion log-probs of `rows` (prompt ids, completion ids) under the reference, in order."""
+        shares = self._call("reference_logps", rows, what="reference log-probs", steps=len(rows))
+        world = len(self.handles)
+        return [shares[index % world][index // world] for index in range(len(rows))]
+
+    def with_reference(self, preferences: Sequence[Preference]) -> tuple[Preference, ...]:
+        """The preferences with `reference_logps` filled in, computed once for all epochs."""
+        rows = [(p.prompt.token_ids, c.token_ids) for p in preferences for c in p.candidates]
+        logps = iter(self.reference_logps(rows))
+        return tuple(
+            dataclasses.replace(p, reference_logps=tuple(next(logps) for _ in p.candidates)) for p in preferences
+        )
+
+    def train(self, preferences: Sequence[Preference], seed: int) -> tuple[dict[str, float], ...]:
+        """One round's optimizer steps; TRL's metrics of each step."""
+        return tuple(self._call("train", preferences, seed, what="training", steps=len(preferences))[0])
+
+    def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of ids[1:] under the policy for each list of ids, from rank 0."""
+        logps: list[list[float]] = self._call("token_logps", token_ids, what="canary log-probs", steps=1)[0]
+        return logps
+
+    def save_weights(self, path: str) -> None:
+        """Write the merged weights to a safetensors file on rank 0's node."""
+        self._call("save_weights", path, what="gathering weights", steps=1)
+
+    def save_adapter(self, folder: str) -> None:
+        """Write a PEFT adapter into a folder on rank 0's node."""
+        self._call("save_adapter", folder, what="gathering the adapter", steps=1)
+
+    def send_nccl(self, handles: Sequence[ActorHandle[Any]], workers: int, timeout_s: float) -> None:
+        """Broadcast the merged weights to the engines behind `handles`, `workers` processes in all."""
+        address, port = get_all([self.handles[0].free_address.remote()], timeout_s, "a free port", TrainerError)[0]
+        self._call("send_nccl", handles, address, port, workers, timeout_s, what="sending weights", steps=1)
+
+    def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
+        refs = [getattr(handle, method).remote(*args) for handle in self.handles]
+        return get_all(refs, self._step_timeout_s * max(1, steps), what, TrainerError)

@@ -1,0 +1,1 @@
+"""Trainer weights to generators: transports, the publish sequence and the canary that verifies every push."""

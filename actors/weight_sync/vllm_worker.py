@@ -1,0 +1,80 @@
+"""The part of weight sync that runs inside vLLM's worker processes.
+
+vLLM imports this module in every worker because `WorkerExtension` is named as its `worker_extension_cls`; the import
+registers the `shm` engine before the model loads. That needs raylign on PYTHONPATH only, not installed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+SHM_BACKEND = "raylign_shm"
+WORKER_EXTENSION = f"{__name__}.WorkerExtension"
+
+
+@dataclass
+class ShmInit(WeightTransferInitInfo):
+    """Nothing to agree on: the path travels with each update."""
+
+
+@dataclass
+class ShmUpdate(WeightTransferUpdateInfo):
+    """A safetensors file with every parameter under its checkpoint name."""
+
+    path: str
+
+
+def _repack_output_heads(model: torch.nn.Module) -> None:
+    """Rebuild the packed CPU copy of every output head.
+
+    A tied head loads no tensor of its own, so vLLM's reload leaves its packed copy holding the old embedding.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
+    """Loads weights from a memory-mapped safetensors file on this node."""
+
+    init_info_cls = ShmInit
+    update_info_cls = ShmUpdate
+
+    def init_transfer_engine(self, init_info: ShmInit) -> None:
+        return
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        self.model.load_weights(_tensors(update_info.path))  # type: ignore[operator]
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        _repack_output_heads(self.model)
+
+    def shutdown(self) -> None:
+        return
+
+
+def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            yield name, file.get_tensor(name)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker; importing it is what registers the engines."""
+
+
+WeightTransferEngineFactory.register_engine(SHM_BACKEND, ShmEngine)

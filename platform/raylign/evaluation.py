@@ -1,0 +1,86 @@
+"""Held-out quality of one policy version."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from raylign.config.blocks import EvaluationBlock
+from raylign.errors import ScorerError
+from raylign.pairing import group_by_prompt
+from raylign.records import Candidate, Evaluation, Prompt, Score
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    scores: Sequence[Score],
+    reference_logps: Sequence[float],
+    block: EvaluationBlock,
+    seed: int,
+) -> Evaluation:
+    """Summarise held-out completions of one policy version.
+
+    `candidates` is prompt-major; `scores` and `reference_logps` (summed log-probability under the reference, nats) run
+    parallel to it. The score is the mean over prompts of the mean over their scored completions; unscored completions
+    are counted and left out. Its interval is the percentile bootstrap over prompts, drawn with `seed`.
+
+    The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
+    itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
+
+    Raises ScorerError when every completion is unscored, ValueError when the sequences do not fit together.
+    """
+    means = _prompt_means(prompts, candidates, scores)
+    low, high = _interval(means, block, seed)
+    log_ratios = [sum(c.logprobs) - logp for c, logp in zip(candidates, reference_logps, strict=True)]
+    return Evaluation(
+        score=float(means.mean()),
+        score_low=low,
+        score_high=high,
+        kl=float(np.mean(log_ratios)),
+        length=float(np.mean([len(candidate.token_ids) for candidate in candidates])),
+        distinct_2=_distinct_2(candidates),
+        eos_rate=float(np.mean([candidate.finish_reason == "stop" for candidate in candidates])),
+        completions=len(candidates),
+        unscored=sum(score.value is None for score in scores),
+    )
+
+
+def _prompt_means(
+    prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """[prompts with a scored completion] mean scores."""
+    groups = group_by_prompt(prompts, candidates, scores)
+    values = [[score.value for score in group.scores if score.value is not None] for group in groups]
+    means = np.array([np.mean(group) for group in values if group], dtype=np.float64)
+    if means.size == 0:
+        reasons = sorted({score.reason for score in scores})
+        raise ScorerError(
+            f"0 of {len(candidates)} held-out completions were scored, at least 1 is needed; reasons: {reasons}. "
+            "Fix the scoring function or raise scoring.timeout_s"
+        )
+    return means
+
+
+def _interval(
+    means: np.ndarray[tuple[int], np.dtype[np.float64]], block: EvaluationBlock, seed: int
+) -> tuple[float, float]:
+    """Bounds of the mean at `confidence`; both are the mean when the prompts do not differ."""
+    if np.ptp(means) == 0:
+        return float(means.mean()), float(means.mean())
+    result = bootstrap(
+        (means,),
+        np.mean,
+        n_resamples=block.bootstrap_samples,
+        confidence_level=block.confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _distinct_2(candidates: Sequence[Candidate]) -> float:
+    """Distinct token bigrams over all token bigrams of all completions (Li et al. 2016); 0 without any bigram."""
+    bigrams = [pair for candidate in candidates for pair in pairwise(candidate.token_ids)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -1,0 +1,192 @@
+"""From a trained policy to a folder that transformers, vLLM and the hub read."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from raylign.errors import ModelError
+from raylign.model_card import ModelFacts, card_text
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = "model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG,
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def export_model(source: Path, base: str | None, to: Path, merge: bool, card: ModelFacts) -> Path:
+    """Write the policy in `source` to the folder `to` with tokenizer, chat template, generation config and README.md.
+
+    `source` is a PEFT adapter folder or a full model in safetensors; `base` is the folder of the base model, needed to
+    merge, and for a tokenizer or config that `source` lacks. An adapter stays one unless `merge`; full weights are
+    copied.
+    Merging adds the update in float32 and rounds once to the base model's dtype, so against the adapter on the base in
+    float32 a merged weight is off by at most half a unit in the last place of that dtype (bfloat16: 2^-9 relative).
+
+    `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
+    when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
+    """
+    _refuse_occupied(to)
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    companions = _companions(source, base)
+    with _appearing_whole(to) as staging:
+        if is_adapter and merge:
+            _write_merged(source, _required_base(base, source), staging)
+        elif is_adapter:
+            _write_adapter(source, card.base_model, staging)
+        else:
+            _write_full(source, base, staging)
+        for file in companions:
+            shutil.copyfile(file, staging / file.name)
+        text = card_text(card, is_adapter=is_adapter and not merge)
+        (staging / "README.md").write_text(text, encoding="utf-8")
+    return to
+
+
+def _refuse_occupied(to: Path) -> None:
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise ModelError(f"{to}: already there and not an empty folder; nothing is overwritten, give a new folder")
+
+
+@contextmanager
+def _appearing_whole(to: Path) -> Iterator[Path]:
+    """A staging folder beside `to` that becomes `to` on success and is removed on failure."""
+    staging = to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in staging.iterdir():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        staging.rename(to)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _required_base(base: str | None, source: Path) -> Path:
+    if base is None:
+        raise ModelError(f"{source}: an adapter cannot be merged without its base model; give the base model's folder")
+    if not (Path(base) / MODEL_CONFIG).is_file():
+        raise ModelError(f"{base}: no {MODEL_CONFIG}, so not a base model's folder; give one in transformers format")
+    return Path(base)
+
+
+def _companions(source: Path, base: str | None) -> list[Path]:
+    """Files of one tokenizer, and a generation config if there is one; what `source` has goes before `base`."""
+    folders = [source, *([Path(base)] if base is not None else [])]
+    tokenizers = [folder for folder in folders if (folder / TOKENIZER_CONFIG).is_file()]
+    if not tokenizers:
+        places = " or ".join(str(folder) for folder in folders)
+        raise ModelError(f"no {TOKENIZER_CONFIG} in {places}; give the base model's folder")
+    tokenizer = [file for name in TOKENIZER_FILES if (file := tokenizers[0] / name).is_file()]
+    generation = [file for folder in folders if (file := folder / GENERATION_CONFIG).is_file()]
+    return [*tokenizer, *generation[:1]]
+
+
+def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
+    """Copy the adapter, naming its base as the card does instead of by a path of the training machine."""
+    config: dict[str, Any] = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_model
+    (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(_adapter_weights(source), staging / ADAPTER_WEIGHTS)
+    _compare(_stored_shapes(source), _stored_shapes(staging), staging)
+
+
+def _write_full(source: Path, base: str | None, staging: Path) -> None:
+    """Copy the weights; a config that `source` lacks is the base's, and then the two must fit together."""
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{source}: neither an adapter ({ADAPTER_CONFIG}) nor a full model (*.safetensors)")
+    indices = sorted(source.glob("*.safetensors.index.json"))
+    for file in [*weights, *indices]:
+        shutil.copyfile(file, staging / file.name)
+    _compare(_stored_shapes(source), _stored_shapes(staging), staging)
+    if len(weights) == 1 and not indices:
+        (staging / weights[0].name).rename(staging / MODEL_WEIGHTS)
+    if (source / MODEL_CONFIG).is_file():
+        shutil.copyfile(source / MODEL_CONFIG, staging / MODEL_CONFIG)
+    else:
+        shutil.copyfile(_required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
+        _load_back(staging)
+
+
+def _write_merged(source: Path, base: Path, staging: Path) -> None:
+    """Merge, save and load back; the two models are never in memory together."""
+    expected = _save_merged(source, base, staging)
+    _compare(expected, _load_back(staging), staging)
+
+
+def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
+    _adapter_weights(source)
+    dtype: torch.dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    adapted = PeftModel.from_pretrained(model, source)
+    # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
+    _compare(_stored_shapes(source), _shapes(get_peft_model_state_dict(adapted)), source)
+    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+    merged.save_pretrained(staging)
+    return _shapes(merged.state_dict())
+
+
+def _load_back(folder: Path) -> Shapes:
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+        folder, use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded
+    faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if faults:
+        raise ModelError(f"{folder}: the weights do not fit {MODEL_CONFIG}: {faults}; give the model's own base folder")
+    return _shapes(model.state_dict())
+
+
+def _adapter_weights(source: Path) -> Path:
+    file = source / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise ModelError(f"{source}: no {ADAPTER_WEIGHTS}; only safetensors are read, save the adapter in that format")
+    return file
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _stored_shapes(folder: Path) -> Shapes:
+    shapes: Shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
+    return shapes
+
+
+def _compare(expected: Shapes, found: Shapes, where: Path) -> None:
+    if differing := sorted(name for name, _ in expected.items() ^ found.items()):
+        raise ModelError(
+            f"{where}: {len(differing)} of {len(expected)} tensors differ in name or shape from what they should be, "
+            f"first {differing[0]}; nothing was exported"
+        )

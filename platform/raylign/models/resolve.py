@@ -1,0 +1,113 @@
+"""A model path of a recipe becomes a local folder of safetensors."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from raylign.errors import ModelError
+from raylign.models.embedded import PREFIX, embedded_folder
+
+CONFIG = "config.json"
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+HUB_EXCEPT = ["*/*", "consolidated*"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_model(path: str, revision: str | None = None) -> str:
+    """Absolute path of a folder in transformers format for `embedded:<name>`, a local folder or a hub id.
+
+    Only safetensors are accepted, every shard must be there and its header whole. `revision` is for hub ids. Raises
+    ModelError with the cure.
+    """
+    is_local = path.startswith((PREFIX, ".", "/", "~")) or Path(path).exists()
+    if is_local and revision is not None:
+        raise ModelError(f"model.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
+    if path.startswith(PREFIX):
+        folder = embedded_folder(path.removeprefix(PREFIX))
+    elif is_local:
+        folder = Path(path).expanduser()
+    else:
+        folder = _downloaded(path, revision)
+    _check_folder(folder)
+    return str(folder.resolve())
+
+
+def _downloaded(hub_id: str, revision: str | None) -> Path:
+    try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCEPT)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{hub_id} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{hub_id} has no revision {revision!r}; correct model.revision or remove it") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model {hub_id!r}, or it is private; correct model.path, or log in with `hf auth login`"
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(
+            f"model.path={hub_id!r} is neither a folder that exists nor a hub id of the form org/name"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{hub_id} is not in the hub cache and the hub cannot be reached; check the network, HTTPS_PROXY and "
+            "HF_HUB_OFFLINE, or give a local folder as model.path (embedded:smollm2-135m needs no network)"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{hub_id}: download failed ({error}); run again, finished files are kept") from error
+    return Path(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise ModelError(f"{folder}: no such folder (from {Path.cwd()}); correct model.path")
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: a file; model.path is a folder with {CONFIG} and *.safetensors")
+    if not (folder / CONFIG).is_file():
+        cure = "an adapter alone; merge it into its base model with `raylign export` first"
+        other = f"not a model in transformers format; give the folder that holds {CONFIG} and *.safetensors"
+        raise ModelError(f"{folder}: no {CONFIG}, {cure if (folder / 'adapter_config.json').is_file() else other}")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ModelError(f"{folder}: no *.safetensors{_pickle_hint(folder)}")
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_index(index)
+    for shard in shards:
+        _check_shard(shard)
+
+
+def _pickle_hint(folder: Path) -> str:
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if not pickles:
+        return "; download the model again, weights included"
+    return (
+        f", only {pickles[0]}: pickled weights can run code when loaded and are refused; take a revision in "
+        "safetensors, or convert it on a machine you can lose with model.save_pretrained(folder)"
+    )
+
+
+def _check_index(index: Path) -> None:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of shards ({error!r}); copy the model again") from error
+    if missing := sorted(name for name in names if not (index.parent / name).is_file()):
+        raise ModelError(f"{index.parent}: {len(missing)} of {len(names)} shards missing, first {missing[0]}; copy it")
+
+
+def _check_shard(shard: Path) -> None:
+    try:
+        with safe_open(shard, framework="pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{shard}: not a whole safetensors file ({error}); copy it again") from error

@@ -1,0 +1,42 @@
+"""What every scorer takes and gives."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from raylign.errors import ScorerError
+from raylign.records import Prompt, Score
+
+RETURNED_NONE = "scorer returned None"
+REASONS_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringItem:
+    """One completion to judge. Made by the scoring stage, read by scorers. `completion` is the candidate's text."""
+
+    prompt: Prompt
+    completion: str
+
+
+class Scorer(Protocol):
+    """Judges completions."""
+
+    def score(self, items: Sequence[ScoringItem]) -> list[Score]:
+        """One score per item, in the items' order. What cannot be judged has value None and a reason."""
+        ...
+
+
+def check_unscored(scores: Sequence[Score], limit: float) -> None:
+    """Raise ScorerError when more than `limit` (0..1) of `scores` is unscored; names the most frequent reasons."""
+    reasons = Counter(score.reason for score in scores if score.value is None)
+    unscored = reasons.total()
+    if not scores or unscored / len(scores) <= limit:
+        return
+    shown = "".join(f"\n  {count} x {reason}" for reason, count in reasons.most_common(REASONS_SHOWN))
+    raise ScorerError(
+        f"{unscored} of {len(scores)} completions ({unscored / len(scores):.0%}) are unscored; "
+        f"scoring.max_unscored={limit:g} allows {limit:.0%}. Most frequent reasons:{shown}\n"
+        "Fix the scoring function (its traceback is on stderr), or raise scoring.timeout_s or scoring.max_unscored."
+    )

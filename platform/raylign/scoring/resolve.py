@@ -1,0 +1,68 @@
+"""From `module:function` to the function. Only the scoring process does this: user code is never imported elsewhere."""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from raylign.errors import ScorerError
+
+ScoringFunction = Callable[[list[list[dict[str, Any]]], list[str]], object]
+
+
+def resolve(spec: str) -> ScoringFunction:
+    """Import and return `module:function`. Raises ScorerError, or whatever the module's own code raises."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise ScorerError("it is not of the form module:function")
+    module = _import(module_name)
+    if name not in dir(module):
+        raise ScorerError(f"module {module_name!r} has no {name!r}{_hint(name, _callables(module))}")
+    function: ScoringFunction = getattr(module, name)
+    if not callable(function):
+        raise ScorerError(f"{name!r} is a {type(function).__name__}, not a function{_hint(name, _callables(module))}")
+    return function
+
+
+def source_of(spec: str, function: ScoringFunction) -> tuple[str, int]:
+    """File and line where the function is defined; the module's file and line 1 for callables without source."""
+    try:
+        plain = inspect.unwrap(function)
+        return inspect.getfile(plain), inspect.getsourcelines(plain)[1]
+    except (OSError, TypeError):
+        module = importlib.import_module(spec.partition(":")[0])
+        return module.__file__ or "", 1
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{name}.".startswith(f"{missing}."):
+            raise ScorerError(f"module {name!r} needs {missing!r}, which is not installed") from error
+        raise ScorerError(
+            f"no module {missing!r} on PYTHONPATH or in the working directory{_hint(missing, _siblings(missing))}"
+        ) from error
+
+
+def _siblings(missing: str) -> list[str]:
+    """Full names of the modules that stand where `missing` was looked for."""
+    parent, _, _ = missing.rpartition(".")
+    if not parent:
+        return [module.name for module in pkgutil.iter_modules()]
+    package = importlib.import_module(parent)
+    paths = package.__path__ if "__path__" in vars(package) else []
+    return [f"{parent}.{module.name}" for module in pkgutil.iter_modules(paths)]
+
+
+def _callables(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,96 @@
+"""The scoring process: `python -m raylign.scoring.worker module:function FD`. Started by `raylign.scoring.process`.
+
+One JSON object per message on the socket FD. First message out: {"file", "line"} of the function. Then, for each
+{"prompts", "completions"}: {"answers": [[value, reason], ...]} with exactly one of the two null. Either may be
+{"failure": text} instead. User code runs in the main thread, so that it may use signals.
+"""
+
+import json
+import math
+import numbers
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from raylign.errors import ScorerError
+from raylign.scoring.base import RETURNED_NONE
+from raylign.scoring.resolve import resolve, source_of
+from raylign.text import escape_control
+
+REASON_LENGTH = 300
+
+Answer = tuple[float | None, str | None]
+
+
+def serve(spec: str, channel: "Connection[Any, Any]") -> None:
+    """Load the function, then answer requests until the parent goes away."""
+    requests: SimpleQueue[Any] = SimpleQueue()
+    Thread(target=_receive, args=(channel, requests), daemon=True).start()
+    with _reporting(channel):
+        function = resolve(spec)
+        file, line = source_of(spec, function)
+        _send(channel, {"file": file, "line": line})
+        while True:
+            request = requests.get()
+            with _reporting(channel):
+                result = function(request["prompts"], request["completions"])
+                _send(channel, {"answers": [_answer(value) for value in _as_list(result)]})
+
+
+def _receive(channel: "Connection[Any, Any]", requests: "SimpleQueue[Any]") -> None:
+    """Queue requests. At the parent's end take the whole process group along, however user code hangs."""
+    try:
+        while True:
+            requests.put(json.loads(channel.recv_bytes()))
+    except (EOFError, OSError):
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _reporting(channel: "Connection[Any, Any]") -> Iterator[None]:
+    """Send what user code raised, whatever it is, to the parent instead of dying of it."""
+    try:
+        yield
+    except ScorerError as error:
+        _send(channel, {"failure": _shortened(str(error))})
+    except Exception as error:
+        traceback.print_exc()
+        _send(channel, {"failure": _shortened(f"{type(error).__name__}: {error}")})
+
+
+def _as_list(result: object) -> Sequence[object]:
+    """`result` as a sequence; arrays and tensors become lists of Python numbers."""
+    if isinstance(result, Sequence) and not isinstance(result, str):
+        return result
+    if hasattr(result, "tolist") and isinstance(values := result.tolist(), list):
+        return values
+    raise ScorerError(f"returned {_shortened(repr(result))}, not a list of scores")
+
+
+def _answer(value: object) -> Answer:
+    if value is None:
+        return None, RETURNED_NONE
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None, f"returned {_shortened(repr(value))}, not a number"
+    number = float(value)
+    return (number, None) if math.isfinite(number) else (None, f"returned {number}")
+
+
+def _send(channel: "Connection[Any, Any]", reply: dict[str, Any]) -> None:
+    channel.send_bytes(json.dumps(reply).encode())
+
+
+def _shortened(text: str) -> str:
+    line = escape_control(" ".join(text.split()))
+    return line if len(line) <= REASON_LENGTH else f"{line[: REASON_LENGTH - 1]}…"
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Connection(int(sys.argv[2])))

@@ -1,0 +1,21 @@
+"""Text from a model or from user code, made safe to print."""
+
+import unicodedata
+
+_JOINERS = "\u200c\u200d"
+
+
+def escape_control(text: str, keep: str = "") -> str:
+    r"""`text` with terminal controls, bidi overrides and lone surrogates written out (`\x1b`); `keep` is let through.
+
+    Spaces of every script stay, and so do the joiners that Persian, Hindi and emoji need.
+    """
+    return "".join(char if char in keep or _is_harmless(char) else _written_out(char) for char in text)
+
+
+def _is_harmless(char: str) -> bool:
+    return char.isprintable() or char in _JOINERS or unicodedata.category(char) == "Zs"
+
+
+def _written_out(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

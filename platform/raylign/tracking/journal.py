@@ -1,0 +1,132 @@
+"""The append-only journal of a run: `events.jsonl`, one JSON object per line."""
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from raylign.errors import RaylignError
+
+JOURNAL_NAME = "events.jsonl"
+_ENVELOPE = frozenset({"time", "sequence", "event", "non_finite"})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the journal. Made by `Journal`, read by feeds and pages.
+
+    `time` is in epoch seconds; `sequence` counts from 1 without gaps. Numbers that were not finite are None in
+    `payload`, and `payload["non_finite"]` lists their dotted names.
+    """
+
+    time: float
+    sequence: int
+    name: str
+    payload: Mapping[str, Any]
+
+
+class Journal:
+    """Appends events durably. Reopening cuts off a line torn by a crash and continues the sequence."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RaylignError when a line before the last is not an event."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = self._sequence = 0
+        if path.exists():
+            for event, offset in read_from(path):
+                self._sequence, size = event.sequence, offset
+        self.path = path
+        self._lock = threading.Lock()
+        self._file = path.open("ab")
+        self._file.truncate(size)
+        _sync_directory(path.parent)
+
+    def append(self, name: str, payload: Mapping[str, Any]) -> Event:
+        """Write one event; it is on disk when this returns. Raises TypeError for values JSON cannot hold."""
+        if taken := _ENVELOPE & payload.keys():
+            raise ValueError(f"event {name!r}: payload key(s) {sorted(taken)} are the journal's own; rename them")
+        non_finite: list[str] = []
+        body = {key: _finite(value, key, non_finite) for key, value in payload.items()}
+        if non_finite:
+            body["non_finite"] = non_finite
+        with self._lock:
+            event = Event(time.time(), self._sequence + 1, name, body)
+            line = {"time": event.time, "sequence": event.sequence, "event": name, **body}
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._sequence = event.sequence
+        return event
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(path: Path, after: int = 0) -> Iterator[Event]:
+    """Events with a sequence above `after`, in order. A torn last line is left out."""
+    return (event for event, _ in read_from(path) if event.sequence > after)
+
+
+def read_from(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Whole events from byte `offset` on, each with the offset of the next.
+
+    Raises RaylignError when there is no journal, or when a line that others follow is not an event.
+    """
+    if not path.is_file():
+        raise RaylignError(f"{path}: no journal there; give the directory of a run that has started")
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                event = _parse(line)
+            except ValueError as error:
+                if not file.read(1):
+                    return
+                raise RaylignError(
+                    f"{path}: byte {offset} does not start an event ({error}); restore the file"
+                ) from error
+            offset += len(line)
+            yield event, offset
+
+
+def _parse(line: bytes) -> Event:
+    raw = json.loads(line)
+    if not isinstance(raw, dict) or not {"time", "sequence", "event"} <= raw.keys():
+        raise ValueError("time, sequence or event is missing")
+    return Event(raw.pop("time"), raw.pop("sequence"), raw.pop("event"), raw)
+
+
+def _finite(value: Any, name: str, non_finite: list[str]) -> Any:
+    """`value` with NaN and infinities replaced by None; their names are added to `non_finite`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        non_finite.append(name)
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item, f"{name}.{key}", non_finite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{name}.{index}", non_finite) for index, item in enumerate(value)]
+    return value
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

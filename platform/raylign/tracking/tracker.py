@@ -1,0 +1,126 @@
+"""What recipes call to put a campaign on record."""
+
+import hashlib
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from raylign.config import RunConfig
+from raylign.config.blocks import TrackingBlock
+from raylign.records import Evaluation, RoundReport
+from raylign.tracking.artifacts import inside
+from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.params import publishable, without_credentials
+from raylign.tracking.uri import default_uri
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+ArtifactKind = Literal["preferences", "samples", "config", "report"]
+
+
+def open_tracker(run_dir: Path, block: TrackingBlock) -> "Tracker":
+    """Open (or continue) the journal of `run_dir` and start feeding MLflow from it."""
+    uri = default_uri(block, run_dir)
+    journal = Journal(run_dir / JOURNAL_NAME)
+    return Tracker(journal, MlflowFeed(run_dir, uri, block.experiment))
+
+
+class Tracker:
+    """Writes a campaign's events. Every method returns once the event is on disk and never waits for MLflow."""
+
+    def __init__(self, journal: Journal, feed: MlflowFeed) -> None:
+        self._journal = journal
+        self._feed = feed
+        self._run_dir = journal.path.parent
+
+    def campaign_started(self, config: RunConfig, facts: Mapping[str, str]) -> None:
+        """Call first in every process of a campaign, resumed ones too. `facts` come from `run_facts`."""
+        earlier = next((event for event in read_events(self._journal.path) if event.name == "campaign_started"), None)
+        campaign = uuid.uuid4().hex if earlier is None else earlier.payload["campaign"]
+        params = publishable(config.model_dump(mode="json"))
+        tags = publishable(facts)
+        self._journal.append(
+            "campaign_started", {"campaign": campaign, "name": config.run.name, "params": params, "tags": tags}
+        )
+
+    def prompts(self, source: str, split: str, digest: str, counts: Mapping[str, int]) -> None:
+        """The prompt data set: `source` as in the config, a hex digest of its rows, rows per use."""
+        source_type, where = _prompt_source(source, split)
+        self._journal.append(
+            "prompts", {"source_type": source_type, "source": where, "digest": digest, "counts": dict(counts)}
+        )
+
+    def baseline(self, evaluation: Evaluation) -> None:
+        """The evaluation before round 1; becomes round 0 of the campaign's curves."""
+        self._journal.append("evaluation", {"round": 0, "evaluation": asdict(evaluation)})
+
+    def round_started(self, index: int) -> None:
+        """Call at every attempt at round `index` (from 1); an unfinished earlier attempt is closed as KILLED."""
+        self._journal.append("round_started", {"round": index})
+
+    def step(self, index: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of optimizer step `step` of round `index`, under TRL's names."""
+        self._journal.append("step", {"round": index, "step": step, "metrics": dict(metrics)})
+
+    def stage(self, index: int, name: str, seconds: float) -> None:
+        """A stage of round `index` is done; `seconds` is wall time."""
+        self._journal.append("stage", {"round": index, "name": name, "seconds": seconds})
+
+    def round_finished(self, report: RoundReport) -> None:
+        """Round `report.index` is done. The campaign's curves get the means over its steps."""
+        self._journal.append(
+            "round_finished",
+            {
+                "round": report.index,
+                "policy_version": report.policy_version,
+                "counts": dict(report.counts),
+                "train": step_means(report.steps),
+                "sync": dict(report.sync),
+                "evaluation": asdict(report.evaluation),
+                "seconds": dict(report.seconds),
+            },
+        )
+
+    def artifact(self, path: Path, kind: ArtifactKind, index: int = 0) -> None:
+        """A finished file inside the run directory, of round `index` (0: of the campaign).
+
+        Raises RaylignError when `path` (as this process sees it) lies outside the run directory.
+        """
+        file = inside(self._run_dir, str(path.resolve()))
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        relative = file.relative_to(self._run_dir.resolve()).as_posix()
+        self._journal.append("artifact", {"round": index, "path": relative, "kind": kind, "sha256": sha256})
+
+    def close(self, status: Status, timeout_s: float = 30.0) -> int:
+        """Record the end and wait at most `timeout_s` for MLflow; returns how many events it still misses.
+
+        Raises what stopped the feed if that was not an outage; the journal is complete either way.
+        """
+        self._journal.append("campaign_finished", {"status": status})
+        self._journal.close()
+        return self._feed.close(timeout_s)
+
+
+def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over steps of each metric's finite values, and `non_finite`, how many were not, when any."""
+    means: dict[str, float] = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        values = [step[name] for step in steps if name in step and math.isfinite(step[name])]
+        if values:
+            means[name] = math.fsum(values) / len(values)
+    non_finite = sum(not math.isfinite(value) for step in steps for value in step.values())
+    return {**means, "non_finite": non_finite} if non_finite else means
+
+
+def _prompt_source(source: str, split: str) -> tuple[str, dict[str, Any]]:
+    """MLflow's source type and its description of the source."""
+    if source.startswith("embedded:"):
+        return "code", {"tags": {"raylign.source": source}}
+    path = Path(source)
+    if path.exists():
+        return "local", {"uri": str(path.resolve())}
+    return "hugging_face", {"path": without_credentials(source), "split": split}

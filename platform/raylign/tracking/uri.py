@@ -1,0 +1,47 @@
+"""Where MLflow's record stands."""
+
+from pathlib import Path
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from raylign.config.blocks import TrackingBlock
+from raylign.errors import ConfigError
+
+
+def default_uri(block: TrackingBlock, run_dir: Path) -> str:
+    """The tracking URI to use: the block's, or sqlite beside the run directory. sqlite paths come back absolute.
+
+    Raises ConfigError for folders (`file:` or a bare path), which MLflow no longer takes as a store.
+    """
+    if block.uri is None:
+        return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    if block.uri.startswith("sqlite:"):
+        return _sqlite_url(block.uri).set(database=str(sqlite_path(block.uri))).render_as_string(hide_password=False)
+    if block.uri != "databricks" and ("://" not in block.uri or block.uri.startswith("file:")):
+        raise ConfigError(
+            f"tracking.uri={block.uri!r} is not a server or database; give http(s)://..., sqlite:///... or leave it out"
+        )
+    return block.uri
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its files: `mlartifacts` beside a sqlite database; None leaves it to the server."""
+    if not uri.startswith("sqlite:"):
+        return None
+    return (sqlite_path(uri).parent / "mlartifacts").as_uri()
+
+
+def sqlite_path(uri: str) -> Path:
+    """The absolute path of a sqlite URI's file. Raises ConfigError when it names none."""
+    return Path(str(_sqlite_url(uri).database)).resolve()
+
+
+def _sqlite_url(uri: str) -> URL:
+    try:
+        url = make_url(uri)
+    except ArgumentError as error:
+        raise ConfigError(f"tracking.uri={uri!r} is not a database URI; give sqlite:////absolute/mlflow.db") from error
+    if not url.database or url.database == ":memory:":
+        raise ConfigError(f"tracking.uri={uri!r} names no file; give sqlite:////absolute/mlflow.db")
+    return url

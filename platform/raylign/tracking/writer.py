@@ -1,0 +1,238 @@
+"""Turns journal events into MLflow calls. Every call can be repeated without adding anything twice."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Self, TypeVar
+
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+
+from raylign.errors import RaylignError
+from raylign.tracking.artifacts import dataset_input, upload, upload_preferences
+from raylign.tracking.database import create_database
+from raylign.tracking.journal import Event
+from raylign.tracking.state import CAMPAIGN, FeedState, load_state, save_state
+from raylign.tracking.uri import artifact_location
+
+METRICS_PER_CALL = 1000
+_PARAMS_PER_CALL = 100
+_MAX_PARAM = 6000
+_MAX_TAG = 8000
+_MAX_NAME = 250
+Item = TypeVar("Item")
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
+
+# One line per table of a new database otherwise.
+for _name in ("mlflow.store.db", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+
+class MlflowWriter:
+    """Applies events in order. Metrics wait in memory until `flush`, which also saves the position."""
+
+    def __init__(self, client: MlflowClient, run_dir: Path, state: FeedState) -> None:
+        self._client = client
+        self._run_dir = run_dir
+        self._metrics: list[tuple[str, Metric]] = []
+        self._saved = state.sequence
+        self.state = state
+
+    @classmethod
+    def connect(cls, uri: str, experiment: str, run_dir: Path) -> Self:
+        """Open the store, create the experiment if missing, and start again if our run is gone from it."""
+        create_database(uri)
+        client = MlflowClient(tracking_uri=uri)
+        state = load_state(run_dir, uri)
+        if not (state.runs and _is_active(client, state.runs[CAMPAIGN])):
+            state = FeedState(uri=state.uri, experiment_id=_experiment_id(client, uri, experiment))
+        return cls(client, run_dir, state)
+
+    @property
+    def waiting(self) -> int:
+        """Metrics not sent yet."""
+        return len(self._metrics)
+
+    def apply(self, event: Event) -> None:
+        """Do what one event asks. After an error, apply the same event again."""
+        match event.name:
+            case "campaign_started":
+                self._campaign_started(event)
+            case "prompts":
+                self._prompts(event)
+            case "evaluation":
+                self._log(CAMPAIGN, event, event.payload["round"], _prefixed("eval", event.payload["evaluation"]))
+            case "round_started":
+                self._round_started(event)
+            case "stage":
+                name, seconds = event.payload["name"], event.payload["seconds"]
+                self._log(_round(event), event, event.payload["round"], {f"seconds/{name}": seconds})
+            case "step":
+                self._step(event)
+            case "round_finished":
+                self._round_finished(event)
+            case "artifact":
+                self._artifact(event)
+            case "campaign_finished":
+                self._campaign_finished(event)
+            case _:
+                raise RaylignError(
+                    f"journal event {event.name!r} is unknown here; use the raylign that wrote it, or newer"
+                )
+        self.state.sequence = event.sequence
+
+    def flush(self) -> None:
+        """Send the waiting metrics, then save the position."""
+        for run_id in dict.fromkeys(run_id for run_id, _ in self._metrics):
+            metrics = [metric for owner, metric in self._metrics if owner == run_id]
+            for chunk in _chunks(metrics, METRICS_PER_CALL):
+                self._client.log_batch(run_id, metrics=chunk, synchronous=True)
+        self._metrics.clear()
+        if self.state.sequence != self._saved:
+            save_state(self._run_dir, self.state)
+            self._saved = self.state.sequence
+
+    def _campaign_started(self, event: Event) -> None:
+        campaign, name = event.payload["campaign"], event.payload["name"]
+        identity = {"raylign.campaign": campaign, "raylign.kind": CAMPAIGN}
+        run_id = self.state.runs.get(CAMPAIGN) or self._find_or_create(identity, {}, name, event)
+        self._client.update_run(run_id, status="RUNNING")
+        facts: Mapping[str, str] = event.payload["tags"]
+        tags = {**facts, "raylign.run_dir": str(self._run_dir)}
+        if "git.sha" in facts:
+            tags[MLFLOW_GIT_COMMIT] = facts["git.sha"]
+        self._log_params(run_id, event.payload["params"], tags)
+        self.state.campaign, self.state.name = campaign, name
+        self.state.runs[CAMPAIGN] = run_id
+
+    def _log_params(self, run_id: str, wanted: Mapping[str, str], tags: dict[str, str]) -> None:
+        """Params cannot change in MLflow: what a resumed campaign changed becomes a `changed.*` tag."""
+        params = {_safe_name(key): value[:_MAX_PARAM] for key, value in wanted.items()}
+        logged = self._client.get_run(run_id).data.params
+        new = [Param(key, value) for key, value in params.items() if key not in logged]
+        changed = {f"changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
+        for chunk in _chunks(new, _PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=chunk, synchronous=True)
+        entries = [RunTag(_safe_name(key), value[:_MAX_TAG]) for key, value in {**tags, **changed}.items()]
+        for tag_chunk in _chunks(entries, _PARAMS_PER_CALL):
+            self._client.log_batch(run_id, tags=tag_chunk, synchronous=True)
+
+    def _prompts(self, event: Event) -> None:
+        payload = event.payload
+        prompts = dataset_input(
+            "prompts", payload["digest"], payload["source_type"], payload["source"], payload["counts"]
+        )
+        self._client.log_inputs(self.state.runs[CAMPAIGN], [prompts])
+
+    def _round_started(self, event: Event) -> None:
+        name = _round(event)
+        identity = {
+            "raylign.campaign": self.state.campaign,
+            "raylign.kind": "round",
+            "raylign.round": str(event.payload["round"]),
+            "raylign.started_at_event": str(event.sequence),
+        }
+        parent = {MLFLOW_PARENT_RUN_ID: self.state.runs[CAMPAIGN]}
+        run_id = self._find_or_create(identity, parent, f"{self.state.name}-{name}", event)
+        if name in self.state.open_rounds and self.state.runs[name] != run_id:
+            self._client.set_terminated(self.state.runs[name], "KILLED", _milliseconds(event))
+        self.state.runs[name] = run_id
+        if name not in self.state.open_rounds:
+            self.state.open_rounds.append(name)
+
+    def _step(self, event: Event) -> None:
+        metrics = dict(event.payload["metrics"])
+        if "non_finite" in event.payload:
+            metrics["non_finite"] = len(event.payload["non_finite"])
+        self._log(_round(event), event, event.payload["step"], metrics)
+
+    def _round_finished(self, event: Event) -> None:
+        payload, name, index = event.payload, _round(event), event.payload["round"]
+        self._client.set_terminated(self.state.runs[name], "FINISHED", _milliseconds(event))
+        measured = {
+            **_prefixed("eval", payload["evaluation"]),
+            **_prefixed("counts", payload["counts"]),
+            **_prefixed("sync", payload["sync"]),
+            "policy_version": payload["policy_version"],
+        }
+        self._log(name, event, index, measured)
+        self._log(CAMPAIGN, event, index, {**measured, **_prefixed("seconds", payload["seconds"]), **payload["train"]})
+        if name in self.state.open_rounds:
+            self.state.open_rounds.remove(name)
+
+    def _artifact(self, event: Event) -> None:
+        payload = event.payload
+        run_id = self.state.runs.get(f"round-{payload['round']}", self.state.runs[CAMPAIGN])
+        if payload["kind"] == "preferences":
+            upload_preferences(self._client, run_id, self._run_dir, payload)
+        else:
+            upload(self._client, run_id, self._run_dir, payload)
+
+    def _campaign_finished(self, event: Event) -> None:
+        status, end = event.payload["status"], _milliseconds(event)
+        for name in [*self.state.open_rounds, CAMPAIGN]:
+            self._client.set_terminated(self.state.runs[name], status, end)
+        self.state.open_rounds.clear()
+
+    def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
+        """The run that has `identity` as tags; a run made just before a crash is found again."""
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        for run in self._client.search_runs([self.state.experiment_id], condition, max_results=1):
+            return str(run.info.run_id)
+        created = self._client.create_run(self.state.experiment_id, _milliseconds(event), {**identity, **tags}, name)
+        return str(created.info.run_id)
+
+    def _log(self, run: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
+        run_id, timestamp = self.state.runs[run], _milliseconds(event)
+        self._metrics += [
+            (run_id, Metric(_safe_name(key), float(value), timestamp, step))
+            for key, value in values.items()
+            if value is not None
+        ]
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    try:
+        stage = client.get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return bool(stage == LifecycleStage.ACTIVE)
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return str(client.create_experiment(name, artifact_location(uri)))
+    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise RaylignError(
+            f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"
+        )
+    return str(experiment.experiment_id)
+
+
+def _round(event: Event) -> str:
+    return f"round-{event.payload['round']}"
+
+
+def _milliseconds(event: Event) -> int:
+    return int(event.time * 1000)
+
+
+def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _safe_name(name: str) -> str:
+    return _NOT_IN_NAMES.sub("_", name)[:_MAX_NAME]
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterable[list[Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,286 @@
+"""A campaign through Tracker into a real MLflow on sqlite: what a person finds there, and what an outage costs."""
+
+import json
+import logging
+import math
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow.data
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from mlflow.entities import Dataset, Run
+from mlflow.tracking import MlflowClient
+
+from raylign.config import RunConfig, dump_config, parse_config
+from raylign.records import Evaluation, RoundReport
+from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.journal import Journal, read_events
+from raylign.tracking.params import flatten
+from raylign.tracking.tracker import Tracker, open_tracker
+from raylign.tracking.uri import default_uri
+
+CONFIG = parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests"}})
+ATTACK = "<script>alert(1)</script>"
+DIGEST = "0123456789abcdef" * 4
+EVENTS = 21
+
+
+def evaluation(score: float) -> Evaluation:
+    return Evaluation(score, score - 0.1, score + 0.1, 0.02, 40.0, 0.8, 0.9, completions=32, unscored=0)
+
+
+def start(tracker: Tracker, run_dir: Path, config: RunConfig = CONFIG) -> None:
+    tracker.campaign_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    tracker.artifact(run_dir / "config.yaml", "config")
+    tracker.prompts("embedded:review-topics", "train", DIGEST, {"train": 100, "held_out": 32})
+    tracker.baseline(evaluation(0.1))
+
+
+def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
+    tracker.round_started(index)
+    tracker.stage(index, "sample", 2.5)
+    folder = run_dir / "rounds" / f"{index:04d}"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"prompt": "p", "chosen": ATTACK}] * 3), folder / "preferences.parquet")
+    tracker.artifact(folder / "preferences.parquet", "preferences", index)
+    steps = tuple({"loss": 0.7 - 0.1 * step * index, "rewards/margins": 0.5 * step} for step in (1, 2))
+    for step, metrics in enumerate(steps, 1):
+        tracker.step(index, step, metrics)
+    tracker.stage(index, "train", 1.5)
+    (folder / "samples.jsonl").write_text(json.dumps({"text": f"{ATTACK}\ud800"}) + "\n")
+    tracker.artifact(folder / "samples.jsonl", "samples", index)
+    seconds = {"sample": 2.5, "train": 1.5}
+    counts = {"candidates": 8, "preferences": 3}
+    gaps = {"logprob_gap_mean": 0.01}
+    tracker.round_finished(RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds))
+
+
+def play_campaign(tracker: Tracker, run_dir: Path) -> None:
+    start(tracker, run_dir)
+    play_round(tracker, run_dir, 1)
+    play_round(tracker, run_dir, 2)
+
+
+def open_run(run_dir: Path, uri: str) -> Tracker:
+    return Tracker(Journal(run_dir / "events.jsonl"), MlflowFeed(run_dir, uri, "tests"))
+
+
+def all_runs(client: MlflowClient) -> list[Run]:
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]))
+
+
+def campaign_and_rounds(client: MlflowClient) -> tuple[Run, list[Run]]:
+    runs = all_runs(client)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 1
+    rounds = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert len(rounds) == len(runs) - 1
+    return parents[0], sorted(rounds, key=lambda run: (int(run.data.tags["raylign.round"]), run.info.start_time))
+
+
+def history(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
+    return [(point.step, round(point.value, 6)) for point in client.get_metric_history(run.info.run_id, key)]
+
+
+def assert_recorded_once(client: MlflowClient) -> None:
+    """Every curve of `play_campaign` has exactly its points."""
+    parent, rounds = campaign_and_rounds(client)
+    assert [run.data.tags["raylign.round"] for run in rounds] == ["1", "2"]
+    assert [run.info.status for run in [parent, *rounds]] == ["FINISHED"] * 3
+    assert history(client, parent, "eval/score") == [(0, 0.1), (1, 0.3), (2, 0.5)]
+    assert history(client, parent, "eval/score_low") == [(0, 0.0), (1, 0.2), (2, 0.4)]
+    assert history(client, parent, "loss") == [(1, 0.55), (2, 0.4)]
+    assert history(client, parent, "seconds/sample") == [(1, 2.5), (2, 2.5)]
+    assert history(client, parent, "counts/preferences") == [(1, 3), (2, 3)]
+    assert history(client, parent, "sync/logprob_gap_mean") == [(1, 0.01), (2, 0.01)]
+    assert history(client, parent, "policy_version") == [(1, 1), (2, 2)]
+    for index, run in enumerate(rounds, 1):
+        assert history(client, run, "loss") == [(1, round(0.7 - 0.1 * index, 6)), (2, round(0.7 - 0.2 * index, 6))]
+        assert history(client, run, "rewards/margins") == [(1, 0.5), (2, 1.0)]
+        assert history(client, run, "seconds/train") == [(index, 1.5)]
+        assert history(client, run, "eval/kl") == [(index, 0.02)]
+        assert history(client, run, "counts/candidates") == [(index, 8)]
+
+
+def artifact_names(client: MlflowClient, run: Run, folder: str = "") -> set[str]:
+    return {file.path for file in client.list_artifacts(run.info.run_id, folder or None)}
+
+
+def datasets(run: Run) -> list[Dataset]:
+    assert run.inputs is not None
+    return [item.dataset for item in run.inputs.dataset_inputs]
+
+
+def profile(dataset: Dataset) -> dict[str, int]:
+    assert dataset.profile is not None
+    return dict(json.loads(dataset.profile))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "my runs" / "demo"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def uri(run_dir: Path) -> str:
+    return default_uri(CONFIG.tracking, run_dir)
+
+
+@pytest.fixture
+def closed_uri() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent_uri() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path, uri: str) -> None:
+    tracker = open_tracker(run_dir, CONFIG.tracking)
+    play_campaign(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    assert_recorded_once(client)
+    parent, rounds = campaign_and_rounds(client)
+    assert parent.info.run_name == "demo"
+    assert parent.data.params.keys() == flatten(CONFIG.model_dump(mode="json")).keys()
+    assert parent.data.params["loss.beta"] == "0.1"
+    assert parent.data.params["sampling.max_new_tokens"] == "64"
+    assert parent.data.tags["mlflow.source.git.commit"] == parent.data.tags["git.sha"] == "abc123"
+    assert parent.data.tags["raylign.run_dir"] == str(run_dir)
+    events = list(read_events(run_dir / "events.jsonl"))
+    assert len(events) == EVENTS
+    assert parent.info.start_time == int(events[0].time * 1000)
+    assert parent.info.end_time == int(events[-1].time * 1000)
+    assert rounds[0].info.end_time <= rounds[1].info.start_time
+
+
+def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    play_campaign(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    parent, rounds = campaign_and_rounds(client)
+    (prompts,) = datasets(parent)
+    assert (prompts.name, prompts.digest) == ("prompts", DIGEST[:36])
+    assert profile(prompts) == {"train": 100, "held_out": 32}
+    (preferences,) = datasets(rounds[1])
+    assert preferences.name == "preferences-round-2"
+    assert profile(preferences) == {"num_rows": 3}
+    source = Path(mlflow.data.get_source(preferences).load())
+    assert source == run_dir / "rounds/0002/preferences.parquet"
+    assert parent.info.artifact_uri.startswith((run_dir.parent / "mlartifacts").as_uri())
+    config = Path(client.download_artifacts(parent.info.run_id, "config.yaml")).read_text()
+    assert yaml.safe_load(config) == yaml.safe_load(dump_config(CONFIG))
+    folder = "rounds/0002"
+    stems = ("preferences.parquet", "preferences.html", "samples.jsonl", "samples.html")
+    assert artifact_names(client, rounds[1], folder) == {f"{folder}/{stem}" for stem in stems}
+    for name in ("preferences", "samples"):
+        page = Path(client.download_artifacts(rounds[1].info.run_id, f"{folder}/{name}.html")).read_text()
+        assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_an_outage_blocks_nothing_and_loses_nothing(
+    run_dir: Path, uri: str, closed_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        tracker = open_run(run_dir, closed_uri)
+        play_campaign(tracker, run_dir)
+        time.sleep(2.5)
+        began = time.perf_counter()
+        assert tracker.close("FINISHED", timeout_s=1.0) == EVENTS
+        assert time.perf_counter() - began < 3.0
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("raylign")]
+    assert len(ours) == 2, ours
+    assert "the run goes on" in ours[0]
+    assert f"misses {EVENTS} event(s)" in ours[1] and str(run_dir / "events.jsonl") in ours[1]
+    assert [record.name for record in caplog.records if record.name.startswith("urllib3")] == []
+
+    assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
+    assert_recorded_once(MlflowClient(tracking_uri=uri))
+
+
+@pytest.mark.parametrize("server", ["closed_uri", "silent_uri"])
+def test_tracker_never_waits_for_mlflow(run_dir: Path, server: str, request: pytest.FixtureRequest) -> None:
+    tracker = open_run(run_dir, request.getfixturevalue(server))
+    start(tracker, run_dir)
+    tracker.round_started(1)
+    seconds = []
+    for step in range(1, 101):
+        began = time.perf_counter()
+        tracker.step(1, step, {"loss": 0.5})
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.05
+    assert max(seconds) < 1.0  # a busy disk, not a request: those take until their deadline
+    began = time.perf_counter()
+    assert tracker.close("KILLED", timeout_s=1.0) == 106
+    assert time.perf_counter() - began < 3.0
+
+
+def test_replaying_everything_again_adds_nothing(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    play_campaign(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    (run_dir / "mlflow.json").unlink()
+    assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    assert_recorded_once(client)
+    _, rounds = campaign_and_rounds(client)
+    assert len(datasets(rounds[0])) == 1
+
+
+def test_a_run_deleted_in_mlflow_is_sent_again(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    play_campaign(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    for run in all_runs(client):
+        client.delete_run(run.info.run_id)
+    assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
+    assert_recorded_once(client)
+
+
+def test_a_killed_campaign_resumes_in_the_same_run(run_dir: Path, uri: str) -> None:
+    journal = Journal(run_dir / "events.jsonl")
+    feed = MlflowFeed(run_dir, uri, "tests")
+    killed = Tracker(journal, feed)
+    start(killed, run_dir)
+    killed.round_started(1)
+    killed.step(1, 1, {"loss": 9.0, "grad_norm": math.inf})
+    journal.close()  # no campaign_finished
+    assert feed.close(timeout_s=120) == 0
+
+    longer = parse_config(CONFIG.model_dump(), ["schedule.rounds=7"])
+    resumed = open_run(run_dir, uri)
+    start(resumed, run_dir, longer)
+    play_round(resumed, run_dir, 1)
+    resumed.round_started(2)
+    assert resumed.close("KILLED", timeout_s=120) == 0
+
+    parent, rounds = campaign_and_rounds(MlflowClient(tracking_uri=uri))
+    assert [run.info.status for run in [parent, *rounds]] == ["KILLED", "KILLED", "FINISHED", "KILLED"]
+    assert parent.data.params["schedule.rounds"] == "5"
+    assert parent.data.tags["changed.schedule.rounds"] == "7"
+    client = MlflowClient(tracking_uri=uri)
+    assert history(client, rounds[0], "loss") == [(1, 9.0)]
+    assert history(client, rounds[0], "non_finite") == [(1, 1)]
+    assert history(client, rounds[0], "grad_norm") == []
+    assert history(client, rounds[1], "loss") == [(1, 0.6), (2, 0.5)]

@@ -1,0 +1,139 @@
+"""The layout is part of the contract: where code lives, what it may import, how long it may grow."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE_FOLDERS = ("platform", "actors", "recipes")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "actors",
+    "deploy",
+    "platform",
+    "pyproject.toml",
+    "recipes",
+    "tests",
+}
+
+
+def sources(folder: str) -> list[Path]:
+    """Every Python file below a top-level folder, in a stable order."""
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"no Python file below {folder}/"
+    return found
+
+
+def imported_packages(source: str) -> set[str]:
+    """Top-level names of the absolute imports of a module, wherever in it they stand."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def long_functions(source: str, limit: int) -> list[tuple[str, int]]:
+    """Name and length in lines of each function longer than the limit, methods and inner functions included."""
+    lengths = [
+        (node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [(name, lines) for name, lines in lengths if lines > limit]
+
+
+def run_python(code: str, *search_path: Path) -> str:
+    """What a child Python prints, started in the repository root with this PYTHONPATH."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, search_path))}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def tracked_files() -> list[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listing.stdout.rstrip("\0").split("\0")
+
+
+def test_platform_holds_only_the_package() -> None:
+    modules = [p.name for p in (ROOT / "platform").iterdir() if p.suffix in {".py", ".pyc", ".so"}]
+    assert modules == [], (
+        f"{modules} directly in platform/ shadow the standard library; move them into platform/raylign"
+    )
+
+
+def test_the_standard_library_platform_wins_in_a_child_process() -> None:
+    assert run_python("import platform; print(platform.system())", ROOT, ROOT / "platform") == os.uname().sysname
+
+
+def test_imported_packages_sees_every_form_of_import() -> None:
+    source = "import a.b as c\nfrom d.e import f\nfrom . import g\ndef h():\n    import i\n"
+    assert imported_packages(source) == {"a", "d", "i"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [("platform/raylign", {"ray", "vllm", "deepspeed", "actors", "recipes"}), ("actors", {"recipes"})],
+)
+def test_imports_go_one_way(folder: str, forbidden: set[str]) -> None:
+    broken = {
+        str(path.relative_to(ROOT)): sorted(names)
+        for path in sources(folder)
+        if (names := imported_packages(path.read_text()) & forbidden)
+    }
+    assert broken == {}, f"recipes -> actors -> raylign, never backwards: {broken}"
+
+
+def test_the_configuration_loads_without_the_heavy_libraries() -> None:
+    heavy = ("torch", "transformers", "ray", "vllm", "deepspeed", "mlflow", "datasets")
+    code = f"import sys, raylign.config; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run_python(code, ROOT / "platform") == "[]"
+
+
+def test_long_functions_counts_from_def_to_last_line() -> None:
+    assert long_functions("def f():\n    a = 1\n    return a\n", limit=2) == [("f", 3)]
+    assert long_functions("def f():\n    a = 1\n    return a\n", limit=3) == []
+
+
+@pytest.mark.parametrize("folder", SOURCE_FOLDERS)
+def test_files_and_functions_stay_short(folder: str) -> None:
+    too_long = []
+    for path in sources(folder):
+        source, name = path.read_text(), path.relative_to(ROOT)
+        if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+            too_long.append(f"{name}: {lines} lines, limit {MAX_FILE_LINES}")
+        for function, count in long_functions(source, MAX_FUNCTION_LINES):
+            too_long.append(f"{name}: {function} has {count} lines, limit {MAX_FUNCTION_LINES}")
+    assert too_long == []
+
+
+def test_the_top_level_holds_nothing_else() -> None:
+    extra = {name.split("/")[0] for name in tracked_files()} - TOP_LEVEL
+    assert extra == set(), f"tracked at the top level: {sorted(extra)}; move them into one of {sorted(TOP_LEVEL)}"
+
+
+def test_no_weights_and_no_run_output_is_tracked() -> None:
+    unwanted = [
+        name
+        for name in map(Path, tracked_files())
+        if name.suffix in {".safetensors", ".gguf"} or name.name.startswith("mlflow.db") or "runs" in name.parts
+    ]
+    assert unwanted == []

@@ -1,0 +1,261 @@
+"""Scoring with a function in a child process: values, faults, deadlines, isolation."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from raylign.config.blocks import FunctionScoringBlock
+from raylign.errors import ScorerError
+from raylign.records import Prompt, Score
+from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function
+from raylign.scoring.process import child_environment
+from raylign.scoring.vader import compound
+
+HERE = Path(__file__).parent
+T = TypeVar("T")
+Make = Callable[..., FunctionScorer]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Scorers over the functions of user_scores.py, closed at the end."""
+    (tmp_path / "broken_scores.py").write_text("raise RuntimeError('no weights')")
+    (tmp_path / "needy_scores.py").write_text("import package_nobody_has")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(HERE))
+    scorers: list[FunctionScorer] = []
+
+    def _make(function: str, batch_size: int = 4, timeout_s: float = 5.0, max_unscored: float = 1.0) -> FunctionScorer:
+        block = FunctionScoringBlock(
+            function=f"user_scores:{function}", batch_size=batch_size, timeout_s=timeout_s, max_unscored=max_unscored
+        )
+        scorers.append(FunctionScorer(block))
+        return scorers[-1]
+
+    yield _make
+    for scorer in scorers:
+        scorer.close()
+
+
+def items(*completions: str) -> list[ScoringItem]:
+    return [
+        ScoringItem(Prompt(f"p{i}", ({"role": "user", "content": str(i)},), (1,)), completion)
+        for i, completion in enumerate(completions)
+    ]
+
+
+def values(scores: list[Score]) -> list[float | None]:
+    return [score.value for score in scores]
+
+
+def wait_for(condition: Callable[[], T], seconds: float = 20.0) -> T:
+    """The first true value of `condition`, or its last one when time is up."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody has reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_scores_keep_the_order_over_batches(make: Make) -> None:
+    assert values(make("prompt_and_completion", batch_size=2).score(items("3", "1", "2", "5", "4"))) == [
+        3,
+        11,
+        22,
+        35,
+        44,
+    ]
+
+
+def test_printing_does_not_disturb_the_answers(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    assert values(make("length").score(items("", "ab", "\ud800é"))) == [0, 2, 2]
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "to stdout" in captured.err
+
+
+def test_no_items_give_no_scores(make: Make) -> None:
+    assert make("length").score([]) == []
+
+
+def test_values_that_are_no_numbers_are_unscored_with_a_reason(make: Make) -> None:
+    scores = make("picky", batch_size=8).score(items("1", "none", "nan", "inf", "text", "bool", "2"))
+    assert values(scores) == [1.0, None, None, None, None, None, 2.0]
+    assert [score.reason for score in scores] == [
+        "",
+        "scorer returned None",
+        "returned nan",
+        "returned -inf",
+        "returned 'abc', not a number",
+        "returned True, not a number",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("function", "expected"), [("arrays", [0.0, 1.0]), ("numpy_scalars", [0.5, 2.0])])
+def test_numpy_results_are_accepted(make: Make, function: str, expected: list[float]) -> None:
+    assert values(make(function).score(items("a", "b"))) == expected
+
+
+def test_a_result_that_is_no_list_is_refused(make: Make) -> None:
+    scores = make("scalar").score(items("a", "b"))
+    assert [score.reason for score in scores] == ["returned 0.5, not a list of scores"] * 2
+
+
+def test_only_the_raising_item_is_unscored(make: Make) -> None:
+    scores = make("raising").score(items("a", "bad", "b", "c", "d"))
+    assert values(scores) == [1.0, None, 1.0, 1.0, 1.0]
+    assert scores[1].reason == r"ValueError: cannot read 'bad' \x1b[31m"
+
+
+def test_only_the_miscounted_item_is_unscored(make: Make) -> None:
+    scores = make("miscounting").score(items("a", "bad", "b"))
+    assert values(scores) == [1.0, None, 1.0]
+    assert scores[1].reason == "returned 2 scores for 1 completions"
+
+
+def test_a_hang_ends_at_its_deadline_and_the_others_are_scored(make: Make) -> None:
+    scorer = make("hanging", timeout_s=0.5, batch_size=3)
+    before = scorer.score(items("a"))[0].value
+    started = time.monotonic()
+    scores = scorer.score(items("a", "bad", "b"))
+    assert 2.0 <= time.monotonic() - started < 30.0  # 3 x 0.5 s for the batch, 0.5 s for the item alone
+    assert scores[1] == Score(None, reason="no answer within 0.5 s")
+    first, last = scores[0].value, scores[2].value
+    assert before is not None and first is not None and last is not None
+    assert len({before, first, last}) == 3, "each hang costs the process"
+    assert not alive(int(before)) and not alive(int(first)) and alive(int(last))
+
+
+def test_a_dying_process_names_its_end_and_is_replaced(make: Make) -> None:
+    scores = make("exiting").score(items("a", "bad", "worse", "b"))
+    assert values(scores) == [1.0, None, None, 1.0]
+    assert scores[1].reason == "the scoring process exited with code 3"
+    assert scores[2].reason == "the scoring process was killed by SIGSEGV"
+
+
+def test_processes_that_user_code_started_die_with_it(make: Make, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    score = make("spawning", timeout_s=0.5).score(items(str(note)))[0]
+    assert score.reason == "no answer within 0.5 s"
+    assert [alive(int(pid)) for pid in note.read_text().split()] == [False, False]
+
+
+def test_no_process_outlives_a_killed_parent(make: Make, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    script = textwrap.dedent(f"""\
+        import sys
+        sys.path[:0] = {sys.path!r}
+        from raylign.config.blocks import FunctionScoringBlock
+        from raylign.records import Prompt
+        from raylign.scoring import FunctionScorer, ScoringItem
+        scorer = FunctionScorer(FunctionScoringBlock(function="user_scores:spawning"))
+        scorer.score([ScoringItem(Prompt("p", (), (1,)), {str(note)!r})])
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    pids = [int(pid) for pid in wait_for(lambda: note.read_text().split() if note.exists() else [])]
+    parent.kill()
+    parent.wait()
+    assert wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_scoring_stops_once_too_many_are_unscored(make: Make) -> None:
+    scores = make("raising", batch_size=1, max_unscored=0.2).score(items(*["bad"] * 4, *["a"] * 6))
+    assert values(scores) == [None] * 10
+    assert [score.reason.split(":")[0] for score in scores] == ["ValueError"] * 3 + ["skipped"] * 7
+    assert scores[-1].reason == "skipped: more than 20% of items already unscored"
+
+
+def test_the_limit_itself_is_allowed(make: Make) -> None:
+    scores = make("raising", batch_size=1, max_unscored=0.29).score(items(*["bad"] * 29, *["a"] * 71))
+    assert values(scores) == [None] * 29 + [1.0] * 71
+    check_unscored(scores, 0.29)
+
+
+def test_secrets_stay_with_the_parent_and_code_runs_in_the_main_thread(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "x")
+    assert values(make("main_thread").score(items("a"))) == [0.0]
+
+
+def test_child_environment_drops_secret_names_and_carries_the_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["HF_TOKEN", "aws_secret_access_key", "MLFLOW_TRACKING_PASSWORD", "AUTHORIZATION", "API_KEY", "HOME"]
+    environment = child_environment(dict.fromkeys(names, "x") | {"PYTHONPATH": "/old"}, ["/a", ""])
+    assert environment == {"HOME": "x", "PYTHONPATH": f"/a{os.pathsep}{tmp_path}{os.pathsep}{tmp_path}"}
+
+
+def test_close_ends_the_process_and_a_later_call_starts_another(make: Make) -> None:
+    scorer = make("hanging")
+    first = scorer.score(items("a"))[0].value
+    scorer.close()
+    scorer.close()
+    assert first is not None and not alive(int(first))
+    assert scorer.score(items("a"))[0].value not in (None, first)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("user_scorez:length", "no module 'user_scorez' .*; did you mean 'user_scores'?"),
+        ("raylign.scoring.vadr:compound", "no module 'raylign.scoring.vadr' .*; did you mean 'raylign.scoring.vader'?"),
+        ("user_scores:lenght", "module 'user_scores' has no 'lenght'; did you mean 'length'?"),
+        ("user_scores:VALUE", "'VALUE' is a int, not a function"),
+        ("user_scores.length:x", "no module 'user_scores.length'"),
+        ("broken_scores:f", "cannot be loaded: RuntimeError: no weights"),
+        ("needy_scores:f", "module 'needy_scores' needs 'package_nobody_has', which is not installed"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_at_once(make: Make, spec: str, message: str) -> None:
+    with pytest.raises(ScorerError, match=message.replace("?", r"\?")):
+        FunctionScorer(FunctionScoringBlock(function=spec))
+
+
+def test_describe_function_gives_file_hash_and_line(make: Make) -> None:
+    source = (HERE / "user_scores.py").read_text()
+    info = describe_function("user_scores:length")
+    assert info.file == HERE / "user_scores.py"
+    assert info.sha256 == hashlib.sha256(source.encode()).hexdigest()
+    assert source.splitlines()[info.line - 1].startswith("def length(")
+
+
+def test_describe_function_refuses_what_is_not_a_name() -> None:
+    with pytest.raises(ScorerError, match="not of the form module:function"):
+        describe_function("json.loads")
+
+
+def test_check_unscored_tells_share_limit_reasons_and_cure() -> None:
+    scores = [Score(1.0)] * 4 + [Score(None, reason="late")] * 4 + [Score(None, reason="nan")] * 2
+    check_unscored(scores, 0.6)
+    check_unscored([], 0.0)
+    with pytest.raises(ScorerError) as caught:
+        check_unscored(scores, 0.5)
+    text = str(caught.value)
+    assert "6 of 10 completions (60%)" in text and "max_unscored=0.5 allows 50%" in text
+    assert text.index("4 x late") < text.index("2 x nan")
+    assert "raise scoring.timeout_s" in text
+
+
+def test_vader_gives_its_compound_score() -> None:
+    # VADER's lexicon has great 3.1; compound = s / sqrt(s^2 + 15), Hutto and Gilbert 2014.
+    expected = round(3.1 / (3.1**2 + 15) ** 0.5, 4)
+    assert compound([[], [], []], ["great", "", "table"]) == [expected, 0.0, 0.0]
