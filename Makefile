@@ -1,4 +1,5 @@
 PYTHON ?= python3
+DEVICE ?= auto
 RECIPE ?= recipes/sentiment_smollm2.yaml
 ARGS ?=
 BIN := .venv/bin
@@ -6,7 +7,7 @@ BIN := .venv/bin
 .PHONY: help setup demo test lint bench clean
 
 help:
-	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13)'
+	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13; DEVICE=cpu or gpu)'
 	@echo 'make demo    set up, then run $(RECIPE)'
 	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them)'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
@@ -14,7 +15,7 @@ help:
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 setup:
-	@PYTHON='$(PYTHON)' deploy/setup.sh
+	@PYTHON='$(PYTHON)' deploy/setup.sh --device '$(DEVICE)'
 
 demo: setup
 	$(BIN)/raylign run $(RECIPE) $(ARGS)

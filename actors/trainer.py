@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 from actors.deepspeed_config import deepspeed_config, reference_config
+from actors.deepspeed_engine import gradient_norm, start_engine
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.config.blocks import ModelBlock, SigmoidLossBlock, TrainerBlock
 from raylign.errors import TrainerError
@@ -60,6 +61,7 @@ class _TrainerRank:
         self._spec, self._rank, self._world = spec, rank, spec.trainer.ranks
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
         self._steps_done = 0
+        self._plain_norm: float | None = None
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
         torch.set_num_threads(spec.threads)
         _join_group(spec, rank, address, port)
@@ -67,7 +69,7 @@ class _TrainerRank:
         # transformers shards while loading as long as this object lives.
         self._zero3 = [HfDeepSpeedConfig(config)] if spec.trainer.zero_stage == 3 else []
         self._policy = self._load(spec.model)
-        self._engine = deepspeed.initialize(model=CompletionLogps(self._policy), config=config)[0]
+        self._engine = start_engine(CompletionLogps(self._policy), config)
         self._engine.train()
         self._reference = self._frozen_copy()
 
@@ -83,9 +85,8 @@ class _TrainerRank:
             return self._engine.module
         copy = self._load(self._spec.model).requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
-        engine = deepspeed.initialize(model=CompletionLogps(copy), config=config)[0]
-        engine.eval()
-        return engine.module
+        reference: nn.Module = start_engine(CompletionLogps(copy), config).eval()
+        return reference
 
     def ready(self) -> int:
         """The process id, once the group has formed."""
@@ -108,8 +109,8 @@ class _TrainerRank:
                 logps += module(chunk).logps.tolist()
         return logps[: len(rows)]
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> list[dict[str, float]]:
-        """One pass of optimizer steps; rank 0's return value has TRL's metrics of each step over all ranks."""
+    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+        """A round's optimizer steps; yields TRL's metrics of each, over all ranks."""
         block = self._spec.trainer
         steps = plan_steps(
             len(preferences),
@@ -119,7 +120,8 @@ class _TrainerRank:
             epochs=block.num_train_epochs,
             seed=seed,
         )
-        return [self._step(preferences, step) for step in steps]
+        for step in steps:
+            yield self._step(preferences, step)
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
@@ -135,7 +137,8 @@ class _TrainerRank:
                 f"lower trainer.learning_rate (now {rate:g}) or set model.dtype=float32"
             )
         self._steps_done += 1
-        return report | {"learning_rate": rate, "grad_norm": float(self._engine.get_global_grad_norm())}
+        norm = self._plain_norm if self._plain_norm is not None else float(self._engine.get_global_grad_norm())
+        return report | {"learning_rate": rate, "grad_norm": norm}
 
     def _mine(self, step: Step) -> tuple[MicroBatch, ...]:
         return step.micro_batches[self._rank]
@@ -149,6 +152,7 @@ class _TrainerRank:
         loss = preference_loss(PairLogps(chosen, rejected, *self._reference_of(batch)), self._spec.loss)
         # Ranks are averaged by DeepSpeed, so world / count makes every preference weigh 1 / count of the step.
         self._engine.backward((loss.losses * weights).sum() * self._world / step_count, scale_wrt_gas=False)
+        self._plain_norm = gradient_norm(self._engine)
         self._engine.step()
         return metrics.sums(loss, scores, weights, int(sequences.attention_mask.sum()))
 

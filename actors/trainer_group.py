@@ -1,9 +1,10 @@
 """N trainer ranks behind one port; every call runs on all of them, because their collectives need all of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from actors.waiting import get_all
@@ -33,9 +34,26 @@ class TrainerGroup:
             dataclasses.replace(p, reference_logps=tuple(next(logps) for _ in p.candidates)) for p in preferences
         )
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> tuple[dict[str, float], ...]:
-        """One round's optimizer steps; TRL's metrics of each step."""
-        return tuple(self._call("train", preferences, seed, what="training", steps=len(preferences))[0])
+    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+        """One round's optimizer steps, each yielded with TRL's metrics as it finishes on every rank."""
+        shared = ray.put(tuple(preferences))
+        streams = [handle.train.options(num_returns="streaming").remote(shared, seed) for handle in self.handles]
+        while (metrics := self._next(streams)) is not None:
+            yield metrics[0]
+
+    def _next(self, streams: Sequence[Any]) -> list[dict[str, float]] | None:
+        """The next item of every stream; None when they have ended."""
+        ready, waiting = ray.wait(list(streams), num_returns=len(streams), timeout=self._step_timeout_s)
+        if waiting:
+            raise TrainerError(
+                f"{len(waiting)} of {len(streams)} ranks did not finish an optimizer step within "
+                f"{self._step_timeout_s:g} s; raise trainer.step_timeout_s or look at the trainer's log"
+            )
+        try:
+            refs = [next(stream) for stream in streams]
+        except StopIteration:
+            return None
+        return get_all(refs, self._step_timeout_s, "training", TrainerError)
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of ids[1:] under the policy for each list of ids, from rank 0."""

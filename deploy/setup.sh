@@ -49,6 +49,13 @@ print(platform.python_version(), platform.system(), platform.machine(), "old" if
   [[ $libc == ok ]] || die "the C library is not glibc 2.28 or later, which the pinned packages need. Debian 10, Ubuntu 20.04, RHEL 8 or later have it"
 }
 
+stop_if_up_to_date() {
+  if [[ -x $venv/bin/python && -e $stamp && $(<"$stamp") == "$identity"$'\n'"$digest" ]]; then
+    say ".venv is up to date ($device, Python $python_version)"
+    exit 0
+  fi
+}
+
 check_machine() {
   local need_gib free_gib driver
   command -v c++ >/dev/null || command -v g++ >/dev/null || die "no C++ compiler; DeepSpeed and PyTorch compile kernels when first used. Debian, Ubuntu: apt install g++"
@@ -59,7 +66,7 @@ check_machine() {
   free_gib=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')
   ((free_gib >= need_gib)) || [[ -e $stamp ]] || die "$free_gib GiB free under $root; the $device set-up needs $need_gib GiB. Free some or clone elsewhere"
   if [[ $device == gpu ]] && driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) && [[ -n $driver ]]; then
-    ((${driver%%.*} >= 580)) || die "the NVIDIA driver is $driver; CUDA 13 needs 580 or later. Update it, or run: deploy/setup.sh --device cpu"
+    ((${driver%%.*} >= 580)) || die "the NVIDIA driver is $driver; CUDA 13 needs 580 or later. Update it, or set up for the CPU: make setup DEVICE=cpu"
   fi
 }
 
@@ -85,7 +92,7 @@ follow_pip() {
     if IFS= read -r -t 5 line; then
       printf '%s\n' "$line" >>"$log"
       case $line in
-        Collecting* | 'Requirement already'*) seen=$((seen + 1)) state="$seen of $total found" ;;
+        Collecting* | Processing* | 'Requirement already'*) seen=$((seen + 1)) state="$seen of $total found" ;;
         'Building wheels'*) state="building from source" ;;
         'Installing collected'*) state="copying into .venv" ;;
       esac
@@ -174,14 +181,20 @@ requirements=$root/deploy/requirements-$device.txt
 check_python
 identity="$device $python_version $root"
 digest=$(cat "$requirements" "$root/pyproject.toml" | sha256sum | cut -d ' ' -f 1)
-if [[ -x $venv/bin/python && -e $stamp && $(<"$stamp") == "$identity"$'\n'"$digest" ]]; then
-  say ".venv is up to date ($device, Python $python_version)"
-  exit 0
-fi
+stop_if_up_to_date
 if [[ $dry_run == yes ]]; then
   say "would install deploy/${requirements##*/} into .venv with Python $python_version (device: $device)"
   exit 0
 fi
+
+# The lock is on this file, so that none is left behind; pip inherits it and keeps it should this script be killed.
+exec 9<"${BASH_SOURCE[0]}"
+if ! flock --nonblock 9; then
+  say "another set-up is at work here; waiting for it"
+  flock 9
+  stop_if_up_to_date
+fi
+trap 'die "interrupted; run it again: it goes on where it stopped"' INT TERM
 
 say "device $device, Python $python_version; this takes a few minutes the first time"
 check_machine

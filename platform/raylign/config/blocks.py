@@ -150,6 +150,8 @@ class TrainerBlock(Block):
     """Passes over a round's preferences."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    save_total_limit: PositiveInt | None = 2
+    """Checkpoints to keep, newest first; null keeps one per round."""
     start_timeout_s: PositiveFloat = 600.0
     """Deadline for loading the model and joining the group, in seconds."""
     step_timeout_s: PositiveFloat = 600.0
