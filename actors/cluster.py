@@ -1,5 +1,6 @@
 """The Ray cluster a run lives on: an existing one when RAY_ADDRESS names it, else a private one on this machine."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,14 +35,14 @@ def cluster() -> Iterator[Mapping[str, float]]:
     address = os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": actor_environment()}
     if address:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="WARNING")
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
             num_cpus=os.cpu_count(),
             include_dashboard=False,
             runtime_env=runtime_env,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
         )
     try:
         yield ray.cluster_resources()

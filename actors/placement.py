@@ -85,7 +85,7 @@ def require_resources(plan: PlacementPlan, available: Mapping[str, float]) -> No
 
 def reserve(plan: PlacementPlan, timeout_s: float) -> PlacementGroup:
     """The bundles as a ready placement group. Raises PlacementError when they are not free within `timeout_s`."""
-    group = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
+    group: PlacementGroup = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError as cause:

@@ -82,7 +82,8 @@ class _TrainerRank:
     def _frozen_copy(self) -> nn.Module:
         """The reference module: the policy itself under a disabled adapter, else a second copy without optimizer."""
         if isinstance(self._policy, PeftModel):
-            return self._engine.module
+            policy: nn.Module = self._engine.module
+            return policy
         copy = self._load(self._spec.model).requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
         reference: nn.Module = start_engine(CompletionLogps(copy), config).eval()

@@ -16,38 +16,44 @@ from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample
 from raylign.rounds import RoundLog
 from raylign.sampling import evaluation_decoding, training_decoding
+from raylign.training.schedule import steps_per_round
 from recipes.campaign import Campaign, campaign
 
 
-def run_round(log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: RunConfig) -> RoundReport:
+def run_round(
+    log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: RunConfig
+) -> tuple[RoundReport, list[Sample]]:
     """Round `index` trains policy version `index` from samples of version `index - 1`."""
     index, seed = log.index, config.run.seed
     with log.stage("sample", len(prompts), "prompts") as advance:
         candidates = team.generators.sample(
-            prompts, training_decoding(config.sampling), seed=seed, round_index=index, version=index - 1, advance=advance
+            prompts,
+            training_decoding(config.sampling),
+            seed=seed,
+            round_index=index,
+            version=index - 1,
+            advance=advance,
         )
-    with log.stage("score", len(candidates), "candidates") as advance:
-        scores = team.scorer.score(prompts, candidates, advance)
+    with log.stage("score", len(candidates), "candidates"):
+        scores = team.scorer.score(prompts, candidates)
         log.save_candidates(prompts, candidates, scores)
-    with log.stage("prefer", len(prompts), "prompts") as advance:
+    with log.stage("prefer", len(prompts), "prompts"):
         pairing = build_preferences(prompts, candidates, scores, config.pairing)
         require_preferences(pairing, index)
-        advance(len(prompts))
-    with log.stage("reference", len(pairing.preferences), "preferences") as advance:
+    with log.stage("reference", len(pairing.preferences), "preferences"):
         preferences = team.trainers.with_reference(pairing.preferences)
         log.save_preferences(preferences)
-        advance(len(preferences))
-    with log.stage("train", team.trainers.steps(len(preferences)), "steps") as advance:
-        steps = []
+    steps: list[dict[str, float]] = []
+    with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as advance:
         for metrics in team.trainers.train(preferences, seed + index):
             steps.append(metrics)
             log.step(len(steps), metrics)
             advance(1)
-    with log.stage("publish", len(team.generators.handles), "generators") as advance:
+    with log.stage("publish", len(team.generators.handles), "generators"):
         sync = team.publisher.publish(index)
-        advance(len(team.generators.handles))
-    evaluation, _ = evaluate_policy(log, held_out, team, config)
-    return RoundReport(index, index, pairing.counts, tuple(steps), sync, evaluation, log.seconds)
+    evaluation, samples = evaluate_policy(log, held_out, team, config)
+    report = RoundReport(index, index, pairing.counts, tuple(steps), sync, evaluation, log.seconds)
+    return report, samples
 
 
 def evaluate_policy(
@@ -56,7 +62,7 @@ def evaluate_policy(
     """Held-out score, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
     with log.stage("evaluate", len(held_out), "prompts") as advance:
-        # Round 0 of the seeds: every version answers the held-out prompts with the same seeds.
+        # round_index=0: every version answers the held-out prompts with the same seeds.
         candidates = team.generators.sample(
             held_out, decoding, seed=config.run.seed, round_index=0, version=log.index, advance=advance
         )
@@ -73,7 +79,7 @@ def evaluate_policy(
 def train(run: Campaign, prompts: PromptSet, team: Team, config: RunConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round."""
     baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config)
-    run.start(baseline, before)
+    run.finish_baseline(baseline, before)
     for index in range(1, config.schedule.rounds + 1):
         batch = draw(prompts.train, index, config.schedule.prompts_per_round, config.run.seed)
         report, after = run_round(run.round_log(index), batch, prompts.held_out, team, config)

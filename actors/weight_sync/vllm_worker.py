@@ -60,7 +60,7 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
         self.model.load_weights(_tensors(update_info.path))  # type: ignore[operator]
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        finalize_layerwise_reload(self.model, self.model_config)
         _repack_output_heads(self.model)
 
     def shutdown(self) -> None:

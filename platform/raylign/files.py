@@ -20,6 +20,7 @@ def publish_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def publish_text(path: Path, text: str) -> None:
     """`text` as UTF-8 in `path`."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 

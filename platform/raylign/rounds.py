@@ -24,10 +24,18 @@ class RoundLog:
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """Time stage `name` and show its progress over `total` units."""
+        """Time stage `name` and show its progress over `total` units; the rest counts as done at the end."""
         started = time.monotonic()
         with stage_progress(self._console, f"round {self.index} {name}", total, unit) as advance:
-            yield advance
+            done = 0
+
+            def count(finished: int) -> None:
+                nonlocal done
+                done += finished
+                advance(finished)
+
+            yield count
+            advance(total - done)
         self.seconds[name] = time.monotonic() - started
         if self.index > 0:
             self._tracker.stage(self.index, name, self.seconds[name])

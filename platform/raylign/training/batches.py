@@ -83,6 +83,6 @@ def pad_sequences(pairs: Sequence[TokenPair], pad_id: int) -> Sequences:
 
 def pair_rows(preferences: Sequence[Preference]) -> list[TokenPair]:
     """All chosen rows, then all rejected rows, of preferences that are pairs."""
-    chosen = [(p.prompt.token_ids, p.candidates[0].token_ids) for p in preferences]
-    rejected = [(p.prompt.token_ids, p.candidates[-1].token_ids) for p in preferences]
+    chosen: list[TokenPair] = [(p.prompt.token_ids, p.candidates[0].token_ids) for p in preferences]
+    rejected: list[TokenPair] = [(p.prompt.token_ids, p.candidates[-1].token_ids) for p in preferences]
     return chosen + rejected

@@ -47,7 +47,7 @@ class CompletionLogps(nn.Module):
 
     def forward(self, sequences: Sequences) -> CompletionScores:
         causal = self._causal_lm()
-        decoder, head = causal.get_decoder(), causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        decoder, head = causal.get_decoder(), causal.get_output_embeddings()
         output = decoder(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False)
         targets = sequences.targets[:, 1:]
         hidden = output.last_hidden_state[:, :-1][targets]

@@ -21,6 +21,11 @@ def learning_rate(step: int, total_steps: int, block: TrainerBlock) -> float:
     return block.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
+def steps_per_round(preferences: int, block: TrainerBlock) -> int:
+    """Optimizer steps over `preferences`, all epochs; the last batch of an epoch may be smaller."""
+    return block.num_train_epochs * math.ceil(preferences / block.train_batch_size)
+
+
 def planned_steps(prompts_per_round: int, rounds: int, block: TrainerBlock) -> int:
     """Optimizer steps if every prompt of every round gives one preference; the schedule decays over these."""
-    return rounds * block.num_train_epochs * math.ceil(prompts_per_round / block.train_batch_size)
+    return rounds * steps_per_round(prompts_per_round, block)

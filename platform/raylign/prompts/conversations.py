@@ -1,0 +1,62 @@
+"""One cell of the prompt column: is it a conversation, and which messages is it?"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raylign.records import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def conversation_problem(value: object) -> tuple[str, str]:
+    """(problem, cure) of a cell that should be a string or a list of chat messages; two empty strings if it is fine."""
+    if isinstance(value, str):
+        return _text_problem("the prompt", value)
+    if not isinstance(value, list):
+        return f"a {type(value).__name__} instead of a string or a list of messages", "give a string or a list"
+    if not value:
+        return "a conversation without messages", "give at least one user message"
+    for index, message in enumerate(value):
+        problem, cure = _message_problem(index, message)
+        if problem:
+            return problem, cure
+    last = value[-1]["role"]
+    if last not in ("user", "tool"):
+        return f"the last message is from {last}", "end with the user message that is to be answered"
+    return "", ""
+
+
+def conversation(value: str | list[Mapping[str, Any]], system: str | None) -> tuple[Message, ...]:
+    """Messages of a cell without problems; `system` goes first unless the cell has a system message of its own.
+
+    Keys whose value is None are left out: Arrow adds them where messages have different keys.
+    """
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    messages = tuple({key: part for key, part in turn.items() if part is not None} for turn in turns)
+    if system is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return ({"role": "system", "content": system}, *messages)
+
+
+def _message_problem(index: int, message: object) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        return f"message {index} is a {type(message).__name__}", "a message is an object with role and content"
+    for key in ("role", "content"):
+        if message.get(key) is None:
+            return f"message {index} has no {key}", "a message is an object with role and content"
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        return f"message {index} has unknown role {role!r}", f"roles are {', '.join(ROLES)}"
+    if not isinstance(content, str):
+        return f"content of message {index} is a {type(content).__name__}", "content is text; give a string"
+    return _text_problem(f"content of message {index}", content)
+
+
+def _text_problem(name: str, text: str) -> tuple[str, str]:
+    if not text.strip():
+        return f"{name} is empty", "write the text or remove the row"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{name} has half a surrogate pair at character {error.start}", "save the text as valid Unicode"
+    return "", ""

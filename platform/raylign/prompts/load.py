@@ -1,0 +1,149 @@
+"""From `prompts` of a recipe to the prompts of a run."""
+
+import hashlib
+import logging
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from raylign.config.blocks import PromptsBlock
+from raylign.errors import PromptError
+from raylign.prompts.conversations import conversation, conversation_problem
+from raylign.prompts.sources import read_source
+from raylign.prompts.tables import Fault, Row, Table, refuse
+from raylign.records import Message, Prompt
+
+log = logging.getLogger(__name__)
+
+LENGTH_CURE = "raise generators.max_model_len, lower sampling.max_new_tokens, or shorten the prompts"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Prompts of a run, in the order of the source; no prompt is in both parts, and none is there twice.
+
+    Ids are `p` (train) or `h` (held out) and the number of the row in its split: the line from 1 for JSONL, else the
+    row from 0. `digest` is a sha256 (hex) over all ids and token ids: equal digests, equal prompts.
+    """
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    source: str
+    digest: str
+
+
+def load_prompts(
+    block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, seed: int
+) -> PromptSet:
+    """Read, check, template and split the prompts; the result depends on the arguments and the source alone.
+
+    The source's own held-out split is used from its start, else `block.held_out` prompts are drawn with `seed`.
+    Raises PromptError naming every bad row (the first ten), or when no prompt would be left to train on.
+    """
+    source = read_source(block)
+    train = _unique(_prompts("p", source.train, block, tokenizer, max_prompt_tokens), source.train.where)
+    if source.held_out is None:
+        train, held_out = _drawn(train, block.held_out, seed)
+    else:
+        own = source.held_out.head(block.held_out)
+        held_out = _unique(_prompts("h", own, block, tokenizer, max_prompt_tokens), own.where)
+        train = _without(train, held_out, source.train.where)
+    if not train:
+        raise PromptError(f"{block.source}: every prompt is also in its held-out split; give other prompts to train on")
+    return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]))
+
+
+def _prompts(
+    prefix: str, table: Table, block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> list[Prompt]:
+    """Prompts of a table in which every row is good; otherwise PromptError."""
+    table.require(block.column)
+    outcomes = [_prompt(prefix, row, block, tokenizer, limit) for row in table.rows]
+    refuse(table, [*table.faults, *(outcome for outcome in outcomes if isinstance(outcome, Fault))])
+    return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
+
+
+def _prompt(
+    prefix: str, row: Row, block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> Prompt | Fault:
+    if row.cells.get(block.column) is None:
+        return Fault(row.number, f"no {block.column!r}", dict(row.cells), "fill that column or remove the row")
+    value = row.cells[block.column]
+    problem, cure = conversation_problem(value)
+    if problem:
+        return Fault(row.number, problem, value, cure)
+    messages = conversation(value, block.system)
+    try:
+        token_ids = _token_ids(messages, tokenizer)
+    except TemplateError as error:
+        return Fault(row.number, f"refused by the chat template ({error})", value, "order roles as the model expects")
+    if len(token_ids) > limit:
+        return Fault(row.number, f"{len(token_ids)} tokens, limit {limit}", value, LENGTH_CURE)
+    return Prompt(f"{prefix}{row.number:06d}", messages, token_ids, _meta(row.cells, block.column))
+
+
+def _token_ids(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    turns = [dict(message) for message in messages]
+    token_ids: list[int] = tokenizer.apply_chat_template(  # type: ignore[assignment]
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return tuple(token_ids)
+
+
+def _meta(cells: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {name: value for name, value in cells.items() if name != column and _is_json_scalar(value)}
+
+
+def _is_json_scalar(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int)
+
+
+def _unique(prompts: Iterable[Prompt], where: str) -> list[Prompt]:
+    """The first of each set of prompts with equal token ids."""
+    prompts = list(prompts)
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.token_ids, prompt)
+    if len(first) < len(prompts):
+        log.info("%s: %d exact duplicates left out of %d prompts", where, len(prompts) - len(first), len(prompts))
+    return list(first.values())
+
+
+def _without(train: list[Prompt], held_out: list[Prompt], where: str) -> list[Prompt]:
+    kept_out = {prompt.token_ids for prompt in held_out}
+    left = [prompt for prompt in train if prompt.token_ids not in kept_out]
+    if len(left) < len(train):
+        log.info("%s: %d prompts are also held out and left out of training", where, len(train) - len(left))
+    return left
+
+
+def _drawn(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(train, held out): `count` prompts drawn without replacement; both keep the source's order."""
+    if count >= len(prompts):
+        raise PromptError(
+            f"prompts.held_out={count} leaves none of {len(prompts)} different prompts to train on; "
+            "lower it or add prompts"
+        )
+    generator = random.Random(f"{seed}/held_out")
+    keys = [generator.random() for _ in prompts]
+    chosen = set(sorted(range(len(prompts)), key=keys.__getitem__)[:count])
+    held_out = [
+        Prompt(f"h{prompt.id[1:]}", prompt.messages, prompt.token_ids, prompt.meta)
+        for index, prompt in enumerate(prompts)
+        if index in chosen
+    ]
+    return [prompt for index, prompt in enumerate(prompts) if index not in chosen], held_out
+
+
+def _digest(prompts: Iterable[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.id}:{','.join(map(str, prompt.token_ids))}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""From `prompts.source` to tables: embedded sets, JSONL, JSON and Parquet files, saved data sets, the hub."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+
+from raylign.config.blocks import PromptsBlock
+from raylign.errors import PromptError
+from raylign.prompts.tables import Fault, Row, Table, closest
+
+PREFIX = "embedded:"
+EMBEDDED = {"review-topics": "review_topics.json"}
+HELD_OUT_SPLITS = ("held_out", "test", "validation")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was read: rows to train on, and the source's own held-out split if it has one."""
+
+    train: Table
+    held_out: Table | None
+
+
+def read_source(block: PromptsBlock) -> Source:
+    """Read `block.source`. Raises PromptError when it is missing or in no known format."""
+    name = block.source
+    path = Path(name).expanduser()
+    if name.startswith(PREFIX):
+        return _read_embedded(block)
+    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or path.exists():
+        return _read_path(path, block)
+    return _read_hub(block)
+
+
+def _read_embedded(block: PromptsBlock) -> Source:
+    name = block.source.removeprefix(PREFIX)
+    if name not in EMBEDDED:
+        raise PromptError(f"no embedded prompts {name!r}; {closest(name, list(EMBEDDED))}")
+    text = resources.files("raylign.prompts").joinpath(EMBEDDED[name]).read_text(encoding="utf-8")
+    return _json_source(block.source, json.loads(text), block)
+
+
+def _read_path(path: Path, block: PromptsBlock) -> Source:
+    if not path.exists():
+        raise PromptError(f"{path}: no such file or folder (from {Path.cwd()}); correct prompts.source")
+    try:
+        if path.is_dir():
+            return _read_saved(path, block)
+        if path.suffix == ".jsonl":
+            return Source(_read_jsonl(path, block), None)
+        if path.suffix == ".json":
+            return _json_source(str(path), json.loads(path.read_text(encoding="utf-8-sig")), block)
+        if path.suffix == ".parquet":
+            return Source(_parquet_table(path), None)
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise PromptError(f"{path}: cannot be read ({error}); check that it is a whole {path.suffix} file") from error
+    raise PromptError(f"{path}: not a {', '.join(SUFFIXES)} file; convert it to one of these")
+
+
+def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(Row(number, _cells(json.loads(line), block.column)))
+            except ValueError as error:
+                faults.append(Fault(number, f"not a JSON row ({error})", line.strip(), "one JSON object per line"))
+    return Table(str(path), "line", _columns(rows), tuple(rows), tuple(faults))
+
+
+def _json_source(where: str, content: object, block: PromptsBlock) -> Source:
+    """A list of rows, or an object of splits that are lists of rows; a row is an object or the prompt itself."""
+    if isinstance(content, list):
+        return Source(_json_table(where, content, block), None)
+    if not isinstance(content, dict) or not all(isinstance(rows, list) for rows in content.values()):
+        raise PromptError(f"{where}: neither a list of rows nor an object of splits; wrap the rows in [...]")
+    train, held_out = _pick_splits(where, list(content), block.split)
+    return Source(
+        _json_table(f"{where} split {train}", content[train], block),
+        None if held_out is None else _json_table(f"{where} split {held_out}", content[held_out], block),
+    )
+
+
+def _json_table(where: str, content: list[object], block: PromptsBlock) -> Table:
+    rows: list[Row] = []
+    faults: list[Fault] = []
+    for number, value in enumerate(content):
+        try:
+            rows.append(Row(number, _cells(value, block.column)))
+        except ValueError as error:
+            faults.append(Fault(number, str(error), value, "one JSON object per row"))
+    return Table(where, "row", _columns(rows), tuple(rows), tuple(faults))
+
+
+def _cells(value: object, column: str) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        return {column: value}
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} instead of an object")
+    return value
+
+
+def _columns(rows: list[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for row in rows for name in row.cells))
+
+
+def _parquet_table(path: Path) -> Table:
+    table = pq.read_table(path)
+    rows = tuple(Row(number, cells) for number, cells in enumerate(table.to_pylist()))
+    return Table(str(path), "row", tuple(table.column_names), rows)
+
+
+def _read_saved(path: Path, block: PromptsBlock) -> Source:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise PromptError(
+            f"{path}: not a folder made by datasets' save_to_disk; give that, or one {', '.join(SUFFIXES)} file"
+        ) from error
+    if isinstance(saved, datasets.Dataset):
+        return Source(_dataset_table(str(path), saved, block.column), None)
+    train, held_out = _pick_splits(str(path), list(saved), block.split)
+    return Source(
+        _dataset_table(f"{path} split {train}", saved[train], block.column),
+        None if held_out is None else _dataset_table(f"{path} split {held_out}", saved[held_out], block.column),
+    )
+
+
+def _read_hub(block: PromptsBlock) -> Source:
+    """`split` may be a slice such as `train[:1000]`; only the splits that are used are read."""
+    name = block.source
+    try:
+        base, held_out = _pick_splits(name, datasets.get_dataset_split_names(name), block.split.partition("[")[0])
+        wanted = [block.split] if held_out is None else [block.split, held_out]
+        loaded = [datasets.load_dataset(name, split=split) for split in wanted]
+    except (OSError, ValueError, DatasetsError) as error:
+        raise PromptError(
+            f"{name}: neither a file or folder here nor a hub data set that can be read ({error}); correct "
+            "prompts.source, log in with `hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
+        ) from error
+    tables = [
+        _dataset_table(f"{name} split {split}", part, block.column) for split, part in zip(wanted, loaded, strict=True)
+    ]
+    return Source(tables[0], None if held_out is None else tables[1])
+
+
+def _dataset_table(where: str, dataset: datasets.Dataset, column: str) -> Table:
+    """Columns other than `column` and plain values (images, audio, nested) are never decoded."""
+    columns = tuple(dataset.column_names)
+    plain = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Value)]
+    kept = [name for name in columns if name == column or name in plain]
+    rows = tuple(Row(number, cells) for number, cells in enumerate(dataset.select_columns(kept).to_list()))
+    return Table(where, "row", columns, rows)
+
+
+def _pick_splits(where: str, splits: list[str], wanted: str) -> tuple[str, str | None]:
+    """The split to train on and the first of the source's own held-out splits, if it has one."""
+    if wanted not in splits:
+        raise PromptError(f"{where}: no split {wanted!r}; {closest(wanted, splits)} (prompts.split)")
+    return wanted, next((name for name in HELD_OUT_SPLITS if name in splits and name != wanted), None)

@@ -1,0 +1,156 @@
+"""What every recipe needs around its loop: run directory, tracking, prompts, the team on its cluster, a summary."""
+
+import logging
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from actors.cluster import cluster, log_folder
+from actors.team import Team, team
+from raylign.config import RunConfig
+from raylign.models import load_tokenizer, resolve_model
+from raylign.prompts import PromptSet, load_prompts
+from raylign.records import Evaluation, Prompt, RoundReport
+from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
+from raylign.rounds import RoundLog
+from raylign.rundir import RunDirectory, create_run
+from raylign.scoring import describe_function
+from raylign.tracking.facts import run_facts
+from raylign.tracking.tracker import Status, Tracker, open_tracker
+from raylign.tracking.uri import default_uri
+
+log = logging.getLogger(__name__)
+_CANARY_PROMPTS = 4
+
+
+class Campaign:
+    """The driver's desk: it writes every record of the run and prints the summary."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
+        self.directory = directory
+        self._config, self._tracker, self._console = config, tracker, console
+        self._evaluations: list[Evaluation] = []
+        self._reports: list[RoundReport] = []
+        self._samples: list[Sequence[Sample]] = []
+
+    def round_log(self, index: int) -> RoundLog:
+        """The log of round `index`; 0 is the evaluation before training."""
+        if index:
+            self._tracker.round_started(index)
+        return RoundLog(index, self.directory, self._tracker, self._console)
+
+    def finish_baseline(self, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
+        """Record the evaluation before round 1."""
+        self._evaluations.append(evaluation)
+        self._samples.append(samples[: self._config.evaluation.samples])
+        self.directory.write_baseline(evaluation)
+        self._tracker.baseline(evaluation)
+        self._say(f"round 0: held-out score {evaluation.score:.3f}")
+
+    def finish_round(self, report: RoundReport, samples: Sequence[Sample], team: Team) -> None:
+        """Save the policy and record the round; a round without this call has not happened."""
+        self._save_policy(report.policy_version, team)
+        self._reports.append(report)
+        self._samples.append(samples[: self._config.evaluation.samples])
+        self.directory.write_report(report)
+        self._tracker.round_finished(report)
+        evaluation = report.evaluation
+        self._say(
+            f"round {report.index}: held-out score {evaluation.score:.3f}, KL {evaluation.kl:.2f} nats, "
+            f"{report.counts['preferences']} pairs, {sum(report.seconds.values()):.0f} s"
+        )
+
+    def _save_policy(self, version: int, team: Team) -> None:
+        keep = self._config.trainer.save_total_limit
+        with self.directory.new_checkpoint(version, keep) as folder:
+            if self._config.model.lora is None:
+                team.trainers.save_weights(str(folder / "model.safetensors"))
+            else:
+                team.trainers.save_adapter(str(folder))
+
+    def summary(self) -> None:
+        """The table of rounds, samples before and after, and what may be wrong."""
+        if not self._reports:
+            return
+        baseline = self._evaluations[0]
+        if self._samples[0]:
+            self._console.print(samples_block("held-out samples", self._samples[0], self._samples[-1]))
+        self._console.print(round_table(baseline, self._reports))
+        for warning in warnings(baseline, self._reports):
+            self._say(f"note: {warning}")
+        self._say(f"results: {self.directory.path}")
+        self._say(f"MLflow:  mlflow ui --backend-store-uri {default_uri(self._config.tracking, self.directory.path)}")
+        self._say(f"export:  raylign export {self.directory.path} --to DIR")
+
+    def _say(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+@contextmanager
+def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
+    """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
+    folder = resolve_model(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
+    describe_function(config.scoring.function)
+    console = report_console()
+    with _terminable(), cluster() as available:
+        directory = create_run(config.run, config)
+        tracker = open_tracker(directory.path, config.tracking)
+        with _recorded(tracker):
+            run = Campaign(config, directory, tracker, console)
+            _open_record(config, tracker, directory, prompts)
+            console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
+            canary = _canary(prompts.held_out)
+            with team(
+                config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, available=available
+            ) as roles:
+                roles.publisher.verify()
+                yield run, prompts, roles
+        run.summary()
+
+
+def _open_record(config: RunConfig, tracker: Tracker, directory: RunDirectory, prompts: PromptSet) -> None:
+    tracker.campaign_started(config, run_facts())
+    counts = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
+    tracker.prompts(prompts.source, config.prompts.split, prompts.digest, counts)
+    tracker.artifact(directory.path / "config.yaml", "config")
+
+
+def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:
+    return tuple(prompt.token_ids for prompt in prompts[:_CANARY_PROMPTS])
+
+
+@contextmanager
+def _recorded(tracker: Tracker) -> Iterator[None]:
+    """Give the campaign its true final status, whatever ends it."""
+    status: Status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        missing = tracker.close(status)
+        if missing:
+            log.warning("%d events have not reached MLflow; they are in the run's events.jsonl", missing)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which a cluster sends before it takes a machine away, unwinds like Ctrl-C."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
