@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
@@ -106,8 +107,13 @@ class _Generator:
             max_tokens=decoding.max_new_tokens,
             seed=seed,
             logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._run(list(prompt.token_ids), params)
+        if len(output.outputs) != decoding.num_generations:
+            raise GeneratorError(
+                f"prompt {prompt.id}: vLLM returned {len(output.outputs)} candidates, not {decoding.num_generations}"
+            )
         completions = sorted(output.outputs, key=lambda completion: completion.index)
         return [_candidate(prompt, completion, seed, version) for completion in completions]
 

@@ -93,10 +93,38 @@ class _TrainerRank:
         """The process id, once the group has formed."""
         return os.getpid()
 
+    def reference_pairs(self, preferences: Sequence[Preference], seed: int) -> dict[int, tuple[float, float]]:
+        """Reference log-probs (chosen, rejected) of this rank's preferences, by index.
+
+        Runs the micro-batches of the first epoch of `train` with the same seed, so that a policy equal to the
+        reference gets bit-equal log-probs there: the loss of its first step is ln 2 exactly.
+        """
+        found: dict[int, tuple[float, float]] = {}
+        with self._as_reference(), torch.no_grad():
+            for micro in (micro for step in self._plan(len(preferences), seed, epochs=1) for micro in self._mine(step)):
+                rows = pair_rows([preferences[index] for index in micro.indices])
+                logps = self._reference(pad_sequences(rows, self._spec.pad_id).to(self._device)).logps
+                chosen, rejected = logps.chunk(2)
+                found |= dict(zip(micro.indices, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+        return found
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        return self._policy.disable_adapter() if isinstance(self._policy, PeftModel) else nullcontext()
+
+    def _plan(self, count: int, seed: int, epochs: int) -> list[Step]:
+        block = self._spec.trainer
+        return plan_steps(
+            count,
+            ranks=self._world,
+            micro_batch=block.per_device_train_batch_size,
+            accumulation=block.gradient_accumulation_steps,
+            epochs=epochs,
+            seed=seed,
+        )
+
     def reference_logps(self, rows: Sequence[TokenPair]) -> list[float]:
         """Summed completion log-probs of this rank's share `rows[rank::world]` under the reference."""
-        disabled = self._policy.disable_adapter() if isinstance(self._policy, PeftModel) else nullcontext()
-        with disabled:
+        with self._as_reference():
             return self._logps(self._reference, rows[self._rank :: self._world], math.ceil(len(rows) / self._world))
 
     def _logps(self, module: nn.Module, rows: Sequence[TokenPair], count: int) -> list[float]:
@@ -112,16 +140,7 @@ class _TrainerRank:
 
     def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
         """A round's optimizer steps; yields TRL's metrics of each, over all ranks."""
-        block = self._spec.trainer
-        steps = plan_steps(
-            len(preferences),
-            ranks=self._world,
-            micro_batch=block.per_device_train_batch_size,
-            accumulation=block.gradient_accumulation_steps,
-            epochs=block.num_train_epochs,
-            seed=seed,
-        )
-        for step in steps:
+        for step in self._plan(len(preferences), seed, self._spec.trainer.num_train_epochs):
             yield self._step(preferences, step)
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:

@@ -26,13 +26,11 @@ class TrainerGroup:
         world = len(self.handles)
         return [shares[index % world][index // world] for index in range(len(rows))]
 
-    def with_reference(self, preferences: Sequence[Preference]) -> tuple[Preference, ...]:
-        """The preferences with `reference_logps` filled in, computed once for all epochs."""
-        rows = [(p.prompt.token_ids, c.token_ids) for p in preferences for c in p.candidates]
-        logps = iter(self.reference_logps(rows))
-        return tuple(
-            dataclasses.replace(p, reference_logps=tuple(next(logps) for _ in p.candidates)) for p in preferences
-        )
+    def with_reference(self, preferences: Sequence[Preference], seed: int) -> tuple[Preference, ...]:
+        """The pairs with `reference_logps` filled in, computed once for all epochs; `seed` is that of `train`."""
+        shares = self._call("reference_pairs", preferences, seed, what="reference log-probs", steps=len(preferences))
+        logps: dict[int, tuple[float, float]] = {index: pair for share in shares for index, pair in share.items()}
+        return tuple(dataclasses.replace(p, reference_logps=logps[index]) for index, p in enumerate(preferences))
 
     def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
         """One round's optimizer steps, each yielded with TRL's metrics as it finishes on every rank."""

@@ -41,7 +41,7 @@ def run_round(
         pairing = build_preferences(prompts, candidates, scores, config.pairing)
         require_preferences(pairing, index)
     with log.stage("reference", len(pairing.preferences), "preferences"):
-        preferences = team.trainers.with_reference(pairing.preferences)
+        preferences = team.trainers.with_reference(pairing.preferences, seed + index)
         log.save_preferences(preferences)
     steps: list[dict[str, float]] = []
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as advance:

@@ -60,8 +60,8 @@ def _downloaded(hub_id: str, revision: str | None) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{hub_id} is not in the hub cache and the hub cannot be reached; check the network, HTTPS_PROXY and "
-            "HF_HUB_OFFLINE, or give a local folder as model.path (embedded:smollm2-135m needs no network)"
+            f"{hub_id} is no folder here, not in the hub cache, and the hub cannot be reached; check the network, "
+            "HTTPS_PROXY and HF_HUB_OFFLINE, or give a local folder (or embedded:smollm2-135m)"
         ) from error
     except OSError as error:
         raise ModelError(f"{hub_id}: download failed ({error}); run again, finished files are kept") from error

@@ -13,7 +13,7 @@ def conversation_problem(value: object) -> tuple[str, str]:
     if isinstance(value, str):
         return _text_problem("the prompt", value)
     if not isinstance(value, list):
-        return f"a {type(value).__name__} instead of a string or a list of messages", "give a string or a list"
+        return f"{type(value).__name__} instead of a string or a list of messages", "give a string or a list"
     if not value:
         return "a conversation without messages", "give at least one user message"
     for index, message in enumerate(value):

@@ -110,7 +110,7 @@ def _cells(value: object, column: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         return {column: value}
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} instead of an object")
+        raise ValueError(f"{type(value).__name__} instead of an object")
     return value
 
 

@@ -1,0 +1,1 @@
+"""What `raylign doctor` looks at. Light to import: the libraries it judges may be broken."""

@@ -1,0 +1,216 @@
+"""What a recipe would run, found out without starting an actor or loading weights."""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from peft import LoraConfig, get_peft_model
+from ray.exceptions import RayError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.cluster import cluster
+from actors.placement import PlacementPlan, choose_device, plan_placement, require_resources
+from actors.weight_sync.manifest import checkpoint_manifest
+from actors.weight_sync.transports import Transport, choose_transport, require_room
+from raylign.config import RunConfig
+from raylign.config.blocks import ModelBlock
+from raylign.errors import ConfigError, ModelError, PlacementError
+from raylign.models import context_limit, load_tokenizer, resolve_model
+from raylign.prompts import PromptSet, draw, load_prompts
+from raylign.scoring import FunctionInfo, describe_function
+from raylign.training.logprobs import CompletionLogps
+from raylign.training.schedule import planned_steps, steps_per_round
+from recipes.checks.machine import SHARED_MEMORY
+from recipes.checks.ray_cluster import require_cluster
+
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The policy: where it is, its parameters (those of a tied output head once) and how many of them train."""
+
+    folder: Path
+    parameters: int
+    trained: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """Counts of the two parts, and the shortest, median and longest prompt of both, in tokens."""
+
+    train: int
+    held_out: int
+    shortest: int
+    middle: float
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Upper bounds of work: every completion as long as allowed, every prompt giving a preference."""
+
+    sampled_per_round: int
+    evaluated_per_round: int
+    sampled: int
+    evaluated: int
+    steps_per_round: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All that `raylign plan` shows. Made by `make_plan`, read by `recipes.plan_view`.
+
+    `push_bytes` is the size of one weight file in shared memory, 0 for transports without one.
+    """
+
+    config: RunConfig
+    model: ModelFacts
+    prompts: PromptFacts
+    scorer: FunctionInfo
+    amounts: Amounts
+    placement: PlacementPlan
+    available: Mapping[str, float]
+    cluster: str
+    transport: Transport
+    push_bytes: int
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
+    scorer = describe_function(config.scoring.function)
+    model = model_facts(config.model)
+    _require_context(config, model)
+    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code)
+    prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
+    draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
+    where, available = present_resources()
+    placement = plan_placement(
+        config.placement, config.generators, config.trainer, choose_device(config.placement, available)
+    )
+    require_resources(placement, available)
+    transport = choose_transport(
+        config.generators.weight_sync.transport,
+        device=placement.device,
+        adapter=config.model.lora is not None,
+        own_devices=config.placement.mode == "disaggregated",
+    )
+    push = model.parameters * BYTES[config.model.dtype] if transport == "shm" else 0
+    if "RAY_ADDRESS" not in os.environ:
+        require_room(shared_folder(), push)
+    return RunPlan(
+        config=config,
+        model=model,
+        prompts=prompt_facts(prompts),
+        scorer=scorer,
+        amounts=amounts(config, len(prompts.held_out)),
+        placement=placement,
+        available=available,
+        cluster=where,
+        transport=transport,
+        push_bytes=push,
+    )
+
+
+def model_facts(block: ModelBlock) -> ModelFacts:
+    """Resolve the path (a hub id is downloaded) and count parameters by the headers of the files."""
+    folder = Path(resolve_model(block.path, block.revision))
+    parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
+    trained = _trained_parameters(folder, block)
+    return ModelFacts(folder, parameters, trained, context_limit(str(folder), block.trust_remote_code))
+
+
+def _trained_parameters(folder: Path, block: ModelBlock) -> int:
+    """Parameters with gradients, counted on a model without storage; refuses models that the trainer refuses."""
+    trust = block.trust_remote_code
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            CompletionLogps(model)
+            if block.lora is not None:
+                targets = block.lora.target_modules
+                wanted = targets if isinstance(targets, str) else list(targets)
+                model = get_peft_model(model, LoraConfig("CAUSAL_LM", r=block.lora.r, target_modules=wanted))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _require_context(config: RunConfig, model: ModelFacts) -> None:
+    if config.generators.max_model_len > model.context:
+        raise ConfigError(
+            f"generators.max_model_len={config.generators.max_model_len} exceeds the {model.context} positions of "
+            f"{config.model.path}; lower it"
+        )
+
+
+def prompt_facts(prompts: PromptSet) -> PromptFacts:
+    lengths = [len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out)]
+    return PromptFacts(len(prompts.train), len(prompts.held_out), min(lengths), median(lengths), max(lengths))
+
+
+def amounts(config: RunConfig, held_out: int) -> Amounts:
+    """Evaluation runs before round 1 and after each of the `schedule.rounds` rounds."""
+    schedule, sampling = config.schedule, config.sampling
+    per_round = schedule.prompts_per_round * sampling.num_generations * sampling.max_new_tokens
+    evaluated = held_out * config.evaluation.num_generations * sampling.max_new_tokens
+    return Amounts(
+        sampled_per_round=per_round,
+        evaluated_per_round=evaluated,
+        sampled=schedule.rounds * per_round,
+        evaluated=(schedule.rounds + 1) * evaluated,
+        steps_per_round=steps_per_round(schedule.prompts_per_round, config.trainer),
+        steps=planned_steps(schedule.prompts_per_round, schedule.rounds, config.trainer),
+    )
+
+
+def present_resources() -> tuple[str, Mapping[str, float]]:
+    """Whose resources they are, and the CPUs and GPUs: of the cluster at RAY_ADDRESS, else of this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return "this machine", {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    require_cluster(address)
+    try:
+        with cluster() as available:
+            return f"the cluster at {address}", dict(available)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise PlacementError(f"RAY_ADDRESS={address}: cannot join the cluster ({error})") from error
+
+
+def shared_folder() -> Path:
+    """Where weight files go."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def free_shared_bytes() -> int:
+    return shutil.disk_usage(shared_folder()).free
+
+
+def notes(plan: RunPlan) -> list[str]:
+    """What is no error, but may not be meant."""
+    config, found = plan.config, []
+    run = run_directory(config)
+    if run.exists():
+        found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
+    if config.trainer.train_batch_size > config.schedule.prompts_per_round:
+        found.append(
+            f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
+            f"{config.schedule.prompts_per_round}: every step will be smaller"
+        )
+    passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
+    if passes > 1:
+        found.append(f"the rounds use each of the {plan.prompts.train} training prompts {passes:.1f} times")
+    return found
+
+
+def run_directory(config: RunConfig) -> Path:
+    return (config.run.dir / config.run.name).absolute()

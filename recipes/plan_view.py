@@ -1,0 +1,124 @@
+"""A plan as people read it."""
+
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from actors.placement import ActorPlace
+from raylign.tracking.uri import default_uri
+from recipes.checks.machine import megabytes
+from recipes.plan import RunPlan, free_shared_bytes, notes, run_directory
+
+Line = tuple[str, str]
+
+
+def show_plan(plan: RunPlan, console: Console) -> None:
+    """Sections of `name value` lines, the table of roles, then notes."""
+    lines = [*_inputs(plan), *_work(plan)]
+    console.print(_grid(lines))
+    console.print(_roles(plan))
+    console.print(_grid(_outside(plan)))
+    for note in notes(plan):
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _inputs(plan: RunPlan) -> list[Line]:
+    config, model, prompts = plan.config, plan.model, plan.prompts
+    kind = "every weight" if config.model.lora is None else f"LoRA adapter of rank {config.model.lora.r}"
+    share = model.trained / model.parameters
+    return [
+        ("model", f"{config.model.path}, in {model.folder}"),
+        ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
+        ("trained", f"{kind}: {model.trained:,} parameters ({share:.1%})"),
+        ("prompts", f"{config.prompts.source}: {prompts.train} to train on, {prompts.held_out} held out"),
+        (
+            "",
+            f"{prompts.shortest} to {prompts.longest} tokens, median {prompts.middle:g}; "
+            f"at most {config.max_prompt_tokens} (max_model_len less max_new_tokens)",
+        ),
+        ("scorer", config.scoring.function),
+        ("", f"{plan.scorer.file}:{plan.scorer.line}"),
+        ("", f"sha256 {plan.scorer.sha256}"),
+    ]
+
+
+def _work(plan: RunPlan) -> list[Line]:
+    config, amounts = plan.config, plan.amounts
+    schedule, sampling, trainer = config.schedule, config.sampling, config.trainer
+    return [
+        (
+            "each round",
+            f"{schedule.prompts_per_round} prompts x {sampling.num_generations} candidates x at most "
+            f"{sampling.max_new_tokens} tokens = at most {amounts.sampled_per_round:,} sampled tokens",
+        ),
+        (
+            "",
+            f"at most {_many(amounts.steps_per_round, 'optimizer step')} of "
+            f"{_many(trainer.train_batch_size, 'preference')} ({_many(trainer.ranks, 'rank')} x "
+            f"{trainer.per_device_train_batch_size} per device x {trainer.gradient_accumulation_steps} accumulated), "
+            f"{_many(trainer.num_train_epochs, 'epoch')}",
+        ),
+        (
+            "",
+            f"evaluation: {plan.prompts.held_out} prompts x {_many(config.evaluation.num_generations, 'completion')} "
+            f"= at most {amounts.evaluated_per_round:,} tokens",
+        ),
+        (
+            f"{_many(schedule.rounds, 'round')}",
+            f"at most {amounts.sampled:,} sampled tokens, {amounts.evaluated:,} more in "
+            f"{schedule.rounds + 1} evaluations, {_many(amounts.steps, 'optimizer step')}",
+        ),
+    ]
+
+
+def _roles(plan: RunPlan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("role")
+    for header in ("actors", "CPUs each", "GPUs each"):
+        table.add_column(header, justify="right")
+    table.add_column("device")
+    placement = plan.placement
+    scorer = (ActorPlace(0, plan.config.placement.scorer_cpus, 0.0),)
+    for role, places, device in (
+        ("generator", placement.generators, placement.device),
+        ("trainer", placement.trainers, placement.device),
+        ("scorer", scorer, "cpu"),
+    ):
+        table.add_row(role, str(len(places)), _each(p.num_cpus for p in places), _each(p.num_gpus for p in places), device)
+    return table
+
+
+def _outside(plan: RunPlan) -> list[Line]:
+    config = plan.config
+    run = run_directory(config)
+    required = plan.placement.required()
+    needs = ", ".join(f"{required[name]:g} {name} of {plan.available.get(name, 0.0):g}" for name in required)
+    push = f": {megabytes(plan.push_bytes)} each push, {megabytes(free_shared_bytes())} free" if plan.push_bytes else ""
+    return [
+        ("required", f"{needs} on {plan.cluster}, placement {config.placement.mode}"),
+        ("weight sync", f"{plan.transport}{push}"),
+        ("run directory", str(run)),
+        ("MLflow", f"{default_uri(config.tracking, run)}, experiment {config.tracking.experiment}"),
+    ]
+
+
+def _grid(lines: Iterable[Line]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(min_width=13)
+    grid.add_column(overflow="fold")
+    for name, value in lines:
+        grid.add_row(Text(name, style="bold"), Text(value))
+    return grid
+
+
+def _each(amounts: Iterable[float]) -> str:
+    """One number, or the range when ranks share bundles unevenly."""
+    found = sorted(set(amounts))
+    return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
