@@ -26,8 +26,11 @@ def actor_environment() -> dict[str, str]:
 
 
 @contextmanager
-def cluster() -> Iterator[Mapping[str, float]]:
-    """Connect or start, yield the cluster's total resources, and leave it clean."""
+def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
+    """Connect or start, yield the cluster's total resources, and leave it clean.
+
+    `num_cpus` sizes a private cluster; by default it has the machine's cores.
+    """
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
@@ -38,7 +41,7 @@ def cluster() -> Iterator[Mapping[str, float]]:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
-            num_cpus=os.cpu_count(),
+            num_cpus=num_cpus or os.cpu_count(),
             include_dashboard=False,
             runtime_env=runtime_env,
             log_to_driver=False,

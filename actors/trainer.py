@@ -86,7 +86,8 @@ class _TrainerRank:
             return policy
         copy = self._load(self._spec.model).requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
-        reference: nn.Module = start_engine(CompletionLogps(copy), config).eval()
+        reference: nn.Module = start_engine(CompletionLogps(copy), config)
+        reference.eval()
         return reference
 
     def ready(self) -> int:

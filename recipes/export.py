@@ -2,14 +2,101 @@
 
 import shlex
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from raylign.config import RunConfig
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
-from raylign.model_card import FRAMEWORKS, ModelFacts, framework_versions
+from raylign.model_card import ModelFacts, framework_versions
 from raylign.models import resolve_model
 from raylign.records import RoundReport
 from raylign.rundir import RunDirectory, open_run
 from raylign.tracking.journal import JOURNAL_NAME, read_events
+
+LOCAL_STARTS = (".", "/", "~")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_VERSION = "version."
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Where the model is, the policy version it has, and a shell line that serves it."""
+
+    folder: Path
+    version: int
+    use: str
+
+
+def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Exported:
+    """Export a policy version of the run directory `run`, by default the newest whose round is finished, to `to`.
+
+    Raises ConfigError when there is no such run or version, ModelError as `export_model` does.
+    """
+    directory = open_run(run)
+    config = directory.config()
+    report = finished_round(directory, version)
+    checkpoint = directory.checkpoint(report.policy_version)
+    base = resolve_model(config.model.path, config.model.revision)
+    folder = export_model(checkpoint, base, to.absolute(), merge, card_facts(directory, config, report))
+    stays_adapter = (folder / ADAPTER_CONFIG).is_file()
+    return Exported(folder, report.policy_version, usage(folder, base if stays_adapter else None, config))
+
+
+def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:
+    """The report of policy `version`, or of the newest one that still has a checkpoint."""
+    kept = {int(path.name) for path in directory.checkpoints()}
+    reports = {report.policy_version: report for report in directory.reports() if report.policy_version in kept}
+    if not reports:
+        raise ConfigError(f"{directory.path}: no finished round with a checkpoint; let the run finish a round first")
+    wanted = max(reports) if version is None else version
+    if wanted not in reports:
+        known = ", ".join(str(number) for number in sorted(reports))
+        raise ConfigError(
+            f"{directory.path}: no checkpoint of a finished round for version {wanted}; there are: {known} "
+            "(trainer.save_total_limit says how many a run keeps)"
+        )
+    return reports[wanted]
+
+
+def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> ModelFacts:
+    """What the model card tells of the run up to `report`."""
+    return ModelFacts(
+        name=config.run.name,
+        base_model=public_name(config.model.path),
+        prompts=public_name(config.prompts.source),
+        scorer=config.scoring.function,
+        loss_type=config.loss.loss_type,
+        beta=config.loss.beta,
+        rounds=report.index,
+        evaluation=report.evaluation,
+        confidence=config.evaluation.confidence,
+        versions=training_versions(directory),
+    )
+
+
+def public_name(source: str) -> str:
+    """`source` without the path of this machine: hub ids and embedded names as they are, else the last part."""
+    is_local = source.startswith(LOCAL_STARTS) or source.endswith(FILE_SUFFIXES) or Path(source).exists()
+    return Path(source).name if is_local else source
+
+
+def training_versions(directory: RunDirectory) -> dict[str, str]:
+    """Framework versions as the run's journal has them; those installed here when there is no journal."""
+    journal = directory.path / JOURNAL_NAME
+    started = (
+        next((e for e in read_events(journal) if e.name == "campaign_started"), None) if journal.is_file() else None
+    )
+    if started is None:
+        return framework_versions()
+    tags: dict[str, str] = started.payload["tags"]
+    return {name.removeprefix(_VERSION): value for name, value in tags.items() if name.startswith(_VERSION)}
+
+
+def usage(folder: Path, base: str | None, config: RunConfig) -> str:
+    """`base` is the folder that an exported adapter needs, None for a whole model."""
+    if base is None or config.model.lora is None:
+        return shlex.join(["vllm", "serve", str(folder)])
+    # vLLM reserves buffers for powers of two from 8 up.
+    rank = max(8, 1 << (config.model.lora.r - 1).bit_length())
+    adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{config.run.name}={folder}"]
+    return shlex.join(["vllm", "serve", base, *adapter])

@@ -27,8 +27,9 @@ from raylign.scoring import FunctionInfo, describe_function
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.machine import SHARED_MEMORY
-from recipes.checks.ray_cluster import require_cluster
+from recipes.checks.ray_cluster import require_named_cluster
 
+THIS_MACHINE = "this machine"
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -69,7 +70,8 @@ class Amounts:
 class RunPlan:
     """All that `raylign plan` shows. Made by `make_plan`, read by `recipes.plan_view`.
 
-    `push_bytes` is the size of one weight file in shared memory, 0 for transports without one.
+    `push_bytes` is the size of one weight file in shared memory, 0 for transports without one; `free_bytes` is the room
+    for it, 0 when that is on another machine.
     """
 
     config: RunConfig
@@ -82,6 +84,7 @@ class RunPlan:
     cluster: str
     transport: Transport
     push_bytes: int
+    free_bytes: int
 
 
 def make_plan(config: RunConfig) -> RunPlan:
@@ -104,7 +107,8 @@ def make_plan(config: RunConfig) -> RunPlan:
         own_devices=config.placement.mode == "disaggregated",
     )
     push = model.parameters * BYTES[config.model.dtype] if transport == "shm" else 0
-    if "RAY_ADDRESS" not in os.environ:
+    is_here = where == THIS_MACHINE
+    if is_here:
         require_room(shared_folder(), push)
     return RunPlan(
         config=config,
@@ -117,6 +121,7 @@ def make_plan(config: RunConfig) -> RunPlan:
         cluster=where,
         transport=transport,
         push_bytes=push,
+        free_bytes=shutil.disk_usage(shared_folder()).free if is_here else 0,
     )
 
 
@@ -139,7 +144,7 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
             if block.lora is not None:
                 targets = block.lora.target_modules
                 wanted = targets if isinstance(targets, str) else list(targets)
-                model = get_peft_model(model, LoraConfig("CAUSAL_LM", r=block.lora.r, target_modules=wanted))
+                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=block.lora.r, target_modules=wanted))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -177,8 +182,8 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
     """Whose resources they are, and the CPUs and GPUs: of the cluster at RAY_ADDRESS, else of this machine."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return "this machine", {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    require_cluster(address)
+        return THIS_MACHINE, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    require_named_cluster()
     try:
         with cluster() as available:
             return f"the cluster at {address}", dict(available)
@@ -189,10 +194,6 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
 def shared_folder() -> Path:
     """Where weight files go."""
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-
-
-def free_shared_bytes() -> int:
-    return shutil.disk_usage(shared_folder()).free
 
 
 def notes(plan: RunPlan) -> list[str]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from actors.placement import ActorPlace
 from raylign.tracking.uri import default_uri
 from recipes.checks.machine import megabytes
-from recipes.plan import RunPlan, free_shared_bytes, notes, run_directory
+from recipes.plan import RunPlan, notes, run_directory
 
 Line = tuple[str, str]
 
@@ -18,9 +18,7 @@ Line = tuple[str, str]
 def show_plan(plan: RunPlan, console: Console) -> None:
     """Sections of `name value` lines, the table of roles, then notes."""
     lines = [*_inputs(plan), *_work(plan)]
-    console.print(_grid(lines))
-    console.print(_roles(plan))
-    console.print(_grid(_outside(plan)))
+    console.print(_grid(lines), "", _roles(plan), "", _grid(_outside(plan)), sep="\n")
     for note in notes(plan):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
@@ -87,7 +85,9 @@ def _roles(plan: RunPlan) -> Table:
         ("trainer", placement.trainers, placement.device),
         ("scorer", scorer, "cpu"),
     ):
-        table.add_row(role, str(len(places)), _each(p.num_cpus for p in places), _each(p.num_gpus for p in places), device)
+        table.add_row(
+            role, str(len(places)), _each(p.num_cpus for p in places), _each(p.num_gpus for p in places), device
+        )
     return table
 
 
@@ -96,10 +96,11 @@ def _outside(plan: RunPlan) -> list[Line]:
     run = run_directory(config)
     required = plan.placement.required()
     needs = ", ".join(f"{required[name]:g} {name} of {plan.available.get(name, 0.0):g}" for name in required)
-    push = f": {megabytes(plan.push_bytes)} each push, {megabytes(free_shared_bytes())} free" if plan.push_bytes else ""
+    push = f": {megabytes(plan.push_bytes)} each push" if plan.push_bytes else ""
+    room = f", {megabytes(plan.free_bytes)} free" if push and plan.free_bytes else ""
     return [
         ("required", f"{needs} on {plan.cluster}, placement {config.placement.mode}"),
-        ("weight sync", f"{plan.transport}{push}"),
+        ("weight sync", f"{plan.transport}{push}{room}"),
         ("run directory", str(run)),
         ("MLflow", f"{default_uri(config.tracking, run)}, experiment {config.tracking.experiment}"),
     ]

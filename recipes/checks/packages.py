@@ -79,8 +79,9 @@ def demo_check(demo: Sequence[Requirement]) -> Check:
     wrong = [one.name for one in demo if requirement_check(one).status != "ok"]
     if not wrong:
         return Check("demo packages", "ok", ", ".join(sorted(one.name for one in demo)))
-    cure = f"pip install --no-deps {' '.join(f'{one.name}{one.specifier}' for one in demo if one.name in wrong)}"
-    return Check("demo packages", "warn", f"missing or of another version: {', '.join(wrong)}", cure)
+    return Check(
+        "demo packages", "warn", f"missing or of another version: {', '.join(wrong)}", "pip install 'raylign[demo]'"
+    )
 
 
 def _install(requirement: Requirement) -> str:

@@ -16,6 +16,9 @@ CONNECT_TIMEOUT_S = 3.0
 STATUS_TIMEOUT_S = 20.0
 DEFAULT_TOKEN = Path(".ray/auth_token")
 """Ray's own token file, under the home folder."""
+TOKEN_CURE = "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+FOUND_BY_RAY = ("", "local", "auto")
+"""Addresses for which `ray.init` turns token authentication on by itself; for an explicit one it never does."""
 
 
 def ray_checks(environment: Mapping[str, str], home: Path) -> list[Check]:
@@ -24,9 +27,9 @@ def ray_checks(environment: Mapping[str, str], home: Path) -> list[Check]:
     return [_cluster_check(address), token_check(address, environment, home)]
 
 
-def require_cluster(address: str) -> None:
-    """Raises PlacementError within seconds when no cluster answers; `ray.init` alone would wait for minutes."""
-    check = _cluster_check(address)
+def require_named_cluster() -> None:
+    """Raises PlacementError in seconds when RAY_ADDRESS names no live cluster; `ray.init` would wait for minutes."""
+    check = _cluster_check(os.environ.get("RAY_ADDRESS", ""))
     if check.status == "fail":
         raise PlacementError(f"{check.found}; {check.cure}")
 
@@ -39,7 +42,10 @@ def _cluster_check(address: str) -> Check:
     if address.startswith(("http://", "https://")):
         cure = "that is the jobs API; submit the run there with `ray job submit`, or give host:6379"
         return Check(name, "fail", f"{where} is no address a driver can connect to", cure)
-    if fault := _fault(address):
+    fault = _fault(address)
+    if "AuthenticationError" in fault:
+        return Check(name, "fail", f"{where} asks for a token and got none, or another", TOKEN_CURE)
+    if fault:
         cure = "start the cluster, correct RAY_ADDRESS, or unset it to use this machine"
         return Check(name, "fail", f"{where}: {fault}", cure)
     return Check(name, "ok", f"{where} answers")
@@ -69,7 +75,7 @@ def _status_fault(address: str) -> str:
     try:
         done = subprocess.run(
             command,
-            env=_with_token_mode(os.environ, Path.home()),
+            env=_as_init_sees_it(os.environ, address),
             capture_output=True,
             text=True,
             timeout=STATUS_TIMEOUT_S,
@@ -88,9 +94,9 @@ def last_line(text: str) -> str:
     return lines[-1].strip() if lines else "it gave no reason"
 
 
-def _with_token_mode(environment: Mapping[str, str], home: Path) -> dict[str, str]:
-    """`ray.init` uses a token that is there; Ray's commands do so only when told."""
-    if "RAY_AUTH_MODE" in environment or not token_source(environment, home):
+def _as_init_sees_it(environment: Mapping[str, str], address: str) -> dict[str, str]:
+    """Ray's commands use a token only when told, `ray.init` also when it finds the cluster by itself."""
+    if address not in FOUND_BY_RAY or "RAY_AUTH_MODE" in environment or not token_source(environment, Path.home()):
         return dict(environment)
     return {**environment, "RAY_AUTH_MODE": "token"}
 
@@ -108,23 +114,25 @@ def token_check(address: str, environment: Mapping[str, str], home: Path) -> Che
     name = "Ray token"
     mode = environment.get("RAY_AUTH_MODE", "").lower()
     source = token_source(environment, home)
-    cure = "unset RAY_AUTH_MODE or set it to token; give the cluster's token in RAY_AUTH_TOKEN_PATH"
     if mode == "disabled":
+        cure = "unset RAY_AUTH_MODE, or set it to token"
         return Check(name, "warn", "RAY_AUTH_MODE=disabled: whoever reaches Ray's ports can run code", cure)
-    if source:
-        return Check(name, "ok", f"token authentication, token from {source}")
-    if mode == "token" and address:
-        return Check(name, "fail", "RAY_AUTH_MODE=token, but there is no token", cure)
-    if address and not _is_loopback(address):
-        return Check(name, "warn", "no token: whoever reaches that cluster's ports can run code", cure)
-    return Check(name, "ok", f"Ray makes a token at first use (~/{DEFAULT_TOKEN})")
+    if mode == "token" or address in FOUND_BY_RAY:
+        if source:
+            return Check(name, "ok", f"token authentication, token from {source}")
+        if address in ("", "local"):
+            return Check(name, "ok", f"token authentication; Ray makes ~/{DEFAULT_TOKEN} at first use")
+        return Check(name, "fail" if mode else "warn", "there is no token", TOKEN_CURE)
+    if _is_loopback(address):
+        return Check(name, "ok", "RAY_AUTH_MODE is not set, so none is used; the address is loopback")
+    return Check(
+        name, "warn", "RAY_AUTH_MODE is not set, so none is used: a cluster that answers admits anyone", TOKEN_CURE
+    )
 
 
 def _is_loopback(address: str) -> bool:
-    host = urlsplit(address if "://" in address else f"//{address}").hostname or address
-    if host in ("auto", "local", "localhost"):
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

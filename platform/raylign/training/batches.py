@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ def _step(indices: Sequence[int], ranks: int, accumulation: int) -> Step:
     return Step(len(indices), tuple(tuple(micro[rank::ranks]) for rank in range(ranks)))
 
 
-@dataclass(frozen=True, slots=True)
-class Sequences:
+class Sequences(NamedTuple):
     """S padded prompt+completion rows. Made by `pad_sequences`, read by `CompletionLogps`.
 
     `input_ids` [S, T] int64; `attention_mask` [S, T] is 1 on real tokens; `targets` [S, T] is True where
     input_ids[s, t] is a completion token (its log-probability is predicted at t - 1). Rows are right-padded.
+    A named tuple, because ZeRO-3 looks for tensors in those.
     """
 
     input_ids: Tensor

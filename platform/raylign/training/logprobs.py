@@ -1,6 +1,6 @@
 """Completion log-probabilities of a causal language model; the one place with the label shift."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,12 @@ from raylign.errors import ModelError
 from raylign.training.batches import Sequences
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionScores:
+class CompletionScores(NamedTuple):
     """What a forward pass says of S completions with N tokens in all.
 
     `logps` [S] fp32: summed log-probability per row (nats), with gradients. Detached: `token_logps` [N] in row-major
     order, `entropies` [N] (nats), `correct` [N] (the greedy token was the target), `mean_logits` [N] (over the
-    vocabulary), `rows` [N] (the row of each token).
+    vocabulary), `rows` [N] (the row of each token). A named tuple, because ZeRO-3 looks for tensors in those.
     """
 
     logps: Tensor

@@ -1,0 +1,186 @@
+"""The `raylign` command. What a command needs is imported when it runs, so that `--help` answers at once."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from raylign.config import load_config
+from raylign.errors import RaylignError
+from raylign.text import escape_control
+from recipes.checks.ray_cluster import require_named_cluster
+
+INTERRUPTED = 128 + signal.SIGINT
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+CHATTY = ("bitsandbytes", "DeepSpeed")
+"""Loggers of libraries that warn at import of what raylign does not use."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """An error raised on purpose becomes one message and status 1; Ctrl-C and SIGTERM unwind what is open."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except RaylignError as error:
+        _complain(f"error: {error}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interrupt:
+        _complain("interrupted")
+        raise typer.Exit(INTERRUPTED) from interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(Text(escape_control(message, keep="\n")), soft_wrap=True)
+
+
+class Commands(TyperGroup):
+    """Runs every command inside `ended_cleanly`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with ended_cleanly():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="raylign",
+    help="Iterative online DPO: sample, score, prefer, train, publish, evaluate.",
+    epilog="Start with `raylign doctor`, then `raylign plan RECIPE.yaml`, then `raylign run RECIPE.yaml`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    logging.getLogger("raylign").setLevel(logging.INFO)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    app()
+
+
+def _no_options(values: Any) -> Any:
+    """Settings that look like options of other programs get the form they have here."""
+    words = [str(word) for word in (values if isinstance(values, list) else [values])]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("-"):
+            name, _, value = word.lstrip("-").partition("=")
+            example = f"{name}={value or following or 'VALUE'}"
+            raise typer.BadParameter(f"{word} is no option; settings of a recipe are written key=value: {example}")
+    return values
+
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", callback=_no_options, help="The recipe's file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        callback=_no_options,
+        help="Settings that replace the recipe's, such as sampling.temperature=0.7 or model.lora.r=32.",
+    ),
+]
+# Unknown options become arguments, for `_no_options` to explain.
+SETTINGS_CONTEXT = {"ignore_unknown_options": True}
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the installed version and leave.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"raylign {_version()}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return version("raylign")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@app.command(context_settings=SETTINGS_CONTEXT)
+def run(recipe: Recipe, settings: Settings = None) -> None:
+    """Run a recipe: rounds of sampling, scoring and training until the schedule is done.
+
+    Example: raylign run recipes/sentiment_smollm2.yaml run.name=second schedule.rounds=3
+    """
+    config = load_config(recipe, settings or ())
+    require_named_cluster()
+    from recipes import online_dpo  # noqa: PLC0415 - torch, Ray and vLLM
+
+    online_dpo.main(config)
+
+
+@app.command(context_settings=SETTINGS_CONTEXT)
+def plan(recipe: Recipe, settings: Settings = None) -> None:
+    """Show what a recipe would run and what it needs, starting nothing. Status 1 when it could not run here.
+
+    Example: raylign plan recipes/sentiment_smollm2.yaml trainer.ranks=2
+    """
+    config = load_config(recipe, settings or ())
+    from raylign.reporting import report_console  # noqa: PLC0415
+    from recipes.plan import make_plan  # noqa: PLC0415 - torch and Ray
+    from recipes.plan_view import show_plan  # noqa: PLC0415
+
+    show_plan(make_plan(config), report_console())
+
+
+@app.command()
+def doctor(
+    tracking_uri: Annotated[
+        str, typer.Option(metavar="URI", help="MLflow server or database to look at.")
+    ] = "sqlite:///runs/mlflow.db",
+) -> None:
+    """Check this machine: packages, devices, compiler, memory, disk, Ray and MLflow, each with its cure.
+
+    Status 1 only when something stops every run. Example: raylign doctor --tracking-uri http://127.0.0.1:5000
+    """
+    from raylign.reporting import report_console  # noqa: PLC0415
+    from recipes import doctor as checks  # noqa: PLC0415 - keeps --help fast
+
+    if not checks.doctor(tracking_uri, report_console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="Policy version; the newest by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the trained policy as a folder for transformers, vLLM and the hub, with tokenizer and model card.
+
+    Example: raylign export runs/sentiment-smollm2 --to exported --merge
+    """
+    from recipes.export import export_run  # noqa: PLC0415 - torch and transformers
+
+    exported = export_run(run_directory, to, merge=merge, version=version)
+    console = Console(soft_wrap=True)
+    console.print(Text(f"policy version {exported.version} is in {exported.folder}"))
+    console.print(Text(f"serve it: {exported.use}"))
+
+
+if __name__ == "__main__":
+    main()

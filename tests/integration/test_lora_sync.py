@@ -1,0 +1,77 @@
+"""The adapter alone travels: vLLM's hot swap follows the trainer, and old prefixes are forgotten."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from transformers import AutoTokenizer
+
+from actors.team import Team, team
+from raylign.config import parse_config
+from raylign.errors import WeightSyncError
+from raylign.records import Candidate, Preference, Prompt
+from raylign.sampling import Decoding
+
+pytestmark = pytest.mark.slow
+
+_CONFIG = {
+    "model": {"dtype": "float32", "lora": {"r": 4, "lora_alpha": 8}},
+    "trainer": {"per_device_train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+    "generators": {
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "kv_cache_gb": 0.5,
+        "weight_sync": {"transport": "lora", "canary_max_gap": 0.02},
+    },
+}
+_LONG = "Tell me about a film in which nothing happens. " * 20
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: str) -> Prompt:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chat = ({"role": "user", "content": _LONG},)
+    return Prompt(
+        "p0", chat, tuple(tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False))
+    )
+
+
+@pytest.fixture(scope="module")
+def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+    config = parse_config(_CONFIG)
+    with team(config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids[-40:],), available=resources) as roles:
+        yield roles
+
+
+def _first_logprob(roles: Team, prompt: Prompt, version: int) -> tuple[int, float]:
+    """Token and log-prob of one greedy step after a prompt long enough to fill prefix-cache blocks."""
+    greedy = Decoding(num_generations=1, max_new_tokens=1, temperature=0.0, top_p=1.0, top_k=0)
+    found = roles.generators.sample([prompt], greedy, seed=0, round_index=0, version=version, advance=lambda n: None)
+    return found[0].token_ids[0], found[0].logprobs[0]
+
+
+def test_adapter_swap_follows_the_trainer(roles: Team, prompt: Prompt, smollm2: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    roles.publisher.verify()
+    before = _first_logprob(roles, prompt, version=0)
+    pair = tuple(
+        Candidate("p0", i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
+        for i, text in enumerate(("Nothing happens, beautifully.", "It is a film."))
+    )
+    preferences = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4, seed=0)
+    for version in (1, 2):
+        assert len(list(roles.trainers.train(preferences, seed=version))) == 4
+        with pytest.raises(WeightSyncError, match="canary"):
+            roles.publisher.verify()
+        gaps = roles.publisher.publish(version)
+        assert gaps["logprob_gap_mean"] < 0.02
+        token, logprob = _first_logprob(roles, prompt, version)
+        assert (token, logprob) != before
+        expected = roles.trainers.token_logps([(*prompt.token_ids, token)])[0][-1]
+        assert logprob == pytest.approx(expected, abs=0.02)
+
+
+def test_dead_generator_is_an_error_at_once(roles: Team, prompt: Prompt) -> None:
+    ray.kill(roles.generators.handles[0])
+    with pytest.raises(Exception, match="died"):
+        _first_logprob(roles, prompt, version=2)

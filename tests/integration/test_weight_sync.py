@@ -1,0 +1,209 @@
+"""Real vLLM, real ZeRO-3 ranks: what is served equals what the trainer holds, and bad pushes change nothing.
+
+fp32, so that vLLM and transformers agree closely enough to compare greedy tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.team import Team, team
+from actors.weight_sync.manifest import checkpoint_manifest
+from actors.weight_sync.transports import load_file as push_file
+from raylign.config import RunConfig, parse_config
+from raylign.errors import GeneratorError, WeightSyncError
+from raylign.records import Candidate, Preference, Prompt
+from raylign.sampling import Decoding
+
+pytestmark = pytest.mark.slow
+
+GREEDY = Decoding(num_generations=1, max_new_tokens=16, temperature=0.0, top_p=1.0, top_k=0)
+_LOGP_TOLERANCE = 0.02
+_QUESTIONS = ("What is the capital of France?", "Write one sentence about a film with a quiet ending.")
+
+
+def _config() -> RunConfig:
+    return parse_config(
+        {
+            "model": {"dtype": "float32"},
+            "trainer": {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-5},
+            "generators": {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.5},
+            "placement": {"cpus_per_actor": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2: str) -> list[Prompt]:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    encode = tokenizer.apply_chat_template
+    chats = [({"role": "user", "content": question},) for question in _QUESTIONS]
+    ids = [tuple(encode(list(chat), add_generation_prompt=True, return_dict=False)) for chat in chats]
+    return [Prompt(f"p{i}", chat, tokens) for i, (chat, tokens) in enumerate(zip(chats, ids, strict=True))]
+
+
+@pytest.fixture(scope="module")
+def roles(smollm2: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
+    canary = tuple(prompt.token_ids for prompt in prompts)
+    with team(_config(), folder=smollm2, pad_id=2, canary_ids=canary, available=resources) as roles:
+        yield roles
+
+
+class _Version:
+    """Counts published versions across the tests of this module."""
+
+    current = 0
+
+
+def _greedy(roles: Team, prompts: list[Prompt]) -> list[Candidate]:
+    """One prompt at a time: what shares a batch changes the last bits of log-probs."""
+    sample, version = roles.generators.sample, _Version.current
+    return [
+        candidate
+        for prompt in prompts
+        for candidate in sample([prompt], GREEDY, seed=0, round_index=0, version=version, advance=lambda count: None)
+    ]
+
+
+def _push(roles: Team, weights: Mapping[str, Tensor], folder: Path, smollm2: str) -> None:
+    path = folder / "pushed.safetensors"
+    save_file(dict(weights), path, {"format": "pt"})
+    roles.generators.call("pause", timeout_s=60, what="pause")
+    try:
+        push_file(roles.generators, path, checkpoint_manifest(Path(smollm2)), _Version.current + 1, 120)
+        _Version.current += 1
+    finally:
+        roles.generators.call("resume", timeout_s=60, what="resume")
+
+
+def _expected(smollm2: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> list[tuple[list[int], Tensor]]:
+    """Greedy tokens and prompt log-probs of plain transformers under `weights`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model.load_state_dict(dict(weights), strict=False)
+    model.tie_weights()
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids])
+        with torch.no_grad():
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found.append((tokens[0, ids.shape[1] :].tolist(), logps))
+    return found
+
+
+def _assert_serves(roles: Team, smollm2: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> None:
+    served = _greedy(roles, prompts)
+    for prompt, candidate, (tokens, logps) in zip(prompts, served, _expected(smollm2, weights, prompts), strict=True):
+        assert list(candidate.token_ids) == tokens[: len(candidate.token_ids)]
+        found: list[float] = ray.get(roles.generators.handles[0].token_logps.remote(prompt.token_ids))
+        assert torch.tensor(found) == pytest.approx(logps, abs=_LOGP_TOLERANCE)
+
+
+def _originals(smollm2: str) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(Path(smollm2) / "model.safetensors").items()}
+
+
+def _noised(weights: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=generator) if only in name else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def test_generator_serves_the_base_model_at_start(roles: Team, smollm2: str, prompts: list[Prompt]) -> None:
+    gaps = roles.publisher.verify()
+    assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE
+    _assert_serves(roles, smollm2, _originals(smollm2), prompts)
+
+
+def test_pushed_weights_are_served_and_originals_come_back_exactly(
+    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    originals = _originals(smollm2)
+    before = _greedy(roles, prompts)
+    noised = _noised(originals)
+    _push(roles, noised, tmp_path, smollm2)
+    _assert_serves(roles, smollm2, noised, prompts)
+    changed = _greedy(roles, prompts)
+    assert [c.token_ids for c in changed] != [c.token_ids for c in before]
+    assert {c.policy_version for c in changed} == {_Version.current}
+    _push(roles, originals, tmp_path, smollm2)
+    restored = _greedy(roles, prompts)
+    assert [(c.token_ids, c.logprobs) for c in restored] == [(c.token_ids, c.logprobs) for c in before]
+
+
+def test_tied_embeddings_reach_the_output_head(
+    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """Only the embedding changes: a head that kept its old copy would give other log-probs."""
+    originals = _originals(smollm2)
+    embedding = _noised(originals, only="embed_tokens")
+    _push(roles, embedding, tmp_path, smollm2)
+    _assert_serves(roles, smollm2, embedding, prompts)
+    _push(roles, originals, tmp_path, smollm2)
+
+
+@pytest.mark.parametrize("fault", ["shape", "missing", "unknown"])
+def test_a_wrong_file_is_refused_before_anything_is_touched(
+    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path, fault: str
+) -> None:
+    before = _greedy(roles, prompts)
+    weights = _noised(_originals(smollm2))
+    norm = weights.pop("model.norm.weight")
+    weights |= {"shape": {"model.norm.weight": norm[:-1]}, "missing": {}, "unknown": {"model.norm.weights": norm}}[
+        fault
+    ]
+    with pytest.raises(WeightSyncError, match=r"nothing was changed.*model\.norm\.weight"):
+        _push(roles, weights, tmp_path, smollm2)
+    after = _greedy(roles, prompts)
+    assert [(c.token_ids, c.logprobs) for c in after] == [(c.token_ids, c.logprobs) for c in before]
+
+
+def test_another_version_is_refused(roles: Team, prompts: list[Prompt]) -> None:
+    with pytest.raises(GeneratorError, match="expected 99"):
+        roles.generators.sample(prompts, GREEDY, seed=0, round_index=0, version=99, advance=lambda count: None)
+
+
+def test_seeds_make_a_prompt_reproducible(roles: Team, prompts: list[Prompt]) -> None:
+    decoding = Decoding(num_generations=4, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
+
+    def draw(which: list[Prompt], round_index: int) -> list[Candidate]:
+        return roles.generators.sample(
+            which, decoding, seed=5, round_index=round_index, version=_Version.current, advance=lambda count: None
+        )
+
+    both, alone, later = draw(prompts, 1), draw(prompts[:1], 1), draw(prompts[:1], 2)
+    assert [(c.prompt_id, c.index) for c in both] == [(p.id, i) for p in prompts for i in range(4)]
+    assert [c.token_ids for c in both[:4]] == [c.token_ids for c in alone]
+    assert [c.token_ids for c in alone] != [c.token_ids for c in later]
+    assert len({c.token_ids for c in alone}) > 1
+
+
+def test_training_reaches_the_generators(roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path) -> None:
+    """Two ZeRO-3 ranks train, gather and publish; the canary and plain transformers confirm what is served."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    texts = ("Rome, of course.", "The capital is Paris.")
+    pair = tuple(
+        Candidate(prompts[0].id, i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
+        for i, text in enumerate(texts)
+    )
+    preferences = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0)) for prompt in prompts]
+    ready = roles.trainers.with_reference(preferences, seed=0)
+    steps = [step for _ in range(4) for step in roles.trainers.train(ready, seed=0)]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+    stale = roles.publisher.canary.check(roles.trainers, roles.generators, 60)
+    gaps = roles.publisher.publish(_Version.current + 1)
+    _Version.current += 1
+    assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE < stale["logprob_gap_max"]
+    path = tmp_path / "trained.safetensors"
+    roles.trainers.save_weights(str(path))
+    _assert_serves(roles, smollm2, load_file(path), prompts)
+    assert not any(roles.publisher.transport.directory.iterdir())  # type: ignore[attr-defined]
