@@ -18,7 +18,7 @@ setup:
 	@PYTHON='$(PYTHON)' deploy/setup.sh --device '$(DEVICE)'
 
 demo: setup
-	$(BIN)/raylign run $(RECIPE) $(ARGS)
+	$(BIN)/raylign run $(RECIPE) run.name=demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
