@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
         yield ray.cluster_resources()
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Inside a Ray job: variables that the job sets too are no conflict, `actor_environment` has the job's values.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    terminate = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": actor_environment()}
     if address:
@@ -47,6 +51,8 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    # Ray's own handler aborts the process three seconds after SIGTERM, in the middle of the clean-up.
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield ray.cluster_resources()
     finally:
@@ -55,4 +61,6 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
 
 def log_folder() -> Path:
     """Where Ray keeps the actors' output on this node."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/session_latest/logs"
+    here = ray.get_runtime_context().get_node_id()
+    socket = next(node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == here)
+    return Path(socket).parents[1] / "logs"

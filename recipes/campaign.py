@@ -1,11 +1,8 @@
 """What every recipe needs around its loop: run directory, tracking, prompts, the team on its cluster, a summary."""
 
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +20,7 @@ from raylign.scoring import describe_function
 from raylign.tracking.facts import run_facts
 from raylign.tracking.tracker import Status, Tracker, open_tracker
 from raylign.tracking.uri import default_uri
+from recipes.signals import terminable
 
 log = logging.getLogger(__name__)
 _CANARY_PROMPTS = 4
@@ -99,7 +97,7 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     describe_function(config.scoring.function)
     console = report_console()
-    with _terminable(), cluster() as available:
+    with terminable(), cluster() as available:
         directory = create_run(config.run, config)
         tracker = open_tracker(directory.path, config.tracking)
         with _recorded(tracker):
@@ -140,17 +138,3 @@ def _recorded(tracker: Tracker) -> Iterator[None]:
         missing = tracker.close(status)
         if missing:
             log.warning("%d events have not reached MLflow; they are in the run's events.jsonl", missing)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, which a cluster sends before it takes a machine away, unwinds like Ctrl-C."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

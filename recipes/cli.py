@@ -1,13 +1,11 @@
 """The `raylign` command. What a command needs is imported when it runs, so that `--help` answers at once."""
 
 import logging
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,31 +16,26 @@ from raylign.config import load_config
 from raylign.errors import RaylignError
 from raylign.text import escape_control
 from recipes.checks.ray_cluster import require_named_cluster
+from recipes.signals import INTERRUPTED, terminable
 
-INTERRUPTED = 128 + signal.SIGINT
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-CHATTY = ("bitsandbytes", "DeepSpeed")
+CHATTY = ("bitsandbytes", "vllm.triton_utils")
 """Loggers of libraries that warn at import of what raylign does not use."""
 
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
     """An error raised on purpose becomes one message and status 1; Ctrl-C and SIGTERM unwind what is open."""
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield
+        with terminable():
+            yield
     except RaylignError as error:
         _complain(f"error: {error}")
         raise typer.Exit(1) from error
-    except KeyboardInterrupt as interrupt:
-        _complain("interrupted")
-        raise typer.Exit(INTERRUPTED) from interrupt
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _complain("interrupted")
+        raise
 
 
 def _complain(message: str) -> None:

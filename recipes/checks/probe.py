@@ -5,6 +5,7 @@ A process of its own, because a broken torch can end its process without an exce
 
 import json
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -24,6 +25,8 @@ def _embedded(name: str) -> tuple[str, str]:
     folder = cache_root() / "models" / name
     if (folder / MANIFEST).is_file():
         return f"made, in {folder}", ""
+    if find_spec("gguf") is None:
+        return "", "gguf, which reads the model's file, is not installed; pip install gguf"
     try:
         return f"in {carried_file(EMBEDDED[name]).name}; made at first use, some 10 s", ""
     except ModelError as error:

@@ -22,6 +22,7 @@ from raylign.rundir import RunDirectory, create_run
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from recipes.cli import app, ended_cleanly
 from recipes.export import public_name
+from recipes.signals import terminable
 from tests.unit.tiny_policy import save_recipe
 
 HEAVY = ("torch", "transformers", "vllm", "ray", "deepspeed", "mlflow", "datasets", "peft")
@@ -118,22 +119,38 @@ def test_an_error_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, ended_cleanly():
+    with pytest.raises(SystemExit) as ended, ended_cleanly():
         signal.raise_signal(signal.SIGINT)
-    assert ended.value.exit_code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_sigterm_unwinds_and_ends_with_143() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     unwound = []
     with pytest.raises(SystemExit) as ended, ended_cleanly():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
+            signal.raise_signal(signal.SIGTERM)
             unwound.append(True)
-    assert (ended.value.code, unwound) == (143, [True])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (ended.value.code, unwound) == (143, [True]), "a second SIGTERM must not disturb the unwinding"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_other_ends_keep_their_status() -> None:
+    with pytest.raises(SystemExit) as ended, terminable():
+        raise SystemExit(7)
+    assert ended.value.code == 7
+
+
+def test_a_signal_ignored_outside_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with terminable():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def evaluation(score: float) -> Evaluation:

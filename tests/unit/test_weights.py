@@ -36,7 +36,8 @@ def tiny(tied: bool, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         attention_bias=True,
         tie_word_embeddings=tied,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             nn.init.normal_(parameter)
@@ -63,7 +64,7 @@ def adapted(model: LlamaForCausalLM, targets: str | tuple[str, ...] = "all-linea
 
 def merged(policy: PeftModel) -> PreTrainedModel:
     """The base model with PEFT's own merge."""
-    model: PreTrainedModel = policy.merge_and_unload()  # type: ignore[operator]
+    model: PreTrainedModel = policy.merge_and_unload()
     return model
 
 

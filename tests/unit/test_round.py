@@ -1,0 +1,294 @@
+"""The online DPO recipe over the roles of tests.fakes: its order, its files and its numbers."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from actors.team import Team
+from actors.weight_sync.canary import Canary
+from actors.weight_sync.publish import Publisher
+from actors.weight_sync.transports import ShmTransport
+from raylign.config import RunConfig, load_config, parse_config
+from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
+from raylign.prompts import PromptSet
+from raylign.records import Evaluation, Preference, Prompt, RoundReport
+from raylign.reporting import STAGES, Sample
+from raylign.rounds import RoundLog
+from raylign.rundir import create_run
+from raylign.sampling import prompt_seed
+from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.tracker import Tracker
+from recipes.campaign import Campaign
+from recipes.online_dpo import evaluate_policy, run_round, train
+from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed, count_good
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+
+def prompts(*names: str) -> tuple[Prompt, ...]:
+    return tuple(Prompt(name, ({"role": "user", "content": name},), (1, 2, 3)) for name in names)
+
+
+TRAIN = prompts("a", "tie", "b", "mute")
+HELD_OUT = prompts("x", "y")
+
+
+def moody(prompt: Prompt, completion: str) -> float | None:
+    """The number of "good", but 0 for the prompt `tie` and nothing for `mute`."""
+    return {"tie": 0.0, "mute": None}.get(prompt.id, count_good(prompt, completion))
+
+
+@dataclass
+class Desk:
+    """A run directory with its journal, and a team of fakes."""
+
+    config: RunConfig
+    run: Campaign
+    team: Team
+    trainers: FakeTrainers
+    engine: FakeEngine
+    events: list[str]
+    output: io.StringIO
+
+    @property
+    def folder(self) -> Path:
+        return self.run.directory.path
+
+    def round(self, index: int) -> tuple[RoundReport, list[Sample]]:
+        return run_round(self.log(index), TRAIN, HELD_OUT, self.team, self.config)
+
+    def log(self, index: int) -> RoundLog:
+        return self.run.round_log(index)
+
+    def rows(self, index: int, name: str) -> list[dict[str, object]]:
+        rows: list[dict[str, object]] = pq.read_table(self.folder / f"rounds/{index:04d}/{name}.parquet").to_pylist()
+        return rows
+
+
+Open = Callable[..., Desk]
+CONFIG = {
+    "sampling": {"num_generations": 3},
+    "scoring": {"max_unscored": 0.5},
+    "trainer": {"per_device_train_batch_size": 1},
+    "run": {"seed": 7},
+}
+
+
+@pytest.fixture
+def open_desk(tmp_path: Path) -> Iterator[Open]:
+    journals: list[Journal] = []
+
+    def make(
+        config: RunConfig | None = None,
+        value: Callable[[Prompt, str], float | None] = moody,
+        trainers: type[FakeTrainers] = FakeTrainers,
+        engine: type[FakeEngine] = FakeEngine,
+    ) -> Desk:
+        config = config or parse_config(CONFIG, [f"run.dir={tmp_path}/runs"])
+        directory = create_run(config.run, config)
+        journals.append(Journal(directory.path / JOURNAL_NAME))
+        tracker = Tracker(journals[-1], NoFeed())
+        events: list[str] = []
+        output = io.StringIO()
+        run = Campaign(config, directory, tracker, Console(file=output, width=200))
+        group, one = trainers(events, config), engine(events)
+        generators = FakeGenerators([one])
+        transport = ShmTransport(tmp_path, {WEIGHT: (1,)}, 1)
+        publisher = Publisher(group, generators, transport, Canary(((1, 2, 3),), 0.25), 1.0)
+        team = Team(generators, group, FakeScorer(events, config.scoring, value), publisher)
+        return Desk(config, run, team, group, one, events, output)
+
+    yield make
+    for journal in journals:
+        journal.close()
+
+
+def test_a_round_in_order(open_desk: Open) -> None:
+    desk = open_desk()
+    desk.round(1)
+    assert desk.events == [
+        *[f"sample {prompt.id}" for prompt in TRAIN],
+        "score 12",
+        "reference 2 seed 8",
+        "train 2 seed 8",
+        *["pause", "save weights", "load weights", "resume"],
+        *["sample x", "sample y"],
+        "score 2",
+    ]
+
+
+def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
+    """Version 0 answers with 1, 2 and 3 tokens; version 1 with 2 tokens at -0.5 nats, which are -1 under version 0."""
+    report, samples = open_desk().round(1)
+    assert (report.index, report.policy_version) == (1, 1)
+    assert dict(report.counts) == {
+        "prompts": 4,
+        "candidates": 12,
+        "unscored": 3,
+        "truncated": 0,
+        "unscored_groups": 1,
+        "identical": 0,
+        "ties": 1,
+        "below_margin": 0,
+        "preferences": 2,
+    }
+    # The policy still is the reference: every loss is ln 2.
+    assert [step["loss"] for step in report.steps] == pytest.approx([math.log(2)] * 2)
+    assert report.sync == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert report.evaluation == Evaluation(
+        score=1.0,
+        score_low=1.0,
+        score_high=1.0,
+        kl=1.0,  # 2 tokens, (-0.5 - -1) each
+        length=2.0,
+        distinct_2=0.5,  # both completions are "good end"
+        eos_rate=1.0,
+        completions=2,
+        unscored=0,
+    )
+    assert tuple(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
+    assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
+
+
+def test_round_2_trains_on_what_version_1_sampled(open_desk: Open) -> None:
+    desk = open_desk()
+    desk.round(1)
+    report, _ = desk.round(2)
+    # Version 1 answers with 2, 3 and 4 tokens and is 0.5 nats a token above the reference:
+    # delta = 0.1 * (4 * 0.5 - 2 * 0.5) = 0.1, loss = ln(1 + e^-0.1)
+    assert [step["loss"] for step in report.steps] == pytest.approx([0.6443967] * 2)
+    assert {row["policy_version"] for row in desk.rows(2, "candidates")} == {1}
+    assert {row["policy_version"] for row in desk.rows(2, "samples")} == {2} and desk.engine.weights == 2
+    assert report.evaluation.kl == pytest.approx(3 * (1 - 1 / 3))
+    assert [event for event in desk.events if event.startswith("train")] == ["train 2 seed 8", "train 2 seed 9"]
+
+
+def test_the_files_of_a_round(open_desk: Open) -> None:
+    desk = open_desk()
+    desk.round(1)
+    candidates = desk.rows(1, "candidates")
+    assert [(row["prompt_id"], row["index"]) for row in candidates] == [(p.id, i) for p in TRAIN for i in range(3)]
+    assert [row["score"] for row in candidates] == [0, 1, 2, 0, 0, 0, 0, 1, 2, None, None, None]
+    seeds = [prompt_seed(7, 1, prompt.id) + index for prompt in TRAIN for index in range(3)]
+    assert [row["seed"] for row in candidates] == seeds
+    first, second = desk.rows(1, "preferences")
+    assert (first["prompt_id"], second["prompt_id"]) == ("a", "b")
+    assert (first["chosen"], first["rejected"], first["indices"]) == ("good good end", "end", [2, 0])
+    assert (first["scores"], first["reference_logps"]) == ([2.0, 0.0], [-3.0, -1.0])
+    assert [row["text"] for row in desk.rows(1, "samples")] == ["good end", "good end"]
+
+
+def test_held_out_prompts_get_the_same_seeds_from_every_version(open_desk: Open) -> None:
+    desk = open_desk()
+    evaluation, _ = evaluate_policy(desk.log(0), HELD_OUT, desk.team, desk.config)
+    assert [event.name for event in read_events(desk.folder / JOURNAL_NAME)] == ["artifact"]
+    desk.round(1)
+    assert evaluation.score == 0.0 and evaluation.kl == 0.0
+    assert [row["seed"] for row in desk.rows(0, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
+    assert [row["seed"] for row in desk.rows(1, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
+    assert [row["policy_version"] for row in desk.rows(0, "samples")] == [0, 0]
+
+
+def test_samples_are_the_first_completion_of_each_held_out_prompt(open_desk: Open, tmp_path: Path) -> None:
+    config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "evaluation.num_generations=3"])
+    desk = open_desk(config)
+    evaluation, samples = evaluate_policy(desk.log(0), HELD_OUT, desk.team, config)
+    assert evaluation.completions == 6 and evaluation.score == 1.0
+    assert [(s.prompt.id, s.completion, s.score.value) for s in samples] == [("x", "end", 0.0), ("y", "end", 0.0)]
+
+
+def test_the_journal_has_stages_and_steps_as_they_happened(open_desk: Open) -> None:
+    desk = open_desk()
+    report, _ = desk.round(1)
+    events = list(read_events(desk.folder / JOURNAL_NAME))
+    shown = [str(event.payload.get("name", event.payload.get("step", event.payload.get("kind")))) for event in events]
+    assert [f"{event.name} {text}" for event, text in zip(events, shown, strict=True)] == [
+        "round_started None",
+        *[f"stage {name}" for name in STAGES[:3]],
+        "artifact preferences",
+        "stage reference",
+        *["step 1", "step 2"],
+        *[f"stage {name}" for name in ("train", "publish")],
+        "artifact samples",
+        "stage evaluate",
+    ]
+    assert {event.payload["round"] for event in events} == {1}
+    assert [event.payload["metrics"] for event in events if event.name == "step"] == list(report.steps)
+    assert "round 1 sample 4/4 prompts in" in desk.output.getvalue()
+    assert "round 1 score 12/12 candidates in" in desk.output.getvalue()
+    assert "round 1 train 2/2 steps in" in desk.output.getvalue()
+
+
+class Failing(FakeTrainers):
+    """Dies at the first optimizer step."""
+
+    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+        raise TrainerError("rank 0 died")
+
+
+def test_what_was_sampled_and_chosen_is_on_disk_before_training(open_desk: Open) -> None:
+    desk = open_desk(trainers=Failing)
+    with pytest.raises(TrainerError, match="rank 0 died"):
+        desk.round(1)
+    assert sorted(path.name for path in (desk.folder / "rounds/0001").iterdir()) == [
+        "candidates.parquet",
+        "preferences.parquet",
+    ]
+    assert "pause" not in desk.events and desk.engine.label_now == 0
+
+
+def test_a_round_without_pairs_stops_before_training(open_desk: Open) -> None:
+    desk = open_desk(value=lambda prompt, completion: 1.0)
+    with pytest.raises(NoPreferencesError, match="round 1 gave no pair from 12 candidates"):
+        desk.round(1)
+    assert desk.events[-1] == "score 12" and len(desk.rows(1, "candidates")) == 12
+
+
+def test_too_many_unscored_candidates_stop_the_round(open_desk: Open) -> None:
+    desk = open_desk(value=lambda prompt, completion: None if prompt.id != "a" else 1.0)
+    with pytest.raises(ScorerError):
+        desk.round(1)
+    assert desk.events[-1] == "score 12"
+
+
+class Stale(FakeEngine):
+    """Says it took the weights and keeps the old ones."""
+
+    def update_weights(self, update_info: object) -> None:
+        return
+
+
+def test_a_round_whose_weights_did_not_arrive_is_no_round(open_desk: Open) -> None:
+    desk = open_desk(engine=Stale)
+    with pytest.raises(WeightSyncError, match="by 0.5000 nats a token"):
+        desk.round(1)
+    assert desk.run.directory.reports() == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open, tmp_path: Path) -> None:
+    small = ["schedule.rounds=3", "schedule.prompts_per_round=2", f"run.dir={tmp_path}/runs", "pairing.min_margin=0"]
+    config = load_config(path, [*small, "trainer.save_total_limit=2"])
+    desk = open_desk(config, value=count_good)
+    held_out = prompts("x", "y", "z")
+    train(desk.run, PromptSet(prompts("a", "b", "c"), held_out, "here", "00"), desk.team, config)
+    desk.run.summary()
+    reports = desk.run.directory.reports()
+    assert [report.policy_version for report in reports] == [1, 2, 3]
+    assert [report.evaluation.score for report in reports] == [1.0, 2.0, 3.0]
+    assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
+    assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
+    baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
+    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0))
+    names = [event.name for event in read_events(desk.folder / JOURNAL_NAME)]
+    assert names.index("evaluation") < names.index("round_started") and names.count("round_finished") == 3
+    text = desk.output.getvalue()
+    assert "round 0: held-out score 0.000" in text and "round 3: held-out score 3.000" in text
+    assert f"results: {desk.folder}" in text
