@@ -45,6 +45,7 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(
+            address="local",
             num_cpus=num_cpus or os.cpu_count(),
             include_dashboard=False,
             runtime_env=runtime_env,

@@ -32,10 +32,12 @@ class PlacementPlan:
     bundles: tuple[Mapping[str, float], ...]
     generators: tuple[ActorPlace, ...]
     trainers: tuple[ActorPlace, ...]
+    scorer_cpus: float = 0.0
 
     def required(self) -> dict[str, float]:
-        """Totals over all bundles."""
-        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}
+        """Totals over all bundles and the scorer."""
+        totals = {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}
+        return totals | {"CPU": totals["CPU"] + self.scorer_cpus}
 
 
 def choose_device(block: PlacementBlock, available: Mapping[str, float]) -> Device:
@@ -57,15 +59,11 @@ def plan_placement(
         trainer_bundles = [_bundle(cpus, gpu)] * trainer.ranks
         places = tuple(ActorPlace(generators.count + rank, cpus, gpu) for rank in range(trainer.ranks))
         own = tuple(ActorPlace(index, cpus, gpu * width) for index in range(generators.count))
-        return PlacementPlan(device, (*generator_bundles, *trainer_bundles), own, places)
-    shared = min(trainer.ranks, generators.count * width)
-    bundles = (*generator_bundles, *[_bundle(cpus, gpu)] * (trainer.ranks - shared))
-    own = tuple(ActorPlace(index, cpus / 2, gpu * width / 2) for index in range(generators.count))
-    places = tuple(
-        ActorPlace(rank // width if rank < shared else generators.count + rank - shared, cpus / 2 / width, gpu / 2)
-        for rank in range(trainer.ranks)
-    )
-    return PlacementPlan(device, bundles, own, places)
+        return PlacementPlan(device, (*generator_bundles, *trainer_bundles), own, places, block.scorer_cpus)
+    bundles = (*generator_bundles, *[_bundle(cpus, gpu)] * (trainer.ranks - generators.count))
+    own = tuple(ActorPlace(index, cpus / 2, gpu / 2) for index in range(generators.count))
+    places = tuple(ActorPlace(rank, cpus / 2, gpu / 2) for rank in range(trainer.ranks))
+    return PlacementPlan(device, bundles, own, places, block.scorer_cpus)
 
 
 def _bundle(cpus: float, gpus: float) -> dict[str, float]:

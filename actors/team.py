@@ -42,6 +42,8 @@ from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
 _SHM = Path("/dev/shm")
+_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_SHUTDOWN_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,14 @@ class Team:
     publisher: Publisher
 
 
+def plan_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:
+    """Where every role goes. Raises PlacementError when `available`, the cluster's totals, is too little."""
+    device = choose_device(config.placement, available)
+    plan = plan_placement(config.placement, config.generators, config.trainer, device)
+    require_resources(plan, available)
+    return plan
+
+
 @contextmanager
 def team(
     config: RunConfig,
@@ -61,13 +71,9 @@ def team(
     folder: str,
     pad_id: int,
     canary_ids: tuple[tuple[int, ...], ...],
-    available: Mapping[str, float],
+    plan: PlacementPlan,
 ) -> Iterator[Team]:
     """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
-    plan = plan_placement(
-        config.placement, config.generators, config.trainer, choose_device(config.placement, available)
-    )
-    require_resources(plan, available)
     with ExitStack() as stack:
         directory = stack.enter_context(_shared_directory(config.run.name))
         group = reserve(plan, config.placement.ready_timeout_s)
@@ -81,6 +87,7 @@ def team(
         actors: list[ActorHandle[Any]] = []
         stack.callback(_kill, actors)
         generators = _start_generators(config, folder, plan, group, transport, actors)
+        stack.callback(_shut_down, generators)
         scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
         actors.append(scorer)
         trainers = _start_trainers(config, folder, pad_id, plan, group, actors)
@@ -190,8 +197,7 @@ def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
 def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
     match transport:
         case "shm":
-            size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), size)
+            return ShmTransport(directory, checkpoint_manifest(Path(folder)), _DTYPE_BYTES[config.model.dtype])
         case "lora":
             return LoraTransport(directory)
         case "nccl":
@@ -207,6 +213,12 @@ def _shared_directory(run_name: str) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _shut_down(generators: list[ActorHandle[Any]]) -> None:
+    """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)
 
 
 def _kill(actors: list[ActorHandle[Any]]) -> None:

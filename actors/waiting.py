@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raylign.errors import RaylignError
 
@@ -19,6 +19,8 @@ def get_all(refs: Sequence[Any], timeout_s: float, what: str, error: type[Raylig
         raise error(f"{what}: {root_cause(cause)}") from cause
     except RayActorError as cause:
         raise error(f"{what}: the actor died ({cause.error_msg.splitlines()[0]})") from cause
+    except RayError as cause:
+        raise error(f"{what}: {type(cause).__name__}: {cause}") from cause
 
 
 def root_cause(error: RayTaskError) -> str:

@@ -1,17 +1,19 @@
 """What every recipe needs around its loop: run directory, tracking, prompts, the team on its cluster, a summary."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
-from actors.team import Team, team
+from actors.team import Team, plan_team, team
 from raylign.config import RunConfig
-from raylign.models import load_tokenizer, resolve_model
-from raylign.prompts import PromptSet, load_prompts
+from raylign.errors import ConfigError
+from raylign.models import context_limit, load_tokenizer, resolve_model
+from raylign.prompts import PromptSet, draw, load_prompts
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
 from raylign.rounds import RoundLog
@@ -41,6 +43,11 @@ class Campaign:
         if index:
             self._tracker.round_started(index)
         return RoundLog(index, self.directory, self._tracker, self._console)
+
+    def team_ready(self, seconds: float, gaps: Mapping[str, float]) -> None:
+        """Say that every role has started and that generators and trainer agree on the weights."""
+        gap = gaps["logprob_gap_mean"]
+        self._say(f"team ready in {seconds:.0f} s; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
 
     def finish_baseline(self, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
         """Record the evaluation before round 1."""
@@ -95,9 +102,12 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     folder = resolve_model(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
+    draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
+    _require_context(config, context_limit(folder, config.model.trust_remote_code))
     describe_function(config.scoring.function)
     console = report_console()
     with terminable(), cluster() as available:
+        plan = plan_team(config, available)
         directory = create_run(config.run, config)
         tracker = open_tracker(directory.path, config.tracking)
         with _recorded(tracker):
@@ -105,12 +115,20 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
             _open_record(config, tracker, directory, prompts)
             console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
             canary = _canary(prompts.held_out)
-            with team(
-                config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, available=available
-            ) as roles:
-                roles.publisher.verify()
+            started = time.monotonic()
+            with team(config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, plan=plan) as roles:
+                gaps = roles.publisher.verify()
+                run.team_ready(time.monotonic() - started, gaps)
                 yield run, prompts, roles
         run.summary()
+
+
+def _require_context(config: RunConfig, limit: int) -> None:
+    asked = config.generators.max_model_len
+    if asked > limit:
+        raise ConfigError(
+            f"generators.max_model_len={asked} is more than the {limit} positions of {config.model.path}; lower it"
+        )
 
 
 def _open_record(config: RunConfig, tracker: Tracker, directory: RunDirectory, prompts: PromptSet) -> None:

@@ -14,8 +14,9 @@ from raylign.pairing import build_preferences, require_preferences
 from raylign.prompts import PromptSet, draw
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample
-from raylign.rounds import RoundLog
+from raylign.rounds import NOT_YET_SCORED, RoundLog
 from raylign.sampling import evaluation_decoding, training_decoding
+from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from recipes.campaign import Campaign, campaign
 
@@ -34,9 +35,11 @@ def run_round(
             version=index - 1,
             advance=advance,
         )
+        log.save_candidates(prompts, candidates, [NOT_YET_SCORED] * len(candidates))
     with log.stage("score", len(candidates), "candidates"):
         scores = team.scorer.score(prompts, candidates)
         log.save_candidates(prompts, candidates, scores)
+        check_unscored(scores, config.scoring.max_unscored)
     with log.stage("prefer", len(prompts), "prompts"):
         pairing = build_preferences(prompts, candidates, scores, config.pairing)
         require_preferences(pairing, index)

@@ -17,7 +17,7 @@ def terminable() -> Iterator[None]:
     """Either signal unwinds everything inside and becomes SystemExit(128 + its number); once is enough.
 
     Later signals are ignored, so that what is open is closed in peace; one that is ignored outside stays ignored.
-    Enter it after `ray.init`, which installs a SIGTERM handler of its own (a stack trace, sometimes an abort).
+    `ray.init` inside installs a SIGTERM handler that aborts the process; `actors.cluster` puts this one back.
     """
     received: list[int] = []
 

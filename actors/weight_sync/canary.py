@@ -1,5 +1,6 @@
 """Proof that what vLLM serves is what the trainer holds: log-probs of fixed tokens from both."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ class Canary:
         for ids, logps in zip(self.token_ids, expected, strict=True):
             for served in generators.call("token_logps", ids, timeout_s=timeout_s, what="canary"):
                 gaps.append(_gaps(logps, served))
-        worst = max(sum(gap) / len(gap) for gap in gaps)
+        means = [sum(gap) / len(gap) for gap in gaps]
+        worst = max(means, key=lambda mean: math.inf if math.isnan(mean) else mean)
         if not worst <= self.max_gap:
             raise WeightSyncError(
                 f"canary: vLLM's log-probs differ from the trainer's by {worst:.4f} nats a token, limit "

@@ -7,7 +7,7 @@ from actors.generator_pool import GeneratorPool
 from actors.trainer_group import TrainerGroup
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.transports import WeightTransport
-from raylign.errors import GeneratorError, WeightSyncError
+from raylign.errors import GeneratorError, TrainerError, WeightSyncError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class Publisher:
         Raises WeightSyncError; the generators must then be recreated, because a failed update leaves an engine
         half-loaded.
         """
-        self._on_generators("pause", "pausing the generators")
         try:
+            self._on_generators("pause", "pausing the generators")
             self.transport.push(self.trainers, self.generators, version, self.timeout_s)
-        except GeneratorError as cause:
-            raise WeightSyncError(f"pushing version {version} failed: {cause}") from cause
-        self._on_generators("resume", "resuming the generators")
-        served = self._on_generators("version", "reading the served version")
+            self._on_generators("resume", "resuming the generators")
+            served = self._on_generators("version", "reading the served version")
+        except (GeneratorError, TrainerError) as cause:
+            raise WeightSyncError(f"publishing version {version} failed: {cause}") from cause
         if any(found != version for found in served):
             raise WeightSyncError(f"generators serve versions {served} after version {version} was pushed")
         return self.verify()

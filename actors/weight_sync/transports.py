@@ -1,5 +1,6 @@
 """How weights travel. A transport moves them; `publish` decides when and verifies."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Literal, Protocol
 from actors.generator_pool import GeneratorPool
 from actors.trainer_group import TrainerGroup
 from actors.weight_sync.manifest import Manifest, file_manifest, require_same
-from raylign.errors import WeightSyncError
+from raylign.errors import PlacementError, WeightSyncError
 
 Transport = Literal["lora", "shm", "nccl"]
 
@@ -24,6 +25,14 @@ class WeightTransport(Protocol):
 def choose_transport(named: str, *, device: Literal["cpu", "gpu"], adapter: bool, own_devices: bool) -> Transport:
     """`auto`: on CPU merged weights through shared memory, because vLLM decodes adapters several times slower there;
     on GPU the adapter alone, else NCCL between separate GPUs, else shared memory."""
+    if named == "nccl" and device == "cpu":
+        raise PlacementError(
+            "generators.weight_sync.transport=nccl needs GPUs, and this run is on CPU; use auto or shm"
+        )
+    if named == "nccl" and not own_devices:
+        raise PlacementError(
+            "generators.weight_sync.transport=nccl needs a GPU of its own per actor; set placement.mode=disaggregated"
+        )
     if named in ("lora", "shm", "nccl"):
         return named  # type: ignore[return-value]
     if device == "cpu":
@@ -39,10 +48,10 @@ class ShmTransport:
 
     directory: Path
     manifest: Manifest
-    bytes_needed: int
+    bytes_per_weight: int
 
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
-        require_room(self.directory, self.bytes_needed)
+        require_room(self.directory, self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values()))
         path = self.directory / f"version-{version}.safetensors"
         try:
             trainers.save_weights(str(path))
@@ -91,5 +100,5 @@ def require_room(directory: Path, needed: int) -> None:
     if free < needed:
         raise WeightSyncError(
             f"{directory}: {free / 1e6:.0f} MB free, a weight push needs {needed / 1e6:.0f} MB; enlarge /dev/shm "
-            "(docker --shm-size, or an emptyDir with medium: Memory on Kubernetes) or set TMPDIR to a larger one"
+            "(docker --shm-size, or an emptyDir with medium: Memory on Kubernetes)"
         )

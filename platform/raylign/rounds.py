@@ -12,6 +12,8 @@ from raylign.rundir import RunDirectory
 from raylign.store import write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
 
+NOT_YET_SCORED = Score(None, reason="not scored yet")
+
 
 class RoundLog:
     """Made by the recipe for each round; `seconds` has the wall time of each stage so far."""

@@ -46,7 +46,7 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted(path for path in (self.path / "checkpoints").glob("[0-9]*") if path.is_dir())
+        return sorted((self.path / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with."""
@@ -60,8 +60,8 @@ class RunDirectory:
 
     def reports(self) -> list[RoundReport]:
         """Reports of the finished rounds, in order."""
-        paths = sorted((self.path / "rounds").glob(f"*/{REPORT_NAME}"))
-        return [_report(json.loads(path.read_text())) for path in paths if path.parent.name != "0000"]
+        paths = {int(path.parent.name): path for path in (self.path / "rounds").glob(f"[0-9]*/{REPORT_NAME}")}
+        return [_report(json.loads(paths[index].read_text())) for index in sorted(paths) if index > 0]
 
 
 def _report(raw: dict[str, Any]) -> RoundReport:

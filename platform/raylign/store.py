@@ -56,7 +56,7 @@ def write_candidates(
             "text": _storable(candidate.text),
             "score": score.value,
             "score_parts": _json(dict(score.parts)),
-            "score_reason": score.reason,
+            "score_reason": _storable(score.reason),
             "finish_reason": candidate.finish_reason,
             "policy_version": candidate.policy_version,
             "seed": candidate.seed,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from actors.team import team
+from actors.team import plan_team, team
 from raylign.config import parse_config
 from raylign.records import Candidate, Preference, Prompt
 
@@ -37,7 +37,9 @@ def test_training_reaches_the_generators(name: str, smollm2: str, resources: dic
     config = parse_config(
         {"placement": {"device": "gpu", "cpus_per_actor": 1}, "trainer": {"learning_rate": 1e-4}, **_TRANSPORTS[name]}
     )
-    with team(config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids,), available=resources) as roles:
+    with team(
+        config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan_team(config, resources)
+    ) as roles:
         roles.publisher.verify()
         preferences = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 8, seed=0)
         for version in (1, 2):

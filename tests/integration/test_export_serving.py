@@ -45,7 +45,7 @@ def _adapter(base: str, folder: Path) -> None:
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    policy.save_pretrained(folder)
+    policy.save_pretrained(str(folder))
 
 
 def _greedy(model: Any, ids: tuple[int, ...]) -> list[int]:

@@ -1,12 +1,13 @@
 """The adapter alone travels: vLLM's hot swap follows the trainer, and old prefixes are forgotten."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
 from transformers import AutoTokenizer
 
-from actors.team import Team, team
+from actors.team import Team, plan_team, team
 from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
@@ -29,7 +30,7 @@ _LONG = "Tell me about a film in which nothing happens. " * 20
 
 @pytest.fixture(scope="module")
 def prompt(smollm2: str) -> Prompt:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     chat = ({"role": "user", "content": _LONG},)
     return Prompt(
         "p0", chat, tuple(tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False))
@@ -39,7 +40,9 @@ def prompt(smollm2: str) -> Prompt:
 @pytest.fixture(scope="module")
 def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
     config = parse_config(_CONFIG)
-    with team(config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids[-40:],), available=resources) as roles:
+    with team(
+        config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids[-40:],), plan=plan_team(config, resources)
+    ) as roles:
         yield roles
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.team import Team, team
+from actors.team import Team, plan_team, team
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import load_file as push_file
 from raylign.config import RunConfig, parse_config
@@ -51,8 +51,8 @@ def prompts(smollm2: str) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def roles(smollm2: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
-    canary = tuple(prompt.token_ids for prompt in prompts)
-    with team(_config(), folder=smollm2, pad_id=2, canary_ids=canary, available=resources) as roles:
+    config, canary = _config(), tuple(prompt.token_ids for prompt in prompts)
+    with team(config, folder=smollm2, pad_id=2, canary_ids=canary, plan=plan_team(config, resources)) as roles:
         yield roles
 
 

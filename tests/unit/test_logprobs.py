@@ -211,11 +211,6 @@ def rescaling_unseen() -> list[PreTrainedConfig]:
     ]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="rescaling under another name, or in a nested text_config, goes unseen",
-)
 @pytest.mark.parametrize("config", rescaling_unseen(), ids=lambda config: config.model_type)
 def test_every_head_that_rescales_logits_is_refused(config: PreTrainedConfig) -> None:
     with pytest.raises(ModelError):

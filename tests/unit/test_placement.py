@@ -72,20 +72,14 @@ def test_fewer_ranks_than_generators_share_the_first_bundles() -> None:
     assert [place.bundle for place in made.trainers] == [0, 1]
 
 
-def test_ranks_spread_over_the_workers_of_a_colocated_engine() -> None:
-    made = plan("cpu", "colocated", generators=2, width=2, ranks=5)
-    assert len(made.bundles) == 3
-    assert [place.bundle for place in made.trainers] == [0, 0, 1, 1, 2]
-    assert [place.num_cpus for place in made.generators] == [1.0, 1.0]
-    assert [place.num_cpus for place in made.trainers] == [0.5] * 5
-
-
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
 @pytest.mark.parametrize("generators", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_no_bundle_is_promised_twice(device: Device, mode: Mode, generators: int, width: int, ranks: int) -> None:
+    if width > 1 and mode == "colocated":
+        pytest.skip("refused by the config")
     made = plan(device, mode, generators=generators, width=width, ranks=ranks)
     assert (len(made.generators), len(made.trainers)) == (generators, ranks)
     cpus: defaultdict[int, float] = defaultdict(float)
@@ -96,14 +90,6 @@ def test_no_bundle_is_promised_twice(device: Device, mode: Mode, generators: int
     assert set(cpus) == set(range(len(made.bundles)))
     for index, bundle in enumerate(made.bundles):
         assert 0 < cpus[index] <= bundle["CPU"] and gpus[index] <= bundle.get("GPU", 0.0)
-
-
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a colocated engine of 2 workers is given 1 GPU of its 2")
-@pytest.mark.parametrize("width", [2, 3])
-def test_a_colocated_tensor_parallel_engine_sees_every_gpu_of_its_bundle(width: int) -> None:
-    """Ray shows an actor as many GPUs as it takes, and refuses numbers above 1 that are not whole."""
-    (place,) = plan("gpu", "colocated", width=width, ranks=width).generators
-    assert place.num_gpus == width
 
 
 @pytest.mark.parametrize(

@@ -153,9 +153,6 @@ def test_log_probs_that_are_no_numbers_are_refused_if_they_come_first(tmp_path: 
         Canary(IDS[::-1], 0.25).check(setting.trainers, setting.generators, 1.0)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="max() passes over a NaN that is not its first item"
-)
 def test_log_probs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightSyncError):
         Setting(shm(tmp_path), engines=(FakeEngine, NotANumber)).publisher.publish(1)

@@ -37,11 +37,13 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a .yaml file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give the path of a .yaml recipe") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if raw is None:
@@ -74,8 +76,11 @@ def _describe(detail: ErrorDetails) -> str:
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{location}: unknown key; {hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{location}: {message} (got {detail['input']!r})" if location else message
+    if detail["type"] == "value_error":
+        # Rules of ours name the value themselves, without what must stay secret.
+        message = detail["msg"].removeprefix("Value error, ")
+        return f"{location}: {message}" if location else message
+    return f"{location}: {detail['msg']} (got {detail['input']!r})"
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

@@ -60,6 +60,15 @@ class RunConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def tensor_parallel_engines_have_their_own_devices(self) -> Self:
+        width = self.generators.tensor_parallel_size
+        if width > 1 and self.placement.mode == "colocated":
+            raise ValueError(
+                f"generators.tensor_parallel_size={width} needs whole devices; set placement.mode=disaggregated"
+            )
+        return self
+
+    @model_validator(mode="after")
     def offload_needs_zero(self) -> Self:
         stage, offload = self.trainer.zero_stage, self.trainer.offload
         if offload.param and stage != 3:

@@ -122,6 +122,8 @@ def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftMo
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     """PEFT is content when one of the names matches; a misspelt second one would silently stay frozen."""
+    head = model.get_output_embeddings()
+    tied = {name for name, module in model.named_modules() if module is head and model.config.tie_word_embeddings}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
     for target in targets:
@@ -129,3 +131,8 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
             close = difflib.get_close_matches(target, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"linear layers: {', '.join(known)}"
             raise ModelError(f"model.lora.target_modules: no layer is named {target!r}; {hint}")
+        if any(f".{name}".endswith(f".{target}") for name in tied):
+            raise ModelError(
+                f"model.lora.target_modules: {target!r} shares its weight with the input embedding, so an "
+                "adapter on it cannot be merged or served; leave it out"
+            )

@@ -9,6 +9,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raylign.errors import ModelError
 from raylign.training.batches import Sequences
 
+_LOGIT_RESCALING = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier",
+)
+
 
 class CompletionScores(NamedTuple):
     """What a forward pass says of S completions with N tokens in all.
@@ -64,10 +74,11 @@ class CompletionLogps(nn.Module):
 
 def _require_plain_head(config: PretrainedConfig) -> None:
     """Heads that rescale logits need their own projection; refuse rather than train on wrong log-probs."""
-    values = config.to_dict()
-    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if values.get(option) not in (None, 1, 1.0):
-            raise ModelError(
-                f"model type {values['model_type']!r} sets {option}={values[option]}, which raylign does not apply; "
-                "use a model without logit rescaling"
-            )
+    for part in (config, config.get_text_config()):
+        values = part.to_dict()
+        for option in _LOGIT_RESCALING:
+            if values.get(option) not in (None, 1, 1.0):
+                raise ModelError(
+                    f"model type {config.model_type!r} sets {option}={values[option]}, which raylign does not apply; "
+                    "use a model without logit rescaling"
+                )
