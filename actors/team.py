@@ -35,13 +35,13 @@ from actors.weight_sync.transports import (
     Transport,
     WeightTransport,
     choose_transport,
+    shared_folder,
 )
 from raylign.config import RunConfig
 from raylign.errors import GeneratorError, ScorerError, TrainerError
 from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
-_SHM = Path("/dev/shm")
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 _SHUTDOWN_S = 20.0
 
@@ -207,8 +207,7 @@ def _transport(config: RunConfig, folder: str, transport: Transport, directory: 
 @contextmanager
 def _shared_directory(run_name: str) -> Iterator[Path]:
     """A folder in shared memory for weight files; gone when the run ends."""
-    root = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
-    directory = Path(tempfile.mkdtemp(prefix=f"raylign-{run_name}-{os.getpid()}-", dir=root))
+    directory = Path(tempfile.mkdtemp(prefix=f"raylign-{run_name}-{os.getpid()}-", dir=shared_folder()))
     try:
         yield directory
     finally:

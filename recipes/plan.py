@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.cluster import cluster
 from actors.placement import PlacementPlan, choose_device, plan_placement, require_resources
 from actors.weight_sync.manifest import checkpoint_manifest
-from actors.weight_sync.transports import Transport, choose_transport, require_room
+from actors.weight_sync.transports import Transport, choose_transport, require_room, shared_folder
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
@@ -26,7 +25,6 @@ from raylign.prompts import PromptSet, draw, load_prompts
 from raylign.scoring import FunctionInfo, describe_function
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
-from recipes.checks.machine import SHARED_MEMORY
 from recipes.checks.ray_cluster import require_named_cluster
 
 THIS_MACHINE = "this machine"
@@ -189,11 +187,6 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
             return f"the cluster at {address}", dict(available)
     except (ConnectionError, RuntimeError, RayError) as error:
         raise PlacementError(f"RAY_ADDRESS={address}: cannot join the cluster ({error})") from error
-
-
-def shared_folder() -> Path:
-    """Where weight files go."""
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def notes(plan: RunPlan) -> list[str]:

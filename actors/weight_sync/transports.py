@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,6 +13,7 @@ from actors.weight_sync.manifest import Manifest, file_manifest, require_same
 from raylign.errors import PlacementError, WeightSyncError
 
 Transport = Literal["lora", "shm", "nccl"]
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class WeightTransport(Protocol):
@@ -92,6 +94,11 @@ class NcclTransport:
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
         trainers.send_nccl(generators.handles, self.workers, timeout_s)
         generators.call("label", version, timeout_s=timeout_s, what="labelling the version")
+
+
+def shared_folder() -> Path:
+    """Where weight files go: shared memory, or the temporary folder of a system without it."""
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def require_room(directory: Path, needed: int) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from actors.weight_sync.manifest import checkpoint_manifest, file_manifest, require_same
 from actors.weight_sync.transports import Transport, choose_transport, require_room
-from raylign.errors import WeightSyncError
+from raylign.errors import PlacementError, WeightSyncError
 
 Device = Literal["cpu", "gpu"]
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -81,10 +81,18 @@ def test_auto_chooses_by_device_adapter_and_placement(
     assert choose_transport("auto", device=device, adapter=adapter, own_devices=own_devices) == chosen
 
 
-@pytest.mark.parametrize("named", ["lora", "shm", "nccl"])
+@pytest.mark.parametrize("named", ["lora", "shm"])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_a_named_transport_is_taken(named: str, device: Device) -> None:
     assert choose_transport(named, device=device, adapter=False, own_devices=False) == named
+
+
+def test_nccl_is_taken_between_separate_gpus_only() -> None:
+    assert choose_transport("nccl", device="gpu", adapter=False, own_devices=True) == "nccl"
+    with pytest.raises(PlacementError, match="needs GPUs"):
+        choose_transport("nccl", device="cpu", adapter=False, own_devices=True)
+    with pytest.raises(PlacementError, match="placement.mode=disaggregated"):
+        choose_transport("nccl", device="gpu", adapter=False, own_devices=False)
 
 
 def test_room_is_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,4 +102,3 @@ def test_room_is_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         require_room(tmp_path, 270_000_000)
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}: 64 MB free, a weight push needs 270 MB; enlarge /dev/shm (docker --shm-size")
-    assert "TMPDIR" in text

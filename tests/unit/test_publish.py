@@ -83,7 +83,7 @@ class Broken(FakeEngine):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_failed_update_is_a_weight_sync_error_and_leaves_no_file(adapter: bool, tmp_path: Path) -> None:
     setting = Setting(LoraTransport(tmp_path) if adapter else shm(tmp_path), engines=(FakeEngine, Broken))
-    with pytest.raises(WeightSyncError, match="pushing version 1 failed: the engine died"):
+    with pytest.raises(WeightSyncError, match="publishing version 1 failed: the engine died"):
         setting.publisher.publish(1)
     assert "resume" not in setting.events and list(tmp_path.iterdir()) == []
 
