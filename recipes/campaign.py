@@ -105,6 +105,7 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
     describe_function(config.scoring.function)
+    default_uri(config.tracking, config.run.dir / config.run.name)
     console = report_console()
     with terminable(), cluster() as available:
         plan = plan_team(config, available)

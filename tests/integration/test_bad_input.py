@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from recipes.cli import app
@@ -62,16 +63,13 @@ def refused(*settings: str, recipe: str = str(ROOT / RECIPE)) -> str:
         ("prompts.source=empty.jsonl", ["empty.jsonl", "no rows", "at least two prompts"]),
         ("prompts.source=torn.jsonl", ["torn.jsonl", "1 of 2 rows", "line 2"]),
         ("prompts.source=long.jsonl", ["1 of 9 rows", "line 9: 30", "limit 464", "generators.max_model_len"]),
-        ("prompts.column=question", ["no column 'question'", "prompts.column"]),
         ("model.path=./no-such-model", ["no-such-model", "no such folder", "correct model.path"]),
         ("model.path=embedded:smolm2-135m", ["did you mean embedded:smollm2-135m?"]),
         ("model.path=no-such-org-8391/no-such-model", ["no-such-org-8391/no-such-model"]),
-        ("generators.max_model_len=100000", ["generators.max_model_len=100000", "8192", "lower it"]),
+        ("generators.max_model_len=100000", ["generators.max_model_len=100000", "8192 positions", "lower it"]),
         ("scoring.function=raylign.scoring.vader:compond", ["has no 'compond'", "did you mean 'compound'?"]),
         ("scoring.function=no_such_module:score", ["no module 'no_such_module'"]),
         ("tracking.uri=./mlruns", ["tracking.uri='./mlruns'", "sqlite:///"]),
-        ("run.dir=empty.jsonl", ["empty.jsonl", "cannot be written", "run.dir"]),
-        ("run.name=finished", ["runs/finished exists already", "run.name="]),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_starts(
@@ -88,12 +86,22 @@ def test_a_missing_recipe_is_named(files: Path, ray_folder: Path) -> None:
     assert "absent.yaml: cannot read the recipe (No such file or directory)" in refused(recipe="absent.yaml")
 
 
-def test_a_cluster_that_is_too_small_is_refused_before_the_run_exists(files: Path, ray_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("placement.cpus_per_actor=64", ["the roles need 64 CPU (available", "lower placement.cpus_per_actor"]),
+        ("run.dir=empty.jsonl", ["empty.jsonl", "cannot be written", "run.dir"]),
+        ("run.name=finished", ["runs/finished exists already", "run.name="]),
+    ],
+)
+def test_what_only_the_cluster_can_tell_leaves_no_run(
+    setting: str, parts: list[str], files: Path, ray_folder: Path
+) -> None:
     before = tree(files)
-    message = refused("placement.cpus_per_actor=64")
-    assert "the roles need 64 CPU (available" in message
-    assert "lower placement.cpus_per_actor" in message
+    message = refused(setting)
+    assert [part for part in parts if part not in message] == [], message
     assert tree(files) == before
+    assert not ray.is_initialized()
 
 
 def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

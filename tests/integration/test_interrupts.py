@@ -2,20 +2,28 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from raylign.rundir import open_run
 from raylign.tracking.journal import read_events
-from tests.integration.tiny import SMALLEST, Watched, campaign_record, command_line, script, wait_until, weight_folders
+from tests.integration.tiny import (
+    LONG_SAMPLING,
+    LONG_TRAINING,
+    SMALLEST,
+    Watched,
+    campaign_record,
+    command_line,
+    script,
+    wait_until,
+    weight_folders,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 END_S = 30.0
-LONG_SAMPLE = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
-LONG_TRAIN = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
 
 
 @pytest.mark.parametrize(
@@ -23,12 +31,12 @@ LONG_TRAIN = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_si
     [
         pytest.param(signal.SIGINT, script, (), "starting; actor logs are in", [], id="ctrl-c-while-actors-load"),
         pytest.param(
-            signal.SIGINT, command_line, LONG_SAMPLE, "round 0: held-out score", [], id="ctrl-c-while-sampling"
+            signal.SIGINT, command_line, LONG_SAMPLING, "round 0: held-out score", [], id="ctrl-c-while-sampling"
         ),
         pytest.param(
             signal.SIGTERM,
             script,
-            LONG_TRAIN,
+            LONG_TRAINING,
             "round 1 reference ",
             ["sample", "score", "prefer", "reference"],
             id="sigterm-while-training",
@@ -36,7 +44,12 @@ LONG_TRAIN = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_si
     ],
 )
 def test_a_signal_ends_the_run_and_leaves_only_its_directory(
-    number: signal.Signals, command: type, settings: Sequence[str], line: str, stages: list[str], tmp_path: Path
+    number: signal.Signals,
+    command: Callable[..., list[str]],
+    settings: Sequence[str],
+    line: str,
+    stages: list[str],
+    tmp_path: Path,
 ) -> None:
     name = f"stop-{tmp_path.name[-24:].strip('-_')}"
     with Watched(command(*SMALLEST, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:

@@ -26,6 +26,8 @@ SMALLEST = (
     "prompts.held_out=2",
     "pairing.min_margin=0",
 )
+LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
+LONG_TRAINING = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
 START_S = 400.0
 """Longest start of engines and trainers; 35 s on two idle cores."""
 _MARK = "RAYLIGN_TEST_MARK"

@@ -1,0 +1,241 @@
+"""The recipe as a Ray job: only the uploaded folder and the installed packages are on the cluster."""
+
+import json
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raylign.rundir import open_run
+from raylign.tracking.journal import read_events
+from tests.integration.tiny import (
+    LONG_TRAINING,
+    RECIPE,
+    ROOT,
+    SMALLEST,
+    START_S,
+    Watched,
+    campaign_record,
+    clean_environment,
+    wait_until,
+    weight_folders,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+BIN = Path(sys.executable).parent
+RUNTIME_ENV = "deploy/ray_runtime_env.yaml"
+UPLOADED = ("platform", "actors", "recipes", "deploy", ".gitignore", "pyproject.toml", "README.md")
+OUTPUTS = (
+    "runs/demo/checkpoints/0001/weights.bin",
+    "runs/mlflow.db",
+    "mlruns/0/meta.yaml",
+    ".venv/bin/python",
+    ".cache/kernels.so",
+    "recipes/policy.safetensors",
+    "deploy/__pycache__/old.pyc",
+    ".git/HEAD",
+)
+TELL = '\nimport sys\n\nprint(f"imported {__name__} from {__file__}", file=sys.stderr)\n'
+PACKAGES = {"raylign": "platform/raylign", "actors": "actors", "recipes": "recipes"}
+SMALL_MB = 2.0
+STOP_S = 90.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A one-node cluster of the test's own. `environment` is for Ray's commands, token included."""
+
+    head: Watched
+    folder: Path
+    dashboard: str
+    environment: Mapping[str, str]
+
+    def ray(self, *arguments: str, cwd: Path | None = None, timeout_s: float = 120.0) -> str:
+        """Output of a `ray` command that must succeed."""
+        done = self._run(*arguments, cwd=cwd, timeout_s=timeout_s)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def refusal(self, *arguments: str, without: str) -> str:
+        """Output of a `ray` command that must fail when the variable `without` is missing."""
+        environment = {name: value for name, value in self.environment.items() if name != without}
+        done = self._run(*arguments, environment=environment)
+        assert done.returncode != 0, done.stdout
+        return done.stdout
+
+    def _run(
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        timeout_s: float = 120.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "ray", *arguments],
+            cwd=cwd,
+            env=dict(environment or self.environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def worker_logs(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in self.folder.glob("session_2*/logs/worker-*.err"))
+
+    def snapshots(self) -> list[Path]:
+        """The uploaded folders as the cluster unpacked them."""
+        return sorted(self.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources that says where it is imported from, with outputs that must not be uploaded."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in UPLOADED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    for folder in PACKAGES.values():
+        with (copy / folder / "__init__.py").open("a") as module:
+            module.write(TELL)
+    for output in OUTPUTS:
+        (copy / output).parent.mkdir(parents=True, exist_ok=True)
+        (copy / output).write_bytes(secrets.token_bytes(100_000))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """`ray start --head` on loopback, on free ports, with a token."""
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "token").write_text(secrets.token_hex(32))
+    (folder / "token").chmod(0o600)
+    port, dashboard, client, agent, agent_grpc, metrics, runtime_env = free_ports(7)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    path = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": "", "RAY_DISABLE_DASHBOARD_LOG_INFO": "1"}
+    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        command = [
+            *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
+            *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+            *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={short}"),
+            *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
+            *(f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"),
+            *(f"--runtime-env-agent-port={runtime_env}", "--min-worker-port=0", "--max-worker-port=0"),
+        ]
+        with Watched(command, folder, **token, **path) as head:
+            head.wait_for("Ray runtime started", 120)
+            address = f"http://127.0.0.1:{dashboard}"
+            environment = clean_environment({**token, **path, "RAY_ADDRESS": address})
+            found = Cluster(head, Path(short), address, environment)
+            wait_until(lambda: found._run("job", "list").returncode == 0, 120, lambda: head.output)
+            yield found
+
+
+def imported(text: str) -> dict[str, set[str]]:
+    """Files that each package was imported from, as the copies say."""
+    found: dict[str, set[str]] = {}
+    for name, file in re.findall(r"^.*imported (\w+) from (\S+)$", text, re.MULTILINE):
+        found.setdefault(name, set()).add(file)
+    return found
+
+
+def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    assert "401" in (refusal := cluster.refusal("job", "list", without="RAY_AUTH_MODE")) or "oken" in refusal
+    output = cluster.ray(
+        *("job", "submit", "--working-dir", ".", "--runtime-env", RUNTIME_ENV, "--submission-id", "snapshot"),
+        *("--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, f"run.dir={shared}", "run.name=submitted"),
+        cwd=checkout,
+        timeout_s=2 * START_S,
+    )
+    assert "Job 'snapshot' succeeded" in output
+    assert "SUCCEEDED" in cluster.ray("job", "status", "snapshot")
+
+    (snapshot,) = cluster.snapshots()
+    expected = {name: {str(snapshot / folder / "__init__.py")} for name, folder in PACKAGES.items()}
+    assert imported(output) == expected
+    in_actors = imported(cluster.worker_logs())
+    assert {name: in_actors[name] for name in ("raylign", "actors")} == {
+        name: expected[name] for name in ("raylign", "actors")
+    }
+
+    files = {path for path in snapshot.rglob("*") if path.is_file()}
+    assert [output for output in OUTPUTS if snapshot / output in files] == []
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    print(f"snapshot: {len(files)} files, {megabytes:.2f} MB")
+    assert megabytes < SMALL_MB
+
+    directory = open_run(shared / "submitted")
+    (report,) = directory.reports()
+    preferences = pq.read_table(directory.round(1) / "preferences.parquet")
+    assert report.counts["preferences"] == preferences.num_rows > 0
+    assert (directory.checkpoint(1) / "adapter_model.safetensors").is_file()
+    assert campaign_record(shared).info.status == "FINISHED"
+    assert "round 1 train 1/1 steps in " in output
+    assert re.search(r"^round 1: held-out score ", output, re.MULTILINE)
+    log = cluster.ray("job", "logs", "snapshot")
+    assert not set("\x1b\r\b") & set(log)
+    assert "Traceback" not in log
+    assert weight_folders("submitted") == []
+
+
+def test_a_stopped_job_cleans_up_after_itself(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    environment = yaml.safe_load((checkout / RUNTIME_ENV).read_text())
+    environment["env_vars"]["VLLM_LOGGING_LEVEL"] = "INFO"  # also set by the run itself, which must not clash
+    run = tmp_path / "shared/stopped"
+    cluster.ray(
+        *("job", "submit", "--no-wait", "--working-dir", ".", "--runtime-env-json", json.dumps(environment)),
+        *("--submission-id", "stopped", "--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, *LONG_TRAINING),
+        *(f"run.dir={run.parent}", f"run.name={run.name}"),
+        cwd=checkout,
+    )
+
+    def steps() -> int:
+        journal = run / "events.jsonl"
+        return sum(event.name == "step" for event in read_events(journal)) if journal.is_file() else 0
+
+    def state() -> str:
+        return cluster.ray("job", "logs", "stopped")
+
+    wait_until(lambda: steps() > 0, 2 * START_S, state)
+    segments = cluster.head.shared_memory()
+    began = time.monotonic()
+    assert "successfully stopped" in cluster.ray("job", "stop", "stopped", timeout_s=STOP_S)
+    assert time.monotonic() - began < STOP_S
+    assert "STOPPED" in cluster.ray("job", "status", "stopped")
+    last = list(read_events(run / "events.jsonl"))[-1]
+    assert (last.name, last.payload["status"]) == ("campaign_finished", "KILLED")
+    assert campaign_record(run.parent).info.status == "KILLED"
+    assert "Traceback" not in state()
+
+    def ours() -> list[str]:
+        names = ("online_dpo.py", "_Generator", "_TrainerRank", "_Scorer", "EngineCore", "raylign.scoring")
+        return [line for line in cluster.head.processes().values() if any(name in line for name in names)]
+
+    wait_until(lambda: not ours(), 10, lambda: f"processes are left: {ours()}")
+    assert weight_folders("stopped") == []
+    assert [path for path in segments if path.exists()] == []
