@@ -55,11 +55,10 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     with Watched(command(*SMALLEST, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
         run.wait_for(line)
         time.sleep(3)  # into the stage
-        processes, segments = run.processes(), run.shared_memory()
-        assert any("gcs_server" in command_line for command_line in processes.values())
+        assert any("gcs_server" in line for line in run.processes().values())
         assert weight_folders(name)
         run.send(number, to_group=number == signal.SIGINT)
-        status = run.finish(END_S)
+        status, segments = run.finish(END_S)
         assert status == 128 + number, run.output
         wait_until(lambda: not run.processes(), 5.0, lambda: f"processes are left: {run.processes()}")
         assert [path for path in segments if path.exists()] == []

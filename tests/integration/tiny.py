@@ -112,12 +112,16 @@ class Watched:
         """Signal the process, or its whole group as a terminal does."""
         os.kill(-self._process.pid if to_group else self._process.pid, number)
 
-    def finish(self, timeout_s: float) -> int:
-        """The exit status; negative when a signal ended it."""
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_s:g} s:\n{self.output}") from None
+    def finish(self, timeout_s: float) -> tuple[int, set[Path]]:
+        """Exit status, negative when a signal ended it, and the shared memory that was seen in use until then."""
+        segments: set[Path] = set()
+
+        def watch() -> bool:
+            segments.update(self.shared_memory())
+            return self.ended
+
+        wait_until(watch, timeout_s, lambda: f"still running\n{self.output}")
+        return self._process.wait(), segments
 
     def processes(self) -> dict[int, str]:
         """Command lines of the living processes that carry the mark or belong to the session, by id."""

@@ -24,6 +24,8 @@ _PARAMS_PER_CALL = 100
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
+# MLflow opens an experiment without a kind on its pages for agents, not on the runs and their curves.
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 Item = TypeVar("Item")
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
@@ -208,7 +210,7 @@ def _is_active(client: MlflowClient, run_id: str) -> bool:
 def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return str(client.create_experiment(name, artifact_location(uri)))
+        return str(client.create_experiment(name, artifact_location(uri), tags=_TRAINING))
     if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
         raise RaylignError(
             f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"
