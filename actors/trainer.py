@@ -105,8 +105,9 @@ class _TrainerRank:
             for micro in (micro for step in self._plan(len(preferences), seed, epochs=1) for micro in self._mine(step)):
                 rows = pair_rows([preferences[index] for index in micro.indices])
                 logps = self._reference(pad_sequences(rows, self._spec.pad_id).to(self._device)).logps
-                chosen, rejected = logps.chunk(2)
-                found |= dict(zip(micro.indices, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
+                pairs = zip(*(half.tolist() for half in logps.chunk(2)), strict=True)
+                real = zip(micro.indices, micro.weights, pairs, strict=True)
+                found |= {index: pair for index, weight, pair in real if weight}
         return found
 
     def _as_reference(self) -> AbstractContextManager[None]:
