@@ -5,13 +5,37 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 from typer.testing import CliRunner
 
+from raylign.rundir import open_run
 from recipes.cli import app
-from tests.integration.tiny import RECIPE, ROOT
+from tests.integration.tiny import RECIPE, ROOT, SMALLEST, START_S, Watched, campaign_record, command_line
 
+SCORER = """\
+import pathlib, time, zlib
+
+REPORT = pathlib.Path(__file__).parent / "runs/careless/rounds/0001/report.json"
+
+
+def score(prompts, completions):
+    asked = prompts[0][-1]["content"]
+    if REPORT.exists():
+        raise ConnectionError("the judge is gone")
+    if "raises" in asked:
+        raise ValueError("cannot judge this")
+    if "hangs" in asked:
+        time.sleep(3600)
+    scores = [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
+    if "short" in asked:
+        return scores[:-1]
+    if "nan" in asked:
+        scores[0] = float("nan")
+    return scores
+"""
+CASES = ("raises", "hangs", "short", "nan", "plain", "simple")
 PROMPTS = [{"prompt": f"Write about film number {number}."} for number in range(8)]
 
 
@@ -22,6 +46,18 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("RAY_TMPDIR", folder)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         yield Path(folder)
+
+
+@pytest.fixture
+def careless(tmp_path: Path) -> Path:
+    """A working directory with a scorer that fails by prompt, and prompts for it: six to train on, two held out."""
+    (tmp_path / "careless.py").write_text(SCORER)
+    splits = {
+        "train": [{"prompt": f"Write about a film that is {case}."} for case in CASES],
+        "test": [{"prompt": f"Write about a play that is {case}."} for case in ("nan", "plain")],
+    }
+    (tmp_path / "prompts.json").write_text(json.dumps(splits))
+    return tmp_path
 
 
 @pytest.fixture
@@ -109,3 +145,57 @@ def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkey
     before = tree(files)
     assert "RAY_ADDRESS=127.0.0.1:1: no connection" in refused()
     assert tree(files) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path) -> None:
+    """Round 1 goes on with what was scored; in round 2 nothing is, and only that round is lost."""
+    settings = (
+        *SMALLEST,
+        *("run.dir=runs", "run.name=careless", "prompts.source=prompts.json", "schedule.rounds=2"),
+        *("schedule.prompts_per_round=6", "scoring.function=careless:score", "scoring.batch_size=3"),
+        *("scoring.timeout_s=2", "scoring.max_unscored=0.6"),
+    )
+    with Watched(command_line(*settings), careless) as run:
+        status, _ = run.finish(START_S + 200)
+        output = run.output
+    assert status == 1, output
+    assert "Traceback" not in output
+    directory = open_run(careless / "runs/careless")
+    (report,) = directory.reports()
+    counts = report.counts
+    assert {name: counts[name] for name in ("prompts", "candidates", "unscored", "unscored_groups")} == {
+        "prompts": 6,
+        "candidates": 18,
+        "unscored": 3 + 3 + 3 + 1,
+        "unscored_groups": 3,
+    }
+    assert counts["preferences"] == 3
+    assert (report.evaluation.completions, report.evaluation.unscored) == (2, 1)
+    assert reasons(directory.round(1) / "candidates.parquet") == {
+        "raises": ["ValueError: cannot judge this"] * 3,
+        "hangs": ["no answer within 2 s"] * 3,
+        "short": ["returned 0 scores for 1 completions"] * 3,
+        "nan": ["", "", "returned nan"],
+        "plain": [""] * 3,
+        "simple": [""] * 3,
+    }
+    assert directory.checkpoint(1).is_dir()
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    for part in ("18 of 18", "60%", "ConnectionError: the judge is gone"):
+        assert part in error
+    kept = pq.read_table(directory.round(2) / "candidates.parquet").to_pylist()
+    assert len(kept) == 18
+    assert all(row["text"] and row["score"] is None and row["score_reason"] for row in kept)
+    assert campaign_record(careless / "runs").info.status == "FAILED"
+
+
+def reasons(candidates: Path) -> dict[str, list[str]]:
+    """Sorted reasons of a round's candidates by the last word of their prompt; empty when scored."""
+    found: dict[str, list[str]] = {case: [] for case in CASES}
+    for row in pq.read_table(candidates).to_pylist():
+        assert (row["score"] is None) == bool(row["score_reason"])
+        case = json.loads(row["messages"])[-1]["content"].rstrip(".").split()[-1]
+        found[case].append(row["score_reason"])
+    return {case: sorted(texts) for case, texts in found.items()}
