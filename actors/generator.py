@@ -1,11 +1,11 @@
 """The generator: one vLLM engine that samples candidates and serves one policy version at a time."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import ray
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -23,6 +23,7 @@ from raylign.sampling import Decoding
 
 _ADAPTER = "policy"
 _GIB = 1 << 30
+_QUEUE_FILES = "/dev/shm/psm_"
 _CPU_BATCH_TOKENS = 16384
 
 
@@ -88,10 +89,10 @@ class _Generator:
         self._adapters: list[LoRARequest] = []
         self._requests = 0
 
-    async def ready(self) -> int:
-        """Label the base weights version 0; returns the process id."""
+    async def ready(self) -> list[str]:
+        """Label the base weights version 0; returns the shared-memory files of vLLM's processes."""
         await self.label(0)
-        return os.getpid()
+        return _segments(psutil.Process())
 
     async def label(self, version: int) -> None:
         """Name the served weights."""
@@ -180,6 +181,12 @@ class _Generator:
     async def shutdown(self) -> None:
         """End vLLM's processes."""
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
+
+
+def _segments(process: psutil.Process) -> list[str]:
+    """Message queues in shared memory that `process` and its children have mapped."""
+    family = (process, *process.children(recursive=True))
+    return sorted({part.path for one in family for part in one.memory_maps() if part.path.startswith(_QUEUE_FILES)})
 
 
 def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:

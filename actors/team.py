@@ -87,12 +87,21 @@ def team(
         actors: list[ActorHandle[Any]] = []
         stack.callback(_kill, actors)
         generators = _start_generators(config, folder, plan, group, transport, actors)
+        segments: list[str] = []
+        stack.callback(_remove, segments)
+        stack.callback(_kill, generators)
         stack.callback(_shut_down, generators)
         scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
         actors.append(scorer)
         trainers = _start_trainers(config, folder, pad_id, plan, group, actors)
         yield _ready_team(
-            config, generators, trainers, scorer, _transport(config, folder, transport, directory), canary_ids
+            config,
+            generators,
+            trainers,
+            scorer,
+            _transport(config, folder, transport, directory),
+            canary_ids,
+            segments,
         )
 
 
@@ -103,16 +112,14 @@ def _ready_team(
     scorer: ActorHandle[Any],
     transport: WeightTransport,
     canary_ids: tuple[tuple[int, ...], ...],
+    segments: list[str],
 ) -> Team:
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
     get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
-    get_all(
-        [handle.ready.remote() for handle in generators],
-        config.generators.start_timeout_s,
-        "starting the generators",
-        GeneratorError,
-    )
+    ready = [handle.ready.remote() for handle in generators]
+    for files in get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError):
+        segments += files
     get_all(
         [handle.ready.remote() for handle in trainers],
         config.trainer.start_timeout_s,
@@ -218,6 +225,12 @@ def _shut_down(generators: list[ActorHandle[Any]]) -> None:
     """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)
+
+
+def _remove(segments: list[str]) -> None:
+    """Shared memory of engines on this node that ended without clearing up."""
+    for segment in segments:
+        Path(segment).unlink(missing_ok=True)
 
 
 def _kill(actors: list[ActorHandle[Any]]) -> None:

@@ -227,6 +227,7 @@ def test_a_stopped_job_cleans_up_after_itself(cluster: Cluster, checkout: Path, 
     began = time.monotonic()
     assert "Job 'stopped' was stopped" in cluster.ray("job", "stop", "stopped", timeout_s=STOP_S)
     assert time.monotonic() - began < STOP_S
+    assert "Job stopped has been terminated gracefully with SIGTERM" in cluster.worker_logs()
     last = list(read_events(run / "events.jsonl"))[-1]
     assert (last.name, last.payload["status"]) == ("campaign_finished", "KILLED")
     assert campaign_record(run.parent).info.status == "KILLED"
