@@ -1,11 +1,11 @@
 """The generator: one vLLM engine that samples candidates and serves one policy version at a time."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import ray
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -16,6 +16,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.janitor import clean_up_family
 from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
@@ -23,7 +24,6 @@ from raylign.sampling import Decoding
 
 _ADAPTER = "policy"
 _GIB = 1 << 30
-_QUEUE_FILES = "/dev/shm/psm_"
 _CPU_BATCH_TOKENS = 16384
 
 
@@ -85,14 +85,14 @@ class _Generator:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
+        clean_up_family(os.getpid())
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []
         self._requests = 0
 
-    async def ready(self) -> list[str]:
-        """Label the base weights version 0; returns the shared-memory files of vLLM's processes."""
+    async def ready(self) -> None:
+        """Label the base weights version 0."""
         await self.label(0)
-        return _segments(psutil.Process())
 
     async def label(self, version: int) -> None:
         """Name the served weights."""
@@ -181,12 +181,6 @@ class _Generator:
     async def shutdown(self) -> None:
         """End vLLM's processes."""
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
-
-
-def _segments(process: psutil.Process) -> list[str]:
-    """Message queues in shared memory that `process` and its children have mapped."""
-    family = (process, *process.children(recursive=True))
-    return sorted({part.path for one in family for part in one.memory_maps() if part.path.startswith(_QUEUE_FILES)})
 
 
 def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:

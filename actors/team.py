@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator import EngineSpec, Generator
 from actors.generator_pool import GeneratorPool
+from actors.janitor import clean_up_folder, remove_folder
 from actors.network import free_address
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
 from actors.scorer import Scorer
@@ -87,8 +87,6 @@ def team(
         actors: list[ActorHandle[Any]] = []
         stack.callback(_kill, actors)
         generators = _start_generators(config, folder, plan, group, transport, actors)
-        segments: list[str] = []
-        stack.callback(_remove, segments)
         stack.callback(_kill, generators)
         stack.callback(_shut_down, generators)
         scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
@@ -101,7 +99,6 @@ def team(
             scorer,
             _transport(config, folder, transport, directory),
             canary_ids,
-            segments,
         )
 
 
@@ -112,14 +109,12 @@ def _ready_team(
     scorer: ActorHandle[Any],
     transport: WeightTransport,
     canary_ids: tuple[tuple[int, ...], ...],
-    segments: list[str],
 ) -> Team:
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
     get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
     ready = [handle.ready.remote() for handle in generators]
-    for files in get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError):
-        segments += files
+    get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
     get_all(
         [handle.ready.remote() for handle in trainers],
         config.trainer.start_timeout_s,
@@ -215,22 +210,17 @@ def _transport(config: RunConfig, folder: str, transport: Transport, directory: 
 def _shared_directory(run_name: str) -> Iterator[Path]:
     """A folder in shared memory for weight files; gone when the run ends."""
     directory = Path(tempfile.mkdtemp(prefix=f"raylign-{run_name}-{os.getpid()}-", dir=shared_folder()))
+    clean_up_folder(os.getpid(), directory)
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_folder(directory)
 
 
 def _shut_down(generators: list[ActorHandle[Any]]) -> None:
     """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)
-
-
-def _remove(segments: list[str]) -> None:
-    """Shared memory of engines on this node that ended without clearing up."""
-    for segment in segments:
-        Path(segment).unlink(missing_ok=True)
 
 
 def _kill(actors: list[ActorHandle[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     stages: list[str],
     tmp_path: Path,
 ) -> None:
-    name = f"stop-{tmp_path.name[-24:].strip('-_')}"
+    name = f"stop-{uuid.uuid4().hex[:12]}"
     with Watched(command(*SMALLEST, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
         run.wait_for(line)
         time.sleep(3)  # into the stage

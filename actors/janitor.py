@@ -1,0 +1,149 @@
+"""A process that removes what a dead process left: its folders, or its children and their shared memory.
+
+Ray and the kernel end actors without warning; vLLM's message queues and our weight folders would then fill shared
+memory, which is main memory, until the machine restarts. The janitor leaves its owner's process tree and session, so
+that what ends the owner does not end it. This file is also the janitor's program: it imports psutil only.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+_SHARED_MEMORY = Path("/dev/shm")
+_QUEUES = ("psm_", "sem.")
+_POLL_S = 0.2
+_SETTLE_S = 2.0
+_GRACE_S = 5.0
+_START_S = 60.0
+_REMOVE_S = 10.0
+
+
+def clean_up_family(pid: int) -> None:
+    """Once process `pid` has ended: end its children and remove the queues in shared memory they had mapped."""
+    _start([str(pid)])
+
+
+def clean_up_folder(pid: int, folder: Path) -> None:
+    """Once process `pid` has ended: remove `folder`."""
+    _start([str(pid), str(folder)])
+
+
+def _start(arguments: Sequence[str]) -> None:
+    command = [sys.executable, "-I", str(Path(__file__).resolve()), *arguments]
+    subprocess.run(command, check=True, timeout=_START_S, stdin=subprocess.DEVNULL)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`, also while a process that is ending still writes into it. Raises OSError after 10 seconds."""
+    deadline = time.monotonic() + _REMOVE_S
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
+
+
+def _watch_family(owner: psutil.Process) -> None:
+    family: set[psutil.Process] = {owner}
+    segments: set[Path] = set()
+    names: set[str] = set()
+    settled = 0.0
+    while _alive(owner):
+        present = _queue_names()
+        if present != names:
+            names, settled = present, time.monotonic() + _SETTLE_S
+        if time.monotonic() < settled:
+            family |= _descendants(family)
+            segments |= _mapped(family)
+        time.sleep(_POLL_S)
+    family |= _descendants(family)
+    segments |= _mapped(family) | _named_after(family)
+    _end(family - {owner})
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _watch_folder(owner: psutil.Process, folder: Path) -> None:
+    while _alive(owner):
+        time.sleep(_POLL_S)
+    remove_folder(folder)
+
+
+def _queue_names() -> set[str]:
+    if not _SHARED_MEMORY.is_dir():
+        return set()
+    return {entry.name for entry in os.scandir(_SHARED_MEMORY) if entry.name.startswith(_QUEUES)}
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _descendants(family: set[psutil.Process]) -> set[psutil.Process]:
+    found: set[psutil.Process] = set()
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            found |= set(process.children(recursive=True))
+    return {process for process in found if process.pid != os.getpid()}
+
+
+def _mapped(family: set[psutil.Process]) -> set[Path]:
+    """Queues and semaphores in shared memory that the family has mapped."""
+    found: set[Path] = set()
+    for process in family:
+        with contextlib.suppress(psutil.Error, OSError):
+            found |= {Path(part.path) for part in process.memory_maps()}
+    return {path for path in found if path.parent == _SHARED_MEMORY and path.name.startswith(_QUEUES)}
+
+
+def _named_after(family: set[psutil.Process]) -> set[Path]:
+    """Loky's semaphores carry their maker's process id; they are mapped only for a moment."""
+    pids = {str(process.pid) for process in family}
+    names = (name for name in _queue_names() if name.startswith("sem.loky-") and name.split("-")[1] in pids)
+    return {_SHARED_MEMORY / name for name in names}
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Children see their parent gone and end themselves; the rest is killed."""
+    _, left = psutil.wait_procs([process for process in processes if _alive(process)], timeout=_GRACE_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=_GRACE_S)
+
+
+def _leave() -> bool:
+    """Go on in a process without parent, session and output; False in the one that was started."""
+    if os.fork():
+        return False
+    os.setsid()
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(quiet, stream)
+    return True
+
+
+def _main(pid: int, folders: Sequence[Path]) -> None:
+    owner = psutil.Process(pid)
+    if not _leave():
+        return
+    for folder in folders:
+        _watch_folder(owner, folder)
+    if not folders:
+        _watch_family(owner)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
