@@ -1,11 +1,11 @@
 """DeepSpeed's configuration, from the trainer block. A pure function: no placeholders, nothing left to guess."""
 
-from typing import Any, Literal
+from typing import Any
 
-from raylign.config.blocks import TrainerBlock
+from raylign.config.blocks import Dtype, TrainerBlock
 
 
-def deepspeed_config(block: TrainerBlock, dtype: Literal["bfloat16", "float32"]) -> dict[str, Any]:
+def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
     """bf16 compute keeps fp32 master weights; AdamW is torch's own.
 
     Gradients of several micro-batches add up in fp32 under ZeRO 1-3; DeepSpeed's plain bf16 engine (stage 0) refuses
@@ -19,13 +19,14 @@ def deepspeed_config(block: TrainerBlock, dtype: Literal["bfloat16", "float32"])
     if block.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
-        "train_batch_size": block.train_batch_size,
-        "train_micro_batch_size_per_gpu": block.per_device_train_batch_size,
-        "gradient_accumulation_steps": block.gradient_accumulation_steps,
+        # Micro-batches hold as many preferences as fit, so the trainer says itself when a step is complete.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": block.max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
         "data_types": {"grad_accum_dtype": "fp32"} if block.zero_stage else {},
         "optimizer": {
             "type": "AdamW",
@@ -41,11 +42,12 @@ def deepspeed_config(block: TrainerBlock, dtype: Literal["bfloat16", "float32"])
     }
 
 
-def reference_config(dtype: Literal["bfloat16", "float32"], *, zero_stage: int) -> dict[str, Any]:
+def reference_config(dtype: Dtype, *, zero_stage: int) -> dict[str, Any]:
     """A frozen model without optimizer; only ZeRO-3 shards it."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3 if zero_stage == 3 else 0},
         "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": 1_000_000_000,
     }

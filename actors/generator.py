@@ -18,6 +18,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors.janitor import clean_up_family
 from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
+from raylign.config.blocks import Dtype
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
 from raylign.sampling import Decoding
@@ -32,7 +33,7 @@ class EngineSpec:
     """What a generator needs to start its engine. Made by `actors.team` from the config."""
 
     model: str
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Dtype
     device: Literal["cpu", "gpu"]
     transport: Literal["lora", "shm", "nccl"]
     lora_rank: int

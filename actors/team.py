@@ -38,11 +38,13 @@ from actors.weight_sync.transports import (
     shared_folder,
 )
 from raylign.config import RunConfig
+from raylign.config.reference import ModelReferenceBlock
 from raylign.errors import GeneratorError, ScorerError, TrainerError
+from raylign.models import resolve_model
 from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
-_DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHUTDOWN_S = 20.0
 
 
@@ -124,7 +126,9 @@ def _ready_team(
     pool = GeneratorPool(
         generators, max_num_seqs=config.generators.max_num_seqs, timeout_s=config.generators.request_timeout_s
     )
-    group = TrainerGroup(trainers, step_timeout_s=config.trainer.step_timeout_s)
+    group = TrainerGroup(
+        trainers, loss=config.loss, reference=config.reference, step_timeout_s=config.trainer.step_timeout_s
+    )
     canary = Canary(canary_ids, sync.canary_max_gap)
     if isinstance(transport, ShmTransport):
         pool.call("init_weight_transfer_engine", {}, timeout_s=sync.timeout_s, what="opening weight transfer")
@@ -171,10 +175,12 @@ def _start_trainers(
 ) -> list[ActorHandle[Any]]:
     spec = TrainerSpec(
         folder=folder,
+        reference_folder=_reference_folder(config, folder),
         pad_id=pad_id,
         model=config.model,
         trainer=config.trainer,
         loss=config.loss,
+        reference=config.reference,
         total_steps=planned_steps(config.schedule.prompts_per_round, config.schedule.rounds, config.trainer),
         seed=config.run.seed,
         threads=config.placement.cpus_per_actor,
@@ -189,6 +195,11 @@ def _start_trainers(
     ]
     actors += handles
     return handles
+
+
+def _reference_folder(config: RunConfig, folder: str) -> str:
+    block = config.reference
+    return resolve_model(block.path, block.revision) if isinstance(block, ModelReferenceBlock) else folder
 
 
 def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:

@@ -1,36 +1,55 @@
 """N trainer ranks behind one port; every call runs on all of them, because their collectives need all of them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from actors.waiting import get_all
+from raylign.config.losses import LossBlock
+from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Preference
-from raylign.training.batches import TokenPair
+from raylign.training.preferences import sampler_logps
+from raylign.training.sequences import Completions
 
 
 class TrainerGroup:
     """The DeepSpeed group as the driver sees it. Handle 0 is rank 0."""
 
-    def __init__(self, handles: Sequence[ActorHandle[Any]], *, step_timeout_s: float) -> None:
+    def __init__(
+        self, handles: Sequence[ActorHandle[Any]], *, loss: LossBlock, reference: ReferenceBlock, step_timeout_s: float
+    ) -> None:
         self.handles = tuple(handles)
-        self._step_timeout_s = step_timeout_s
+        self._loss, self._reference, self._step_timeout_s = loss, reference, step_timeout_s
 
-    def reference_logps(self, rows: Sequence[TokenPair]) -> list[float]:
-        """Summed completion log-probs of `rows` (prompt ids, completion ids) under the reference, in order."""
+    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """Summed log-probs (nats) of the completions of each row under the reference, in order; [] without one."""
         shares = self._call("reference_logps", rows, what="reference log-probs", steps=len(rows))
         world = len(self.handles)
-        return [shares[index % world][index // world] for index in range(len(rows))]
+        return [shares[index % world][index // world] for index in range(len(rows))] if shares[0] else []
 
-    def with_reference(self, preferences: Sequence[Preference], seed: int) -> tuple[Preference, ...]:
-        """The pairs with `reference_logps` filled in, computed once for all epochs; `seed` is that of `train`."""
-        shares = self._call("reference_pairs", preferences, seed, what="reference log-probs", steps=len(preferences))
-        logps: dict[int, tuple[float, float]] = {index: pair for share in shares for index, pair in share.items()}
+    def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
+        """The preferences with `reference_logps` filled in, once for all epochs; `seed` is that of `train`.
+
+        A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are trained.
+        """
+        logps = self._reference_of(preferences, seed, rounds_done)
         return tuple(dataclasses.replace(p, reference_logps=logps[index]) for index, p in enumerate(preferences))
+
+    def _reference_of(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int
+    ) -> Mapping[int, tuple[float, ...]]:
+        match self._reference:
+            case NoReferenceBlock():
+                return {index: (0.0,) * len(p.candidates) for index, p in enumerate(preferences)}
+            case SamplerReferenceBlock():
+                return {index: sampler_logps(p, self._loss.tail_weight) for index, p in enumerate(preferences)}
+        arguments = (preferences, seed, rounds_done)
+        shares = self._call("reference_candidates", *arguments, what="reference log-probs", steps=len(preferences))
+        return {index: values for share in shares for index, values in share.items()}
 
     def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
         """One round's optimizer steps, each yielded with TRL's metrics as it finishes on every rank."""

@@ -19,6 +19,7 @@ from raylign.reporting import Sample, report_console, round_table, samples_block
 from raylign.rounds import RoundLog
 from raylign.rundir import RunDirectory, create_run
 from raylign.scoring import describe_function
+from raylign.text import optional
 from raylign.tracking.facts import run_facts
 from raylign.tracking.tracker import Status, Tracker, open_tracker
 from raylign.tracking.uri import default_uri
@@ -66,7 +67,7 @@ class Campaign:
         self._tracker.round_finished(report)
         evaluation = report.evaluation
         self._say(
-            f"round {report.index}: held-out score {evaluation.score:.3f}, KL {evaluation.kl:.2f} nats, "
+            f"round {report.index}: held-out score {evaluation.score:.3f}, KL {optional(evaluation.kl)} nats, "
             f"{report.counts['preferences']} pairs, {sum(report.seconds.values()):.0f} s"
         )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylign.config import RunConfig
+from raylign.config.losses import LossBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
 from raylign.model_card import ModelFacts, framework_versions
@@ -65,13 +66,17 @@ def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) 
         base_model=public_name(config.model.path),
         prompts=public_name(config.prompts.source),
         scorer=config.scoring.function,
-        loss_type=config.loss.loss_type,
-        beta=config.loss.beta,
+        loss=_loss_name(config.loss),
         rounds=report.index,
         evaluation=report.evaluation,
         confidence=config.evaluation.confidence,
         versions=training_versions(directory),
     )
+
+
+def _loss_name(block: LossBlock) -> str:
+    beta = getattr(block, "beta", None)
+    return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
 
 
 def public_name(source: str) -> str:

@@ -18,6 +18,7 @@ from raylign.rounds import NOT_YET_SCORED, RoundLog
 from raylign.sampling import evaluation_decoding, training_decoding
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
+from raylign.training.sequences import Completions
 from recipes.campaign import Campaign, campaign
 
 
@@ -44,7 +45,7 @@ def run_round(
         pairing = build_preferences(prompts, candidates, scores, config.pairing)
         require_preferences(pairing, index)
     with log.stage("reference", len(pairing.preferences), "preferences"):
-        preferences = team.trainers.with_reference(pairing.preferences, seed + index)
+        preferences = team.trainers.with_reference(pairing.preferences, seed + index, index - 1)
         log.save_preferences(preferences)
     steps: list[dict[str, float]] = []
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as advance:
@@ -71,8 +72,8 @@ def evaluate_policy(
         )
         scores = team.scorer.score(held_out, candidates)
         by_id = {prompt.id: prompt for prompt in held_out}
-        rows = [(by_id[candidate.prompt_id].token_ids, candidate.token_ids) for candidate in candidates]
-        logps = team.trainers.reference_logps(rows)
+        rows = [Completions(by_id[c.prompt_id].token_ids, (c.token_ids,)) for c in candidates]
+        logps = [row[0] for row in team.trainers.reference_logps(rows)]
         log.save_held_out(held_out, candidates, scores)
     evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed)
     first = range(0, len(candidates), decoding.num_generations)

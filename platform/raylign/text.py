@@ -1,4 +1,4 @@
-"""Text from a model or from user code, made safe to print."""
+"""Values as people read them; text from a model or from user code is made safe to print."""
 
 import unicodedata
 
@@ -19,3 +19,8 @@ def _is_harmless(char: str) -> bool:
 
 def _written_out(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
+
+
+def optional(value: float | None) -> str:
+    """Two decimals, or a dash for what was not measured."""
+    return "-" if value is None else f"{value:.2f}"

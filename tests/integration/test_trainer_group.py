@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from actors.network import free_address
 from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
-from raylign.config.blocks import LoraBlock, ModelBlock, SigmoidLossBlock, TrainerBlock
+from raylign.config.blocks import LoraBlock, ModelBlock, TrainerBlock
+from raylign.config.losses import SigmoidLossBlock
+from raylign.config.reference import InitialReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
 
@@ -39,10 +41,11 @@ def _preferences(number: int) -> list[Preference]:
 
 def _group(folder: str, trainer: TrainerBlock, lora: LoraBlock | None, dtype: str = "float32") -> TrainerGroup:
     model = ModelBlock.model_validate({"path": folder, "dtype": dtype, "lora": lora})
-    spec = TrainerSpec(folder, 2, model, trainer, SigmoidLossBlock(beta=0.1), 10, 0, threads=1, on_gpu=False)
+    loss, reference = SigmoidLossBlock(beta=0.1), InitialReferenceBlock()
+    spec = TrainerSpec(folder, folder, 2, model, trainer, loss, reference, 10, 0, threads=1, on_gpu=False)
     address, port = free_address()
     handles = [TrainerRank.options(num_cpus=1).remote(spec, rank, address, port) for rank in range(trainer.ranks)]
-    return TrainerGroup(handles, step_timeout_s=300)
+    return TrainerGroup(handles, loss=loss, reference=reference, step_timeout_s=300)
 
 
 def _trajectory(
@@ -53,7 +56,7 @@ def _trajectory(
     )
     group = _group(folder, block, lora, dtype)
     try:
-        preferences = group.with_reference(_preferences(12), seed=3)
+        preferences = group.with_reference(_preferences(12), seed=3, rounds_done=0)
         return list(group.train(preferences, seed=3))
     finally:
         for handle in group.handles:
@@ -133,7 +136,7 @@ def test_adam_matches_torch(tiny_llama: str, baselines: dict[bool, list[dict[str
     block = TrainerBlock(learning_rate=_RATE, lr_scheduler_type="constant", per_device_train_batch_size=12)
     for stage, dtype in ((0, "bfloat16"), (2, "bfloat16"), (0, "float32")):
         group = _group(tiny_llama, block.model_copy(update={"zero_stage": stage}), LORA, dtype)
-        list(group.train(group.with_reference(_preferences(12), seed=0), seed=0))
+        list(group.train(group.with_reference(_preferences(12), seed=0, rounds_done=0), seed=0))
         folder = Path(tiny_llama) / f"adapter-{stage}-{dtype}"
         group.save_adapter(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
@@ -147,7 +150,7 @@ def test_adam_matches_torch(tiny_llama: str, baselines: dict[bool, list[dict[str
 
 def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str) -> None:
     group = _group(tiny_llama, TrainerBlock(ranks=2, per_device_train_batch_size=2), LORA)
-    preferences = group.with_reference(_preferences(8), seed=0)
+    preferences = group.with_reference(_preferences(8), seed=0, rounds_done=0)
     ray.kill(group.handles[1])
     with pytest.raises(TrainerError, match="died|Connection|closed|reset"):
         list(group.train(preferences, seed=0))

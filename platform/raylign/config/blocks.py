@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from raylign.config.base import Block
 
+Dtype = Literal["bfloat16", "float16", "float32"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -39,10 +40,15 @@ class ModelBlock(Block):
     """`embedded:smollm2-135m`, a local folder in transformers format, or a hub id."""
     revision: str | None = None
     """Hub revision; pin it for repeatable runs."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype of trainer and generators; master weights are fp32 either way."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype of trainer and generators; master weights are fp32 either way. float16 scales its loss."""
     lora: LoraBlock | None = None
     """Train an adapter (block) or every weight (null)."""
+    load_in_4bit: bool = False
+    """Keep the trainer's frozen base in 4 bits: QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Needs `lora`."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = True
+    """Quantise the quantisation constants too (double quantisation)."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
@@ -99,21 +105,6 @@ class BestWorstPairingBlock(Block):
     """Smallest score gap of a pair; ties never become pairs, whatever the value."""
 
 
-class SigmoidLossBlock(Block):
-    """DPO (Rafailov et al. 2023, eq. 7)."""
-
-    loss_type: Literal["sigmoid"] = "sigmoid"
-    beta: PositiveFloat = 0.1
-    """Strength of the pull towards the reference."""
-
-
-class ReferenceBlock(Block):
-    """The policy that log-ratios and KL are measured against."""
-
-    policy: Literal["initial"] = "initial"
-    """`initial`: the model before round 1 (the disabled adapter, or a frozen copy)."""
-
-
 class OffloadBlock(Block):
     """What ZeRO keeps in host memory."""
 
@@ -144,7 +135,12 @@ class TrainerBlock(Block):
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip the global gradient norm; 0 leaves it alone."""
     per_device_train_batch_size: PositiveInt = 8
-    """Preferences per rank and micro-batch."""
+    """Preferences per rank and micro-batch, at most."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Tokens per rank and micro-batch, at most: memory. A longer preference is a micro-batch of its own."""
+    packing: Literal["shared", "packed", "padded"] = "shared"
+    """`shared`: each prompt once for all its candidates; `packed`: once per candidate; `padded`: as rows with padding.
+    All three compute the same."""
     gradient_accumulation_steps: PositiveInt = 1
     num_train_epochs: PositiveInt = 1
     """Passes over a round's preferences."""

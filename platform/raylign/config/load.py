@@ -23,6 +23,7 @@ def parse_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: s
     tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     for override in overrides:
         _apply(tree, override)
+    _name_defaults(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -69,8 +70,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: value is not valid YAML") from error
 
 
+def _name_defaults(tree: dict[str, Any]) -> None:
+    """A block that is one of several kinds and does not say which is of the default kind."""
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.discriminator, str) and isinstance(tree.get(name), dict):
+            tree[name] = {field.discriminator: getattr(field.default, field.discriminator)} | tree[name]
+
+
 def _describe(detail: ErrorDetails) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
+    location = ".".join(str(part) for part in _without_kinds(detail["loc"]))
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
@@ -83,14 +91,38 @@ def _describe(detail: ErrorDetails) -> str:
     return f"{location}: {detail['msg']} (got {detail['input']!r})"
 
 
+def _without_kinds(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic puts the kind of a block behind its name (loss.ipo.beta); recipes do not."""
+    field = RunConfig.model_fields.get(str(location[0])) if location else None
+    if field is None or field.discriminator is None:
+        return location
+    return (location[0], *location[2:])
+
+
 def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Field names of the block at `location`."""
-    block: type[BaseModel] = RunConfig
+    """Field names of the block at `location`, which may name a kind of block behind a field."""
+    blocks: list[type[BaseModel]] = [RunConfig]
     for part in location:
-        field = block.model_fields.get(str(part))
-        options = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not blocks:
-            continue
-        block = blocks[0]
-    return list(block.model_fields)
+        fields = [block.model_fields[str(part)] for block in blocks if str(part) in block.model_fields]
+        if fields:
+            options = [option for field in fields for option in _members(field.annotation)]
+            blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        else:
+            blocks = [block for block in blocks if part in _kinds(block)] or blocks
+    return list(blocks[0].model_fields) if blocks else []
+
+
+def _members(annotation: Any) -> list[Any]:
+    """A type, or the types it is made of."""
+    parts = get_args(annotation)
+    return [annotation] if not parts else [member for part in parts for member in _members(part)]
+
+
+def _kinds(block: type[BaseModel]) -> set[Any]:
+    """What the block's discriminator may be."""
+    return {
+        kind
+        for name in ("loss_type", "policy")
+        if name in block.model_fields
+        for kind in _members(block.model_fields[name].annotation)
+    }

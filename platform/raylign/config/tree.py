@@ -13,14 +13,14 @@ from raylign.config.blocks import (
     ModelBlock,
     PlacementBlock,
     PromptsBlock,
-    ReferenceBlock,
     RunBlock,
     SamplingBlock,
     ScheduleBlock,
-    SigmoidLossBlock,
     TrackingBlock,
     TrainerBlock,
 )
+from raylign.config.losses import LossUnion, SigmoidLossBlock
+from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
 
 
 class RunConfig(Block):
@@ -32,8 +32,8 @@ class RunConfig(Block):
     sampling: SamplingBlock = SamplingBlock()
     scoring: FunctionScoringBlock = FunctionScoringBlock()
     pairing: BestWorstPairingBlock = BestWorstPairingBlock()
-    loss: SigmoidLossBlock = SigmoidLossBlock()
-    reference: ReferenceBlock = ReferenceBlock()
+    loss: LossUnion = SigmoidLossBlock()
+    reference: ReferenceUnion = InitialReferenceBlock()
     trainer: TrainerBlock = TrainerBlock()
     generators: GeneratorsBlock = GeneratorsBlock()
     placement: PlacementBlock = PlacementBlock()
@@ -56,6 +56,30 @@ class RunConfig(Block):
         if self.generators.weight_sync.transport == "lora" and self.model.lora is None:
             raise ValueError(
                 "generators.weight_sync.transport=lora needs model.lora; add that block or use shm or nccl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_loss_gets_the_reference_it_reads(self) -> Self:
+        if self.loss.needs_reference and isinstance(self.reference, NoReferenceBlock):
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} reads reference log-probs; "
+                "set reference.policy=initial, or take a loss without reference such as simpo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def four_bits_need_an_adapter(self) -> Self:
+        if not self.model.load_in_4bit:
+            return self
+        if self.model.lora is None:
+            raise ValueError("model.load_in_4bit needs model.lora: 4-bit weights cannot be trained")
+        if self.trainer.zero_stage == 3:
+            raise ValueError("model.load_in_4bit cannot be sharded by trainer.zero_stage=3; use 0, 1 or 2")
+        if self.generators.weight_sync.transport == "lora":
+            raise ValueError(
+                "generators.weight_sync.transport=lora would serve the adapter on the 16-bit base, not on the 4-bit "
+                "base it is trained on; use auto, shm or nccl with model.load_in_4bit"
             )
         return self
 

@@ -18,7 +18,7 @@ from transformers import (
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
 
 

@@ -1,14 +1,21 @@
-"""Preferences into optimizer steps and padded tensors."""
+"""Preferences into optimizer steps: which rank runs which of them together."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
 
-from raylign.records import Preference
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """`batch` preferences a step over `ranks`; a micro-batch has at most `micro_batch` of them and `max_tokens` tokens.
+
+    A single preference longer than `max_tokens` is a micro-batch of its own.
+    """
+
+    ranks: int
+    batch: int
+    micro_batch: int
+    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,63 +34,51 @@ class Step:
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
 
 
-def plan_steps(count: int, *, ranks: int, micro_batch: int, accumulation: int, epochs: int, seed: int) -> list[Step]:
-    """Shuffled steps over `count` preferences, each epoch in a new order.
+def plan_steps(costs: Sequence[int], shape: BatchShape, *, epochs: int, seed: int) -> list[Step]:
+    """Shuffled steps over preferences of `costs` tokens, each epoch in a new order.
 
-    Every rank gets the same number of micro-batches of each step, so collectives line up; the content of a step
-    depends only on ranks * micro_batch * accumulation, so 1x8 and 8x1 train on the same steps.
+    Every rank gets the same number of micro-batches of each step, so collectives line up. Which preferences a step has
+    depends on `shape.batch` and the seed alone, so 1x8 and 8x1 train on the same steps.
     """
-    batch = ranks * micro_batch * accumulation
     steps = []
     for epoch in range(epochs):
-        order = list(range(count))
+        order = list(range(len(costs)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        steps += [_step(order[start : start + batch], ranks, accumulation) for start in range(0, count, batch)]
+        starts = range(0, len(order), shape.batch)
+        steps += [_step(order[start : start + shape.batch], costs, shape) for start in starts]
     return steps
 
 
-def _step(indices: Sequence[int], ranks: int, accumulation: int) -> Step:
-    lanes = ranks * accumulation
-    dealt = [tuple(indices[lane::lanes]) for lane in range(lanes)]
-    micro = [MicroBatch(lane, (1.0,) * len(lane)) if lane else MicroBatch((indices[0],), (0.0,)) for lane in dealt]
-    return Step(len(indices), tuple(tuple(micro[rank::ranks]) for rank in range(ranks)))
+def _step(indices: Sequence[int], costs: Sequence[int], shape: BatchShape) -> Step:
+    lanes = [_micro_batches(share, costs, shape) for share in _deal(indices, costs, shape.ranks)]
+    longest = max(map(len, lanes))
+    filler = MicroBatch((min(indices, key=lambda index: costs[index]),), (0.0,))
+    return Step(len(indices), tuple((*lane, *[filler] * (longest - len(lane))) for lane in lanes))
 
 
-class Sequences(NamedTuple):
-    """S padded prompt+completion rows. Made by `pad_sequences`, read by `CompletionLogps`.
-
-    `input_ids` [S, T] int64; `attention_mask` [S, T] is 1 on real tokens; `targets` [S, T] is True where
-    input_ids[s, t] is a completion token (its log-probability is predicted at t - 1). Rows are right-padded.
-    A named tuple, because ZeRO-3 looks for tensors in those.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> "Sequences":
-        return Sequences(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+def _deal(indices: Sequence[int], costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Longest first, always to the rank with the fewest tokens: ranks end together."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(indices, key=lambda index: -costs[index]):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += costs[index]
+    return shares
 
 
-TokenPair = tuple[Sequence[int], Sequence[int]]
-
-
-def pad_sequences(pairs: Sequence[TokenPair], pad_id: int) -> Sequences:
-    """(prompt ids, completion ids) rows into right-padded tensors; token ids are taken as they are."""
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.zeros((len(pairs), width), dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor([*prompt, *completion])
-        attention_mask[row, :end] = 1
-        targets[row, len(prompt) : end] = True
-    return Sequences(input_ids, attention_mask, targets)
-
-
-def pair_rows(preferences: Sequence[Preference]) -> list[TokenPair]:
-    """All chosen rows, then all rejected rows, of preferences that are pairs."""
-    chosen: list[TokenPair] = [(p.prompt.token_ids, p.candidates[0].token_ids) for p in preferences]
-    rejected: list[TokenPair] = [(p.prompt.token_ids, p.candidates[-1].token_ids) for p in preferences]
-    return chosen + rejected
+def _micro_batches(indices: Sequence[int], costs: Sequence[int], shape: BatchShape) -> list[MicroBatch]:
+    """First fit; `indices` come longest first."""
+    bins: list[list[int]] = []
+    for index in indices:
+        fitting = (
+            one
+            for one in bins
+            if len(one) < shape.micro_batch and sum(costs[i] for i in one) + costs[index] <= shape.max_tokens
+        )
+        found = next(fitting, None)
+        if found is None:
+            bins.append([index])
+        else:
+            found.append(index)
+    return [MicroBatch(tuple(one), (1.0,) * len(one)) for one in bins]

@@ -1,13 +1,16 @@
 """Completion log-probabilities of a causal language model; the one place with the label shift."""
 
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+import raylign.training.attention as attention
 from raylign.errors import ModelError
-from raylign.training.batches import Sequences
+from raylign.training.head import TokenScores, linear_scores
+from raylign.training.sequences import TokenBatch
 
 _LOGIT_RESCALING = (
     "final_logit_softcapping",
@@ -21,59 +24,77 @@ _LOGIT_RESCALING = (
 
 
 class CompletionScores(NamedTuple):
-    """What a forward pass says of S completions with N tokens in all.
+    """What a forward pass says of C completions with N tokens in all.
 
-    `logps` [S] fp32: summed log-probability per row (nats), with gradients. Detached: `token_logps` [N] in row-major
-    order, `entropies` [N] (nats), `correct` [N] (the greedy token was the target), `mean_logits` [N] (over the
-    vocabulary), `rows` [N] (the row of each token). A named tuple, because ZeRO-3 looks for tensors in those.
+    `tokens` are the scores of every completion token, `owners` [N] the completion of each. `logps` [C] fp32 is the
+    (weighted) sum of token log-probabilities per completion (nats), with gradients. A named tuple, because ZeRO-3 looks
+    for tensors in those.
     """
 
     logps: Tensor
-    token_logps: Tensor
-    entropies: Tensor
-    correct: Tensor
-    mean_logits: Tensor
-    rows: Tensor
+    tokens: TokenScores
+    owners: Tensor
 
 
 class CompletionLogps(nn.Module):
     """Wraps a policy so that one call gives completion log-probs; DeepSpeed's engine wraps this module.
 
-    Hidden states are gathered at the positions that predict completion tokens before the output head runs, so
-    prompt and padding positions are never projected to the vocabulary. Log-softmax is fp32.
+    Only positions that predict completion tokens reach the output head, and no [N, V] logits are kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        _require_plain_head(self._causal_lm().config)
+        causal = causal_lm(model)
+        _require_plain_head(causal)
+        # Called as a module, so that ZeRO-3 gathers its weight.
+        head = causal.get_output_embeddings()
+        head.forward = MethodType(_score_labels, head)
 
-    def _causal_lm(self) -> PreTrainedModel:
-        model = self.model
-        causal = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
-        assert isinstance(causal, PreTrainedModel)
-        return causal
-
-    def forward(self, sequences: Sequences) -> CompletionScores:
-        causal = self._causal_lm()
-        decoder, head = causal.get_decoder(), causal.get_output_embeddings()
-        output = decoder(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False)
-        targets = sequences.targets[:, 1:]
-        hidden = output.last_hidden_state[:, :-1][targets]
-        logits = head(hidden).float()
-        log_softmax = logits.log_softmax(-1)
-        labels = sequences.input_ids[:, 1:][targets]
-        token_logps = log_softmax.gather(-1, labels[:, None]).squeeze(-1)
-        rows = targets.nonzero()[:, 0]
-        logps = torch.zeros(targets.shape[0], device=rows.device).index_add(0, rows, token_logps)
-        with torch.no_grad():
-            entropies = -(log_softmax.exp() * log_softmax).sum(-1)
-            correct = logits.argmax(-1) == labels
-            return CompletionScores(logps, token_logps.detach(), entropies, correct, logits.mean(-1), rows)
+    def forward(self, batch: TokenBatch, token_weights: Tensor | None = None) -> CompletionScores:
+        """Scores of `batch`; `token_weights` [N] scale each token's share of its completion's sum (1 when None)."""
+        causal = causal_lm(self.model)
+        hidden = _last_hidden_states(causal, batch).flatten(0, 1)[batch.predictors]
+        tokens: TokenScores = causal.get_output_embeddings()(hidden, batch.labels)
+        shares = tokens.logps if token_weights is None else tokens.logps * token_weights
+        logps = torch.zeros(batch.completions, device=hidden.device).index_add(0, batch.owners, shares)
+        return CompletionScores(logps, tokens, batch.owners)
 
 
-def _require_plain_head(config: PretrainedConfig) -> None:
-    """Heads that rescale logits need their own projection; refuse rather than train on wrong log-probs."""
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or itself."""
+    causal = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
+    assert isinstance(causal, PreTrainedModel)
+    return causal
+
+
+def _last_hidden_states(causal: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    packed = bool(batch.segments)
+    causal.config._attn_implementation = attention.PACKED if packed else "sdpa"
+    options = {"segments": batch.segments} if packed else {"attention_mask": batch.attention_mask}
+    output = causal.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _score_labels(head: nn.Linear, hidden: Tensor, labels: Tensor) -> TokenScores:
+    return linear_scores(hidden, head.weight, head.bias, labels)
+
+
+def _require_plain_head(causal: PreTrainedModel) -> None:
+    """Anything but a linear layer would need its own projection; refuse rather than train on wrong log-probs."""
+    head = causal.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"the output head of {causal.config.model_type!r} is a {type(head).__name__}, not a linear layer; "
+            "leave it out of model.lora.target_modules, or use another model"
+        )
+    _require_no_rescaling(causal.config)
+
+
+def _require_no_rescaling(config: PretrainedConfig) -> None:
     for part in (config, config.get_text_config()):
         values = part.to_dict()
         for option in _LOGIT_RESCALING:

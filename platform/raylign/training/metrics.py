@@ -1,10 +1,13 @@
 """TRL's metric names, as sums that add up over micro-batches and ranks."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from raylign.losses import LossOutput
 from raylign.training.logprobs import CompletionScores
+from raylign.training.preferences import PreferenceBatch
 
 _PER_PREFERENCE = (
     "loss",
@@ -20,35 +23,42 @@ NAMES = (*_PER_PREFERENCE, *_PER_TOKEN, "logits/chosen", "logits/rejected", "num
 _COUNTS = ("preferences", "tokens", "chosen_tokens", "rejected_tokens")
 
 
-def sums(loss: LossOutput, scores: CompletionScores, weights: Tensor, input_tokens: int) -> Tensor:
-    """One micro-batch's totals [len(NAMES) + 4], fp64; fillers (weight 0) add nothing. Add them, then `finish`."""
-    pairs = weights.shape[0]
-    chosen, rejected = loss.chosen_rewards, loss.rejected_rewards
+def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> Tensor:
+    """One micro-batch's totals, fp64; fillers (weight 0) add nothing. Add them up, then `finish`.
+
+    "chosen" is the best candidate of a preference and "rejected" the worst. The loss's own metrics come last, by name.
+    """
+    weights, tokens = batch.weights, scores.tokens
+    size = batch.mask.shape[1]
+    group, rank = batch.places // size, batch.places % size
+    chosen, rejected = rank == 0, rank == (batch.mask.sum(1) - 1)[group]
+    logps = scores.logps.detach()
     per_preference = [
         loss.losses.detach(),
-        chosen,
-        rejected,
-        chosen - rejected,
-        (chosen > rejected).float(),
-        scores.logps[:pairs].detach(),
-        scores.logps[pairs:].detach(),
+        loss.chosen_rewards,
+        loss.rejected_rewards,
+        loss.chosen_rewards - loss.rejected_rewards,
+        (loss.chosen_rewards > loss.rejected_rewards).float(),
+        logps[chosen],
+        logps[rejected],
     ]
-    token_weights = weights.repeat(2)[scores.rows]
-    is_chosen = token_weights * (scores.rows < pairs)
-    is_rejected = token_weights - is_chosen
-    real = float(weights.sum() > 0)
+    of_tokens = weights[group][scores.owners]
+    of_chosen, of_rejected = of_tokens * chosen[scores.owners], of_tokens * rejected[scores.owners]
     totals = [(value * weights).sum() for value in per_preference]
-    totals += [(scores.entropies * token_weights).sum(), (scores.correct * token_weights).sum()]
-    totals += [(scores.mean_logits * is_chosen).sum(), (scores.mean_logits * is_rejected).sum()]
-    totals += [torch.tensor(input_tokens * real), weights.sum()]
-    totals += [token_weights.sum(), is_chosen.sum(), is_rejected.sum()]
+    totals += [(tokens.entropies.detach() * of_tokens).sum(), (tokens.correct * of_tokens).sum()]
+    totals += [(tokens.mean_logits * of_chosen).sum(), (tokens.mean_logits * of_rejected).sum()]
+    totals += [torch.tensor(batch.num_tokens), weights.sum()]
+    totals += [of_tokens.sum(), of_chosen.sum(), of_rejected.sum()]
+    totals += [(loss.metrics[name] * weights).sum() for name in sorted(loss.metrics)]
     return torch.stack([total.double().cpu() for total in totals])
 
 
-def finish(totals: Tensor) -> dict[str, float]:
-    """Totals over all micro-batches and ranks into means per preference or per token."""
-    values = dict(zip((*NAMES, *_COUNTS), totals.tolist(), strict=True))
-    divisors = dict.fromkeys(_PER_PREFERENCE, values["preferences"]) | dict.fromkeys(_PER_TOKEN, values["tokens"])
+def finish(totals: Tensor, own: Sequence[str] = ()) -> dict[str, float]:
+    """Totals over all micro-batches and ranks into means per preference or per token; `own` are the loss's metrics."""
+    values = dict(zip((*NAMES, *_COUNTS, *sorted(own)), totals.tolist(), strict=True))
+    divisors = dict.fromkeys((*_PER_PREFERENCE, *own), values["preferences"]) | dict.fromkeys(
+        _PER_TOKEN, values["tokens"]
+    )
     divisors |= {"logits/chosen": values["chosen_tokens"], "logits/rejected": values["rejected_tokens"]}
     means = {name: values[name] / max(divisor, 1.0) for name, divisor in divisors.items()}
     return means | {"num_tokens": values["num_tokens"]}

@@ -1,0 +1,143 @@
+"""What a trainer rank measures log-ratios against, and how it follows the policy from round to round."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from raylign.config.reference import (
+    EmaReferenceBlock,
+    EveryReferenceBlock,
+    PreviousRoundReferenceBlock,
+    ReferenceBlock,
+)
+
+Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Makes sharded parameters whole, and what is written to them lasting."""
+
+Storage = Callable[[nn.Parameter], Tensor]
+"""This rank's part of a parameter, as it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Every how many rounds the reference takes which share of the policy."""
+
+    share: float
+    every: int
+
+    def is_due(self, rounds: int) -> bool:
+        return rounds > 0 and rounds % self.every == 0
+
+
+class ReferencePolicy(Protocol):
+    """The reference of one rank."""
+
+    def scoring(self) -> AbstractContextManager[nn.Module]:
+        """The module that scores under the reference, while the context lasts."""
+
+    def advance(self, rounds: int) -> None:
+        """Follow the policy, of which `rounds` rounds are done."""
+
+
+class DisabledAdapter:
+    """The policy's own base under a disabled adapter: no second model."""
+
+    def __init__(self, policy: PeftModel, module: nn.Module) -> None:
+        self._policy, self._module = policy, module
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        with self._policy.disable_adapter():
+            yield self._module
+
+    def advance(self, rounds: int) -> None:
+        """The base stays where it is."""
+
+
+class FrozenCopy:
+    """A second model that stays where it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        yield self._module
+
+    def advance(self, rounds: int) -> None:
+        """A frozen model does not follow."""
+
+
+class FollowingCopy(FrozenCopy):
+    """A second model that is mixed with the policy's weights; an fp32 copy keeps what the dtype would round."""
+
+    def __init__(self, module: nn.Module, policy: nn.Module, pace: Pace, storage: Storage) -> None:
+        super().__init__(module)
+        self._pace, self._storage = pace, storage
+        self._pairs = list(zip(module.parameters(), policy.parameters(), strict=True))
+        self._exact = [storage(own).float() for own, _ in self._pairs] if pace.share < 1 else []
+
+    def advance(self, rounds: int) -> None:
+        if not self._pace.is_due(rounds):
+            return
+        with torch.no_grad():
+            if not self._exact:
+                for own, of_policy in self._pairs:
+                    self._storage(own).copy_(self._storage(of_policy))
+            for exact, (own, of_policy) in zip(self._exact, self._pairs, strict=bool(self._exact)):
+                exact.lerp_(self._storage(of_policy).float(), self._pace.share)
+                self._storage(own).copy_(exact)
+
+
+class FollowingAdapter:
+    """The policy with the adapter weights of an earlier round in place of its own."""
+
+    def __init__(self, policy: PeftModel, module: nn.Module, pace: Pace, access: Access) -> None:
+        self._module, self._pace, self._access = module, pace, access
+        self._parameters = [parameter for name, parameter in policy.named_parameters() if ".lora_" in name]
+        self._weights = self._copies()
+
+    def _copies(self) -> list[Tensor]:
+        copies = []
+        for parameter in self._parameters:
+            with self._access([parameter]):
+                copies.append(parameter.detach().float().clone())
+        return copies
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        current = self._copies()
+        self._write(self._weights)
+        try:
+            yield self._module
+        finally:
+            self._write(current)
+
+    def _write(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                with self._access([parameter]):
+                    parameter.copy_(weight)
+
+    def advance(self, rounds: int) -> None:
+        if self._pace.is_due(rounds):
+            for own, of_policy in zip(self._weights, self._copies(), strict=True):
+                own.lerp_(of_policy, self._pace.share)
+
+
+def pace(block: ReferenceBlock) -> Pace | None:
+    """None for a reference that stays where it is."""
+    match block:
+        case PreviousRoundReferenceBlock():
+            return Pace(1.0, 1)
+        case EveryReferenceBlock():
+            return Pace(1.0, block.n)
+        case EmaReferenceBlock():
+            return Pace(block.alpha, 1)
+        case _:
+            return None

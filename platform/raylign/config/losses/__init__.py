@@ -1,0 +1,89 @@
+"""Every objective as a block, in one union on `loss_type`. Names follow TRL's options wherever TRL has one.
+
+Notation: w and l are the chosen and the rejected candidate (the first and the last of the group), |y| counts completion
+tokens, h(y) = log pi(y) - log pi_ref(y) is the log-ratio of summed log-probs, r(y) = beta h(y) the implicit reward.
+The functions in `raylign.losses` carry the same equations.
+"""
+
+from raylign.config.losses.listwise import (
+    AllPairsLossBlock,
+    KtoLossBlock,
+    LambdaLossBlock,
+    ListMleLossBlock,
+    ListNetLossBlock,
+    PlackettLuceLossBlock,
+)
+from raylign.config.losses.mix import (
+    DifferenceLoss,
+    ListLoss,
+    LossBlock,
+    LossUnion,
+    Member,
+    MixLossBlock,
+    Objective,
+    RatioLoss,
+    ReferenceFreeLoss,
+    Term,
+)
+from raylign.config.losses.pairwise import (
+    AotLossBlock,
+    ApoLossBlock,
+    BcoPairLossBlock,
+    DiscopopLossBlock,
+    DpopLossBlock,
+    ExoPairLossBlock,
+    HingeLossBlock,
+    IpoLossBlock,
+    NcaPairLossBlock,
+    OdpoLossBlock,
+    ProbitLossBlock,
+    RdpoLossBlock,
+    RobustLossBlock,
+    SigmoidLossBlock,
+    SigmoidNormLossBlock,
+    SppoHardLossBlock,
+)
+from raylign.config.losses.reference_free import AlphapoLossBlock, CpoLossBlock, OrpoLossBlock, SimpoLossBlock
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock
+
+__all__ = [
+    "AllPairsLossBlock",
+    "AlphapoLossBlock",
+    "AotLossBlock",
+    "ApoLossBlock",
+    "BcoPairLossBlock",
+    "CpoLossBlock",
+    "DifferenceLoss",
+    "DiscopopLossBlock",
+    "DpopLossBlock",
+    "EntropyLossBlock",
+    "ExoPairLossBlock",
+    "HingeLossBlock",
+    "IpoLossBlock",
+    "KlLossBlock",
+    "KtoLossBlock",
+    "LambdaLossBlock",
+    "ListLoss",
+    "ListMleLossBlock",
+    "ListNetLossBlock",
+    "LossBlock",
+    "LossUnion",
+    "Member",
+    "MixLossBlock",
+    "NcaPairLossBlock",
+    "Objective",
+    "OdpoLossBlock",
+    "OrpoLossBlock",
+    "PlackettLuceLossBlock",
+    "ProbitLossBlock",
+    "RatioLoss",
+    "RdpoLossBlock",
+    "ReferenceFreeLoss",
+    "RobustLossBlock",
+    "SftLossBlock",
+    "SigmoidLossBlock",
+    "SigmoidNormLossBlock",
+    "SimpoLossBlock",
+    "SppoHardLossBlock",
+    "Term",
+]

@@ -1,0 +1,33 @@
+"""What every loss block shares."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from raylign.config.base import Block
+
+Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class LossBase(Block):
+    """What the trainer asks of a loss before it runs it."""
+
+    loss_type: str
+    needs_reference: ClassVar[bool] = True
+    """Whether it reads the reference log-probs."""
+    pairs_only: ClassVar[bool] = True
+    """Whether every group must hold exactly two candidates; else the whole list is used."""
+    needs_entropy_gradient: ClassVar[bool] = False
+    """Whether `CandidateLogps.entropies` must carry gradients."""
+    starts_at_ln2: ClassVar[bool] = False
+
+    @property
+    def tail_weight(self) -> float:
+        """Weight of completion tokens beyond the group's shortest completion; see `raylign.losses.ld_weights`."""
+        return 1.0
+
+    @property
+    def ln2_at_start(self) -> bool:
+        """Whether a policy equal to its reference loses ln 2 on every group."""
+        return self.starts_at_ln2

@@ -1,0 +1,35 @@
+"""Terms that stand beside an objective in a mix."""
+
+from typing import ClassVar, Literal
+
+from raylign.config.losses.base import LossBase
+
+
+class TermBlock(LossBase):
+    """A term for a mix; its coefficient is its entry in `loss_weights`, whatever the beta beside it."""
+
+    pairs_only: ClassVar[bool] = False
+
+
+class SftLossBlock(TermBlock):
+    """Negative log-likelihood of the best candidate, per token: -sum log pi(w) / sum |w|, both over the step."""
+
+    loss_type: Literal["sft"] = "sft"
+    needs_reference: ClassVar[bool] = False
+
+
+class KlLossBlock(TermBlock):
+    """Penalty on KL(pi || pi_ref): h(y)^2 / 2, mean over the candidates (Schulman's k2).
+
+    On samples of the policy its gradient is that of the reverse KL in expectation.
+    """
+
+    loss_type: Literal["kl"] = "kl"
+
+
+class EntropyLossBlock(TermBlock):
+    """Entropy bonus: minus the mean token entropy, mean over the candidates."""
+
+    loss_type: Literal["entropy"] = "entropy"
+    needs_reference: ClassVar[bool] = False
+    needs_entropy_gradient: ClassVar[bool] = True

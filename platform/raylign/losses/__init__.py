@@ -1,0 +1,18 @@
+"""Preference losses: pure functions, tensors in, unreduced losses and detached metrics out.
+
+`raylign.config.losses` has one block per loss, with its equation; `preference_loss` takes any of them.
+"""
+
+from raylign.losses.dispatch import next_state, preference_loss
+from raylign.losses.inputs import CandidateLogps, LossOutput, LossState
+from raylign.losses.weighting import ld_weights, wpo_weights
+
+__all__ = [
+    "CandidateLogps",
+    "LossOutput",
+    "LossState",
+    "ld_weights",
+    "next_state",
+    "preference_loss",
+    "wpo_weights",
+]
