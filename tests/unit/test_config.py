@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from raylign.config import RunConfig, dump_config, load_config, parse_config
 from raylign.config.blocks import LoraBlock, TrainerBlock
+from raylign.config.losses import IpoLossBlock, SigmoidLossBlock
+from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock
 from raylign.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -35,6 +37,11 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ("model.lora.r=8", "model.lora.target_modules=[q_proj, v_proj]", "trainer.learning_rate=3e-4"),
         ("trainer.save_total_limit=null", "tracking.uri=http://127.0.0.1:5000", "run.dir=/data/runs", "model.lora={}"),
         ("trainer.zero_stage=3", "trainer.offload.param=true", "prompts.system='line one\n\n  line two'"),
+        ("loss.loss_type=apo_down", "loss.ld_alpha=0.5", "reference.policy=every", "reference.n=3"),
+        (
+            "loss={loss_type: mix, losses: [{loss_type: ipo, beta: 1}, {loss_type: sft}], loss_weights: [1, 0.2]}",
+            "reference={policy: model, path: ./stronger}",
+        ),
     ],
 )
 def test_a_dumped_config_loads_as_an_equal_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
@@ -47,7 +54,8 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path: Path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("loss: {beta: 0.3}\nschedule: {rounds: 7, prompts_per_round: 9}\n")
     config = load_config(recipe, ["schedule.rounds=2", "schedule.rounds=3"])
-    assert (config.loss.beta, config.schedule.rounds, config.schedule.prompts_per_round) == (0.3, 3, 9)
+    assert (config.schedule.rounds, config.schedule.prompts_per_round) == (3, 9)
+    assert config.loss == SigmoidLossBlock(beta=0.3)
 
 
 def test_an_override_creates_the_block_that_is_null_or_absent() -> None:
@@ -58,6 +66,14 @@ def test_an_override_creates_the_block_that_is_null_or_absent() -> None:
     assert override("model.lora=null", model={"lora": {"r": 4}}).model.lora is None
 
 
+def test_a_block_of_several_kinds_is_of_the_default_kind_unless_it_says_so() -> None:
+    assert override("loss.beta=0.3").loss == SigmoidLossBlock(beta=0.3)
+    assert override(loss={"beta": 0.3, "loss_type": "ipo"}).loss == IpoLossBlock(beta=0.3)
+    assert override("loss.loss_type=ipo", loss={"beta": 0.3}).loss == IpoLossBlock(beta=0.3)
+    assert override("reference={}").reference == InitialReferenceBlock()
+    assert override("reference.policy=ema").reference == EmaReferenceBlock(alpha=0.6)
+
+
 def test_overrides_leave_the_raw_mapping_alone() -> None:
     raw: dict[str, Any] = {"model": {"lora": {"r": 4}}, "trainer": {"offload": {"param": False}}}
     parse_config(raw, ["model.lora.r=8", "trainer.zero_stage=3", "trainer.offload.param=true", "loss.beta=1"])
@@ -66,8 +82,9 @@ def test_overrides_leave_the_raw_mapping_alone() -> None:
 
 def test_numbers_that_yaml_reads_as_strings_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("trainer: {learning_rate: 3e-4, adam_epsilon: 1e-6}\n")
-    trainer = load_config(tmp_path / "recipe.yaml", ["loss.beta=5e-2"])
-    assert (trainer.trainer.learning_rate, trainer.trainer.adam_epsilon, trainer.loss.beta) == (3e-4, 1e-6, 0.05)
+    config = load_config(tmp_path / "recipe.yaml", ["loss.beta=5e-2"])
+    assert (config.trainer.learning_rate, config.trainer.adam_epsilon) == (3e-4, 1e-6)
+    assert config.loss == SigmoidLossBlock(beta=0.05)
 
 
 def test_a_value_may_hold_an_equals_sign_and_a_list() -> None:
@@ -87,7 +104,16 @@ def test_a_value_may_hold_an_equals_sign_and_a_list() -> None:
             "generators.weight_sync.trnsport=shm",
             "generators.weight_sync.trnsport: unknown key; did you mean 'transport'?",
         ),
-        ("loss.zzz=1", "loss.zzz: unknown key; known keys: loss_type, beta"),
+        (
+            "loss.zzz=1",
+            "loss.zzz: unknown key; known keys: loss_type, beta, ld_alpha, use_weighting, f_divergence_type, "
+            "f_alpha_divergence_coef, label_smoothing, soft_label_scale",
+        ),
+        ("reference.n=3", "reference.n: unknown key; known keys: policy"),
+        (
+            "loss={loss_type: mix, losses: [{loss_type: sft}, {loss_type: ipo, bta: 1}]}",
+            "loss.losses.1.bta: unknown key; did you mean 'beta'?",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(wrong: str, message: str) -> None:
@@ -101,7 +127,22 @@ def test_an_unknown_key_is_named_with_the_nearest_one(wrong: str, message: str) 
         ("sampling.temperature=0", "sampling.temperature: Input should be greater than 0 (got 0)"),
         ("sampling.top_p=1.5", "sampling.top_p: Input should be less than or equal to 1 (got 1.5)"),
         ("loss.beta=0", "loss.beta: Input should be greater than 0 (got 0)"),
-        ("loss.loss_type=ippo", "loss.loss_type: Input should be 'sigmoid' (got 'ippo')"),
+        ("loss.loss_type=ippo", "loss.loss_type: unknown value 'ippo'; did you mean 'ipo'?"),
+        ("loss.loss_type=3", "loss.loss_type: unknown value '3'; known values: sigmoid, sigmoid_norm, probit, "),
+        ("reference.policy=previous", "reference.policy: unknown value 'previous'; did you mean 'previous_round'?"),
+        (
+            "loss={loss_type: mix, losses: [{loss_type: simpo}, {loss_type: kll}]}",
+            "loss.losses.1.loss_type: unknown value 'kll'; did you mean 'kl'?",
+        ),
+        (
+            "loss={loss_type: mix, losses: [{beta: 1}]}",
+            "loss.losses.0.loss_type: Field required (got {'beta': 1})",
+        ),
+        (
+            "loss={loss_type: mix, losses: [{loss_type: simpo, beta: -1}]}",
+            "loss.losses.0.beta: Input should be greater than 0 (got -1)",
+        ),
+        ("reference={policy: model}", "reference.path: Field required"),
         ("pairing.min_margin=.nan", "pairing.min_margin: Input should be a finite number (got nan)"),
         ("scoring.max_unscored=2", "scoring.max_unscored: Input should be less than or equal to 1 (got 2)"),
         ("scoring.function=os.system", "scoring.function: String should match pattern"),
@@ -134,6 +175,26 @@ def test_a_value_out_of_range_is_named_with_its_limit(wrong: str, message: str) 
             "trainer.offload.param needs trainer.zero_stage=3, not 2",
         ),
         (("trainer.offload.optimizer=true",), "trainer.offload.optimizer needs trainer.zero_stage 1, 2 or 3, not 0"),
+        (
+            ("reference.policy=none",),
+            "loss.loss_type=sigmoid reads reference log-probs; "
+            "set reference.policy=initial, or take a loss without reference such as simpo",
+        ),
+        (
+            ("reference.policy=none", "loss={loss_type: mix, losses: [{loss_type: simpo}, {loss_type: kl}]}"),
+            "loss.loss_type=mix reads reference log-probs; "
+            "set reference.policy=initial, or take a loss without reference such as simpo",
+        ),
+        (("model.load_in_4bit=true",), "model.load_in_4bit needs model.lora: 4-bit weights cannot be trained"),
+        (
+            ("model.load_in_4bit=true", "model.lora={}", "trainer.zero_stage=3"),
+            "model.load_in_4bit cannot be sharded by trainer.zero_stage=3; use 0, 1 or 2",
+        ),
+        (
+            ("model.load_in_4bit=true", "model.lora={}", "generators.weight_sync.transport=lora"),
+            "generators.weight_sync.transport=lora would serve the adapter on the 16-bit base, not on the 4-bit base "
+            "it is trained on; use auto, shm or nccl with model.load_in_4bit",
+        ),
     ],
 )
 def test_rules_that_span_blocks(overrides: tuple[str, ...], message: str) -> None:
@@ -145,6 +206,10 @@ def test_the_same_rules_let_good_combinations_pass() -> None:
     override("generators.weight_sync.transport=lora", "model.lora.r=4")
     override("trainer.offload.param=true", "trainer.offload.optimizer=true", "trainer.zero_stage=3")
     override("trainer.offload.optimizer=true", "trainer.zero_stage=1")
+    override("reference.policy=none", "loss.loss_type=simpo")
+    override("reference.policy=none", "loss={loss_type: mix, losses: [{loss_type: cpo}, {loss_type: entropy}]}")
+    for stage in (0, 1, 2):
+        override("model.load_in_4bit=true", "model.lora.r=4", f"trainer.zero_stage={stage}")
 
 
 def test_every_problem_is_listed_at_once() -> None:

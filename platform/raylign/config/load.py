@@ -78,38 +78,59 @@ def _name_defaults(tree: dict[str, Any]) -> None:
 
 
 def _describe(detail: ErrorDetails) -> str:
-    location = ".".join(str(part) for part in _without_kinds(detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{location}: unknown key; {hint}"
-    if detail["type"] == "value_error":
-        # Rules of ours name the value themselves, without what must stay secret.
-        message = detail["msg"].removeprefix("Value error, ")
-        return f"{location}: {message}" if location else message
+    keys, _ = _place(detail["loc"])
+    location = ".".join(keys)
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _known_keys(detail["loc"][:-1])
+            return f"{location}: unknown key; {_hint(str(detail['loc'][-1]), known, 'keys')}"
+        case "union_tag_invalid":
+            kinds = _quoted(detail["ctx"]["expected_tags"])
+            name, tag = _quoted(detail["ctx"]["discriminator"])[0], detail["ctx"]["tag"]
+            return f"{location}.{name}: unknown value {tag!r}; {_hint(tag, kinds, 'values')}"
+        case "union_tag_not_found":
+            return f"{location}.{_quoted(detail['ctx']['discriminator'])[0]}: Field required (got {detail['input']!r})"
+        case "value_error":
+            # Rules of ours name the value themselves, without what must stay secret.
+            message = detail["msg"].removeprefix("Value error, ")
+            return f"{location}: {message}" if location else message
     return f"{location}: {detail['msg']} (got {detail['input']!r})"
 
 
-def _without_kinds(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """pydantic puts the kind of a block behind its name (loss.ipo.beta); recipes do not."""
-    field = RunConfig.model_fields.get(str(location[0])) if location else None
-    if field is None or field.discriminator is None:
-        return location
-    return (location[0], *location[2:])
+def _hint(wrong: str, known: Sequence[str], what: str) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known {what}: {', '.join(known)}"
+
+
+def _quoted(text: str) -> list[str]:
+    """pydantic's list of names: "'ipo', 'hinge'"."""
+    return [name.strip("'") for name in text.split(", ")]
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Field names of the block at `location`, which may name a kind of block behind a field."""
+    """Field names of the block at `location`."""
+    _, blocks = _place(location)
+    return list(blocks[0].model_fields) if blocks else []
+
+
+def _place(location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Keys as recipes write them, and the blocks that may stand there.
+
+    Where a block is one of several kinds, pydantic puts the kind behind its name (loss.ipo.beta); recipes do not.
+    """
+    keys: list[str] = []
     blocks: list[type[BaseModel]] = [RunConfig]
-    for part in location:
-        fields = [block.model_fields[str(part)] for block in blocks if str(part) in block.model_fields]
+    for part in map(str, location):
+        fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
+        of_kind = [block for block in blocks if part in _kinds(block)]
+        if of_kind and not fields:
+            blocks = of_kind
+            continue
+        keys.append(part)
         if fields:
             options = [option for field in fields for option in _members(field.annotation)]
             blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        else:
-            blocks = [block for block in blocks if part in _kinds(block)] or blocks
-    return list(blocks[0].model_fields) if blocks else []
+    return keys, blocks
 
 
 def _members(annotation: Any) -> list[Any]:
