@@ -5,7 +5,6 @@ Version v gives every token the log-probability -1 / (v + 1) nats and answers wi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,16 @@ from actors.scorer_client import ScorerClient
 from actors.trainer_group import TrainerGroup
 from raylign.config import RunConfig
 from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.errors import GeneratorError
-from raylign.losses import PairLogps, preference_loss
+from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.sampling import Decoding, prompt_seed
 from raylign.scoring import check_unscored
 from raylign.tracking.feed import MlflowFeed
-from raylign.training.batches import TokenPair, plan_steps
+from raylign.training.batches import BatchShape, plan_steps
+from raylign.training.preferences import completions_of
+from raylign.training.sequences import Completions, token_cost
 
 WEIGHT = "policy_version"
 """The one tensor of the policy, of shape [1]."""
@@ -148,43 +150,51 @@ class FakeTrainers(TrainerGroup):
     """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
 
     def __init__(self, events: list[str], config: RunConfig) -> None:
-        super().__init__([], step_timeout_s=1.0)
+        super().__init__([_no_actor()], loss=config.loss, reference=config.reference, step_timeout_s=1.0)
         self.version = 0
         self._events, self._config = events, config
 
-    def reference_logps(self, rows: Sequence[TokenPair]) -> list[float]:
-        return [token_logp(0) * len(completion) for _, completion in rows]
+    def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
+        self._events.append(f"reference {len(preferences)} seed {seed} after {rounds_done} rounds")
+        return super().with_reference(preferences, seed, rounds_done)
 
-    def with_reference(self, preferences: Sequence[Preference], seed: int) -> tuple[Preference, ...]:
-        self._events.append(f"reference {len(preferences)} seed {seed}")
-        return tuple(replace(p, reference_logps=tuple(_logps(p, version=0))) for p in preferences)
+    def _call(self, method: str, *args: Any, what: str, steps: int) -> list[Any]:
+        """What the one rank answers."""
+        match method:
+            case "reference_logps":
+                has_none = isinstance(self._reference, NoReferenceBlock | SamplerReferenceBlock)
+                rows: Sequence[Completions] = () if has_none else args[0]
+                return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
+            case "reference_candidates":
+                return [{index: tuple(_logps(p, version=0)) for index, p in enumerate(args[0])}]
+        raise AssertionError(f"{method} has no fake")
 
     def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
         self._events.append(f"train {len(preferences)} seed {seed}")
         block = self._config.trainer
-        steps = plan_steps(
-            len(preferences),
-            ranks=block.ranks,
-            micro_batch=block.per_device_train_batch_size,
-            accumulation=block.gradient_accumulation_steps,
-            epochs=block.num_train_epochs,
-            seed=seed,
+        costs = [token_cost(completions_of(preference), block.packing) for preference in preferences]
+        shape = BatchShape(
+            block.ranks, block.train_batch_size, block.per_device_train_batch_size, block.max_tokens_per_micro_batch
         )
-        for step in steps:
-            pairs = [
-                pair
-                for mine in step.micro_batches
-                for micro in mine
-                for pair in zip(micro.indices, micro.weights, strict=True)
-            ]
-            losses = [self._loss(preferences[index]) for index, weight in pairs if weight]
+        for step in plan_steps(costs, shape, epochs=block.num_train_epochs, seed=seed):
+            micro_batches = (micro for mine in step.micro_batches for micro in mine)
+            pairs = [pair for micro in micro_batches for pair in zip(micro.indices, micro.weights, strict=True)]
+            losses = [self._loss_of(preferences[index]) for index, weight in pairs if weight]
             yield {"loss": sum(losses) / len(losses)}
         self.version += 1
 
-    def _loss(self, preference: Preference) -> float:
-        policy, reference = _logps(preference, self.version), preference.reference_logps
-        values = (policy[0], policy[-1], reference[0], reference[-1])
-        return preference_loss(PairLogps(*(torch.tensor([value]) for value in values)), self._config.loss).losses.item()
+    def _loss_of(self, preference: Preference) -> float:
+        policy = torch.tensor([_logps(preference, self.version)])
+        logps = CandidateLogps(
+            policy=policy,
+            reference=torch.tensor([preference.reference_logps]),
+            lengths=torch.tensor([[len(candidate.token_ids) for candidate in preference.candidates]]),
+            scores=torch.tensor([preference.scores]),
+            mask=torch.ones_like(policy, dtype=torch.bool),
+            entropies=torch.zeros_like(policy),
+            certainty=torch.zeros_like(policy),
+        )
+        return preference_loss(logps, self._loss, LossState()).losses.item()
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]

@@ -85,5 +85,10 @@ def test_nothing_scored_is_an_error() -> None:
 
 
 def test_reference_logps_must_be_parallel() -> None:
+    candidates = [candidate(0, index, (1,), 0.0) for index in range(2)]
     with pytest.raises(ValueError, match="shorter"):
-        evaluate(prompts(1), [candidate(0, 0, (1,), 0.0)], [Score(0.4)], [], BLOCK, seed=0)
+        evaluate(prompts(1), candidates, [Score(0.4)] * 2, [-1.0], BLOCK, seed=0)
+
+
+def test_without_a_reference_there_is_no_kl() -> None:
+    assert evaluate(prompts(1), [candidate(0, 0, (1,), 0.0)], [Score(0.4)], [], BLOCK, seed=0).kl is None

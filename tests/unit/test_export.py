@@ -1,6 +1,7 @@
 """Export of adapters, merged and full models, with a tiny Llama."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from raylign.config import parse_config
 from raylign.errors import ModelError
 from raylign.export import export_model
 from raylign.model_card import ModelFacts, card_text, framework_versions
-from raylign.records import Evaluation
+from raylign.records import Evaluation, RoundReport
+from raylign.rundir import RunDirectory
+from recipes.export import card_facts
 
 FACTS = ModelFacts(
     name="tiny-dpo",
     base_model="someone/tiny",
     prompts="embedded:review-topics",
     scorer="raylign.scoring.vader:compound",
-    loss_type="sigmoid",
-    beta=0.1,
+    loss="`sigmoid`, beta 0.1",
     rounds=3,
     evaluation=Evaluation(0.5, 0.4, 0.6, 2.0, 40.0, 0.8, 0.75, 32, 1),
     confidence=0.95,
@@ -243,8 +246,35 @@ def test_the_card_has_front_matter_and_the_facts() -> None:
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "online-dpo", "raylign", "lora"],
     }
-    for fact in ("beta 0.1", "| Rounds | 3 |", "0.400 to 0.600", "95% interval", "- torch 2.13.0", "2305.18290"):
+    facts = (
+        "loss `sigmoid`, beta 0.1 |",
+        "| Rounds | 3 |",
+        "0.400 to 0.600",
+        "95% interval",
+        "per completion | 2.00 |",
+    )
+    for fact in (*facts, "- torch 2.13.0", "2305.18290"):
         assert fact in body
+
+
+def test_the_card_of_a_run_without_a_reference_tells_no_kl() -> None:
+    facts = replace(FACTS, evaluation=replace(FACTS.evaluation, kl=None))
+    assert "| KL to the reference, nats per completion | - |" in card_text(facts, is_adapter=False)
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        ("{beta: 0.2}", "`sigmoid`, beta 0.2"),
+        ("{loss_type: ipo, beta: 1}", "`ipo`, beta 1"),
+        ("{loss_type: sft}", "`sft`"),
+    ],
+)
+def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Path) -> None:
+    report = RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {})
+    config = parse_config({"run": {"name": "mine"}}, [f"loss={loss}"])
+    facts = card_facts(RunDirectory(tmp_path), config, report)
+    assert (facts.name, facts.loss) == ("mine", named)
 
 
 def test_framework_versions_are_those_installed() -> None:

@@ -83,6 +83,13 @@ def test_a_round_without_steps_or_times_shows_dashes() -> None:
     assert row.split()[-11:] == ["47"] + ["-"] * 10
 
 
+def test_a_kl_that_was_not_measured_is_a_dash_and_no_note() -> None:
+    lines = rendered(round_table(replace(BASELINE, kl=None), [])).splitlines()
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["0"]]
+    assert row[3:5] == ["0.200]", "-"]
+    assert warnings(BASELINE, [settled(1), settled(2, replace(BETTER, kl=None))]) == []
+
+
 def sample(completion: str, value: float | None, name: str = "p1") -> Sample:
     messages = ({"role": "system", "content": "sys"}, {"role": "user", "content": "the question"})
     return Sample(Prompt(name, messages, (1,)), completion, Score(value, reason="late" if value is None else ""))

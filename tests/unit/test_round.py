@@ -116,7 +116,7 @@ def test_a_round_in_order(open_desk: Open) -> None:
     assert desk.events == [
         *[f"sample {prompt.id}" for prompt in TRAIN],
         "score 12",
-        "reference 2 seed 8",
+        "reference 2 seed 8 after 0 rounds",
         "train 2 seed 8",
         *["pause", "save weights", "load weights", "resume"],
         *["sample x", "sample y"],
@@ -167,7 +167,32 @@ def test_round_2_trains_on_what_version_1_sampled(open_desk: Open) -> None:
     assert {row["policy_version"] for row in desk.rows(2, "candidates")} == {1}
     assert {row["policy_version"] for row in desk.rows(2, "samples")} == {2} and desk.engine.weights == 2
     assert report.evaluation.kl == pytest.approx(3 * (1 - 1 / 3))
-    assert [event for event in desk.events if event.startswith("train")] == ["train 2 seed 8", "train 2 seed 9"]
+    stages = [event for event in desk.events if event.startswith(("reference", "train"))]
+    assert stages == [
+        *["reference 2 seed 8 after 0 rounds", "train 2 seed 8"],
+        *["reference 2 seed 9 after 1 rounds", "train 2 seed 9"],
+    ]
+
+
+def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tmp_path: Path) -> None:
+    """SimPO, beta = 1: version 0 gives every token -1 nats, so that its margin is -simpo_gamma."""
+    loss = "loss={loss_type: simpo, beta: 1, simpo_gamma: 0.5}"
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", loss, "reference.policy=none"]))
+    report, _ = desk.round(1)
+    assert report.evaluation.kl is None
+    assert [step["loss"] for step in report.steps] == pytest.approx([math.log1p(math.exp(0.5))] * 2)
+    assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
+    desk.run.finish_round(report, [], desk.team)
+    assert "held-out score 1.000, KL - nats" in desk.output.getvalue()
+
+
+def test_the_sampler_is_a_reference_by_the_log_probs_it_sampled_with(open_desk: Open, tmp_path: Path) -> None:
+    """The best candidate of round 2 has 4 tokens and the worst 2, of -0.5 nats each; LD-DPO halves the last two."""
+    options = [f"run.dir={tmp_path}/runs", "reference.policy=sampler", "loss.ld_alpha=0.5"]
+    desk = open_desk(parse_config(CONFIG, options))
+    desk.round(1)
+    desk.round(2)
+    assert [row["reference_logps"] for row in desk.rows(2, "preferences")] == [[-1.5, -1.0]] * 2
 
 
 def test_the_files_of_a_round(open_desk: Open) -> None:
