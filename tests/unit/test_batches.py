@@ -1,19 +1,21 @@
-"""Optimizer steps and padded tensors: nothing lost, nothing twice, ranks in step."""
+"""Optimizer steps: nothing lost, nothing twice, ranks in step, tokens within the budget."""
 
+from collections.abc import Sequence
 from itertools import chain
 
 import pytest
-import torch
 
-from raylign.records import Candidate, Preference, Prompt
-from raylign.training.batches import MicroBatch, Step, pad_sequences, pair_rows, plan_steps
+from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 
-SHAPES = [  # ranks, micro_batch, accumulation
-    (1, 8, 1),
-    (1, 1, 8),
-    (2, 4, 1),
-    (2, 2, 2),
-    (8, 1, 1),
+COSTS = [3 + (7 * index) % 11 for index in range(23)]
+"""From 3 to 13 tokens."""
+SHAPES = [  # all of 8 preferences a step
+    BatchShape(ranks=1, batch=8, micro_batch=8, max_tokens=1000),
+    BatchShape(ranks=1, batch=8, micro_batch=1, max_tokens=1000),
+    BatchShape(ranks=1, batch=8, micro_batch=8, max_tokens=20),
+    BatchShape(ranks=2, batch=8, micro_batch=2, max_tokens=15),
+    BatchShape(ranks=2, batch=8, micro_batch=4, max_tokens=1),
+    BatchShape(ranks=8, batch=8, micro_batch=1, max_tokens=20),
 ]
 
 
@@ -21,127 +23,109 @@ def micro_batches(step: Step) -> list[MicroBatch]:
     return list(chain.from_iterable(step.micro_batches))
 
 
+def is_filler(micro: MicroBatch) -> bool:
+    return micro.weights == (0.0,)
+
+
 def real(step: Step) -> list[int]:
     """Indices with weight 1."""
-    return [
-        index
-        for micro in micro_batches(step)
-        for index, weight in zip(micro.indices, micro.weights, strict=True)
-        if weight == 1.0
-    ]
+    return [index for micro in micro_batches(step) if not is_filler(micro) for index in micro.indices]
 
 
-def plan(count: int, shape: tuple[int, int, int], epochs: int = 1, seed: int = 0) -> list[Step]:
-    ranks, micro_batch, accumulation = shape
-    return plan_steps(count, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation, epochs=epochs, seed=seed)
+def one_step(costs: Sequence[int], shape: BatchShape) -> Step:
+    (step,) = plan_steps(costs, shape, epochs=1, seed=0)
+    return step
+
+
+def lanes(step: Step) -> list[list[set[int]]]:
+    """What each rank runs, without fillers; indices of a micro-batch as a set."""
+    return [[set(micro.indices) for micro in lane if not is_filler(micro)] for lane in step.micro_batches]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [1, 3, 8, 16, 21])
-def test_every_preference_is_seen_once_per_epoch(count: int, shape: tuple[int, int, int]) -> None:
-    steps = plan(count, shape, epochs=3)
+@pytest.mark.parametrize("count", [1, 3, 8, 16, 23])
+def test_every_preference_is_seen_once_per_epoch(count: int, shape: BatchShape) -> None:
+    steps = plan_steps(COSTS[:count], shape, epochs=3, seed=0)
     per_epoch = -(-count // 8)
     assert len(steps) == 3 * per_epoch
     for epoch in range(3):
-        seen = [index for step in steps[epoch * per_epoch : (epoch + 1) * per_epoch] for index in real(step)]
-        assert sorted(seen) == list(range(count))
+        mine = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(chain.from_iterable(map(real, mine))) == list(range(count))
+        assert [step.count for step in mine] == [len(real(step)) for step in mine]
+        assert [step.count for step in mine[:-1]] == [8] * (per_epoch - 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [1, 5, 8, 21])
-def test_every_rank_runs_as_many_micro_batches_as_the_others(count: int, shape: tuple[int, int, int]) -> None:
-    ranks, micro_batch, accumulation = shape
-    for step in plan(count, shape, epochs=2):
-        assert [len(mine) for mine in step.micro_batches] == [accumulation] * ranks
-        assert all(1 <= len(micro.indices) <= micro_batch for micro in micro_batches(step))
+@pytest.mark.parametrize("count", [1, 5, 8, 23])
+def test_ranks_run_equally_many_micro_batches_and_only_fillers_weigh_nothing(count: int, shape: BatchShape) -> None:
+    for step in plan_steps(COSTS[:count], shape, epochs=2, seed=0):
+        assert len(step.micro_batches) == shape.ranks and len({len(lane) for lane in step.micro_batches}) == 1
+        for micro in micro_batches(step):
+            assert is_filler(micro) or set(micro.weights) == {1.0}
+            assert len(micro.indices) == len(micro.weights) <= shape.micro_batch
+            assert len(micro.indices) == 1 or sum(COSTS[i] for i in micro.indices) <= shape.max_tokens
+        # The rank with the most work has no filler, and a filler costs as little as the step allows.
+        assert any(not any(map(is_filler, lane)) for lane in step.micro_batches)
+        cheapest = min(COSTS[index] for index in real(step))
+        assert all(COSTS[micro.indices[0]] == cheapest for micro in micro_batches(step) if is_filler(micro))
 
 
-@pytest.mark.parametrize("count", [3, 16, 21])
-def test_a_step_holds_the_same_preferences_however_it_is_split(count: int) -> None:
-    splits = [[sorted(real(step)) for step in plan(count, shape, epochs=2, seed=5)] for shape in SHAPES]
-    assert all(split == splits[0] for split in splits)
+@pytest.mark.parametrize("count", [3, 16, 23])
+def test_a_step_holds_the_same_preferences_however_it_is_split_and_whatever_they_cost(count: int) -> None:
+    plans = [plan_steps(COSTS[:count], shape, epochs=2, seed=5) for shape in SHAPES]
+    plans.append(plan_steps([1] * count, SHAPES[0], epochs=2, seed=5))
+    contents = [[sorted(real(step)) for step in steps] for steps in plans]
+    assert all(content == contents[0] for content in contents)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_count_of_a_step_is_its_real_preferences(shape: tuple[int, int, int]) -> None:
-    assert [step.count for step in plan(21, shape)] == [8, 8, 5]
-    assert [len(real(step)) for step in plan(21, shape)] == [8, 8, 5]
+def test_the_longest_are_dealt_first_to_the_rank_with_the_fewest_tokens() -> None:
+    """8 | 7, 7 + 6 | 8 + 5, 13 + 4 | 13 + 3, 17 + 1 | 16 + 2: both ranks get 18 tokens."""
+    step = one_step([1, 2, 3, 4, 5, 6, 7, 8], BatchShape(ranks=2, batch=8, micro_batch=8, max_tokens=100))
+    assert lanes(step) == [[{7, 4, 3, 0}], [{6, 5, 2, 1}]]
+    assert step.micro_batches[0] == (MicroBatch((7, 4, 3, 0), (1.0,) * 4),)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fillers_weigh_nothing_and_stand_only_where_a_last_step_is_short(shape: tuple[int, int, int]) -> None:
-    ranks, _, accumulation = shape
-    for count in (1, 5, 12, 16, 23):
-        steps = plan(count, shape, epochs=2)
-        for step in steps:
-            fillers = [micro for micro in micro_batches(step) if 0.0 in micro.weights]
-            assert len(fillers) == max(0, ranks * accumulation - step.count)
-            assert all(micro.weights == (0.0,) and micro.indices[0] in real(step) for micro in fillers)
-        per_epoch = len(steps) // 2
-        assert all(step.count == 8 for step in steps[: per_epoch - 1])
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [  # rank 0 gets 10 and 5 tokens, rank 1 gets 7, 6 and 4
+        (17, [[{0, 3}], [{1, 2, 4}]]),
+        (13, [[{0}, {3}], [{1, 2}, {4}]]),
+        (12, [[{0}, {3}], [{1, 4}, {2}]]),
+        (10, [[{0}, {3}], [{1}, {2, 4}]]),
+        (9, [[{0}, {3}], [{1}, {2}, {4}]]),
+    ],
+)
+def test_micro_batches_are_filled_up_to_the_token_budget(max_tokens: int, expected: list[list[set[int]]]) -> None:
+    shape = BatchShape(ranks=2, batch=5, micro_batch=3, max_tokens=max_tokens)
+    step = one_step([10, 7, 6, 5, 4], shape)
+    assert lanes(step) == expected
+    fillers = [sum(map(is_filler, lane)) for lane in step.micro_batches]
+    assert fillers == ([1, 0] if max_tokens == 9 else [0, 0])
 
 
-def test_two_ranks_by_hand() -> None:
-    """Five preferences in the order o0..o4 over 2 ranks x 2 micro-batches of at most 2: dealt like cards."""
-    (step,) = plan(5, (2, 2, 2))
-    o = [index for (index,) in (micro.indices for s in plan(5, (1, 1, 1)) for micro in micro_batches(s))]
-    assert step == Step(
-        5,
-        (
-            (MicroBatch((o[0], o[4]), (1.0, 1.0)), MicroBatch((o[2],), (1.0,))),
-            (MicroBatch((o[1],), (1.0,)), MicroBatch((o[3],), (1.0,))),
-        ),
-    )
+def test_micro_batches_hold_no_more_preferences_than_allowed() -> None:
+    step = one_step([5, 4, 3, 2, 1], BatchShape(ranks=1, batch=5, micro_batch=2, max_tokens=100))
+    assert lanes(step) == [[{0, 1}, {2, 3}, {4}]]
+
+
+def test_a_preference_over_the_budget_runs_alone() -> None:
+    step = one_step([100, 1, 1], BatchShape(ranks=1, batch=4, micro_batch=4, max_tokens=10))
+    assert lanes(step) == [[{0}, {1, 2}]]
 
 
 def test_one_preference_on_two_ranks_leaves_a_filler() -> None:
-    (step,) = plan(1, (2, 4, 1))
+    step = one_step([9], BatchShape(ranks=2, batch=8, micro_batch=4, max_tokens=100))
     assert step == Step(1, ((MicroBatch((0,), (1.0,)),), (MicroBatch((0,), (0.0,)),)))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    first, again, other = (plan(24, (1, 8, 1), epochs=2, seed=seed) for seed in (3, 3, 4))
+    shape = SHAPES[0]
+    first, again, other = (plan_steps([1] * 24, shape, epochs=2, seed=seed) for seed in (3, 3, 4))
     assert first == again
     orders = [tuple(chain.from_iterable(map(real, steps))) for steps in (first[:3], first[3:], other[:3], other[3:])]
     assert len(set(orders)) == 4
-    assert plan(24, (1, 8, 1), epochs=1, seed=3) == first[:3]
+    assert plan_steps([1] * 24, shape, epochs=1, seed=3) == first[:3]
 
 
 def test_no_preferences_give_no_step() -> None:
-    assert plan(0, (2, 4, 1), epochs=3) == []
-
-
-def test_padded_rows_by_hand() -> None:
-    rows = pad_sequences([((5, 6), (7, 8, 9)), ((3,), (4,)), ((2, 2), ())], pad_id=0)
-    assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9], [3, 4, 0, 0, 0], [2, 2, 0, 0, 0]]
-    assert rows.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
-    assert rows.targets.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
-    assert (rows.input_ids.dtype, rows.targets.dtype) == (torch.int64, torch.bool)
-
-
-def test_a_pad_id_inside_the_text_stays_real() -> None:
-    rows = pad_sequences([((9, 9), (9,)), ((9,), (9,))], pad_id=9)
-    assert rows.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert rows.targets.int().tolist() == [[0, 0, 1], [0, 1, 0]]
-
-
-def candidate(name: str, index: int, tokens: tuple[int, ...]) -> Candidate:
-    return Candidate(name, index, tokens, (-1.0,) * len(tokens), "", "stop", 0, 0)
-
-
-def test_chosen_rows_come_first_then_rejected_in_the_same_order() -> None:
-    pairs = [
-        Preference(
-            Prompt(name, (), (start, start)),
-            (candidate(name, 3, (start + 1,)), candidate(name, 0, (start + 2, start + 3))),
-            (1.0, 0.0),
-            (1.0, 1.0),
-        )
-        for name, start in (("a", 10), ("b", 20))
-    ]
-    assert pair_rows(pairs) == [
-        ((10, 10), (11,)),
-        ((20, 20), (21,)),
-        ((10, 10), (12, 13)),
-        ((20, 20), (22, 23)),
-    ]
+    assert plan_steps([], SHAPES[0], epochs=3, seed=0) == []

@@ -1,92 +1,73 @@
 """Completion log-probabilities of tiny models against the plain formula on full logits."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     Gemma4Config,
     Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
-    LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
     RecurrentGemmaConfig,
+    SiglipVisionConfig,
 )
 
 from raylign.errors import ModelError
-from raylign.training.batches import TokenPair, pad_sequences
-from raylign.training.logprobs import CompletionLogps, CompletionScores
+from raylign.training.logprobs import CompletionLogps
+from raylign.training.sequences import Completions, Layout, token_batch
+from tests.unit.tiny_models import (
+    GEMMA3_LAYERS,
+    IDS,
+    PACKABLE,
+    SMALL,
+    VOCABULARY,
+    build,
+    plain,
+    plain_sums,
+    scores,
+    tiny,
+)
 
-VOCABULARY = 50
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PAIRS: list[TokenPair] = [((3, 4, 5), (6, 7)), ((8,), (9, 10, 11)), ((1, 2, 3, 4), (5,)), ((6, 7), ())]
-
-
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with weights large enough that every logit differs."""
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+LAYOUTS: list[Layout] = ["shared", "packed", "padded"]
+GROUPS = [
+    Completions((3, 4, 5), ((6, 7), (6, 8, 9, 10))),
+    Completions((8,), ((9, 10, 11),)),
+    Completions((1, 2, 3, 4), ((5,), (), (6,))),
+]
+LENGTHS = [2, 4, 3, 1, 0, 1]
 
 
-def tiny(tied: bool = False) -> PreTrainedModel:
-    return build(LlamaConfig(**SMALL, **IDS, tie_word_embeddings=tied))
-
-
-def plain(model: nn.Module, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-    """log p(completion[t] | what stands before), from this model's own logits of this one unpadded row, in float64."""
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0].double()
-    table = logits.log_softmax(-1)
-    return [float(table[len(prompt) + t - 1, token]) for t, token in enumerate(completion)]
-
-
-def scores(model: nn.Module, pairs: Sequence[TokenPair], pad_id: int = 0) -> CompletionScores:
-    found: CompletionScores = CompletionLogps(model)(pad_sequences(pairs, pad_id))
-    return found
-
-
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_equal_the_plain_formula(tied: bool, dtype: torch.dtype) -> None:
+def test_sums_equal_the_plain_formula(tied: bool, dtype: torch.dtype, layout: Layout) -> None:
     model = nn.Module.to(tiny(tied), dtype)
-    expected = [plain(model, *pair) for pair in PAIRS]
-    found = scores(model, PAIRS)
-    assert found.logps.tolist() == pytest.approx([sum(row) for row in expected], rel=1e-5)
-    assert found.token_logps.tolist() == pytest.approx([logp for row in expected for logp in row], rel=1e-4, abs=1e-5)
-    assert found.rows.tolist() == [0, 0, 1, 1, 1, 2]
-    assert found.logps.dtype == torch.float32 and found.logps.requires_grad and not found.token_logps.requires_grad
+    tokens = [logp for group in GROUPS for c in group.completions for logp in plain(model, group.prompt, c)]
+    found = scores(model, GROUPS, layout)
+    assert found.logps.tolist() == pytest.approx(plain_sums(model, GROUPS), rel=1e-5)
+    assert found.tokens.logps.tolist() == pytest.approx(tokens, rel=1e-4, abs=1e-5)
+    assert found.owners.tolist() == [owner for owner, length in enumerate(LENGTHS) for _ in range(length)]
+    assert found.logps.dtype == torch.float32 and found.logps.requires_grad and found.tokens.logps.requires_grad
 
 
-def test_equal_logits_make_every_token_minus_log_v() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_logits_make_every_token_minus_log_v(layout: Layout) -> None:
     model = tiny()
     nn.init.zeros_(model.get_output_embeddings().weight)
-    assert scores(model, PAIRS).logps.tolist() == pytest.approx([-n * math.log(VOCABULARY) for n in (2, 3, 1, 0)])
+    expected = [-length * math.log(VOCABULARY) for length in LENGTHS]
+    assert scores(model, GROUPS, layout).logps.tolist() == pytest.approx(expected)
 
 
 def test_a_head_that_ignores_the_text_by_hand() -> None:
@@ -98,82 +79,106 @@ def test_a_head_that_ignores_the_text_by_hand() -> None:
         head.bias.copy_(torch.arange(1, VOCABULARY + 1).log())
     model.set_output_embeddings(head)
     total = VOCABULARY * (VOCABULARY + 1) / 2
-    found = scores(model, [((9, 9), (0, 4)), ((7,), (49,))])
+    found = scores(model, [Completions((9, 9), ((0, 4),)), Completions((7,), ((49,),))])
     assert found.logps.tolist() == pytest.approx([math.log(1 / total) + math.log(5 / total), math.log(50 / total)])
     # The likeliest token is always 49.
-    assert found.correct.tolist() == [False, False, True]
-    assert found.mean_logits.tolist() == pytest.approx([math.lgamma(51) / 50] * 3, rel=1e-5)
+    assert found.tokens.correct.tolist() == [0, 0, 1]
+    assert found.tokens.mean_logits.tolist() == pytest.approx([math.lgamma(51) / 50] * 3, rel=1e-5)
     entropy = -sum(k / total * math.log(k / total) for k in range(1, 51))
-    assert found.entropies.tolist() == pytest.approx([entropy] * 3, rel=1e-5)
+    assert found.tokens.entropies.tolist() == pytest.approx([entropy] * 3, rel=1e-5)
 
 
-def test_neither_padding_nor_neighbours_matter() -> None:
+def test_token_weights_scale_each_token_of_a_sum() -> None:
+    """Also the gradient: that of a weighted sum is the weighted sum of the gradients."""
+    model = CompletionLogps(tiny())
+    batch = token_batch([Completions((3, 4), ((5, 6), (7,)))], "shared", 0)
+    found, tokens = model(batch, torch.tensor([1.0, 0.25, 0.0])).logps, model(batch).tokens.logps
+    assert found.tolist() == pytest.approx([(tokens[0] + 0.25 * tokens[1]).item(), 0.0])
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(found.sum(), weights)
+    torch.testing.assert_close(gradients, torch.autograd.grad(tokens[0] + 0.25 * tokens[1], weights))
+
+
+def test_padding_does_not_matter() -> None:
     model = tiny()
-    together = scores(model, PAIRS)
-    alone = [scores(model, [pair]).logps.item() for pair in PAIRS[:3]]
-    wide = scores(model, [*PAIRS, ((1,) * 20, (2,) * 9)]).logps[:4]
-    assert together.logps.tolist() == pytest.approx([*alone, 0.0], rel=1e-5)
-    assert wide.tolist() == pytest.approx(together.logps.tolist(), rel=1e-5)
-    assert scores(model, PAIRS, pad_id=7).logps.tolist() == pytest.approx(together.logps.tolist(), rel=1e-5)
+    together = scores(model, GROUPS).logps
+    alone = [scores(model, [Completions(g.prompt, (c,))]).logps.item() for g in GROUPS for c in g.completions]
+    wide = scores(model, [*GROUPS, Completions((1,) * 20, ((2,) * 9,))]).logps[:6]
+    assert together.tolist() == pytest.approx(alone, rel=1e-5)
+    assert wide.tolist() == pytest.approx(together.tolist(), rel=1e-5)
+    assert scores(model, GROUPS, pad_id=7).logps.tolist() == pytest.approx(together.tolist(), rel=1e-5)
 
 
-def test_prompt_tokens_are_never_counted() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompt_tokens_are_never_counted(layout: Layout) -> None:
     """The last prompt token moves from the prompt to the completion: its log-probability, and no more, is added."""
     model = tiny()
-    short, long = scores(model, [((3, 4, 5), (6, 7))]), scores(model, [((3, 4), (5, 6, 7))])
+    short = scores(model, [Completions((3, 4, 5), ((6, 7),))], layout)
+    long = scores(model, [Completions((3, 4), ((5, 6, 7),))], layout)
     assert long.logps.item() - short.logps.item() == pytest.approx(plain(model, (3, 4), (5,))[0], rel=1e-4)
-    assert long.token_logps[1:].tolist() == pytest.approx(short.token_logps.tolist(), rel=1e-4)
+    assert long.tokens.logps[1:].tolist() == pytest.approx(short.tokens.logps.tolist(), rel=1e-4)
 
 
-def test_empty_completions_give_0() -> None:
-    found = scores(tiny(), [((3, 4), ()), ((5,), ())])
-    assert found.logps.tolist() == [0.0, 0.0] and found.token_logps.shape == (0,)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_empty_completions_give_0(layout: Layout) -> None:
+    found = scores(tiny(), [Completions((3, 4), ((),)), Completions((5,), ((), ()))], layout)
+    assert found.logps.tolist() == [0.0, 0.0, 0.0] and found.tokens.logps.shape == (0,)
 
 
-def test_gradients_are_those_of_the_plain_formula() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_those_of_the_plain_formula(layout: Layout) -> None:
     model = tiny(tied=True).double()
-    row = torch.tensor([[3, 4, 5, 6, 7]])
-    table = model(input_ids=row).logits[0].log_softmax(-1)
+    table = model(input_ids=torch.tensor([[3, 4, 5, 6, 7]])).logits[0].log_softmax(-1)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(table[2, 6] + table[3, 7], weights)
-    found = torch.autograd.grad(scores(model, [((3, 4, 5), (6, 7))]).logps.sum(), weights)
+    batch = token_batch([Completions((3, 4, 5), ((6, 7),))], layout, 0)
+    found = torch.autograd.grad(CompletionLogps(model)(batch).logps.sum(), weights)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_counts_when_on_and_not_when_off() -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_counts_when_on_and_not_when_off(layout: Layout) -> None:
     model = tiny(tied=True)
-    base = scores(model, PAIRS).logps.tolist()
+    base = plain_sums(model, GROUPS)
     adapted: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-    wrapped = CompletionLogps(adapted)
-    assert scores(adapted, PAIRS).logps.tolist() == pytest.approx(base, rel=1e-6)
+    assert scores(adapted, GROUPS, layout).logps.tolist() == pytest.approx(base, rel=1e-5)
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.5)
-    on = wrapped(pad_sequences(PAIRS, 0)).logps.tolist()
-    assert on == pytest.approx([sum(plain(adapted, *pair)) for pair in PAIRS], rel=1e-5)
+    on = plain_sums(adapted, GROUPS)
+    wrapped, batch = CompletionLogps(adapted), token_batch(GROUPS, layout, 0)
+    assert wrapped(batch).logps.tolist() == pytest.approx(on, rel=1e-5)
     assert abs(on[0] - base[0]) > 0.1
     with adapted.disable_adapter():
-        assert wrapped(pad_sequences(PAIRS, 0)).logps.tolist() == pytest.approx(base, rel=1e-6)
+        assert wrapped(batch).logps.tolist() == pytest.approx(base, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **IDS),
-        GPTNeoXConfig(**{key: SMALL[key] for key in SMALL if key != "num_key_value_heads"}, **IDS),
-        OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=16, **IDS
+OTHERS = [
+    GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **IDS),
+    GPTNeoXConfig(**{key: SMALL[key] for key in SMALL if key != "num_key_value_heads"}, **IDS),
+    OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=16, **IDS),
+    GraniteConfig(**SMALL, **IDS, logits_scaling=1.0),
+    CohereConfig(**SMALL, **IDS, logit_scale=1.0),
+    Gemma3Config(
+        text_config=Gemma3TextConfig(**SMALL, **IDS, **GEMMA3_LAYERS),
+        vision_config=SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
         ),
-        Qwen3Config(**SMALL, **IDS, head_dim=8),
-        Gemma3TextConfig(**SMALL, **IDS, head_dim=8),
-        GraniteConfig(**SMALL, **IDS, logits_scaling=1.0),
-        CohereConfig(**SMALL, **IDS, logit_scale=1.0),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_other_architectures_equal_their_own_logits(config: PreTrainedConfig) -> None:
+        mm_tokens_per_image=4,
+        image_token_index=49,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", [*OTHERS, *PACKABLE.values()], ids=lambda config: config.model_type)
+def test_every_architecture_equals_its_own_logits(config: PreTrainedConfig) -> None:
     model = build(config)
-    assert scores(model, PAIRS).logps.tolist() == pytest.approx([sum(plain(model, *pair)) for pair in PAIRS], rel=1e-4)
+    assert scores(model, GROUPS).logps.tolist() == pytest.approx(plain_sums(model, GROUPS), rel=1e-4)
 
 
 @pytest.mark.parametrize(
