@@ -97,7 +97,10 @@ def test_bf16_scores_are_those_of_its_own_logits_in_fp32() -> None:
     found = linear_scores(*given)
     expected = logits.log_softmax(-1).gather(-1, given.labels[:, None])[:, 0]
     torch.testing.assert_close(found.logps, expected, rtol=1e-5, atol=1e-5)
-    wide = Inputs(*(part.detach().double().requires_grad_() for part in given[:3] if part is not None), given.labels)
+    assert given.bias is not None
+    leaves = (given.hidden, given.weight, given.bias)
+    hidden, weight, bias = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    wide = Inputs(hidden, weight, bias, given.labels)
     pairs = zip(gradients(found, given, True, True), gradients(plain(wide), wide, True, True), strict=True)
     for narrow, exact in pairs:
         assert narrow.dtype == torch.bfloat16
@@ -114,12 +117,11 @@ def test_only_what_asks_for_a_gradient_gets_one(wanted: tuple[bool, bool]) -> No
     scores = linear_scores(*given)
     assert scores.logps.requires_grad == any(wanted)
     if any(wanted):
-        expected = plain(given).logps.sum()
-        scores.logps.sum().backward()
-        found = [leaf.grad for leaf in given[:3] if leaf is not None]
-        assert [gradient is not None for gradient in found] == [*wanted, False]
         (leaf,) = [leaf for leaf in (given.hidden, given.weight) if leaf.requires_grad]
-        torch.testing.assert_close(leaf.grad, torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-5)
+        torch.autograd.backward(scores.logps.sum())
+        assert [part.grad is not None for part in (given.hidden, given.weight, given.bias)] == [*wanted, False]
+        (expected,) = torch.autograd.grad(plain(given).logps.sum(), leaf)
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_ignores_the_text_by_hand() -> None:
