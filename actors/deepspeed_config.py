@@ -4,19 +4,24 @@ from typing import Any
 
 from raylign.config.blocks import Dtype, TrainerBlock
 
+MIN_LOSS_SCALE = 1.0
+"""float16's loss scale is halved by every overflow, down to this."""
+
 
 def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
     """bf16 compute keeps fp32 master weights; AdamW is torch's own.
 
     Gradients of several micro-batches add up in fp32 under ZeRO 1-3; DeepSpeed's plain bf16 engine (stage 0) refuses
-    that and adds them in bf16.
+    that and adds them in bf16. Its plain float16 engine divides gradients by a loss scale that the loss was never
+    multiplied by, so that stage 1, which takes the same steps, stands in for it.
     """
-    zero: dict[str, Any] = {"stage": block.zero_stage}
+    stage = max(block.zero_stage, 1) if dtype == "float16" else block.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
     if block.offload.optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if block.offload.param:
         zero["offload_param"] = {"device": "cpu"}
-    if block.zero_stage == 3:
+    if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
         # Micro-batches hold as many preferences as fit, so the trainer says itself when a step is complete.
@@ -26,8 +31,8 @@ def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == "bfloat16"},
-        "fp16": {"enabled": dtype == "float16"},
-        "data_types": {"grad_accum_dtype": "fp32"} if block.zero_stage else {},
+        "fp16": {"enabled": dtype == "float16", "hysteresis": 1, "min_loss_scale": int(MIN_LOSS_SCALE)},
+        "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
         "optimizer": {
             "type": "AdamW",
             "params": {

@@ -4,15 +4,40 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
+
+from raylign.errors import TrainerError
 
 
 def start_engine(module: nn.Module, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around `module`. Its first optimizer step is Adam's step 1 under every stage."""
+    """A DeepSpeed engine around `module`. Its first optimizer step is Adam's step 1 under every stage.
+
+    Raises TrainerError when the device does not compute in the wanted dtype.
+    """
+    _require_dtype(config)
     engine = deepspeed.initialize(model=module, config=config)[0]
-    if config["zero_optimization"]["stage"] == 0 and config["bf16"]["enabled"] and "optimizer" in config:
+    if "optimizer" not in config:
+        return engine
+    if config["zero_optimization"]["stage"] == 0 and config["bf16"]["enabled"]:
         _forget_phantom_step(engine.optimizer.optimizer)
+    if config["fp16"]["enabled"]:
+        # The trainer says itself that the loss scale cannot be lowered any further.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def _require_dtype(config: dict[str, Any]) -> None:
+    device = get_accelerator()
+    if config["fp16"]["enabled"] and not device.is_fp16_supported():
+        raise TrainerError("this device does not compute in float16; set model.dtype=bfloat16 or float32")
+    if config["bf16"]["enabled"] and not device.is_bf16_supported():
+        raise TrainerError("this device does not compute in bfloat16; set model.dtype=float16 or float32")
+
+
+def loss_scale(engine: Any) -> float:
+    """What the loss is multiplied by before the backward pass; 1 for all dtypes but float16."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
 def _forget_phantom_step(optimizer: torch.optim.Optimizer) -> None:

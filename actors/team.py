@@ -40,11 +40,10 @@ from actors.weight_sync.transports import (
 from raylign.config import RunConfig
 from raylign.config.reference import ModelReferenceBlock
 from raylign.errors import GeneratorError, ScorerError, TrainerError
-from raylign.models import resolve_model
+from raylign.models import DTYPES, resolve_model
 from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _SHUTDOWN_S = 20.0
 
 
@@ -83,7 +82,7 @@ def team(
         transport = choose_transport(
             config.generators.weight_sync.transport,
             device=plan.device,
-            adapter=config.model.lora is not None,
+            adapter=config.model.adapter_fits_checkpoint,
             own_devices=config.placement.mode == "disaggregated",
         )
         actors: list[ActorHandle[Any]] = []
@@ -210,7 +209,7 @@ def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
 def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
     match transport:
         case "shm":
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), _DTYPE_BYTES[config.model.dtype])
+            return ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
         case "lora":
             return LoraTransport(directory)
         case "nccl":

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
-from actors.deepspeed_config import deepspeed_config, reference_config
-from actors.deepspeed_engine import gradient_norm, start_engine
+from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
+from actors.deepspeed_engine import gradient_norm, loss_scale, start_engine
 from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.config.blocks import ModelBlock, TrainerBlock
@@ -202,14 +202,16 @@ class _TrainerRank:
             group["lr"] = rate
         self._state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences, step))
         report = self._accumulate(preferences, step)
-        norm, skipped = gradient_norm(self._engine), self._engine.skipped_steps
+        norm, scale, skipped = gradient_norm(self._engine), loss_scale(self._engine), self._engine.skipped_steps
         self._engine.step()
-        if self._engine.skipped_steps > skipped:
-            return self._skipped(report | {"learning_rate": rate})
+        report |= {"learning_rate": rate}
+        if self._engine.skipped_steps > skipped or not math.isfinite(norm or 0.0):
+            self._require_scaling(scale)
+            return report | {"skipped_steps": 1.0}
         self._steps_done += 1
         self._state = next_state(self._state, self._spec.loss, report)
         norm = norm if norm is not None else float(self._engine.get_global_grad_norm())
-        return report | {"learning_rate": rate, "grad_norm": norm}
+        return report | {"grad_norm": norm} | ({"skipped_steps": 0.0} if self._engine.fp16_enabled() else {})
 
     def _accumulate(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches; the metrics are those of all ranks."""
@@ -230,11 +232,10 @@ class _TrainerRank:
             raise TrainerError(f"step {self._steps_done}: loss is {report['loss']}; {_CURE}")
         return report
 
-    def _skipped(self, report: dict[str, float]) -> dict[str, float]:
+    def _require_scaling(self, scale: float) -> None:
         """float16 lowers its loss scale after an overflow and goes on; nothing else may overflow."""
-        if self._spec.model.dtype != "float16":
-            raise TrainerError(f"step {self._steps_done}: the gradient overflowed; {_CURE}")
-        return report | {"skipped_steps": 1.0}
+        if scale <= MIN_LOSS_SCALE:
+            raise TrainerError(f"step {self._steps_done}: the gradient overflowed at loss scale {scale:g}; {_CURE}")
 
     def _mine(self, step: Step) -> tuple[MicroBatch, ...]:
         return step.micro_batches[self._rank]

@@ -10,7 +10,9 @@ from rich.text import Text
 
 from actors.cluster import cluster, log_folder
 from actors.team import Team, plan_team, team
+from actors.weight_sync.publish import Publisher
 from raylign.config import RunConfig
+from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError
 from raylign.models import context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, load_prompts
@@ -119,10 +121,15 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
             canary = _canary(prompts.held_out)
             started = time.monotonic()
             with team(config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, plan=plan) as roles:
-                gaps = roles.publisher.verify()
+                gaps = _agree_on_weights(roles.publisher, config.model)
                 run.team_ready(time.monotonic() - started, gaps)
                 yield run, prompts, roles
         run.summary()
+
+
+def _agree_on_weights(publisher: Publisher, block: ModelBlock) -> Mapping[str, float]:
+    """The canary's gaps of version 0: both sides loaded the same checkpoint, unless the trainer's base has 4 bits."""
+    return publisher.publish(0) if block.load_in_4bit else publisher.verify()
 
 
 def _require_context(config: RunConfig, limit: int) -> None:

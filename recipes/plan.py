@@ -20,7 +20,7 @@ from actors.weight_sync.transports import Transport, choose_transport, require_r
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
-from raylign.models import context_limit, load_tokenizer, resolve_model
+from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, load_prompts
 from raylign.scoring import FunctionInfo, describe_function
 from raylign.training.logprobs import CompletionLogps
@@ -28,7 +28,6 @@ from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
 
 THIS_MACHINE = "this machine"
-BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +100,10 @@ def make_plan(config: RunConfig) -> RunPlan:
     transport = choose_transport(
         config.generators.weight_sync.transport,
         device=placement.device,
-        adapter=config.model.lora is not None,
+        adapter=config.model.adapter_fits_checkpoint,
         own_devices=config.placement.mode == "disaggregated",
     )
-    push = model.parameters * BYTES[config.model.dtype] if transport == "shm" else 0
+    push = model.parameters * DTYPES[config.model.dtype].itemsize if transport == "shm" else 0
     is_here = where == THIS_MACHINE
     if is_here:
         require_room(shared_folder(), push)

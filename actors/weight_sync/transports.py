@@ -25,8 +25,11 @@ class WeightTransport(Protocol):
 
 
 def choose_transport(named: str, *, device: Literal["cpu", "gpu"], adapter: bool, own_devices: bool) -> Transport:
-    """`auto`: on CPU merged weights through shared memory, because vLLM decodes adapters several times slower there;
-    on GPU the adapter alone, else NCCL between separate GPUs, else shared memory."""
+    """`adapter` says whether the generators' checkpoint under an adapter is the policy.
+
+    `auto`: on CPU merged weights through shared memory, because vLLM decodes adapters several times slower there; on
+    GPU the adapter alone, else NCCL between separate GPUs, else shared memory.
+    """
     if named == "nccl" and device == "cpu":
         raise PlacementError(
             "generators.weight_sync.transport=nccl needs GPUs, and this run is on CPU; use auto or shm"

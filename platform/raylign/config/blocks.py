@@ -52,6 +52,11 @@ class ModelBlock(Block):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
+    @property
+    def adapter_fits_checkpoint(self) -> bool:
+        """Whether the checkpoint under the adapter is the policy: an adapter on 4 bits was trained on another base."""
+        return self.lora is not None and not self.load_in_4bit
+
 
 class PromptsBlock(Block):
     """Where prompts come from. Held-out prompts are never trained on."""

@@ -1,6 +1,7 @@
 """Folders to tokenizers and policies. No network: the folder is all there is."""
 
 import difflib
+import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,8 +48,9 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
 def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | PeftModel:
     """The causal language model of `folder` in `block.dtype`, every dropout 0, with a fresh adapter if `block.lora`.
 
-    Adapter weights have the compute dtype (fp32 masters are the optimizer's) and depend on `seed` alone; the adapter
-    starts as the identity. Raises ModelError when weights are missing or of another shape, or no module is targeted.
+    `block.load_in_4bit` quantises every linear layer but the output head, on the GPU where there is one. Adapter
+    weights have the compute dtype (fp32 masters are the optimizer's) and depend on `seed` alone; the adapter starts as
+    the identity. Raises ModelError when weights are missing or of another shape, or no module is targeted.
     """
     config = _without_dropout(_config(folder, block.trust_remote_code))
     model = _load_whole(folder, block, config)
@@ -68,6 +71,12 @@ def _config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: config.json cannot be used ({error}); {UNTRUSTED}") from error
+    if found := getattr(config, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ModelError(
+            f"{folder}: its weights are quantised already ({method}), and generators and trainer start from the plain "
+            "ones; give the 16-bit model, with model.load_in_4bit=true for a base in 4 bits"
+        )
     return config
 
 
@@ -89,6 +98,7 @@ def _load_whole(folder: str, block: ModelBlock, config: PreTrainedConfig) -> Pre
             use_safetensors=True,
             attn_implementation="sdpa",
             trust_remote_code=block.trust_remote_code,
+            quantization_config=_quantisation(block),
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -99,7 +109,25 @@ def _load_whole(folder: str, block: ModelBlock, config: PreTrainedConfig) -> Pre
             f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
             "copy the model again"
         )
+    for module in model.modules():
+        # bitsandbytes would repack the weights of an evaluated model in place, for AVX-512, past dequantising.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
+
+
+def _quantisation(block: ModelBlock) -> BitsAndBytesConfig | None:
+    """QLoRA's (Dettmers et al. 2023): computation is in `block.dtype`."""
+    if not block.load_in_4bit:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.load_in_4bit needs bitsandbytes; pip install bitsandbytes==0.50.2")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=block.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=block.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=DTYPES[block.dtype],
+    )
 
 
 def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftModel:
@@ -113,7 +141,7 @@ def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftMo
         lora_dropout=0.0,
         bias="none",
     )
-    # Devices are left out of the fork: the adapter is made where the model was loaded, on the CPU.
+    # Devices are left out of the fork: PEFT draws an adapter on the CPU, wherever the model is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)

@@ -1,4 +1,4 @@
-"""A policy's weights under their checkpoint names, LoRA merged, one parameter in memory at a time."""
+"""A policy's weights under their checkpoint names, LoRA merged, 4 bits unpacked, one parameter in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes sharded parameters whole inside its context; every rank must enter it in the same order."""
@@ -20,22 +22,27 @@ _ADAPTER = "default"
 def checkpoint_weights(model: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every base parameter in the model's dtype; a LoRA update is added in fp32 before the cast.
 
-    Tied parameters come once, under the embedding's name. Tensors are copies: training may go on.
+    Weights in 4 bits come as the forward pass unpacks them. Tied parameters come once, under the embedding's name.
+    Tensors are copies: training may go on.
     """
     base = _base(model)
     for name, parameter in _base_parameters(base):
         owner, _, leaf = name.rpartition(".base_layer.")
         if owner and leaf == "weight":
-            yield _checkpoint_name(name), _merged(base.get_submodule(owner), parameter, gather)
+            tensor = _merged(base.get_submodule(owner), parameter, gather)
         else:
             with gather([parameter]):
-                yield _checkpoint_name(name), parameter.detach().clone()
+                tensor = _plain(parameter).detach().clone()
+        yield _checkpoint_name(name), tensor.T.contiguous() if _is_transposed(base, name) else tensor
 
 
 def checkpoint_shapes(model: nn.Module, shape_of: ShapeOf) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     """(name, dtype, shape) of what `checkpoint_weights` yields, in its order, without gathering anything."""
-    for name, parameter in _base_parameters(_base(model)):
-        yield _checkpoint_name(name), parameter.dtype, shape_of(parameter)
+    base = _base(model)
+    for name, parameter in _base_parameters(base):
+        state = getattr(parameter, "quant_state", None)
+        dtype, shape = (parameter.dtype, shape_of(parameter)) if state is None else (state.dtype, tuple(state.shape))
+        yield _checkpoint_name(name), dtype, shape[::-1] if _is_transposed(base, name) else shape
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -50,6 +57,18 @@ def _checkpoint_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def _plain(weight: nn.Parameter) -> Tensor:
+    """The weight itself, or what bitsandbytes makes of its 4 bits."""
+    plain: Tensor = weight if getattr(weight, "quant_state", None) is None else dequantize_bnb_weight(weight)
+    return plain
+
+
+def _is_transposed(base: nn.Module, name: str) -> bool:
+    """GPT-2 keeps its weights as [in, out]; quantised, they are held as [out, in]."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and issubclass(getattr(base.get_submodule(owner), "source_cls", nn.Module), Conv1D)
+
+
 def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
     assert isinstance(layer, LoraLayer)
     lora_a = layer.lora_A.get_parameter(f"{_ADAPTER}.weight")
@@ -57,7 +76,8 @@ def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
     with gather([weight, lora_a, lora_b]), torch.no_grad():
         # LoRA, Hu et al. 2021 (arXiv 2106.09685) eq. 3: W + (alpha / r) B A
         update: Tensor = lora_b.float() @ lora_a.float() * layer.scaling[_ADAPTER]
-        return (weight.float() + update).to(weight.dtype)
+        plain = _plain(weight)
+        return (plain.float() + (update.T if layer.fan_in_fan_out else update)).to(plain.dtype)
 
 
 def adapter_weights(model: PeftModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
