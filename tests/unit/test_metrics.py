@@ -1,13 +1,17 @@
 """TRL's metrics from two micro-batches, one of them a filler, against means worked out by hand."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 
 from raylign.losses import LossOutput
+from raylign.records import Candidate, Preference, Prompt
+from raylign.training.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.metrics import NAMES, finish, sums
+from raylign.training.preferences import PreferenceBatch, preference_batch
 
 TRL = {
     "loss",
@@ -25,49 +29,71 @@ TRL = {
 }
 
 
+def batch_of(*groups: Sequence[int], weights: Sequence[float] | None = None, prompt: int = 4) -> PreferenceBatch:
+    """One preference per group of completion lengths, best first, behind prompts of `prompt` tokens."""
+    preferences = [
+        Preference(
+            Prompt("p", (), (1,) * prompt),
+            tuple(Candidate("p", i, (2,) * length, (), "", "stop", 0, 0) for i, length in enumerate(lengths)),
+            (0.0,) * len(lengths),
+            (1.0,) * len(lengths),
+        )
+        for lengths in groups
+    ]
+    return preference_batch(preferences, weights or [1.0] * len(groups), "shared", 0)
+
+
+def loss_of(
+    losses: Sequence[float],
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    own: Mapping[str, Sequence[float]] | None = None,
+) -> LossOutput:
+    metrics = {name: torch.tensor(values) for name, values in (own or {}).items()}
+    return LossOutput(torch.tensor(losses), torch.tensor(chosen), torch.tensor(rejected), metrics)
+
+
+def scores_of(
+    batch: PreferenceBatch,
+    logps: Sequence[float],
+    entropies: Sequence[float],
+    correct: Sequence[float],
+    mean_logits: Sequence[float],
+) -> CompletionScores:
+    """`logps` per completion, the others per token."""
+    none = torch.zeros(len(entropies))
+    tokens = TokenScores(none, torch.tensor(entropies), torch.tensor(correct), torch.tensor(mean_logits), none)
+    return CompletionScores(torch.tensor(logps), tokens, batch.tokens.owners)
+
+
 def first() -> torch.Tensor:
-    """Two pairs. Rows 0, 1 are chosen with 2 and 1 tokens, rows 2, 3 rejected with 1 and 3 tokens."""
-    loss = LossOutput(torch.tensor([0.5, 0.9]), torch.tensor([0.3, -0.1]), torch.tensor([-0.2, 0.4]))
-    scores = CompletionScores(
-        logps=torch.tensor([-2.0, -4.0, -1.0, -9.0]),
-        token_logps=torch.zeros(7),
-        entropies=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
-        correct=torch.tensor([True, False, True, False, False, True, False]),
-        mean_logits=torch.tensor([0.1, 0.2, 0.6, -1.0, -2.0, -3.0, -6.0]),
-        rows=torch.tensor([0, 0, 1, 2, 3, 3, 3]),
+    """A pair of 2 and 1 tokens and a list of 1, 2 and 3 tokens: 2 * 4 + 3 + 3 * 4 + 6 = 29 with prompts."""
+    batch = batch_of((2, 1), (1, 2, 3))
+    scores = scores_of(
+        batch,
+        logps=[-2.0, -1.0, -4.0, -99.0, -9.0],
+        entropies=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        correct=[1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0],
+        mean_logits=[0.1, 0.2, -1.0, 0.6, 77.0, 88.0, -2.0, -3.0, -6.0],
     )
-    return sums(loss, scores, torch.tensor([1.0, 1.0]), input_tokens=31)
+    return sums(loss_of([0.5, 0.9], [0.3, -0.1], [-0.2, 0.4]), scores, batch)
 
 
 def second() -> torch.Tensor:
-    """One pair of 1 chosen and 1 rejected token; chosen and rejected reward are equal."""
-    loss = LossOutput(torch.tensor([0.7]), torch.tensor([0.1]), torch.tensor([0.1]))
-    scores = CompletionScores(
-        logps=torch.tensor([-3.0, -5.0]),
-        token_logps=torch.zeros(2),
-        entropies=torch.tensor([8.0, 9.0]),
-        correct=torch.tensor([True, True]),
-        mean_logits=torch.tensor([3.1, 4.0]),
-        rows=torch.tensor([0, 1]),
-    )
-    return sums(loss, scores, torch.tensor([1.0]), input_tokens=9)
+    """A pair of 1 and 1 token behind a prompt of 3; chosen and rejected reward are equal."""
+    batch = batch_of((1, 1), prompt=3)
+    scores = scores_of(batch, [-3.0, -5.0], entropies=[8.0, 9.0], correct=[1.0, 1.0], mean_logits=[3.1, 4.0])
+    return sums(loss_of([0.7], [0.1], [0.1]), scores, batch)
 
 
 def filler() -> torch.Tensor:
     """A pair of weight 0 with values that would show."""
-    loss = LossOutput(torch.tensor([1e6]), torch.tensor([1e6]), torch.tensor([-1e6]))
-    scores = CompletionScores(
-        logps=torch.tensor([-1e6, -1e6]),
-        token_logps=torch.zeros(3),
-        entropies=torch.full((3,), 1e6),
-        correct=torch.tensor([True, True, True]),
-        mean_logits=torch.full((3,), 1e6),
-        rows=torch.tensor([0, 0, 1]),
-    )
-    return sums(loss, scores, torch.tensor([0.0]), input_tokens=1000)
+    batch = batch_of((2, 1), weights=[0.0])
+    scores = scores_of(batch, [-1e6, -1e6], [1e6] * 3, [1.0] * 3, [1e6] * 3)
+    return sums(loss_of([1e6], [1e6], [-1e6]), scores, batch)
 
 
-EXPECTED = {  # of `first` and `second`: 3 pairs; 9 tokens, 4 of them chosen, 5 rejected
+EXPECTED = {  # of `first` and `second`: 3 preferences; 11 tokens, 4 of them of the best, 5 of the worst candidate
     "loss": (0.5 + 0.9 + 0.7) / 3,
     "rewards/chosen": (0.3 - 0.1 + 0.1) / 3,
     "rewards/rejected": (-0.2 + 0.4 + 0.1) / 3,
@@ -75,11 +101,11 @@ EXPECTED = {  # of `first` and `second`: 3 pairs; 9 tokens, 4 of them chosen, 5 
     "rewards/accuracies": 1 / 3,  # an equal reward is not an accurate one
     "logps/chosen": (-2 - 4 - 3) / 3,
     "logps/rejected": (-1 - 9 - 5) / 3,
-    "entropy": 45 / 9,
-    "mean_token_accuracy": 5 / 9,
+    "entropy": (45 + 17) / 11,
+    "mean_token_accuracy": (5 + 2) / 11,
     "logits/chosen": (0.1 + 0.2 + 0.6 + 3.1) / 4,
     "logits/rejected": (-1 - 2 - 3 - 6 + 4) / 5,
-    "num_tokens": 31 + 9,
+    "num_tokens": 29 + 2 * 3 + 2,
 }
 
 
@@ -100,50 +126,52 @@ def test_a_rank_of_fillers_alone_divides_by_no_zero() -> None:
 
 
 def test_a_pair_without_weight_inside_a_micro_batch_counts_nowhere() -> None:
-    loss = LossOutput(torch.tensor([0.5, 9.0]), torch.tensor([0.3, 9.0]), torch.tensor([0.1, -9.0]))
-    scores = CompletionScores(
-        logps=torch.tensor([-2.0, -90.0, -3.0, -90.0]),
-        token_logps=torch.zeros(4),
-        entropies=torch.tensor([1.0, 90.0, 2.0, 90.0]),
-        correct=torch.tensor([True, True, False, True]),
-        mean_logits=torch.tensor([0.5, 90.0, 0.7, 90.0]),
-        rows=torch.tensor([0, 1, 2, 3]),
+    batch = batch_of((1, 1), (1, 1), weights=[1.0, 0.0])
+    scores = scores_of(
+        batch, [-2.0, -3.0, -90.0, -90.0], [1.0, 2.0, 90.0, 90.0], [1.0, 0.0, 1.0, 1.0], [0.5, 0.7, 90.0, 90.0]
     )
-    found = finish(sums(loss, scores, torch.tensor([1.0, 0.0]), input_tokens=6))
+    found = finish(sums(loss_of([0.5, 9.0], [0.3, 9.0], [0.1, -9.0]), scores, batch))
     assert found["loss"] == pytest.approx(0.5) and found["rewards/margins"] == pytest.approx(0.2)
     assert (found["logps/chosen"], found["logps/rejected"]) == (-2.0, -3.0)
     assert (found["entropy"], found["mean_token_accuracy"]) == (1.5, 0.5)
     assert (found["logits/chosen"], found["logits/rejected"]) == pytest.approx((0.5, 0.7))
+    assert found["num_tokens"] == 2 * 4 + 2
 
 
 def test_completions_without_any_token_give_means_of_0() -> None:
-    loss = LossOutput(torch.tensor([0.6]), torch.tensor([0.0]), torch.tensor([0.0]))
-    none = torch.zeros(0)
-    scores = CompletionScores(torch.zeros(2), none, none, none.bool(), none, none.long())
-    found = finish(sums(loss, scores, torch.tensor([1.0]), input_tokens=4))
+    batch = batch_of((0, 0))
+    found = finish(sums(loss_of([0.6], [0.0], [0.0]), scores_of(batch, [0.0, 0.0], [], [], []), batch))
     assert found["loss"] == pytest.approx(0.6)
-    assert (found["entropy"], found["logits/chosen"], found["num_tokens"]) == (0.0, 0.0, 4.0)
+    assert (found["entropy"], found["logits/chosen"], found["num_tokens"]) == (0.0, 0.0, 8.0)
+
+
+def test_what_a_loss_logs_itself_is_averaged_over_preferences_under_its_name() -> None:
+    """Whatever the order in which the loss names them."""
+    own = {"kl": [3.0, 50.0], "loss/sft": [1.0, 70.0]}
+    batch = batch_of((1, 1), (1, 1), weights=[1.0, 0.0])
+    scores = scores_of(batch, [0.0] * 4, [0.0] * 4, [0.0] * 4, [0.0] * 4)
+    forwards = sums(loss_of([0.0] * 2, [0.0] * 2, [0.0] * 2, own), scores, batch)
+    backwards = sums(loss_of([0.0] * 2, [0.0] * 2, [0.0] * 2, dict(reversed(own.items()))), scores, batch)
+    assert torch.equal(forwards, backwards)
+    found = finish(forwards + forwards, own=("loss/sft", "kl"))
+    assert (found["kl"], found["loss/sft"]) == (3.0, 1.0)
+    assert set(found) == TRL | set(own)
 
 
 def test_totals_are_detached_float64_and_keep_small_parts_of_large_sums() -> None:
-    losses = torch.tensor([0.25], requires_grad=True)
-    scores = CompletionScores(
-        torch.zeros(2, requires_grad=True),
-        torch.zeros(2),
-        torch.zeros(2),
-        torch.zeros(2, dtype=torch.bool),
-        torch.zeros(2),
-        torch.tensor([0, 1]),
-    )
-    total = sums(LossOutput(losses, torch.zeros(1), torch.zeros(1)), scores, torch.tensor([1.0]), 2)
-    assert total.dtype == torch.float64 and not total.requires_grad
+    batch = batch_of((1, 1))
+    zeros, live = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    tokens = TokenScores(live, live, zeros, zeros, zeros)
+    scores = CompletionScores(torch.zeros(2, requires_grad=True), tokens, batch.tokens.owners)
+    loss = LossOutput(torch.tensor([0.25], requires_grad=True), torch.zeros(1), torch.zeros(1))
+    total = sums(loss, scores, batch)
+    assert total.dtype == torch.float64 and total.device.type == "cpu" and not total.requires_grad
     many = total * 2**30 + total
     assert many[0].item() == 0.25 * (2**30 + 1)
 
 
 def test_a_loss_that_is_not_a_number_is_not_hidden() -> None:
-    scores = CompletionScores(
-        torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(2).bool(), torch.zeros(2), torch.tensor([0, 1])
-    )
-    broken = sums(LossOutput(torch.tensor([math.nan]), torch.zeros(1), torch.zeros(1)), scores, torch.ones(1), 2)
+    batch = batch_of((1, 1))
+    scores = scores_of(batch, [0.0] * 2, [0.0] * 2, [0.0] * 2, [0.0] * 2)
+    broken = sums(loss_of([math.nan], [0.0], [0.0]), scores, batch)
     assert math.isnan(finish(first() + broken)["loss"])

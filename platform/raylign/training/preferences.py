@@ -18,7 +18,7 @@ class PreferenceBatch:
     """G preferences of up to K candidates. Made by `preference_batch`, read by the trainer.
 
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
-    `reference` and `scores` [G, K] are fp32, `lengths` [G, K] in tokens, `mask` [G, K] True on real candidates.
+    `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates.
     `weights` [G] is 1 for a real preference, 0 for a filler. `token_weights` [N] scale tokens, 1 when None.
     `num_tokens` counts prompts once per candidate, as TRL does, and fillers not at all.
     """
@@ -53,7 +53,7 @@ def preference_batch(
         tokens=token_batch(groups, layout, pad_id),
         places=torch.tensor([g * size + k for g, p in enumerate(preferences) for k in range(len(p.candidates))]),
         reference=_grid([p.reference_logps for p in preferences], size),
-        lengths=_grid([[len(c.token_ids) for c in p.candidates] for p in preferences], size, 1.0),
+        lengths=_grid([[max(1, len(c.token_ids)) for c in p.candidates] for p in preferences], size, 1.0),
         scores=_grid([p.scores for p in preferences], size),
         mask=_grid([[1.0] * len(p.candidates) for p in preferences], size).bool(),
         weights=torch.tensor(weights),
@@ -106,4 +106,4 @@ def _placed(batch: PreferenceBatch, values: Tensor) -> Tensor:
 
 
 def _grid(rows: Sequence[Sequence[float]], size: int, filler: float = 0.0) -> Tensor:
-    return torch.tensor([[*row, *[filler] * (size - len(row))] for row in rows])
+    return torch.tensor([[*row, *[filler] * (size - len(row))] for row in rows], dtype=torch.float32)
