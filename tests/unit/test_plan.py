@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -88,7 +89,7 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 
 
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(planning.BYTES, "bfloat16", 10**15)
+    monkeypatch.setitem(planning.DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
     with pytest.raises(WeightSyncError, match="free, a weight push needs"):
         plan()
 
