@@ -101,8 +101,8 @@ class _TrainerRank:
     def _supported_layout(self) -> Layout:
         wanted = self._spec.trainer.packing
         config = causal_lm(self._policy).config
-        dtype = DTYPES[self._spec.model.dtype]
-        if wanted == "padded" or packs_exactly(self._engine.module, config.vocab_size, self._device, dtype):
+        vocabulary, dtype = config.get_text_config().vocab_size, DTYPES[self._spec.model.dtype]
+        if wanted == "padded" or packs_exactly(self._engine.module, vocabulary, self._device, dtype):
             return wanted
         log.warning("%s cannot be packed exactly; training on padded rows", config.model_type)
         return "padded"

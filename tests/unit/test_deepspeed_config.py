@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors.deepspeed_config import deepspeed_config, reference_config
-from raylign.config.blocks import OffloadBlock, TrainerBlock
+from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
 
 
 def test_the_whole_configuration_by_hand() -> None:
@@ -22,13 +22,13 @@ def test_the_whole_configuration_by_hand() -> None:
         gradient_accumulation_steps=4,
     )
     assert deepspeed_config(block, "bfloat16") == {
-        "train_batch_size": 24,
-        "train_micro_batch_size_per_gpu": 3,
-        "gradient_accumulation_steps": 4,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2},
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "hysteresis": 1, "min_loss_scale": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "optimizer": {
             "type": "AdamW",
@@ -66,8 +66,18 @@ def test_plain_bf16_engines_cannot_accumulate_in_fp32() -> None:
     assert found == [{}] + [{"grad_accum_dtype": "fp32"}] * 3
 
 
-def test_float32_trains_without_bf16() -> None:
-    assert deepspeed_config(TrainerBlock(), "float32")["bf16"] == {"enabled": False}
+@pytest.mark.parametrize(("dtype", "on"), [("float32", []), ("bfloat16", ["bf16"]), ("float16", ["fp16"])])
+def test_each_dtype_has_its_engine(dtype: Dtype, on: list[str]) -> None:
+    for config in (deepspeed_config(TrainerBlock(), dtype), reference_config(dtype, zero_stage=0)):
+        assert [name for name in ("bf16", "fp16") if config[name]["enabled"]] == on
+
+
+def test_float16_never_runs_the_plain_engine() -> None:
+    """Its loss scale would divide gradients of a loss that was not multiplied by it."""
+    stages: tuple[Any, ...] = (0, 1, 2, 3)
+    found = [deepspeed_config(TrainerBlock(zero_stage=stage), "float16") for stage in stages]
+    assert [config["zero_optimization"]["stage"] for config in found] == [1, 1, 2, 3]
+    assert all(config["data_types"] == {"grad_accum_dtype": "fp32"} for config in found)
 
 
 @pytest.mark.parametrize(("stage", "sharded"), [(0, 0), (1, 0), (2, 0), (3, 3)])
@@ -76,5 +86,6 @@ def test_the_reference_has_no_optimizer_and_is_sharded_by_zero_3_alone(stage: in
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": sharded},
         "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
         "steps_per_print": 1_000_000_000,
     }

@@ -11,8 +11,6 @@ from transformers import (
     CohereConfig,
     FalconH1Config,
     Gemma2Config,
-    Gemma3Config,
-    Gemma3TextConfig,
     Gemma4Config,
     Gemma4TextConfig,
     GPT2Config,
@@ -21,14 +19,13 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     RecurrentGemmaConfig,
-    SiglipVisionConfig,
 )
 
 from raylign.errors import ModelError
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, token_batch
 from tests.unit.tiny_models import (
-    GEMMA3_LAYERS,
+    GEMMA3_WITH_VISION,
     IDS,
     PACKABLE,
     SMALL,
@@ -159,19 +156,7 @@ OTHERS = [
     OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=16, **IDS),
     GraniteConfig(**SMALL, **IDS, logits_scaling=1.0),
     CohereConfig(**SMALL, **IDS, logit_scale=1.0),
-    Gemma3Config(
-        text_config=Gemma3TextConfig(**SMALL, **IDS, **GEMMA3_LAYERS),
-        vision_config=SiglipVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
-        mm_tokens_per_image=4,
-        image_token_index=49,
-    ),
+    GEMMA3_WITH_VISION,
 ]
 
 

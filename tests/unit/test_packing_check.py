@@ -22,7 +22,7 @@ from transformers import (
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.packing_check import packs_exactly
 from raylign.training.sequences import TokenBatch
-from tests.unit.tiny_models import IDS, PACKABLE, SMALL, VOCABULARY, build
+from tests.unit.tiny_models import GEMMA3_WITH_VISION, IDS, PACKABLE, SMALL, VOCABULARY, build
 
 CPU = torch.device("cpu")
 HEADS: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4}
@@ -41,6 +41,7 @@ def test_the_usual_architectures_pass(name: str) -> None:
     "config",
     [
         GPT2Config(**HEADS, n_embd=32, **IDS),
+        GEMMA3_WITH_VISION,
         Qwen3MoeConfig(**SMALL, **IDS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     ],
     ids=lambda config: config.model_type,

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from raylign.config import load_config
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
-from recipes import plan as planning
+from raylign.models import DTYPES
 from recipes.plan import RunPlan, make_plan, notes
 from recipes.plan_view import show_plan
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
@@ -89,7 +89,7 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 
 
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(planning.DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
+    monkeypatch.setitem(DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
     with pytest.raises(WeightSyncError, match="free, a weight push needs"):
         plan()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SiglipVisionConfig,
 )
 
 from raylign.training.logprobs import CompletionLogps, CompletionScores
@@ -31,19 +33,26 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-GEMMA3_LAYERS: dict[str, Any] = {
-    "head_dim": 8,
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+GEMMA3 = Gemma3TextConfig(
+    **SMALL, **IDS, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+)
 PACKABLE: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL, **IDS, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SMALL, **IDS),
     "qwen3": Qwen3Config(**SMALL, **IDS, head_dim=8),
-    "gemma3": Gemma3TextConfig(**SMALL, **IDS, **GEMMA3_LAYERS),
+    "gemma3": GEMMA3,
     "mistral": MistralConfig(**SMALL, **IDS, sliding_window=WINDOW),
 }
 """All have two heads per key; two have windows of 4 tokens."""
+GEMMA3_WITH_VISION = Gemma3Config(
+    text_config=GEMMA3,
+    vision_config=SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    ),
+    mm_tokens_per_image=4,
+    image_token_index=49,
+)
+"""Its language model is inside, and so are the options of that."""
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
