@@ -41,7 +41,8 @@ def test_training_reaches_the_generators(name: str, smollm2: str, resources: dic
         config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan_team(config, resources)
     ) as roles:
         roles.publisher.verify()
-        preferences = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 8, seed=0)
+        eight = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 8
+        preferences = roles.trainers.with_reference(eight, seed=0, rounds_done=0)
         for version in (1, 2):
             list(roles.trainers.train(preferences, seed=version))
             roles.publisher.publish(version)

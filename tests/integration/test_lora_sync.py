@@ -61,7 +61,8 @@ def test_adapter_swap_follows_the_trainer(roles: Team, prompt: Prompt, smollm2: 
         Candidate("p0", i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
         for i, text in enumerate(("Nothing happens, beautifully.", "It is a film."))
     )
-    preferences = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4, seed=0)
+    four = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4
+    preferences = roles.trainers.with_reference(four, seed=0, rounds_done=0)
     for version in (1, 2):
         assert len(list(roles.trainers.train(preferences, seed=version))) == 4
         with pytest.raises(WeightSyncError, match="canary"):

@@ -196,7 +196,7 @@ def test_training_reaches_the_generators(roles: Team, smollm2: str, prompts: lis
         for i, text in enumerate(texts)
     )
     preferences = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0)) for prompt in prompts]
-    ready = roles.trainers.with_reference(preferences, seed=0)
+    ready = roles.trainers.with_reference(preferences, seed=0, rounds_done=0)
     steps = [step for _ in range(4) for step in roles.trainers.train(ready, seed=0)]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     stale = roles.publisher.canary.check(roles.trainers, roles.generators, 60)
