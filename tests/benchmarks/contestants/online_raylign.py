@@ -1,0 +1,60 @@
+"""raylign's rounds: the recipe's own loop on a real team, until the count or the budget is reached."""
+
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+from raylign.config import RunConfig, load_config
+from raylign.prompts import draw
+from recipes.campaign import campaign
+from recipes.online_dpo import evaluate_policy, run_round
+from tests.benchmarks.harness.children import contestant, progress
+from tests.benchmarks.harness.online import OnlineJob, OnlineResult, process_age_s
+
+_ENDLESS = 100_000
+"""Rounds that the schedule plans; its learning rate is constant, so that the number means nothing."""
+
+
+def run(job: OnlineJob) -> OnlineResult:
+    own = ("run.name=bench", f"run.dir={job.work}", f"schedule.rounds={_ENDLESS}")
+    config = load_config(Path(job.recipe), (*job.settings, *own))
+    durations: list[float] = []
+    stages: Counter[str] = Counter()
+    with campaign(config) as (record, prompts, team):
+        start_s = process_age_s()
+        progress(f"team ready in {start_s:.0f} s")
+        record.finish_baseline(*evaluate_policy(record.round_log(0), prompts.held_out, team, config))
+        while not job.stop.reached(durations):
+            index = len(durations) + 1
+            started = time.monotonic()
+            batch = draw(prompts.train, index, config.schedule.prompts_per_round, config.run.seed)
+            report, samples = run_round(record.round_log(index), batch, prompts.held_out, team, config)
+            record.finish_round(report, samples, team)
+            durations.append(time.monotonic() - started - report.seconds["evaluate"])
+            stages.update(report.seconds)
+            progress(f"round {index}: {durations[-1]:.1f} s, held-out score {report.evaluation.score:.3f}")
+        shutil.copytree(record.directory.checkpoint(len(durations)), job.adapter)
+    return OnlineResult(
+        start_s=start_s,
+        seconds=tuple(durations),
+        prompts=config.schedule.prompts_per_round,
+        stages=dict(stages),
+        settings=_settings(config),
+    )
+
+
+def _settings(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+    return {
+        "num_generations": config.sampling.num_generations,
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "temperature": config.sampling.temperature,
+        "min_margin": config.pairing.min_margin,
+        "beta": config.loss.beta if hasattr(config.loss, "beta") else None,
+        "learning_rate": config.trainer.learning_rate,
+        "preferences_a_step": config.trainer.train_batch_size,
+    }
+
+
+if __name__ == "__main__":
+    contestant(run, OnlineJob)
