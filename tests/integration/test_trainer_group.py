@@ -1,8 +1,7 @@
-"""Real DeepSpeed ranks in Ray actors: every ZeRO stage, rank count and accumulation takes the same steps."""
+"""Real DeepSpeed ranks in Ray actors: ZeRO stage, ranks, accumulation, offload and layout change no step."""
 
 import math
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,109 +9,74 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
-from actors.network import free_address
-from actors.trainer import TrainerRank, TrainerSpec
-from actors.trainer_group import TrainerGroup
-from raylign.config.blocks import LoraBlock, ModelBlock, TrainerBlock
 from raylign.config.losses import SigmoidLossBlock
-from raylign.config.reference import InitialReferenceBlock
 from raylign.errors import TrainerError
-from raylign.records import Candidate, Preference, Prompt
+from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
 
-_RATE = 1e-2
-_STEPS_OF_12 = 2
-
-
-def _candidate(index: int, token_ids: Sequence[int]) -> Candidate:
-    return Candidate("p", index, tuple(token_ids), (0.0,) * len(token_ids), "", "stop", 0, 0)
-
-
-def _preferences(number: int) -> list[Preference]:
-    tokens = (1000 + 7 * step for step in count())
-    made = []
-    for index in range(number):
-        prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5 + index % 3)))
-        pair = tuple(_candidate(i, [next(tokens) for _ in range(3 + (index + i) % 4)]) for i in range(2))
-        made.append(Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0)))
-    return made
-
-
-def _group(folder: str, trainer: TrainerBlock, lora: LoraBlock | None, dtype: str = "float32") -> TrainerGroup:
-    model = ModelBlock.model_validate({"path": folder, "dtype": dtype, "lora": lora})
-    loss, reference = SigmoidLossBlock(beta=0.1), InitialReferenceBlock()
-    spec = TrainerSpec(folder, folder, 2, model, trainer, loss, reference, 10, 0, threads=1, on_gpu=False)
-    address, port = free_address()
-    handles = [TrainerRank.options(num_cpus=1).remote(spec, rank, address, port) for rank in range(trainer.ranks)]
-    return TrainerGroup(handles, loss=loss, reference=reference, step_timeout_s=300)
-
-
-def _trajectory(
-    folder: str, lora: LoraBlock | None, *, dtype: str = "float32", **options: Any
-) -> list[dict[str, float]]:
-    block = TrainerBlock.model_validate(
-        {"learning_rate": _RATE, "lr_scheduler_type": "constant", "num_train_epochs": 2, **options}
-    )
-    group = _group(folder, block, lora, dtype)
-    try:
-        preferences = group.with_reference(_preferences(12), seed=3, rounds_done=0)
-        return list(group.train(preferences, seed=3))
-    finally:
-        for handle in group.handles:
-            ray.kill(handle)
-
-
-LORA = LoraBlock(r=4, lora_alpha=8)
-BASELINE: dict[str, Any] = {
-    "ranks": 1,
-    "zero_stage": 0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
+Steps = list[dict[str, float]]
+RATE = 1e-2
+STEPS = 6
+PAIRS = 18
+LORA = {"r": 4, "lora_alpha": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": LORA},
+    "qlora": {"lora": LORA, "load_in_4bit": True},
 }
+BASELINE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
+HALVES: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4}
+QUARTERS: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+OFFLOAD_ALL = {"optimizer": True, "param": True}
 SAME_STEPS: dict[str, dict[str, Any]] = {
-    "8 times 1": {"ranks": 1, "zero_stage": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-    "2 ranks": {"ranks": 2, "zero_stage": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-    "2 ranks, ZeRO 1": {
-        "ranks": 2,
-        "zero_stage": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-    },
-    "2 ranks, ZeRO 2": {
-        "ranks": 2,
-        "zero_stage": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-    },
-    "2 ranks, ZeRO 3": {
-        "ranks": 2,
-        "zero_stage": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-    },
+    "8 times 1": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "micro-batches of 40 tokens": {"max_tokens_per_micro_batch": 40},
+    "packed": {"packing": "packed"},
+    "padded": {"packing": "padded", "gradient_checkpointing": True},
+    "ZeRO 2, offload": {"zero_stage": 2, "offload": {"optimizer": True}, "gradient_checkpointing": True},
+    "ZeRO 3, offload": {"zero_stage": 3, "offload": OFFLOAD_ALL, "max_tokens_per_micro_batch": 40},
+    "2 ranks": HALVES,
+    "2 ranks, ZeRO 1": QUARTERS | {"zero_stage": 1},
+    "2 ranks, ZeRO 2": HALVES | {"zero_stage": 2, "gradient_checkpointing": True},
+    "2 ranks, ZeRO 3": QUARTERS | {"zero_stage": 3},
+    "2 ranks, ZeRO 3, offload": HALVES | {"zero_stage": 3, "offload": OFFLOAD_ALL, "gradient_checkpointing": True},
 }
 
 
 @pytest.fixture(scope="module")
-def baselines(tiny_llama: str) -> dict[bool, list[dict[str, float]]]:
-    """Plain single-rank fp32 trajectories, keyed by whether an adapter is trained."""
-    return {bool(lora): _trajectory(tiny_llama, lora, **BASELINE) for lora in (None, LORA)}
+def ranks(resources: dict[str, float]) -> Iterator[Processes]:
+    with processes(1, 2) as made:
+        yield made
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("options", SAME_STEPS.values(), ids=SAME_STEPS.keys())
+def _trajectory(ranks: Processes, folder: str, model: dict[str, Any], options: dict[str, Any]) -> Steps:
+    group = ranks.group(spec_of(folder, model, {"learning_rate": RATE, "num_train_epochs": 2, **BASELINE, **options}))
+    assert ray.get(group.handles[0].layout.remote()) == options.get("packing", "shared")
+    return train_round(group, preferences(PAIRS))
+
+
+@pytest.fixture(scope="module")
+def baselines(tiny_llama: str, ranks: Processes) -> dict[str, Steps]:
+    """Plain single-rank fp32 trajectories."""
+    return {name: _trajectory(ranks, tiny_llama, model, BASELINE) for name, model in MODELS.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", SAME_STEPS.values(), ids=SAME_STEPS)
 def test_same_trajectory(
-    tiny_llama: str, baselines: dict[bool, list[dict[str, float]]], options: dict[str, Any], lora: LoraBlock | None
+    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], options: dict[str, Any], name: str
 ) -> None:
-    expected, found = baselines[bool(lora)], _trajectory(tiny_llama, lora, **options)
-    assert len(expected) == len(found) == 2 * _STEPS_OF_12
+    if name == "qlora" and options.get("zero_stage") == 3:
+        pytest.skip("4-bit weights cannot be sharded; the config refuses it")
+    expected, found = baselines[name], _trajectory(ranks, tiny_llama, MODELS[name], options)
+    assert len(expected) == len(found) == STEPS
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
-        for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
-            assert right[name] == pytest.approx(left[name], rel=2e-4, abs=2e-5), (step, name)
+        for metric in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
+            assert right[metric] == pytest.approx(left[metric], rel=2e-4, abs=2e-5), (step, metric)
 
 
-def test_first_step_is_ln_2_and_training_learns(baselines: dict[bool, list[dict[str, float]]]) -> None:
+def test_first_step_is_ln_2_and_training_learns(baselines: dict[str, Steps]) -> None:
     for steps in baselines.values():
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert steps[0]["rewards/margins"] == 0.0
@@ -120,38 +84,75 @@ def test_first_step_is_ln_2_and_training_learns(baselines: dict[bool, list[dict[
         assert steps[-1]["rewards/accuracies"] > 0.9
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_bf16_starts_at_ln_2_and_stages_agree(tiny_llama: str, stage: int) -> None:
-    """bf16 rounds differently per batch shape, so stages are compared on one and the same shape."""
-    options: dict[str, Any] = {"per_device_train_batch_size": 8}
-    plain = _trajectory(tiny_llama, LORA, dtype="bfloat16", zero_stage=1, **options)
-    found = _trajectory(tiny_llama, LORA, dtype="bfloat16", zero_stage=stage, **options)
-    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    for left, right in zip(plain, found, strict=True):
-        assert right["loss"] == pytest.approx(left["loss"], abs=5e-3)
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 5e-3), ("float16", 2e-3)])
+def test_half_precision_starts_at_ln_2_and_stages_agree(
+    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float
+) -> None:
+    """They round differently per batch shape, so stages are compared on one and the same shape."""
+    for name in ("lora", "qlora"):
+        model = MODELS[name] | {"dtype": dtype}
+        stages = (0, 1, 2, 3) if name == "lora" else (0, 2)
+        found = [_trajectory(ranks, tiny_llama, model, {"zero_stage": stage}) for stage in stages]
+        for steps in found:
+            assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+            assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+            for step, first in zip(steps, found[0], strict=True):
+                assert step["loss"] == pytest.approx(first["loss"], abs=limit)
+                assert step["grad_norm"] == pytest.approx(first["grad_norm"], rel=0.05)
+                assert step.get("skipped_steps") == (0.0 if dtype == "float16" else None)
 
 
-def test_adam_matches_torch(tiny_llama: str, baselines: dict[bool, list[dict[str, float]]]) -> None:
+def test_adam_matches_torch(tiny_llama: str, ranks: Processes) -> None:
     """Step 1 of Adam moves every trained weight by the learning rate: no stage may be a step ahead."""
-    block = TrainerBlock(learning_rate=_RATE, lr_scheduler_type="constant", per_device_train_batch_size=12)
-    for stage, dtype in ((0, "bfloat16"), (2, "bfloat16"), (0, "float32")):
-        group = _group(tiny_llama, block.model_copy(update={"zero_stage": stage}), LORA, dtype)
-        list(group.train(group.with_reference(_preferences(12), seed=0, rounds_done=0), seed=0))
+    for stage, dtype in ((0, "bfloat16"), (2, "bfloat16"), (0, "float32"), (0, "float16")):
+        options = {"learning_rate": RATE, "zero_stage": stage, "per_device_train_batch_size": 12}
+        group = ranks.group(spec_of(tiny_llama, {"lora": LORA, "dtype": dtype}, options))
+        train_round(group, preferences(12))
         folder = Path(tiny_llama) / f"adapter-{stage}-{dtype}"
         group.save_adapter(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
         updates = [value.float().abs() for name, value in tensors.items() if "lora_B" in name]
         assert updates
         for update in updates:
-            assert update.median().item() == pytest.approx(_RATE, rel=0.01)
-        for handle in group.handles:
-            ray.kill(handle)
+            assert update.median().item() == pytest.approx(RATE, rel=0.01)
 
 
-def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str) -> None:
-    group = _group(tiny_llama, TrainerBlock(ranks=2, per_device_train_batch_size=2), LORA)
-    preferences = group.with_reference(_preferences(8), seed=0, rounds_done=0)
+@pytest.mark.parametrize("options", [{}, {"ranks": 2, "zero_stage": 2}], ids=["1 rank", "2 ranks, ZeRO 2"])
+def test_float16_skips_overflowed_steps_until_its_loss_scale_fits(
+    tiny_llama: str, ranks: Processes, options: dict[str, Any]
+) -> None:
+    schedule = {"lr_scheduler_type": "linear", "per_device_train_batch_size": 1}
+    group = ranks.group(spec_of(tiny_llama, {"lora": LORA, "dtype": "float16"}, schedule | options))
+    ray.get([handle.set_loss_scale.remote(2.0**20) for handle in group.handles])
+    steps = train_round(group, preferences(12))
+    applied = 0
+    for step in steps:
+        assert step["learning_rate"] == pytest.approx(RATE * (1 - applied / 10))
+        assert applied or step["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert math.isfinite(step["grad_norm"]) if step["skipped_steps"] == 0.0 else "grad_norm" not in step
+        applied += step["skipped_steps"] == 0.0
+    assert 0 < applied < len(steps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stage", "beta"),
+    [("float16", 0, 1e8), ("float32", 0, 1e38), ("float32", 2, 1e38), ("bfloat16", 0, 1e38), ("bfloat16", 2, 1e38)],
+)
+def test_an_overflow_that_no_scale_can_cure_is_an_error(
+    tiny_llama: str, ranks: Processes, dtype: str, stage: int, beta: float
+) -> None:
+    spec = spec_of(tiny_llama, {"lora": LORA, "dtype": dtype}, {"zero_stage": stage}, loss=SigmoidLossBlock(beta=beta))
+    group = ranks.group(spec)
+    if dtype == "float16":
+        ray.get(group.handles[0].set_loss_scale.remote(1.0))
+    with pytest.raises(TrainerError, match=r"step 0: the gradient overflowed at loss scale 1; lower trainer\."):
+        train_round(group, preferences(4))
+
+
+def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str, ranks: Processes) -> None:
+    """The last test: it uses up the group of two."""
+    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, {"ranks": 2, "per_device_train_batch_size": 2}))
+    pairs = group.with_reference(preferences(8), seed=0, rounds_done=0)
     ray.kill(group.handles[1])
     with pytest.raises(TrainerError, match="died|Connection|closed|reset"):
-        list(group.train(preferences, seed=0))
-    ray.kill(group.handles[0])
+        list(group.train(pairs, seed=0))

@@ -1,0 +1,123 @@
+"""Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import ray
+from deepspeed.accelerator import get_accelerator
+
+from actors.network import free_address
+from actors.trainer import TrainerSpec, _TrainerRank
+from actors.trainer_group import TrainerGroup
+from actors.waiting import get_all
+from raylign.config.blocks import ModelBlock, TrainerBlock
+from raylign.config.losses import LossBlock, SigmoidLossBlock
+from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
+from raylign.errors import TrainerError
+from raylign.records import Candidate, Preference, Prompt
+
+_START_S = 300.0
+_STEP_S = 300.0
+
+
+class _Process(_TrainerRank):
+    """A process of a group of fixed size that is made one trainer rank after another."""
+
+    def __init__(self) -> None:
+        """Empty until `become`."""
+
+    def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
+        # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
+        get_accelerator().is_fp16_supported = lambda: True
+        _TrainerRank.__init__(self, spec, rank, address, port)
+
+    def set_loss_scale(self, scale: float) -> None:
+        self._engine.optimizer.loss_scaler.cur_scale = scale
+
+
+class Processes:
+    """Processes of one group size each, started when they are first asked for."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, tuple[list[Any], str, int]] = {}
+
+    def start(self, *sizes: int) -> None:
+        """Begin to start groups, so that they start at the same time."""
+        process = ray.remote(_Process)
+        for ranks in sizes:
+            self._groups[ranks] = ([process.options(num_cpus=0).remote() for _ in range(ranks)], *free_address())
+
+    def group(self, spec: TrainerSpec) -> TrainerGroup:
+        """A trainer group in processes that were another before."""
+        handles, address, port = self._groups[spec.trainer.ranks]
+        refs = [handle.become.remote(spec, rank, address, port) for rank, handle in enumerate(handles)]
+        get_all(refs, _START_S, "becoming ranks", TrainerError)
+        return group_of(handles, spec)
+
+    def end(self) -> None:
+        for handles, _, _ in self._groups.values():
+            for handle in handles:
+                ray.kill(handle)
+
+
+def spec_of(
+    folder: str,
+    model: Mapping[str, Any],
+    trainer: Mapping[str, Any],
+    *,
+    loss: LossBlock | None = None,
+    reference: ReferenceBlock | None = None,
+    reference_folder: str = "",
+) -> TrainerSpec:
+    """float32, beta 0.1, the initial reference and a constant learning rate of 0.01 unless said otherwise."""
+    return TrainerSpec(
+        folder=folder,
+        reference_folder=reference_folder or folder,
+        pad_id=2,
+        model=ModelBlock.model_validate({"path": folder, "dtype": "float32", **model}),
+        trainer=TrainerBlock.model_validate({"learning_rate": 1e-2, "lr_scheduler_type": "constant", **trainer}),
+        loss=loss or SigmoidLossBlock(beta=0.1),
+        reference=reference or InitialReferenceBlock(),
+        total_steps=10,
+        seed=0,
+        threads=1,
+        on_gpu=False,
+    )
+
+
+def group_of(handles: Sequence[Any], spec: TrainerSpec) -> TrainerGroup:
+    return TrainerGroup(handles, loss=spec.loss, reference=spec.reference, step_timeout_s=_STEP_S)
+
+
+@contextmanager
+def processes(*sizes: int) -> Iterator[Processes]:
+    """Groups of `sizes` ranks, killed at the end."""
+    made = Processes()
+    made.start(*sizes)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def candidate(index: int, token_ids: Sequence[int], logprob: float = 0.0) -> Candidate:
+    return Candidate("p", index, tuple(token_ids), (logprob,) * len(token_ids), "", "stop", 0, 0)
+
+
+def preferences(number: int) -> list[Preference]:
+    """Pairs over prompts of 5 to 7 tokens with completions of 3 to 6, every token another."""
+    tokens = (1000 + 7 * step for step in count())
+    made = []
+    for index in range(number):
+        prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5 + index % 3)))
+        pair = tuple(candidate(i, [next(tokens) for _ in range(3 + (index + i) % 4)]) for i in range(2))
+        made.append(Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0)))
+    return made
+
+
+def train_round(group: TrainerGroup, pairs: Sequence[Preference], *, rounds_done: int = 0) -> list[dict[str, float]]:
+    """One round as the recipe runs it: reference log-probs, then every step."""
+    seed = 3 + rounds_done
+    return list(group.train(group.with_reference(pairs, seed=seed, rounds_done=rounds_done), seed=seed))
