@@ -48,6 +48,7 @@ def test_every_weight_trains_without_an_adapter(plan: Plan) -> None:
     found = plan("model.lora=null", "model.dtype=float32")
     assert found.model.trained == PARAMETERS
     assert found.push_bytes == 4 * PARAMETERS
+    assert plan("model.dtype=float16").push_bytes == 2 * PARAMETERS
 
 
 def test_roles_and_resources_follow_the_placement(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

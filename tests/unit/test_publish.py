@@ -10,7 +10,9 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
 from raylign.config import RunConfig
+from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
+from recipes.campaign import _agree_on_weights as agree_on_weights
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
 
 IDS = ((3, 4, 5), (6, 7))
@@ -46,6 +48,16 @@ def test_an_adapter_in_order(tmp_path: Path) -> None:
     setting.publisher.publish(1)
     assert setting.events == ["pause", "save adapter", "load adapter", "resume"]
     assert setting.weights() == [1] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("four_bits", [True, False])
+def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_path: Path) -> None:
+    """All others were loaded from the checkpoint that the generators serve."""
+    setting = Setting(shm(tmp_path), engines=(FakeEngine,))
+    setting.trainers.version = 0
+    gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits))
+    assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert setting.events == (["pause", "save weights", "load weights", "resume"] if four_bits else [])
 
 
 def test_a_broadcast_in_order() -> None:
