@@ -20,7 +20,7 @@ Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes sharded parameters whole, and what is written to them lasting."""
 
 Storage = Callable[[nn.Parameter], Tensor]
-"""This rank's part of a parameter, as it is stored."""
+"""This rank's part of a parameter, as it is stored; what is written to it counts from the next use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class FollowingCopy(FrozenCopy):
                 for own, of_policy in self._pairs:
                     self._storage(own).copy_(self._storage(of_policy))
             for exact, (own, of_policy) in zip(self._exact, self._pairs, strict=bool(self._exact)):
-                exact.lerp_(self._storage(of_policy).float(), self._pace.share)
+                exact.lerp_(self._storage(of_policy).to(exact), self._pace.share)
                 self._storage(own).copy_(exact)
 
 

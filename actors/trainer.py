@@ -293,7 +293,11 @@ class _TrainerRank:
         return _gathered(parameters, writer=0) if self._zero3 else nullcontext()
 
     def _stored(self, parameter: nn.Parameter) -> Tensor:
-        stored: Tensor = parameter.ds_tensor if self._zero3 else parameter.data  # type: ignore[attr-defined]
+        if not self._zero3:
+            return parameter.data
+        # ZeRO-3 keeps small parameters whole after use; a change of their parts would not reach those.
+        parameter.partition()  # type: ignore[attr-defined]
+        stored: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return stored
 
 

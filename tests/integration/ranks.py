@@ -102,17 +102,17 @@ def processes(*sizes: int) -> Iterator[Processes]:
         made.end()
 
 
-def candidate(index: int, token_ids: Sequence[int], logprob: float = 0.0) -> Candidate:
-    return Candidate("p", index, tuple(token_ids), (logprob,) * len(token_ids), "", "stop", 0, 0)
+def _candidate(index: int, token_ids: Sequence[int]) -> Candidate:
+    return Candidate("p", index, tuple(token_ids), (-1.25,) * len(token_ids), "", "stop", 0, 0)
 
 
 def preferences(number: int) -> list[Preference]:
-    """Pairs over prompts of 5 to 7 tokens with completions of 3 to 6, every token another."""
+    """Pairs over prompts of 5 to 7 tokens with completions of 3 to 6, every token another and sampled at -1.25 nats."""
     tokens = (1000 + 7 * step for step in count())
     made = []
     for index in range(number):
         prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5 + index % 3)))
-        pair = tuple(candidate(i, [next(tokens) for _ in range(3 + (index + i) % 4)]) for i in range(2))
+        pair = tuple(_candidate(i, [next(tokens) for _ in range(3 + (index + i) % 4)]) for i in range(2))
         made.append(Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0)))
     return made
 
