@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
 from raylign.config.blocks import LoraBlock
 from raylign.models import load_tokenizer, resolve_model
+from raylign.reporting import report_console
 from raylign.training.batches import BatchShape, plan_steps
 from tests.benchmarks.harness.children import ROOT, Outcome, Stage, measured
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult, RateJob, RateResult, loss_tolerances
@@ -51,7 +51,7 @@ def main(
     gpu: Annotated[bool, typer.Option("--gpu", help="A model of Qwen3-1.7B's shape on the GPU, and QLoRA.")] = False,
 ) -> None:
     """Compare TRL's DPOTrainer and raylign on the same pairs: tokens a second, peak memory, losses."""
-    console = Console()
+    console = report_console()
     if gpu and not gpu_is_present():
         console.print("dpo_step --gpu: not measured: no GPU")
         return

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from raylign.reporting import report_console
 from tests.benchmarks.harness.children import ROOT, Outcome, Stage, measured
 from tests.benchmarks.harness.online import JudgeJob, JudgeResult, OnlineJob, OnlineResult, Stop
 from tests.benchmarks.harness.report import Check, cores, finish, machine, plain, results_folder, table
@@ -38,7 +38,7 @@ def main(
     """Compare TRL's OnlineDPOTrainer and raylign: prompts a second, or held-out scores after equal time."""
     name = "online_wall_clock" if wall_clock else "online_round"
     folder = results_folder(name)
-    stage = Stage(Console(), folder, threads or cores())
+    stage = Stage(report_console(), folder, threads or cores())
     facts = machine(stage.threads)
     shape = (f"placement.cpus_per_actor={stage.threads}", f"trainer.per_device_train_batch_size={trl_batch}")
     with tempfile.TemporaryDirectory(prefix="bench-online-") as scratch, measured(name):

@@ -1,32 +1,27 @@
-"""raylign's trainer on given pairs: one DeepSpeed rank as a Ray actor, driven as a recipe drives it."""
+"""raylign's trainer on given pairs, driven as a recipe drives it."""
 
 import time
 from collections.abc import Sequence
 
-import ray
-
 from actors.cluster import cluster
-from actors.network import free_address
-from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import SigmoidLossBlock
-from raylign.config.reference import InitialReferenceBlock
-from raylign.records import Candidate, Preference, Prompt
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult
 from tests.benchmarks.harness.pairs import TokenPair
-
-_TIMEOUT_S = 1200.0
+from tests.benchmarks.harness.trainers import preference, trainer_group
 
 
 def run(job: DpoJob) -> DpoResult:
-    with cluster():
-        group = start_group(job)
+    model = ModelBlock(path=job.folder, dtype=job.dtype, lora=job.lora, load_in_4bit=job.load_in_4bit)
+    loss = SigmoidLossBlock(beta=job.beta)
+    steps: list[dict[str, float]] = []
+    starting = trainer_group(model, _block(job), loss, pad_id=job.pad_id, threads=job.threads, on_gpu=job.on_gpu)
+    with cluster(), starting as (group, _):
         progress("trainer ready")
-        steps: list[dict[str, float]] = []
-        first_s, _ = _round(group, job, job.warm_up, 0, steps)
-        steady_s, reference_s = _round(group, job, job.steady, 1, steps)
+        first_s, _ = _round(group, job.warm_up, 0, steps)
+        steady_s, reference_s = _round(group, job.steady, 1, steps)
     return DpoResult(
         losses=tuple(step["loss"] for step in steps),
         margins=tuple(step["rewards/margins"] for step in steps),
@@ -39,10 +34,10 @@ def run(job: DpoJob) -> DpoResult:
 
 
 def _round(
-    group: TrainerGroup, job: DpoJob, pairs: Sequence[TokenPair], seed: int, steps: list[dict[str, float]]
+    group: TrainerGroup, pairs: Sequence[TokenPair], seed: int, steps: list[dict[str, float]]
 ) -> tuple[float, float]:
     """(seconds, of which for the reference): its log-probs of all pairs, then a step for every batch."""
-    preferences = [preference(index, pair) for index, pair in enumerate(pairs)]
+    preferences = [preference(index, pair.prompt, (pair.chosen, pair.rejected)) for index, pair in enumerate(pairs)]
     started = time.perf_counter()
     recorded = group.with_reference(preferences, seed, 0)
     reference_s = time.perf_counter() - started
@@ -53,27 +48,7 @@ def _round(
     return time.perf_counter() - started, reference_s
 
 
-def start_group(job: DpoJob) -> TrainerGroup:
-    """A group of one rank, loaded."""
-    spec = TrainerSpec(
-        folder=job.folder,
-        reference_folder=job.folder,
-        pad_id=job.pad_id,
-        model=ModelBlock(path=job.folder, dtype=job.dtype, lora=job.lora, load_in_4bit=job.load_in_4bit),
-        trainer=trainer_block(job),
-        loss=SigmoidLossBlock(beta=job.beta),
-        reference=InitialReferenceBlock(),
-        total_steps=1,
-        seed=0,
-        threads=job.threads,
-        on_gpu=job.on_gpu,
-    )
-    actor = TrainerRank.options(num_cpus=1, num_gpus=1 if job.on_gpu else 0).remote(spec, 0, *free_address())
-    ray.get(actor.ready.remote(), timeout=_TIMEOUT_S)
-    return TrainerGroup([actor], loss=spec.loss, reference=spec.reference, step_timeout_s=_TIMEOUT_S)
-
-
-def trainer_block(job: DpoJob) -> TrainerBlock:
+def _block(job: DpoJob) -> TrainerBlock:
     return TrainerBlock(
         learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
@@ -82,20 +57,9 @@ def trainer_block(job: DpoJob) -> TrainerBlock:
     )
 
 
-def preference(index: int, pair: TokenPair) -> Preference:
-    """The pair as the trainer reads it; texts and sampler log-probs are not needed for a loss on given ids."""
-    prompt = Prompt(f"p{index}", (), pair.prompt)
-    candidates = tuple(
-        Candidate(prompt.id, number, ids, (0.0,) * len(ids), "", "stop", 0, 0)
-        for number, ids in enumerate((pair.chosen, pair.rejected))
-    )
-    return Preference(prompt, candidates, (1.0, 0.0), (1.0, 1.0))
-
-
 def _settings(job: DpoJob) -> dict[str, str | int | float | bool | None]:
-    block = trainer_block(job)
     names = ("packing", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm")
-    return {name: getattr(block, name) for name in names} | {"dtype": f"{job.dtype}, fp32 masters"}
+    return {name: getattr(_block(job), name) for name in names} | {"dtype": f"{job.dtype}, fp32 masters"}
 
 
 if __name__ == "__main__":

@@ -14,20 +14,24 @@ TRAINED, SCORED = 6, 2
 
 
 def step_flops(config: PreTrainedConfig, pairs: Sequence[TokenPair], per_weight: int) -> float:
-    """Operations for `pairs` under a Llama-like `config`, counted per real token, every prompt once per completion.
+    """Operations for `pairs` under a Llama-like `config`, counted per real token, every prompt once per completion."""
+    return sum(
+        sequence_flops(config, len(pair.prompt), len(completion), per_weight)
+        for pair in pairs
+        for completion in (pair.chosen, pair.rejected)
+    )
+
+
+def sequence_flops(config: PreTrainedConfig, prompt: int, completion: int, per_weight: int) -> float:
+    """Operations for a prompt and a completion of so many tokens.
 
     Linear layers: `per_weight` operations a weight and token; the output head on completion tokens only. Attention:
-    scores and values of the causal half, 2 x tokens^2 / 2 x width operations each in a forward pass.
+    scores and values over the causal half, tokens^2 x width multiplications in each forward pass.
     """
-    layers, width = config.num_hidden_layers, config.num_attention_heads * _head(config)
-    total = 0.0
-    for pair in pairs:
-        for completion in (pair.chosen, pair.rejected):
-            tokens = len(pair.prompt) + len(completion)
-            total += per_weight * (layer_weights(config) * layers * tokens)
-            total += per_weight * config.vocab_size * config.hidden_size * len(completion)
-            total += per_weight * layers * width * tokens**2
-    return total
+    tokens, layers = prompt + completion, config.num_hidden_layers
+    linear = layer_weights(config) * layers * tokens + config.vocab_size * config.hidden_size * completion
+    attention = layers * config.num_attention_heads * _head(config) * tokens**2
+    return float(per_weight * (linear + attention))
 
 
 def layer_weights(config: PreTrainedConfig) -> int:

@@ -106,5 +106,5 @@ def finish(
     console.print(f"results: {path}", markup=False, highlight=False, soft_wrap=True)
     missed = [check for check in checks if not check.holds]
     if missed:
-        console.print(f"{len(missed)} of {len(checks)} requirements missed", style="red")
+        console.print(f"{len(missed)} of {len(checks)} requirements missed", style="red", highlight=False)
         sys.exit(1)

@@ -1,0 +1,52 @@
+"""raylign's trainer for benchmarks: one DeepSpeed rank as a Ray actor behind a TrainerGroup, and preferences for it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import ray
+
+from actors.network import free_address
+from actors.trainer import TrainerRank, TrainerSpec
+from actors.trainer_group import TrainerGroup
+from raylign.config.blocks import ModelBlock, TrainerBlock
+from raylign.config.losses import LossBlock
+from raylign.config.reference import InitialReferenceBlock
+from raylign.records import Candidate, Preference, Prompt
+
+_TIMEOUT_S = 1200.0
+
+
+@contextmanager
+def trainer_group(
+    model: ModelBlock, trainer: TrainerBlock, loss: LossBlock, *, pad_id: int, threads: int, on_gpu: bool = False
+) -> Iterator[tuple[TrainerGroup, int]]:
+    """A loaded group of one rank with the initial policy as reference, and its process id."""
+    spec = TrainerSpec(
+        folder=model.path,
+        reference_folder=model.path,
+        pad_id=pad_id,
+        model=model,
+        trainer=trainer,
+        loss=loss,
+        reference=InitialReferenceBlock(),
+        total_steps=1,
+        seed=0,
+        threads=threads,
+        on_gpu=on_gpu,
+    )
+    actor = TrainerRank.options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote(spec, 0, *free_address())
+    try:
+        pid: int = ray.get(actor.ready.remote(), timeout=_TIMEOUT_S)
+        yield TrainerGroup([actor], loss=loss, reference=spec.reference, step_timeout_s=_TIMEOUT_S), pid
+    finally:
+        ray.kill(actor)
+
+
+def preference(index: int, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Preference:
+    """Completions of `prompt`, best first; texts and the sampler's log-probs are not read for a loss on given ids."""
+    candidates = tuple(
+        Candidate(f"p{index}", number, tuple(ids), (0.0,) * len(ids), "", "stop", 0, 0)
+        for number, ids in enumerate(completions)
+    )
+    scores = tuple(float(-number) for number in range(len(completions)))
+    return Preference(Prompt(f"p{index}", (), tuple(prompt)), candidates, scores, (1.0,) * len(completions))
