@@ -57,7 +57,7 @@ def main(
         return
     folder = results_folder("dpo_step_gpu" if gpu else "dpo_step")
     stage = Stage(console, folder, threads or cores(), on_gpu=gpu)
-    facts = machine(stage.threads)
+    facts = machine(stage)
     with tempfile.TemporaryDirectory(prefix="bench-models-") as scratch:
         embedded = resolve_model("embedded:smollm2-135m")
         tokenizer = load_tokenizer(embedded)

@@ -39,7 +39,7 @@ def main(
     name = "online_wall_clock" if wall_clock else "online_round"
     folder = results_folder(name)
     stage = Stage(report_console(), folder, threads or cores())
-    facts = machine(stage.threads)
+    facts = machine(stage)
     shape = (f"placement.cpus_per_actor={stage.threads}", f"trainer.per_device_train_batch_size={trl_batch}")
     with tempfile.TemporaryDirectory(prefix="bench-online-") as scratch, measured(name):
         contest = _Contest(stage, Path(scratch), trl_batch)

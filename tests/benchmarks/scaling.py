@@ -35,7 +35,7 @@ def main(
     """Measure raylign's trainer on random Llamas; needs about four minutes on two cores."""
     folder = results_folder("scaling")
     stage = Stage(report_console(), folder, threads or cores())
-    facts = machine(stage.threads)
+    facts = machine(stage)
     series = (
         _over_length([n for n in (128, 256, 512, 1024, 2048, 4096) if n <= max_length]),
         *[_over_candidates(packing, max_candidates) for packing in ("shared", "packed")],

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raylign.tracking.facts import run_facts
-from tests.benchmarks.harness.children import ROOT, Outcome
+from tests.benchmarks.harness.children import ROOT, Outcome, Stage
 
+_BUSY = 0.5
 RESULTS = ROOT / "runs" / "benchmarks"
 
 
@@ -51,15 +52,18 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) 
     return made
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
+def machine(stage: Stage) -> dict[str, Any]:
+    """What the numbers depend on beside the code; says so when other programs are at work."""
+    load = os.getloadavg()[0]
+    if load > _BUSY * stage.threads:
+        stage.say(f"note: the load average is {load:.1f}: other programs run, timings will be wrong")
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         **run_facts(),
         "version.trl": version("trl"),
         "cpu": names[0] if names else platform.processor(),
-        "threads": threads,
-        "load_average_at_start": os.getloadavg()[0],
+        "threads": stage.threads,
+        "load_average_at_start": load,
     }
 
 
