@@ -38,9 +38,8 @@ from actors.weight_sync.transports import (
     shared_folder,
 )
 from raylign.config import RunConfig
-from raylign.config.reference import ModelReferenceBlock
 from raylign.errors import GeneratorError, ScorerError, TrainerError
-from raylign.models import DTYPES, resolve_model
+from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
@@ -174,7 +173,7 @@ def _start_trainers(
 ) -> list[ActorHandle[Any]]:
     spec = TrainerSpec(
         folder=folder,
-        reference_folder=_reference_folder(config, folder),
+        reference_folder=resolve_reference(config.reference, config.model, folder),
         pad_id=pad_id,
         model=config.model,
         trainer=config.trainer,
@@ -194,11 +193,6 @@ def _start_trainers(
     ]
     actors += handles
     return handles
-
-
-def _reference_folder(config: RunConfig, folder: str) -> str:
-    block = config.reference
-    return resolve_model(block.path, block.revision) if isinstance(block, ModelReferenceBlock) else folder
 
 
 def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:

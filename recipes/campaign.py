@@ -14,7 +14,7 @@ from actors.weight_sync.publish import Publisher
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError
-from raylign.models import context_limit, load_tokenizer, resolve_model
+from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
 from raylign.prompts import PromptSet, draw, load_prompts
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
@@ -58,7 +58,7 @@ class Campaign:
         self._samples.append(samples[: self._config.evaluation.samples])
         self.directory.write_baseline(evaluation)
         self._tracker.baseline(evaluation)
-        self._say(f"round 0: held-out score {evaluation.score:.3f}")
+        self._say(f"round 0: held-out score {evaluation.score:.3f}, KL {optional(evaluation.kl)} nats")
 
     def finish_round(self, report: RoundReport, samples: Sequence[Sample], team: Team) -> None:
         """Save the policy and record the round; a round without this call has not happened."""
@@ -103,6 +103,7 @@ class Campaign:
 def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
+    resolve_reference(config.reference, config.model, folder)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)

@@ -66,6 +66,11 @@ def context_limit(folder: str, trust_remote_code: bool = False) -> int:
         raise ModelError(f"{folder}: config.json has no max_position_embeddings; add it") from error
 
 
+def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
+    """Token ids that the model of `folder` can read, padding of its embedding included."""
+    return int(_config(folder, trust_remote_code).get_text_config().vocab_size)
+
+
 def _config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

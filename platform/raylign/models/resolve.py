@@ -22,26 +22,26 @@ HUB_EXCEPT = ["*/*", "consolidated*"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve_model(path: str, revision: str | None = None) -> str:
+def resolve_model(path: str, revision: str | None = None, option: str = "model") -> str:
     """Absolute path of a folder in transformers format for `embedded:<name>`, a local folder or a hub id.
 
-    Only safetensors are accepted, every shard must be there and its header whole. `revision` is for hub ids. Raises
-    ModelError with the cure.
+    Only safetensors are accepted, every shard must be there and its header whole. `revision` is for hub ids; `option`
+    is the block of the recipe that errors name. Raises ModelError with the cure.
     """
     is_local = path.startswith((PREFIX, ".", "/", "~")) or Path(path).exists()
     if is_local and revision is not None:
-        raise ModelError(f"model.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
+        raise ModelError(f"{option}.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
     if path.startswith(PREFIX):
         folder = embedded_folder(path.removeprefix(PREFIX))
     elif is_local:
         folder = Path(path).expanduser()
     else:
-        folder = _downloaded(path, revision)
-    _check_folder(folder)
+        folder = _downloaded(path, revision, option)
+    _check_folder(folder, option)
     return str(folder.resolve())
 
 
-def _downloaded(hub_id: str, revision: str | None) -> Path:
+def _downloaded(hub_id: str, revision: str | None, option: str) -> Path:
     try:
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_EXCEPT)
     except GatedRepoError as error:
@@ -49,14 +49,14 @@ def _downloaded(hub_id: str, revision: str | None) -> Path:
             f"{hub_id} is gated: accept its terms on its hub page, then log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{hub_id} has no revision {revision!r}; correct model.revision or remove it") from error
+        raise ModelError(f"{hub_id} has no revision {revision!r}; correct {option}.revision or remove it") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"the hub has no model {hub_id!r}, or it is private; correct model.path, or log in with `hf auth login`"
+            f"the hub has no model {hub_id!r}, or it is private; correct {option}.path, or log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
         raise ModelError(
-            f"model.path={hub_id!r} is neither a folder that exists nor a hub id of the form org/name"
+            f"{option}.path={hub_id!r} is neither a folder that exists nor a hub id of the form org/name"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
@@ -68,11 +68,11 @@ def _downloaded(hub_id: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, option: str) -> None:
     if not folder.exists():
-        raise ModelError(f"{folder}: no such folder (from {Path.cwd()}); correct model.path")
+        raise ModelError(f"{folder}: no such folder (from {Path.cwd()}); correct {option}.path")
     if not folder.is_dir():
-        raise ModelError(f"{folder}: a file; model.path is a folder with {CONFIG} and *.safetensors")
+        raise ModelError(f"{folder}: a file; {option}.path is a folder with {CONFIG} and *.safetensors")
     if not (folder / CONFIG).is_file():
         cure = "an adapter alone; merge it into its base model with `raylign export` first"
         other = f"not a model in transformers format; give the folder that holds {CONFIG} and *.safetensors"
