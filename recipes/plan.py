@@ -26,6 +26,7 @@ from raylign.scoring import FunctionInfo, describe_function
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
+from recipes.plan_reference import ReferenceFacts, reference_facts
 
 THIS_MACHINE = "this machine"
 
@@ -73,6 +74,7 @@ class RunPlan:
 
     config: RunConfig
     model: ModelFacts
+    reference: ReferenceFacts
     prompts: PromptFacts
     scorer: FunctionInfo
     amounts: Amounts
@@ -89,6 +91,7 @@ def make_plan(config: RunConfig) -> RunPlan:
     scorer = describe_function(config.scoring.function)
     model = model_facts(config.model)
     _require_context(config, model)
+    reference = reference_facts(config, model.folder, model.trained)
     tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
@@ -110,6 +113,7 @@ def make_plan(config: RunConfig) -> RunPlan:
     return RunPlan(
         config=config,
         model=model,
+        reference=reference,
         prompts=prompt_facts(prompts),
         scorer=scorer,
         amounts=amounts(config, len(prompts.held_out)),

@@ -11,6 +11,7 @@ from actors.placement import ActorPlace
 from raylign.tracking.uri import default_uri
 from recipes.checks.machine import megabytes
 from recipes.plan import RunPlan, notes, run_directory
+from recipes.plan_reference import stored_bytes
 
 Line = tuple[str, str]
 
@@ -25,12 +26,14 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 
 def _inputs(plan: RunPlan) -> list[Line]:
     config, model, prompts = plan.config, plan.model, plan.prompts
-    kind = "every weight" if config.model.lora is None else f"LoRA adapter of rank {config.model.lora.r}"
+    kind = "every weight" if config.model.lora is None else f"LoRA adapter of rank {config.model.lora.r}{_base(plan)}"
+    held = f"; {megabytes(plan.reference.bytes_per_rank)} on every rank" if plan.reference.bytes_per_rank else ""
     share = model.trained / model.parameters
     return [
         ("model", f"{config.model.path}, in {model.folder}"),
         ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
         ("trained", f"{kind}: {model.trained:,} parameters ({share:.1%})"),
+        ("reference", f"{config.reference.policy}: {plan.reference.what}{held}"),
         ("prompts", f"{config.prompts.source}: {prompts.train} to train on, {prompts.held_out} held out"),
         (
             "",
@@ -41,6 +44,16 @@ def _inputs(plan: RunPlan) -> list[Line]:
         ("", f"{plan.scorer.file}:{plan.scorer.line}"),
         ("", f"sha256 {plan.scorer.sha256}"),
     ]
+
+
+def _base(plan: RunPlan) -> str:
+    """What the adapter stands on, where that is not the checkpoint."""
+    model = plan.config.model
+    if not model.load_in_4bit:
+        return ""
+    nested = ", double quantisation" if model.use_bnb_nested_quant else ""
+    size = megabytes(stored_bytes(plan.model.folder, model))
+    return f" on a base in 4 bits ({model.bnb_4bit_quant_type}{nested}; {size} on every rank)"
 
 
 def _work(plan: RunPlan) -> list[Line]:
