@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
 from actors.deepspeed_engine import gradient_norm, loss_scale, start_engine
+from actors.host_memory import keep_freed_memory
 from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.config.blocks import ModelBlock, TrainerBlock
@@ -82,6 +83,8 @@ class _TrainerRank:
         self._state = LossState()
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
         torch.set_num_threads(spec.threads)
+        if not spec.on_gpu:
+            keep_freed_memory()
         _join_group(spec, rank, address, port)
         config = deepspeed_config(spec.trainer, spec.model.dtype)
         # transformers shards while loading as long as this object lives.

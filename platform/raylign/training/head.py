@@ -1,12 +1,14 @@
 """Log-probabilities of given tokens under a linear output head, without a [N, V] tensor of logits."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 96 << 20
 
 
 class TokenScores(NamedTuple):
@@ -37,20 +39,20 @@ class _LinearScores(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         out = hidden.new_empty((6, hidden.shape[0]), dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[rows], weight, bias)
-            out[3, rows] = logits.mean(-1)
-            highest, greedy = logits.max(-1)
-            out[0, rows] = logits.gather(-1, labels[rows, None])[:, 0]
-            out[2, rows] = (greedy == labels[rows]).float()
-            weights = logits.sub(highest[:, None]).exp_()
-            total = weights.sum(-1)
-            out[5, rows] = highest + total.log()
-            # H = log Z - E[logit]
-            out[1, rows] = out[5, rows] - torch.linalg.vecdot(weights, logits) / total
-            out[4, rows] = torch.linalg.vecdot(weights, weights).log() - 2 * total.log()
         logps, entropies, correct, mean_logits, log_collisions, log_z = out
-        logps -= log_z
+        for rows, logits in _logit_chunks(hidden, weight, bias):
+            highest, greedy = logits.max(-1)
+            correct[rows] = (greedy == labels[rows]).float()
+            shifted = logits.sub_(highest[:, None])
+            weights = shifted.exp()
+            total = weights.sum(-1)
+            log_total = total.log()
+            logps[rows] = shifted.gather(-1, labels[rows, None])[:, 0] - log_total
+            # H = log sum_v exp(z_v) - E[z]
+            entropies[rows] = log_total - torch.linalg.vecdot(weights, shifted) / total
+            log_collisions[rows] = torch.linalg.vecdot(weights, weights).log() - 2 * log_total
+            log_z[rows] = highest + log_total
+        mean_logits.copy_(_mean_logits(hidden, weight, bias))
         ctx.save_for_backward(hidden, weight, bias, labels, log_z, entropies)
         ctx.mark_non_differentiable(correct, mean_logits, log_collisions)
         ctx.set_materialize_grads(False)
@@ -61,13 +63,13 @@ class _LinearScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden, weight, bias, labels, log_z, entropies = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
-        of_logps, of_entropies = grads[:2]
+        of_logps = grads[0] if grads[0] is not None else torch.zeros_like(log_z)
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[rows], weight, bias)
-            grad = _logit_gradient(logits, labels[rows], log_z[rows], entropies[rows], of_logps, of_entropies, rows)
+        for rows, logits in _logit_chunks(hidden, weight, bias):
+            of_entropy = None if grads[1] is None else (grads[1][rows], entropies[rows])
+            grad = _logit_gradient(logits, labels[rows], log_z[rows], of_logps[rows], of_entropy)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             narrow = grad.to(hidden.dtype)
@@ -83,35 +85,31 @@ class _LinearScores(torch.autograd.Function):
         )
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden, weight, bias).float()
+def _logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """fp32 logits of some rows after another, all in the same memory."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    size = max(1, min(rows, _CHUNK_BYTES // (4 * vocabulary)))
+    buffer = hidden.new_empty((size, vocabulary), dtype=torch.float32)
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        yield chunk, buffer[: chunk.stop - start].copy_(linear(hidden[chunk], weight, bias))
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The mean over the vocabulary is linear."""
+    means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return means if bias is None else means + bias.float().mean()
 
 
 def _logit_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    log_z: Tensor,
-    entropies: Tensor,
-    of_logps: Tensor | None,
-    of_entropies: Tensor | None,
-    rows: slice,
+    logits: Tensor, labels: Tensor, log_z: Tensor, of_logps: Tensor, of_entropy: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """d log p(y) / dz = onehot(y) - p; dH / dz = -p (log p + H). `logits` is overwritten."""
+    """d log p(y) / dz = onehot(y) - p; dH / dz = -p (log p + H). `logits` is overwritten and returned."""
     log_p = logits.sub_(log_z[:, None])
-    if of_entropies is None:
-        gradient = log_p.exp_()
-        gradient *= -of_logps[rows, None] if of_logps is not None else 0.0
+    if of_entropy is None:
+        gradient = log_p.exp_().mul_(-of_logps[:, None])
     else:
-        scale = log_p + entropies[:, None]
-        scale *= -of_entropies[rows, None]
-        if of_logps is not None:
-            scale -= of_logps[rows, None]
-        gradient = scale.mul_(log_p.exp_())
-    if of_logps is not None:
-        gradient.scatter_add_(-1, labels[:, None], of_logps[rows, None])
-    return gradient
-
-
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        slope, entropies = of_entropy
+        scale = (log_p + entropies[:, None]).mul_(-slope[:, None]).sub_(of_logps[:, None])
+        gradient = log_p.exp_().mul_(scale)
+    return gradient.scatter_add_(-1, labels[:, None], of_logps[:, None])
