@@ -17,6 +17,7 @@ from raylign.tracking.journal import JOURNAL_NAME, read_events
 LOCAL_STARTS = (".", "/", "~")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _VERSION = "version."
+_NO_4_BITS = "  # first: vLLM would put the adapter on the 16-bit base, the adapter was trained on 4 bits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,14 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     report = finished_round(directory, version)
     checkpoint = directory.checkpoint(report.policy_version)
     base = resolve_model(config.model.path, config.model.revision)
-    folder = export_model(checkpoint, base, to.absolute(), merge, card_facts(directory, config, report))
+    in_4bit = config.model if config.model.load_in_4bit else None
+    folder = export_model(checkpoint, base, to.absolute(), merge, card_facts(directory, config, report), in_4bit)
     stays_adapter = (folder / ADAPTER_CONFIG).is_file()
-    return Exported(folder, report.policy_version, usage(folder, base if stays_adapter else None, config))
+    if stays_adapter and in_4bit:
+        use = f"{shlex.join(['raylign', 'export', str(run), '--to', f'{folder}-merged', '--merge'])}{_NO_4_BITS}"
+    else:
+        use = usage(folder, base if stays_adapter else None, config)
+    return Exported(folder, report.policy_version, use)
 
 
 def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:

@@ -5,17 +5,22 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
 from raylign.model_card import ModelFacts, card_text
+from raylign.models import DTYPES, load_policy
+from raylign.training.weights import checkpoint_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +42,9 @@ TOKENIZER_FILES = (
 Shapes = dict[str, tuple[int, ...]]
 
 
-def export_model(source: Path, base: str | None, to: Path, merge: bool, card: ModelFacts) -> Path:
+def export_model(
+    source: Path, base: str | None, to: Path, merge: bool, card: ModelFacts, in_4bit: ModelBlock | None = None
+) -> Path:
     """Write the policy in `source` to the folder `to` with tokenizer, chat template, generation config and README.md.
 
     `source` is a PEFT adapter folder or a full model in safetensors; `base` is the folder of the base model, needed to
@@ -45,6 +52,8 @@ def export_model(source: Path, base: str | None, to: Path, merge: bool, card: Mo
     copied.
     Merging adds the update in float32 and rounds once to the base model's dtype, so against the adapter on the base in
     float32 a merged weight is off by at most half a unit in the last place of that dtype (bfloat16: 2^-9 relative).
+    An adapter that was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in the
+    run's dtype: the weights that the run evaluated.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
@@ -54,14 +63,14 @@ def export_model(source: Path, base: str | None, to: Path, merge: bool, card: Mo
     companions = _companions(source, base)
     with _appearing_whole(to) as staging:
         if is_adapter and merge:
-            _write_merged(source, _required_base(base, source), staging)
+            _write_merged(source, _required_base(base, source), staging, in_4bit)
         elif is_adapter:
             _write_adapter(source, card.base_model, staging)
         else:
             _write_full(source, base, staging)
         for file in companions:
             shutil.copyfile(file, staging / file.name)
-        text = card_text(card, is_adapter=is_adapter and not merge)
+        text = card_text(card, is_adapter=is_adapter and not merge, in_4bit=in_4bit)
         (staging / "README.md").write_text(text, encoding="utf-8")
     return to
 
@@ -133,22 +142,40 @@ def _write_full(source: Path, base: str | None, staging: Path) -> None:
         _load_back(staging)
 
 
-def _write_merged(source: Path, base: Path, staging: Path) -> None:
+def _write_merged(source: Path, base: Path, staging: Path, in_4bit: ModelBlock | None) -> None:
     """Merge, save and load back; the two models are never in memory together."""
-    expected = _save_merged(source, base, staging)
-    _compare(expected, _load_back(staging), staging)
+    _adapter_weights(source)
+    if in_4bit is None:
+        expected = _save_merged(source, base, staging)
+        _compare(expected, _load_back(staging), staging)
+    else:
+        _save_unpacked(source, base, staging, in_4bit)
+        _load_back(staging)
+
+
+def _save_unpacked(source: Path, base: Path, staging: Path, in_4bit: ModelBlock) -> None:
+    model = load_policy(str(base), in_4bit.model_copy(update={"lora": None}), seed=0)
+    adapted = _with_adapter(model, source)
+    weights = checkpoint_weights(adapted, lambda parameters: nullcontext())
+    save_file({name: tensor.cpu() for name, tensor in weights}, staging / MODEL_WEIGHTS, {"format": "pt"})
+    config = AutoConfig.from_pretrained(base)
+    config.dtype = DTYPES[in_4bit.dtype]
+    config.save_pretrained(staging)
 
 
 def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
-    _adapter_weights(source)
     dtype: torch.dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    merged = _with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
+    merged.save_pretrained(staging)
+    return _shapes(merged.state_dict())
+
+
+def _with_adapter(model: nn.Module, source: Path) -> PeftModel:
     adapted = PeftModel.from_pretrained(model, source)
     # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
     _compare(_stored_shapes(source), _shapes(get_peft_model_state_dict(adapted)), source)
-    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
-    merged.save_pretrained(staging)
-    return _shapes(merged.state_dict())
+    return adapted
 
 
 def _load_back(folder: Path) -> Shapes:

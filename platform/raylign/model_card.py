@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from huggingface_hub import ModelCardData
 
+from raylign.config.blocks import ModelBlock
 from raylign.records import Evaluation
 from raylign.text import optional
 
@@ -57,25 +58,26 @@ def framework_versions() -> dict[str, str]:
     return versions
 
 
-def card_text(facts: ModelFacts, is_adapter: bool) -> str:
-    """README.md with front matter; hub ids are linked, other names only told."""
+def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:
+    """README.md with front matter; hub ids are linked, other names only told. `in_4bit` says how the base was kept."""
     metadata = ModelCardData(
         base_model=_hub_id(facts.base_model),
         datasets=_hub_id(facts.prompts),
         library_name="peft" if is_adapter else "transformers",
         license=facts.license,
         pipeline_tag="text-generation",
-        tags=["dpo", "online-dpo", "raylign", *(["lora"] if is_adapter else [])],
+        tags=["dpo", "online-dpo", "raylign", *(["lora"] if is_adapter else []), *(["qlora"] if in_4bit else [])],
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter)}"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter, in_4bit)}"
 
 
 def _hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None
 
 
-def _body(facts: ModelFacts, is_adapter: bool) -> str:
+def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> str:
     kind = "LoRA adapter for" if is_adapter else "fine-tuned version of"
+    base = "" if in_4bit is None else _base_text(facts, is_adapter, in_4bit)
     versions = "\n".join(f"- {name} {number}" for name, number in facts.versions.items())
     return f"""\
 # {facts.name}
@@ -92,7 +94,7 @@ best and worst answer of a prompt become a preference pair.
 | Prompts | `{facts.prompts}` |
 | Scorer | `{facts.scorer}` |
 
-## Evaluation
+{base}## Evaluation
 
 {_evaluation_text(facts)}
 
@@ -103,6 +105,34 @@ best and worst answer of a prompt become a preference pair.
 ## Citation
 
 {_CITATION}
+"""
+
+
+def _base_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock) -> str:
+    """What the policy is made of when its base had 4 bits."""
+    settings = f"{in_4bit.bnb_4bit_quant_type}{', double quantisation' if in_4bit.use_bnb_nested_quant else ''}"
+    trained = f"The adapter was trained and evaluated on the base model in 4 bits (bitsandbytes, {settings})"
+    if not is_adapter:
+        return f"## Base model\n\n{trained}, and is merged here into the weights that\nthose 4 bits unpack to.\n\n"
+    return f"""\
+## Base model
+
+{trained}. On the 16-bit
+base it is another policy than the one evaluated below. Load the base as it was:
+
+```python
+AutoModelForCausalLM.from_pretrained(
+    "{facts.base_model}",
+    dtype=torch.{in_4bit.dtype},
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="{in_4bit.bnb_4bit_quant_type}",
+        bnb_4bit_use_double_quant={in_4bit.use_bnb_nested_quant},
+        bnb_4bit_compute_dtype=torch.{in_4bit.dtype},
+    ),
+)
+```
+
 """
 
 
