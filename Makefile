@@ -2,6 +2,7 @@ PYTHON ?= python3
 DEVICE ?= auto
 RECIPE ?= recipes/sentiment_smollm2.yaml
 ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: help setup demo test lint bench clean
@@ -9,7 +10,7 @@ BIN := .venv/bin
 help:
 	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13; DEVICE=cpu or gpu)'
 	@echo 'make demo    set up, then run $(RECIPE)'
-	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them)'
+	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them, WORKERS processes at once)'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (half an hour on two cores)'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
@@ -21,7 +22,7 @@ demo: setup
 	$(BIN)/raylign run $(RECIPE) run.name=demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
