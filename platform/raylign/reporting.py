@@ -22,6 +22,7 @@ FALL_LIMIT = 0.5
 LENGTH_CHANGE_LIMIT = 0.5
 KL_LIMIT_NATS = 10.0
 ACCURACY_FLOOR = 0.55
+SKIPPED_LIMIT = 0.1
 NOTHING = "-"
 
 
@@ -90,7 +91,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
             f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
             "change may be chance; raise prompts.held_out or evaluation.num_generations to tell"
         )
-    return [*notes, *_accuracy_notes(reports)]
+    return [*notes, *_accuracy_notes(reports), *_skipped_notes(reports)]
 
 
 def _fall_note(name: str, before: float, after: float, meaning: str) -> list[str]:
@@ -120,6 +121,17 @@ def _accuracy_notes(reports: Sequence[RoundReport]) -> list[str]:
     return [
         f"rewards/accuracies is {accuracy:.2f} in round {reports[-1].index} (noted below {ACCURACY_FLOOR:g}, chance is "
         "0.5): the policy does not tell chosen from rejected; raise trainer.learning_rate or schedule.prompts_per_round"
+    ]
+
+
+def _skipped_notes(reports: Sequence[RoundReport]) -> list[str]:
+    steps = [step for report in reports for step in report.steps]
+    skipped = sum(step.get("skipped_steps", 0.0) for step in steps)
+    if skipped <= SKIPPED_LIMIT * len(steps):
+        return []
+    return [
+        f"{skipped:.0f} of {len(steps)} steps were skipped because their gradients overflowed float16 (noted above "
+        f"{SKIPPED_LIMIT:.0%}), and their preferences were not learned from; set model.dtype=bfloat16 or float32"
     ]
 
 
