@@ -122,13 +122,13 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
             canary = _canary(prompts.held_out)
             started = time.monotonic()
             with team(config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, plan=plan) as roles:
-                gaps = _agree_on_weights(roles.publisher, config.model)
+                gaps = agree_on_weights(roles.publisher, config.model)
                 run.team_ready(time.monotonic() - started, gaps)
                 yield run, prompts, roles
         run.summary()
 
 
-def _agree_on_weights(publisher: Publisher, block: ModelBlock) -> Mapping[str, float]:
+def agree_on_weights(publisher: Publisher, block: ModelBlock) -> Mapping[str, float]:
     """The canary's gaps of version 0: both sides loaded the same checkpoint, unless the trainer's base has 4 bits."""
     return publisher.publish(0) if block.load_in_4bit else publisher.verify()
 

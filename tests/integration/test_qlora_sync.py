@@ -1,0 +1,98 @@
+"""A 4-bit base reaches vLLM, which has loaded 16 bits, before anything is sampled; later versions and export follow."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from actors.team import Team, plan_team, team
+from raylign.config import RunConfig, parse_config
+from raylign.errors import WeightSyncError
+from raylign.export import export_model
+from raylign.records import Candidate, Preference, Prompt
+from recipes.campaign import agree_on_weights
+from tests.unit.test_export import FACTS
+
+pytestmark = pytest.mark.slow
+
+_LIMIT = 0.02
+_CONFIG = {
+    "model": {"dtype": "float32", "lora": {"r": 8, "lora_alpha": 16}, "load_in_4bit": True},
+    "trainer": {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+    "generators": {
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "kv_cache_gb": 0.5,
+        "weight_sync": {"canary_max_gap": _LIMIT},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return parse_config(_CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama whose heads are as wide as vLLM asks."""
+    made = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(shape).save_pretrained(made)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(made)
+    return str(made)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: str) -> Prompt:
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
+    chat = [{"role": "user", "content": "Tell me about a film in which nothing happens."}]
+    return Prompt("p0", (), tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)))
+
+
+@pytest.fixture(scope="module")
+def roles(folder: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+    plan = plan_team(config, resources)
+    with team(config, folder=folder, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan) as roles:
+        yield roles
+
+
+def test_generators_serve_the_4_bit_policy(
+    roles: Team, config: RunConfig, prompt: Prompt, folder: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightSyncError, match="canary"):
+        roles.publisher.verify()
+    assert agree_on_weights(roles.publisher, config.model)["logprob_gap_mean"] < _LIMIT
+    assert roles.publisher.verify()["logprob_gap_mean"] < _LIMIT
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pair = tuple(
+        Candidate("p0", i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
+        for i, text in enumerate(("Nothing happens, beautifully.", "It is a film."))
+    )
+    pairs = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4, 0, 0)
+    assert len(list(roles.trainers.train(pairs, seed=0))) == 2
+    assert roles.publisher.publish(1)["logprob_gap_mean"] < _LIMIT
+
+    roles.trainers.save_weights(str(tmp_path / "pushed.safetensors"))
+    roles.trainers.save_adapter(str(tmp_path / "adapter"))
+    exported = export_model(tmp_path / "adapter", folder, tmp_path / "out", True, FACTS, config.model)
+    pushed, merged = load_file(tmp_path / "pushed.safetensors"), load_file(exported / "model.safetensors")
+    assert pushed.keys() == merged.keys()
+    assert all(torch.equal(pushed[name], merged[name]) for name in pushed)
