@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -32,12 +32,13 @@ GPU_MAX_LENGTH = 1024
 GIB = 2**30
 
 Outcomes = dict[str, Outcome[DpoResult]]
+TrlDtype = Literal["float32", "bfloat16"]
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Pairs in LLaMA-Factory's ShareGPT preference format.")] = (
-        ROOT.parent / "shared/data/dpo_en_demo.json"
-    ),
+    data: Annotated[
+        Path, typer.Option(exists=True, dir_okay=False, help="Pairs in LLaMA-Factory's ShareGPT preference format.")
+    ] = ROOT.parent / "shared/data/dpo_en_demo.json",
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps; the first is reported apart.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence, at most; 1024 with --gpu.")] = 512,
@@ -45,7 +46,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Compute threads of every contestant; 0: one a core.")] = 0,
     trl_micro_batch: Annotated[int, typer.Option(help="Pairs that TRL runs at a time; 0: the whole step.")] = 0,
     trl_dtype: Annotated[
-        str, typer.Option(help="TRL's weights: float32 under bf16 autocast, or bfloat16.")
+        TrlDtype, typer.Option(help="TRL's weights: float32 under bf16 autocast, or bfloat16.")
     ] = "float32",
     precomputed: Annotated[bool, typer.Option(help="Also run TRL with precompute_ref_log_probs.")] = True,
     gpu: Annotated[bool, typer.Option("--gpu", help="A model of Qwen3-1.7B's shape on the GPU, and QLoRA.")] = False,
@@ -131,7 +132,8 @@ def _contest_in_fp32(stage: Stage, job: DpoJob, folder: Path) -> Outcomes:
 
 
 def _qlora_check(stage: Stage, job: DpoJob) -> Check:
-    changes = {"load_in_4bit": True, "lora": LoraBlock(r=32, lora_alpha=64), "steady": job.steady[: job.batch]}
+    """One pair at a time, as on a card of that size."""
+    changes = {"load_in_4bit": True, "lora": LoraBlock(r=32, lora_alpha=64), "micro_batch": 1}
     memory = stage.run("raylign QLoRA", "dpo_raylign", job.model_copy(update=changes), DpoResult).memory
     assert memory.gpu is not None
     return Check("GPU memory of a QLoRA step, r=32", memory.gpu / GIB, "at most", MAX_QLORA_GIB, " GiB")

@@ -29,7 +29,7 @@ def main(
     max_candidates: Annotated[int, typer.Option(help="Largest K, at most 16.")] = 16,
     max_width: Annotated[int, typer.Option(help="Widest model.")] = 512,
     max_vocabulary: Annotated[int, typer.Option(help="Largest vocabulary.")] = 262144,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each shape; the fastest counts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each shape; the fastest counts.")] = 3,
     threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
 ) -> None:
     """Measure raylign's trainer on random Llamas; needs about four minutes on two cores."""

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from raylign.config.base import Block
 from recipes.signals import terminable
-from tests.benchmarks.harness.meter import Meter, PeakMemory, family
+from tests.benchmarks.harness.meter import Meter, PeakMemory, family, gpu_name
 
 ROOT = Path(__file__).resolve().parents[3]
-_NOT_INHERITED = re.compile("RAY_|MLFLOW_|OMP_|MKL_|TORCH|ACCELERATE|HF_|CUDA_VISIBLE")
+_NOT_INHERITED = re.compile("RAY_|MLFLOW_|OMP_|MKL_|TORCH|ACCELERATE|HF_|CUDA_VISIBLE_DEVICES")
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -77,7 +77,7 @@ class Stage:
     def _watch(self, name: str, command: list[str], scratch: Path) -> PeakMemory:
         path = self._logs / f"{name.replace(' ', '-')}.log"
         reader, writer = os.pipe()
-        environment = _environment(self.threads, scratch) | {_PROGRESS: str(writer)}
+        environment = _environment(self.threads, scratch, self._on_gpu) | {_PROGRESS: str(writer)}
         with path.open("w", encoding="utf-8") as log, os.fdopen(reader, encoding="utf-8") as lines:
             process = subprocess.Popen(
                 command,
@@ -113,12 +113,17 @@ def measured(benchmark: str) -> Iterator[None]:
         raise SystemExit(f"{benchmark}: {error}") from error
 
 
-def _environment(threads: int, scratch: Path) -> dict[str, str]:
-    """The same for every contestant; settings of this shell that would change one of them stay behind."""
+def _environment(threads: int, scratch: Path, on_gpu: bool) -> dict[str, str]:
+    """The same for every contestant, and one GPU or none; settings of this shell that would change one stay behind."""
     kept = {name: value for name, value in os.environ.items() if not _NOT_INHERITED.match(name)}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
-    return kept | _QUIET | own | {"HF_DATASETS_CACHE": str(scratch / "datasets")}
+    own = {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": gpu_name() if on_gpu else "",
+        "HF_DATASETS_CACHE": str(scratch / "datasets"),
+    }
+    return kept | _QUIET | own
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,5 +1,6 @@
 """Peak memory of a process tree, sampled from outside."""
 
+import os
 import shutil
 import subprocess
 import threading
@@ -97,7 +98,12 @@ def gpu_is_present() -> bool:
     return tool is not None and "GPU " in subprocess.run([tool, "-L"], capture_output=True, text=True).stdout
 
 
+def gpu_name() -> str:
+    """Index or UUID of the GPU that contestants get: the first that this shell may see."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def gpu_bytes_in_use() -> int:
-    """Memory in use on the first GPU, by whatever process."""
-    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Memory in use on that GPU, by whatever process."""
+    command = ["nvidia-smi", f"--id={gpu_name()}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
