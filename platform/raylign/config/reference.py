@@ -28,7 +28,10 @@ class EveryReferenceBlock(Block):
 
 
 class EmaReferenceBlock(Block):
-    """A soft update after every round, ref <- alpha policy + (1 - alpha) ref: TR-DPO (arXiv 2404.09656, eq. 3)."""
+    """A soft update after every round, ref <- alpha policy + (1 - alpha) ref: TR-DPO (arXiv 2404.09656, eq. 3).
+
+    Of an adapter the two factors are mixed, each by itself.
+    """
 
     policy: Literal["ema"] = "ema"
     alpha: float = Field(0.6, gt=0.0, lt=1.0)
@@ -45,7 +48,10 @@ class SamplerReferenceBlock(Block):
 
 
 class ModelReferenceBlock(Block):
-    """Another checkpoint with the policy's vocabulary, say a stronger SFT model; it never moves."""
+    """Another checkpoint with the policy's vocabulary, say a stronger SFT model; it never moves.
+
+    It is kept as the policy's base is: in `model.dtype`, and in 4 bits with `model.load_in_4bit`.
+    """
 
     policy: Literal["model"] = "model"
     path: str

