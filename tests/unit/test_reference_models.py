@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from raylign.config import load_config
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, ModelReferenceBlock
 from raylign.errors import ModelError
 from raylign.models import resolve_reference
-from tests.unit.tiny_policy import save_policy
+from recipes.campaign import campaign
+from tests.unit.tiny_policy import save_policy, save_recipe
 
 
 @pytest.fixture
@@ -91,3 +94,12 @@ def test_errors_name_the_option_of_the_reference(policy: Path) -> None:
     block = ModelReferenceBlock(path=str(policy), revision="main")
     with pytest.raises(ModelError, match=r"^reference\.revision=main has no meaning"):
         resolve_reference(block, ModelBlock(), str(policy))
+
+
+def test_a_campaign_is_refused_before_it_leaves_anything(tmp_path: Path) -> None:
+    recipe, other = save_recipe(tmp_path), save_policy(tmp_path / "other")
+    vocabulary(other, film=None)
+    config = load_config(recipe, ["reference.policy=model", f"reference.path={other}"])
+    with pytest.raises(ModelError, match="has another vocabulary"), campaign(config):
+        pytest.fail("started")
+    assert not ray.is_initialized() and not (tmp_path / "runs").exists()
