@@ -1,8 +1,10 @@
 """Contestants: each runs in a process of its own, one after another, on the same threads."""
 
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from recipes.signals import terminable
 from tests.benchmarks.harness.meter import Meter, PeakMemory, family, gpu_name
 
 ROOT = Path(__file__).resolve().parents[3]
-_NOT_INHERITED = re.compile("RAY_|MLFLOW_|OMP_|MKL_|TORCH|ACCELERATE|HF_|CUDA_VISIBLE_DEVICES")
+_NOT_INHERITED = re.compile("RAY_ADDRESS|MLFLOW_|OMP_|MKL_|TORCH|ACCELERATE|HF_|CUDA_VISIBLE_DEVICES")
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -30,6 +32,7 @@ _QUIET = {
 }
 _TAIL_LINES = 25
 _GRACE_S = 60.0
+_PR_SET_PDEATHSIG = 1
 _PROGRESS = "BENCH_PROGRESS_FD"
 
 J = TypeVar("J", bound=Block)
@@ -143,6 +146,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def contestant(run: Callable[[J], R], job: type[J]) -> None:
     """The main program of a contestant; what libraries print goes to its log, `progress` to the benchmark."""
     asked, answered = map(Path, sys.argv[1:])
+    # A benchmark that is killed outright takes its contestant with it.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     with terminable():
         result = run(job.model_validate_json(asked.read_bytes()))
         answered.write_text(json.dumps(result.model_dump(mode="json")), encoding="utf-8")
