@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
+from actors.cpu_collectives import load_cpu_collectives
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
 from actors.deepspeed_engine import gradient_norm, loss_scale, start_engine
 from actors.host_memory import keep_freed_memory
@@ -312,6 +313,8 @@ def _join_group(spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
+    if not spec.on_gpu:
+        load_cpu_collectives(spec.trainer.start_timeout_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if spec.on_gpu else "gloo", timeout=timedelta(seconds=spec.trainer.step_timeout_s)
     )
