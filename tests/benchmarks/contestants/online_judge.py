@@ -30,7 +30,7 @@ def run(job: JudgeJob) -> JudgeResult:
     for name, adapter in job.adapters.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter)
         candidates = _sample(model.eval(), tokenizer, prompts, config, job.samples)
         scores = [Score(value) for value in compound([], [candidate.text for candidate in candidates])]
         found[name] = asdict(evaluate(prompts, candidates, scores, [], config.evaluation, config.run.seed))
