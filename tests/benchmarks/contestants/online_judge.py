@@ -28,7 +28,7 @@ def run(job: JudgeJob) -> JudgeResult:
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed).held_out
     found = {}
     for name, adapter in job.adapters.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         candidates = _sample(model.eval(), tokenizer, prompts, config, job.samples)
