@@ -9,7 +9,7 @@ MIN_LOSS_SCALE = 1.0
 
 
 def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
-    """bf16 compute keeps fp32 master weights; AdamW is torch's own.
+    """bf16 compute keeps fp32 master weights.
 
     Gradients of several micro-batches add up in fp32 under ZeRO 1-3; DeepSpeed's plain bf16 engine (stage 0) refuses
     that and adds them in bf16. Its plain float16 engine divides gradients by a loss scale that the loss was never
@@ -33,16 +33,6 @@ def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16", "hysteresis": 1, "min_loss_scale": int(MIN_LOSS_SCALE)},
         "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "torch_adam": True,
-                "lr": block.learning_rate,
-                "betas": [block.adam_beta1, block.adam_beta2],
-                "eps": block.adam_epsilon,
-                "weight_decay": block.weight_decay,
-            },
-        },
         "steps_per_print": 1_000_000_000,
     }
 

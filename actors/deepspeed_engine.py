@@ -7,24 +7,41 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from raylign.config.blocks import TrainerBlock
 from raylign.errors import TrainerError
 
 
-def start_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine around `module` without an optimizer."""
+    _require_dtype(config)
+    return deepspeed.initialize(model=module, config=config)[0]
+
+
+def training_engine(module: nn.Module, config: dict[str, Any], block: TrainerBlock) -> Any:
     """A DeepSpeed engine around `module`. Its first optimizer step is Adam's step 1 under every stage.
 
     Raises TrainerError when the device does not compute in the wanted dtype.
     """
     _require_dtype(config)
-    engine = deepspeed.initialize(model=module, config=config)[0]
-    if "optimizer" not in config:
-        return engine
+    engine = deepspeed.initialize(model=module, optimizer=_adam(module, block), config=config)[0]
     if config["zero_optimization"]["stage"] == 0 and config["bf16"]["enabled"]:
         _forget_phantom_step(engine.optimizer.optimizer)
     if config["fp16"]["enabled"]:
         # The trainer says itself that the loss scale cannot be lowered any further.
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def _adam(module: nn.Module, block: TrainerBlock) -> torch.optim.Optimizer:
+    """PyTorch's AdamW in one pass over memory; DeepSpeed's configuration cannot ask for that."""
+    return torch.optim.AdamW(
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
+        lr=block.learning_rate,
+        betas=(block.adam_beta1, block.adam_beta2),
+        eps=block.adam_epsilon,
+        weight_decay=block.weight_decay,
+        fused=True,
+    )
 
 
 def _require_dtype(config: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 from actors.cpu_collectives import load_cpu_collectives
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
-from actors.deepspeed_engine import gradient_norm, loss_scale, start_engine
+from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, training_engine
 from actors.host_memory import keep_freed_memory
 from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
 from actors.weight_sync.nccl import PolicySource, open_sender
@@ -91,7 +91,7 @@ class _TrainerRank:
         # transformers shards while loading as long as this object lives.
         self._zero3 = [HfDeepSpeedConfig(config)] if spec.trainer.zero_stage == 3 else []
         self._policy = self._load(spec.folder, spec.model)
-        self._engine = start_engine(CompletionLogps(self._policy), config)
+        self._engine = training_engine(CompletionLogps(self._policy), config, spec.trainer)
         self._engine.train()
         self._layout = self._supported_layout()
         self._references = [self._reference()] if self._needs_reference() else []
@@ -130,7 +130,7 @@ class _TrainerRank:
         whole = self._spec.model.model_copy(update={"lora": None})
         copy = self._load(self._spec.reference_folder, whole).requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
-        frozen: nn.Module = start_engine(CompletionLogps(copy), config)
+        frozen: nn.Module = frozen_engine(CompletionLogps(copy), config)
         frozen.eval()
         return FrozenCopy(frozen) if follows is None else FollowingCopy(frozen, module, follows, self._stored)
 

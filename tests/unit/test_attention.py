@@ -1,6 +1,6 @@
 """Packed rows against padded ones and against a dense mask: the same log-probs, the same gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from raylign.training.attention import packed_attention
+from raylign.training.attention_blocked import blocked_attention
+from raylign.training.attention_joined import joined_attention
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, Segment, TokenBatch, token_batch
 from tests.unit.tiny_models import PACKABLE, WINDOW, build
@@ -28,6 +30,9 @@ PROMPT_OF = {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 4}
 POSITION = [0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
+Attention = Callable[[Tensor, Tensor, Tensor, Sequence[Segment], float | None, int | None], Tensor]
+
+
 def dense_mask(window: int | None) -> Tensor:
     """[15, 15]: a token sees itself, its own before it and its prompt, no further back than the window."""
     rows = [[_sees(query, key, window) for key in range(15)] for query in range(15)]
@@ -43,24 +48,40 @@ def _sees(query: int, key: int, window: int | None) -> bool:
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("attention", [joined_attention, blocked_attention])
 def test_a_packed_row_is_attention_under_a_dense_mask(
-    key_heads: int, window: int | None, scaling: float | None
+    attention: Attention, key_heads: int, window: int | None, scaling: float | None
 ) -> None:
     """Gradients too: those of a prompt's keys and values add up over its completions."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 15, 8), (1, key_heads, 15, 8), (1, key_heads, 15, 8)]
     query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
-    found, weights = packed_attention(
-        nn.Module(), query, key, value, None, segments=SEGMENTS, scaling=scaling, sliding_window=window, dropout=0.0
-    )
+    found = attention(query, key, value, SEGMENTS, scaling, window)
     expected = scaled_dot_product_attention(
         query, key, value, attn_mask=dense_mask(window), scale=scaling, enable_gqa=True
     ).transpose(1, 2)
-    assert weights is None
     torch.testing.assert_close(found, expected)
     factors = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     gradients = [torch.autograd.grad((output * factors).sum(), (query, key, value)) for output in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_a_backward_pass_in_blocks_is_one_in_a_piece(window: int | None) -> None:
+    """Prompts and completions of up to three blocks of queries, in bfloat16, against fp64 under a dense mask."""
+    segments = (Segment(0, 300, (290, 520)), Segment(1110, 5, (700,)))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 1815, 16), (1, 2, 1815, 16), (1, 2, 1815, 16), (1, 1815, 4, 16)]
+    *parts, factors = (torch.randn(shape, generator=generator) for shape in shapes)
+    narrow = [part.bfloat16().requires_grad_() for part in parts]
+    wide = [part.bfloat16().double().requires_grad_() for part in parts]
+    outputs = blocked_attention(*narrow, segments, None, window), joined_attention(*wide, segments, None, window)
+    found, expected = (
+        torch.autograd.grad((output * factors).sum(), inputs)
+        for output, inputs in zip(outputs, (narrow, wide), strict=True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 0.01 * other.norm()
 
 
 def test_a_prompt_gets_the_sum_of_the_gradients_of_its_completions() -> None:

@@ -12,11 +12,6 @@ def test_the_whole_configuration_by_hand() -> None:
     block = TrainerBlock(
         ranks=2,
         zero_stage=2,
-        learning_rate=3e-4,
-        weight_decay=0.01,
-        adam_beta1=0.8,
-        adam_beta2=0.95,
-        adam_epsilon=1e-6,
         max_grad_norm=0.5,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=4,
@@ -30,10 +25,6 @@ def test_the_whole_configuration_by_hand() -> None:
         "bf16": {"enabled": True},
         "fp16": {"enabled": False, "hysteresis": 1, "min_loss_scale": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"torch_adam": True, "lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.01},
-        },
         "steps_per_print": 1_000_000_000,
     }
 

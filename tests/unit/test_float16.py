@@ -8,7 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from actors.deepspeed_config import deepspeed_config, reference_config
-from actors.deepspeed_engine import start_engine
+from actors.deepspeed_engine import frozen_engine
 from raylign.config.blocks import TrainerBlock
 from raylign.errors import TrainerError
 from raylign.reporting import round_table, warnings
@@ -26,7 +26,7 @@ def test_a_device_without_the_dtype_is_refused_with_another(
     monkeypatch.setattr(get_accelerator(), name, lambda: False)
     for config in (deepspeed_config(TrainerBlock(), dtype), reference_config(dtype, zero_stage=0)):
         with pytest.raises(TrainerError, match=f"does not compute in {dtype}; set model.dtype=.*float16 or float32"):
-            start_engine(torch.nn.Linear(1, 1), config)
+            frozen_engine(torch.nn.Linear(1, 1), config)
 
 
 def test_stage_1_stands_in_for_the_plain_float16_engine() -> None:

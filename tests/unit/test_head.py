@@ -59,14 +59,14 @@ def gradients(scores: TokenScores, given: Inputs, of_logps: bool, of_entropies: 
     return torch.autograd.grad(total, leaves)
 
 
-@pytest.fixture(params=[None, 1, 3, 4, 100], ids=lambda rows: f"chunks of {rows}")
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows per chunk: as it is, one by one, uneven, uneven, all."""
+@pytest.fixture(params=[None, (1, 100), (100, 1), (3, 5), (4, 16)], ids=lambda shape: f"tiles of {shape}")
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, token by token, entry by entry, uneven in both ways, one entry left over."""
     if request.param is not None:
-        monkeypatch.setattr(head, "_CHUNK_BYTES", request.param * 4 * VOCABULARY)
+        monkeypatch.setitem(head._TILES, "cpu", head.Tile(*request.param))
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_those_of_the_full_logits(dtype: torch.dtype, bias: bool) -> None:
@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_full_logits(dtype: torch.dtype, bias: bool) -> 
         assert one.requires_grad == (name in ("logps", "entropies")), name
 
 
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("of_logps", "of_entropies"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
