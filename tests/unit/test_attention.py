@@ -72,14 +72,13 @@ def test_a_backward_pass_in_blocks_is_one_in_a_piece(window: int | None) -> None
     segments = (Segment(0, 300, (290, 520)), Segment(1110, 5, (700,)))
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 1815, 16), (1, 2, 1815, 16), (1, 2, 1815, 16), (1, 1815, 4, 16)]
-    *parts, factors = (torch.randn(shape, generator=generator) for shape in shapes)
-    narrow = [part.bfloat16().requires_grad_() for part in parts]
-    wide = [part.bfloat16().double().requires_grad_() for part in parts]
-    outputs = blocked_attention(*narrow, segments, None, window), joined_attention(*wide, segments, None, window)
-    found, expected = (
-        torch.autograd.grad((output * factors).sum(), inputs)
-        for output, inputs in zip(outputs, (narrow, wide), strict=True)
-    )
+    query, key, value, factors = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+    def gradients(attention: Attention, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        q, k, v = (part.to(dtype).requires_grad_() for part in (query, key, value))
+        return torch.autograd.grad((attention(q, k, v, segments, None, window) * factors).sum(), (q, k, v))
+
+    found, expected = gradients(blocked_attention, torch.bfloat16), gradients(joined_attention, torch.float64)
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other).norm() < 0.01 * other.norm()
 

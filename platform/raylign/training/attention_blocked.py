@@ -63,11 +63,10 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value = ctx.saved_tensors
-        # [H_kv, H / H_kv, T, D]: the queries that share a key stand together.
-        groups = (key.shape[1], query.shape[1] // key.shape[1])
-        queries, grads = query[0].unflatten(0, groups), grad[0].transpose(0, 1).unflatten(0, groups)
         grad_query = grad.new_empty(grad.shape)
-        of_queries = grad_query[0].transpose(0, 1).unflatten(0, groups)
+        heads = (query[0], grad[0].transpose(0, 1), grad_query[0].transpose(0, 1))
+        # [H_kv, H / H_kv, T, D]: the queries that share a key stand together.
+        queries, grads, of_queries = (part.view(key.shape[1], -1, *part.shape[1:]) for part in heads)
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for piece in _pieces(ctx.segments):
@@ -139,7 +138,7 @@ def _block_backward(
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
     sums[0].add_(torch.bmm(of_scores.transpose(1, 2), queries))
     sums[1].add_(torch.bmm(weights.transpose(1, 2), grads))
-    return torch.bmm(of_scores, key).mul_(scale).unflatten(1, query.shape[1:3])
+    return torch.bmm(of_scores, key).mul_(scale).view(query.shape)
 
 
 @functools.lru_cache(maxsize=32)
