@@ -45,6 +45,7 @@ class EngineSpec:
     enforce_eager: bool
     trust_remote_code: bool
     seed: int
+    threads: int
 
 
 def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
@@ -54,6 +55,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         # A per-request seed kills the CPU engine when a prefill is chunked.
         options |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(spec.kv_cache_gb * _GIB)}
         options |= {"max_num_batched_tokens": max(_CPU_BATCH_TOKENS, spec.max_model_len)}
+        options |= {"distributed_executor_backend": "uni"} if spec.tensor_parallel_size == 1 else {}
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.transport == "lora":
@@ -81,12 +83,23 @@ def _supported_rank(rank: int) -> int:
     return max(8, 1 << (rank - 1).bit_length())
 
 
+def _compute_in_the_engine(threads: int) -> None:
+    """Let a CPU engine compute in its own process, on `threads` threads.
+
+    A worker process of its own would leave one core to an engine that spins while it waits. vLLM takes "uni" on CPUs
+    from those only who set its threads themselves.
+    """
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+
+
 class _Generator:
     """Samples, scores fixed tokens for the canary, and takes new weights. One asyncio loop, many requests at once."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         clean_up_family(os.getpid())
+        if spec.device == "cpu" and spec.tensor_parallel_size == 1:
+            _compute_in_the_engine(spec.threads)
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []
         self._requests = 0

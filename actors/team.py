@@ -157,6 +157,7 @@ def _start_generators(
         enforce_eager=block.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
+        threads=config.placement.cpus_per_actor,
     )
     handles = [Generator.options(**_options(place, group)).remote(spec) for place in plan.generators]
     actors += handles

@@ -1,6 +1,7 @@
 """The recipe as a Ray job: only the uploaded folder and the installed packages are on the cluster."""
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -169,11 +170,11 @@ def imported(text: str) -> dict[str, set[str]]:
 
 
 def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+    shared, name = tmp_path / "shared", f"submitted-{os.getpid()}"
     assert "authentication" in cluster.refusal("job", "list", without="RAY_AUTH_MODE").lower()
     output = cluster.ray(
         *("job", "submit", "--working-dir", ".", "--runtime-env", RUNTIME_ENV, "--submission-id", "snapshot"),
-        *("--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, f"run.dir={shared}", "run.name=submitted"),
+        *("--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, f"run.dir={shared}", f"run.name={name}"),
         cwd=checkout,
         timeout_s=2 * START_S,
     )
@@ -193,7 +194,7 @@ def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_
     print(f"snapshot: {len(files)} files, {megabytes:.2f} MB")
     assert megabytes < SMALL_MB
 
-    directory = open_run(shared / "submitted")
+    directory = open_run(shared / name)
     (report,) = directory.reports()
     preferences = pq.read_table(directory.round(1) / "preferences.parquet")
     assert report.counts["preferences"] == preferences.num_rows > 0
@@ -204,13 +205,13 @@ def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_
     log = cluster.job_log("snapshot")
     assert not set("\x1b\r\b") & set(log)
     assert "Traceback" not in log
-    assert weight_folders("submitted") == []
+    assert weight_folders(name) == []
 
 
 def test_a_stopped_job_cleans_up_after_itself(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     environment = yaml.safe_load((checkout / RUNTIME_ENV).read_text())
     environment["env_vars"]["VLLM_LOGGING_LEVEL"] = "INFO"  # also set by the run itself, which must not clash
-    run = tmp_path / "shared/stopped"
+    run = tmp_path / f"shared/stopped-{os.getpid()}"
     cluster.ray(
         *("job", "submit", "--no-wait", "--working-dir", ".", "--runtime-env-json", json.dumps(environment)),
         *("--submission-id", "stopped", "--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, *LONG_TRAINING),
@@ -238,5 +239,5 @@ def test_a_stopped_job_cleans_up_after_itself(cluster: Cluster, checkout: Path, 
         return [line for line in cluster.head.processes().values() if any(name in line for name in names)]
 
     wait_until(lambda: not ours(), 10, lambda: f"processes are left: {ours()}")
-    assert weight_folders("stopped") == []
+    assert weight_folders(run.name) == []
     assert [path for path in segments if path.exists()] == []

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import raylign.training.attention as attention
 from raylign.errors import ModelError
+from raylign.training.adapted_linear import use_fused_adapters
 from raylign.training.head import TokenScores, linear_scores
 from raylign.training.rms_norm import use_lean_norms
 from raylign.training.sequences import TokenBatch
@@ -49,6 +50,7 @@ class CompletionLogps(nn.Module):
         causal = causal_lm(model)
         _require_plain_head(causal)
         use_lean_norms(causal)
+        use_fused_adapters(causal)
         # Called as a module, so that ZeRO-3 gathers its weight.
         head = causal.get_output_embeddings()
         head.forward = MethodType(_score_labels, head)
