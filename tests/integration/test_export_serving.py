@@ -68,7 +68,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         enforce_eager=True,
         trust_remote_code=False,
         seed=0,
-        threads=2,
+        threads=1,
     )
     generator = _Generator(spec)
     await generator.ready()

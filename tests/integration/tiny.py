@@ -25,6 +25,7 @@ SMALLEST = (
     "sampling.max_new_tokens=12",
     "prompts.held_out=2",
     "pairing.min_margin=0",
+    "placement.cpus_per_actor=1",  # tests run side by side
 )
 LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
 LONG_TRAINING = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
