@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/raylign run $(RECIPE) run.name=demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

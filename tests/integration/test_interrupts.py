@@ -50,10 +50,12 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     settings: Sequence[str],
     line: str,
     stages: list[str],
+    served_llama: str,
     tmp_path: Path,
 ) -> None:
+    model = () if stages else (f"model.path={served_llama}",)  # a random model's texts all score alike: no pairs
     name = f"stop-{uuid.uuid4().hex[:12]}"
-    with Watched(command(*SMALLEST, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
+    with Watched(command(*SMALLEST, *model, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
         run.wait_for(line)
         time.sleep(3)  # into the stage
         assert any("gcs_server" in line for line in run.processes().values())

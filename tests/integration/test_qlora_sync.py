@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from actors.team import Team, plan_team, team
 from raylign.config import RunConfig, parse_config
@@ -38,28 +38,6 @@ def config() -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def folder(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama whose heads are as wide as vLLM asks."""
-    made = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(shape).save_pretrained(made)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(made)
-    return str(made)
-
-
-@pytest.fixture(scope="module")
 def prompt(smollm2: str) -> Prompt:
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     chat = [{"role": "user", "content": "Tell me about a film in which nothing happens."}]
@@ -67,21 +45,21 @@ def prompt(smollm2: str) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def roles(folder: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+def roles(served_llama: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
     plan = plan_team(config, resources)
-    with team(config, folder=folder, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan) as roles:
+    with team(config, folder=served_llama, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan) as roles:
         yield roles
 
 
 def test_generators_serve_the_4_bit_policy(
-    roles: Team, config: RunConfig, prompt: Prompt, folder: str, tmp_path: Path
+    roles: Team, config: RunConfig, prompt: Prompt, served_llama: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightSyncError, match="canary"):
         roles.publisher.verify()
     assert agree_on_weights(roles.publisher, config.model)["logprob_gap_mean"] < _LIMIT
     assert roles.publisher.verify()["logprob_gap_mean"] < _LIMIT
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(served_llama)
     pair = tuple(
         Candidate("p0", i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
         for i, text in enumerate(("Nothing happens, beautifully.", "It is a film."))
@@ -92,7 +70,7 @@ def test_generators_serve_the_4_bit_policy(
 
     roles.trainers.save_weights(str(tmp_path / "pushed.safetensors"))
     roles.trainers.save_adapter(str(tmp_path / "adapter"))
-    exported = export_model(tmp_path / "adapter", folder, tmp_path / "out", True, FACTS, config.model)
+    exported = export_model(tmp_path / "adapter", served_llama, tmp_path / "out", True, FACTS, config.model)
     pushed, merged = load_file(tmp_path / "pushed.safetensors"), load_file(exported / "model.safetensors")
     assert pushed.keys() == merged.keys()
     assert all(torch.equal(pushed[name], merged[name]) for name in pushed)
