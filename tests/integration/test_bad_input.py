@@ -149,13 +149,13 @@ def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path) -> None:
+def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path, served_llama: str) -> None:
     """Round 1 goes on with what was scored; in round 2 nothing is, and only that round is lost."""
     settings = (
         *SMALLEST,
         *("run.dir=runs", "run.name=careless", "prompts.source=prompts.json", "schedule.rounds=2"),
         *("schedule.prompts_per_round=6", "scoring.function=careless:score", "scoring.batch_size=3"),
-        *("scoring.timeout_s=2", "scoring.max_unscored=0.6"),
+        *("scoring.timeout_s=2", "scoring.max_unscored=0.6", f"model.path={served_llama}"),
     )
     with Watched(command_line(*settings), careless) as run:
         status, _ = run.finish(START_S + 200)
