@@ -12,7 +12,7 @@ from raylign.errors import TrainerError
 
 
 def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
-    """A DeepSpeed engine around `module` without an optimizer."""
+    """A DeepSpeed engine around `module` without an optimizer. Raises TrainerError as `training_engine` does."""
     _require_dtype(config)
     return deepspeed.initialize(model=module, config=config)[0]
 
@@ -23,7 +23,7 @@ def training_engine(module: nn.Module, config: dict[str, Any], block: TrainerBlo
     Raises TrainerError when the device does not compute in the wanted dtype.
     """
     _require_dtype(config)
-    engine = deepspeed.initialize(model=module, optimizer=_adam(module, block), config=config)[0]
+    engine = deepspeed.initialize(model=module, optimizer=adamw(module, block), config=config)[0]
     if config["zero_optimization"]["stage"] == 0 and config["bf16"]["enabled"]:
         _forget_phantom_step(engine.optimizer.optimizer)
     if config["fp16"]["enabled"]:
@@ -32,7 +32,7 @@ def training_engine(module: nn.Module, config: dict[str, Any], block: TrainerBlo
     return engine
 
 
-def _adam(module: nn.Module, block: TrainerBlock) -> torch.optim.Optimizer:
+def adamw(module: nn.Module, block: TrainerBlock) -> torch.optim.Optimizer:
     """PyTorch's AdamW in one pass over memory; DeepSpeed's configuration cannot ask for that."""
     return torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],

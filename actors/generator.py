@@ -47,6 +47,11 @@ class EngineSpec:
     seed: int
     threads: int
 
+    @property
+    def one_process(self) -> bool:
+        """Whether the engine computes in its own process, with no worker beside it."""
+        return self.device == "cpu" and self.tensor_parallel_size == 1
+
 
 def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     """vLLM's arguments for `spec`."""
@@ -55,7 +60,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         # A per-request seed kills the CPU engine when a prefill is chunked.
         options |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(spec.kv_cache_gb * _GIB)}
         options |= {"max_num_batched_tokens": max(_CPU_BATCH_TOKENS, spec.max_model_len)}
-        options |= {"distributed_executor_backend": "uni"} if spec.tensor_parallel_size == 1 else {}
+        options |= {"distributed_executor_backend": "uni"} if spec.one_process else {}
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.transport == "lora":
@@ -98,7 +103,7 @@ class _Generator:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         clean_up_family(os.getpid())
-        if spec.device == "cpu" and spec.tensor_parallel_size == 1:
+        if spec.one_process:
             _compute_in_the_engine(spec.threads)
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []

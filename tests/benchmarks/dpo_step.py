@@ -64,14 +64,14 @@ def main(
         tokenizer = load_tokenizer(embedded)
         model = save_random_qwen3(Path(scratch, "qwen3")) if gpu else embedded
         pairs = read_pairs(data, tokenizer, steps * batch, GPU_MAX_LENGTH if gpu else max_length)
-        longest = sorted(pairs, key=lambda pair: -pair.real_tokens)[:batch]
+        longest = sorted(range(len(pairs)), key=lambda index: -pairs[index].real_tokens)[:batch]
         job = DpoJob(
             folder=model,
             tokenizer=embedded,
             pad_id=int(tokenizer.pad_token_id),
             # The largest step comes first: no contestant has to take fresh memory in a step that is timed.
-            warm_up=tuple(longest),
-            steady=tuple(pair for pair in pairs if pair not in longest),
+            warm_up=tuple(pairs[index] for index in longest),
+            steady=tuple(pair for index, pair in enumerate(pairs) if index not in longest),
             batch=batch,
             micro_batch=batch,
             learning_rate=learning_rate,

@@ -90,7 +90,10 @@ def test_a_prompt_gets_the_sum_of_the_gradients_of_its_completions() -> None:
 
     def prompt_gradient(tokens: Sequence[int], lengths: tuple[int, ...]) -> Tensor:
         queries, keys, values = (part[:, :, list(tokens)] for part in (query, key, value))
-        output, _ = packed_attention(nn.Module(), queries, keys, values, None, segments=(Segment(0, 3, lengths),))
+        output, weights = packed_attention(
+            nn.Module(), queries, keys, values, None, segments=(Segment(0, 3, lengths),), dropout=0.0
+        )
+        assert weights is None
         (gradient,) = torch.autograd.grad((output[:, 3:] ** 2).sum(), key)
         return gradient[:, :, :3]
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
 from actors.deepspeed_config import deepspeed_config, reference_config
+from actors.deepspeed_engine import adamw
 from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
 
 
@@ -27,6 +29,17 @@ def test_the_whole_configuration_by_hand() -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
     }
+
+
+def test_the_optimizer_by_hand() -> None:
+    """Only what is trained, in one fused pass."""
+    module = torch.nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    block = TrainerBlock(learning_rate=3e-4, weight_decay=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    (group,) = adamw(module, block).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(module.weight)]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 1e-6, 0.01)
+    assert group["fused"]
 
 
 @pytest.mark.parametrize(

@@ -5,24 +5,17 @@ In bfloat16 PyTorch's own backward takes three to six times as long on CPUs.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raylign.training.attention_joined import causal_attention, visible
+from raylign.training.attention_pieces import Piece, causal_attention, pieces_of, visible
 from raylign.training.sequences import Segment
 
 _BLOCK = 256
 """Queries whose attention weights exist at a time in the backward pass."""
-
-
-class Piece(NamedTuple):
-    """Tokens `own` of a row look at themselves and at `prompt`, which is empty where it is part of `own`."""
-
-    prompt: slice
-    own: slice
 
 
 def blocked_attention(
@@ -51,7 +44,7 @@ class _BlockedAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         output = query.new_empty(query.transpose(1, 2).shape)
-        for piece in _pieces(segments):
+        for piece in pieces_of(segments):
             keys, values = _seen(key, piece), _seen(value, piece)
             queries = query[:, :, piece.own]
             output[:, piece.own] = causal_attention(queries, keys, values, scale, window).transpose(1, 2)
@@ -69,7 +62,7 @@ class _BlockedAttention(torch.autograd.Function):
         queries, grads, of_queries = (part.view(key.shape[1], -1, *part.shape[1:]) for part in heads)
         wide = torch.promote_types(key.dtype, torch.float32)
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for piece in _pieces(ctx.segments):
+        for piece in pieces_of(ctx.segments):
             keys, values = _seen(key, piece)[0].contiguous(), _seen(value, piece)[0].contiguous()
             of_keys, of_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
             for block, seen in _blocks(piece, ctx.window):
@@ -84,19 +77,6 @@ class _BlockedAttention(torch.autograd.Function):
             _add(grad_key[0], piece, of_keys.mul_(ctx.scale))
             _add(grad_value[0], piece, of_values)
         return grad_query.transpose(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
-
-
-def _pieces(segments: Sequence[Segment]) -> Iterator[Piece]:
-    """Each prompt with its first completion, then the other completions one by one."""
-    for segment in segments:
-        first, *others = segment.completions or (0,)
-        end = segment.start + segment.prompt
-        yield Piece(slice(segment.start, segment.start), slice(segment.start, end + first))
-        own = end + first
-        for length in others:
-            if length:
-                yield Piece(slice(segment.start, end), slice(own, own + length))
-            own += length
 
 
 def _seen(row: Tensor, piece: Piece) -> Tensor:

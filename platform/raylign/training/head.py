@@ -73,7 +73,7 @@ class _LinearScores(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
         tile = _TILES[hidden.device.type]
         for columns in _spans(weight.shape[0], tile.entries):
-            of_columns = torch.zeros_like(weight[columns], dtype=torch.float32)
+            of_columns = torch.zeros_like(weight[columns], dtype=torch.float32) if to_weight else None
             for rows in _spans(hidden.shape[0], tile.tokens):
                 logits, own = _logits(hidden[rows], weight, bias, columns), labels[rows] - columns.start
                 slopes = None if of_entropies is None else of_entropies[:, rows]
@@ -83,9 +83,9 @@ class _LinearScores(torch.autograd.Function):
                 narrow = gradient.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] += narrow @ weight[columns]
-                if grad_weight is not None:
+                if of_columns is not None:
                     of_columns += narrow.T @ hidden[rows]
-            if grad_weight is not None:
+            if grad_weight is not None and of_columns is not None:
                 grad_weight[columns] = of_columns
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
