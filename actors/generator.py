@@ -26,6 +26,8 @@ from raylign.sampling import Decoding
 _ADAPTER = "policy"
 _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 16384
+_CPU_BLOCK = 32
+"""Tokens of a KV-cache block, the fewest that vLLM takes on CPUs: candidates share whole blocks of their prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         # A per-request seed kills the CPU engine when a prefill is chunked.
         options |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(spec.kv_cache_gb * _GIB)}
         options |= {"max_num_batched_tokens": max(_CPU_BATCH_TOKENS, spec.max_model_len)}
+        options |= {"block_size": _CPU_BLOCK}
         options |= {"distributed_executor_backend": "uni"} if spec.one_process else {}
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}

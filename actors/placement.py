@@ -50,20 +50,33 @@ def choose_device(block: PlacementBlock, available: Mapping[str, float]) -> Devi
 def plan_placement(
     block: PlacementBlock, generators: GeneratorsBlock, trainer: TrainerBlock, device: Device
 ) -> PlacementPlan:
-    """Bundles for the roles. Colocated: generators and trainers share bundles, half of each; else each has its own."""
+    """Bundles for the roles. Colocated: generators and trainers share bundles, half of each; else each has its own.
+
+    On CPUs as many ranks share a generator's bundle as its cores are enough for; the others have bundles of their own.
+    """
     width = generators.tensor_parallel_size
     gpu = 1.0 if device == "gpu" else 0.0
-    cpus = float(block.cpus_per_actor)
-    generator_bundles = [_bundle(cpus, gpu * width)] * generators.count
+    cpus, rank_cpus = float(block.generator_cpus), float(block.trainer_cpus)
     if block.mode == "disaggregated":
-        trainer_bundles = [_bundle(cpus, gpu)] * trainer.ranks
-        places = tuple(ActorPlace(generators.count + rank, cpus, gpu) for rank in range(trainer.ranks))
+        bundles = [_bundle(cpus, gpu * width)] * generators.count + [_bundle(rank_cpus, gpu)] * trainer.ranks
         own = tuple(ActorPlace(index, cpus, gpu * width) for index in range(generators.count))
-        return PlacementPlan(device, (*generator_bundles, *trainer_bundles), own, places, block.scorer_cpus)
-    bundles = (*generator_bundles, *[_bundle(cpus, gpu)] * (trainer.ranks - generators.count))
-    own = tuple(ActorPlace(index, cpus / 2, gpu / 2) for index in range(generators.count))
-    places = tuple(ActorPlace(rank, cpus / 2, gpu / 2) for rank in range(trainer.ranks))
-    return PlacementPlan(device, bundles, own, places, block.scorer_cpus)
+        places = tuple(ActorPlace(generators.count + rank, rank_cpus, gpu) for rank in range(trainer.ranks))
+        return PlacementPlan(device, tuple(bundles), own, places, block.scorer_cpus)
+    homes = _homes(
+        trainer.ranks, generators.count, 1 if device == "gpu" else block.generator_cpus // block.trainer_cpus
+    )
+    bundles = [_bundle(max(cpus, rank_cpus), gpu)] * generators.count
+    bundles += [_bundle(rank_cpus, gpu)] * (max(homes) + 1 - generators.count)
+    own = tuple(ActorPlace(index, bundles[index]["CPU"] / 2, gpu / 2) for index in range(generators.count))
+    places = tuple(ActorPlace(home, bundles[home]["CPU"] / 2 / homes.count(home), gpu / 2) for home in homes)
+    return PlacementPlan(device, tuple(bundles), own, places, block.scorer_cpus)
+
+
+def _homes(ranks: int, generators: int, beside: int) -> list[int]:
+    """The bundle of each rank: `beside` of them (at least one) with each generator, the others alone."""
+    homes = [rank // max(1, beside) for rank in range(ranks)]
+    together = sum(home < generators for home in homes)
+    return [*homes[:together], *range(generators, generators + ranks - together)]
 
 
 def _bundle(cpus: float, gpus: float) -> dict[str, float]:
@@ -76,8 +89,8 @@ def require_resources(plan: PlacementPlan, available: Mapping[str, float]) -> No
     if short:
         needs = ", ".join(f"{need:g} {name} (available {available.get(name, 0.0):g})" for name, need in short.items())
         raise PlacementError(
-            f"the cluster is too small: the roles need {needs}; lower placement.cpus_per_actor, trainer.ranks or "
-            "generators.count, or set placement.mode=colocated"
+            f"the cluster is too small: the roles need {needs}; lower placement.generator_cpus, "
+            "placement.trainer_cpus, trainer.ranks or generators.count, or set placement.mode=colocated"
         )
 
 

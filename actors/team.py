@@ -157,7 +157,7 @@ def _start_generators(
         enforce_eager=block.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
-        threads=config.placement.cpus_per_actor,
+        threads=config.placement.generator_cpus,
     )
     handles = [Generator.options(**_options(place, group)).remote(spec) for place in plan.generators]
     actors += handles
@@ -182,7 +182,7 @@ def _start_trainers(
         reference=config.reference,
         total_steps=planned_steps(config.schedule.prompts_per_round, config.schedule.rounds, config.trainer),
         seed=config.run.seed,
-        threads=config.placement.cpus_per_actor,
+        threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",
     )
     first = _options(plan.trainers[0], group) | {"num_cpus": 0, "num_gpus": 0}

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
-from actors.cpu_collectives import load_cpu_collectives
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
 from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, training_engine
 from actors.host_memory import keep_freed_memory
@@ -51,6 +50,7 @@ from raylign.training.sequences import Completions, Layout, token_batch, token_c
 from raylign.training.weights import adapter_weights, checkpoint_weights
 
 log = logging.getLogger(__name__)
+_INFERENCE_COLLECTIVES = "deepspeed_shm_comm"
 _CURE = "lower trainer.learning_rate or set model.dtype=float32"
 
 
@@ -313,8 +313,8 @@ def _join_group(spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
-    if not spec.on_gpu:
-        load_cpu_collectives(spec.trainer.start_timeout_s)
+    # Half a minute of compiling at a machine's first start, for collectives that only DeepSpeed's inference calls.
+    deepspeed.ops.__compatible_ops__[_INFERENCE_COLLECTIVES] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if spec.on_gpu else "gloo", timeout=timedelta(seconds=spec.trainer.step_timeout_s)
     )

@@ -58,9 +58,9 @@ stop_if_up_to_date() {
 
 check_machine() {
   local need_gib free_gib driver
-  command -v c++ >/dev/null || command -v g++ >/dev/null || die "no C++ compiler; DeepSpeed and PyTorch compile kernels when first used. Debian, Ubuntu: apt install g++"
+  command -v c++ >/dev/null || command -v g++ >/dev/null || die "no C++ compiler; vLLM and PyTorch compile kernels with it. Debian, Ubuntu: apt install g++"
   "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
-    die "Python.h is missing; DeepSpeed compiles kernels against it. Debian, Ubuntu: apt install python${python_version%.*}-dev"
+    die "Python.h is missing; PyTorch compiles kernels against it. Debian, Ubuntu: apt install python${python_version%.*}-dev"
   need_gib=8
   [[ $device == gpu ]] && need_gib=20
   free_gib=$(df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }')

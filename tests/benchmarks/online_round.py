@@ -1,5 +1,6 @@
 """Online DPO end to end: TRL's OnlineDPOTrainer and raylign in turn on the same prompts with the same reward."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,13 @@ def main(
     folder = results_folder(name)
     stage = Stage(report_console(), folder, threads or cores())
     facts = machine(stage)
-    shape = (f"placement.cpus_per_actor={stage.threads}", f"trainer.per_device_train_batch_size={trl_batch}")
+    ranks = math.gcd(stage.threads, trl_batch)
+    shape = (
+        f"placement.generator_cpus={stage.threads}",
+        f"placement.trainer_cpus={stage.threads // ranks}",
+        f"trainer.ranks={ranks}",
+        f"trainer.per_device_train_batch_size={trl_batch // ranks}",
+    )
     with tempfile.TemporaryDirectory(prefix="bench-online-") as scratch, measured(name):
         contest = _Contest(stage, Path(scratch), trl_batch)
         if wall_clock:

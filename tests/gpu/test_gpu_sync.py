@@ -35,7 +35,11 @@ def test_training_reaches_the_generators(name: str, smollm2: str, resources: dic
         for i, text in enumerate(("Rome, of course.", "The capital is Paris."))
     )
     config = parse_config(
-        {"placement": {"device": "gpu", "cpus_per_actor": 1}, "trainer": {"learning_rate": 1e-4}, **_TRANSPORTS[name]}
+        {
+            "placement": {"device": "gpu", "generator_cpus": 1, "trainer_cpus": 1},
+            "trainer": {"learning_rate": 1e-4},
+            **_TRANSPORTS[name],
+        }
     )
     with team(
         config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan_team(config, resources)

@@ -125,7 +125,7 @@ def test_a_missing_recipe_is_named(files: Path, ray_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ("placement.cpus_per_actor=64", ["the roles need 64 CPU (available", "lower placement.cpus_per_actor"]),
+        ("placement.generator_cpus=64", ["the roles need 64 CPU (available", "lower placement.generator_cpus"]),
         ("run.dir=empty.jsonl", ["empty.jsonl", "cannot be written", "run.dir"]),
         ("run.name=finished", ["runs/finished exists already", "run.name="]),
     ],

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 _CONFIG = {
     "model": {"dtype": "float32", "lora": {"r": 4, "lora_alpha": 8}},
     "trainer": {"per_device_train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
-    "placement": {"cpus_per_actor": 1},
+    "placement": {"generator_cpus": 1, "trainer_cpus": 1},
     "generators": {
         "max_model_len": 512,
         "max_num_seqs": 4,

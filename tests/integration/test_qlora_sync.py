@@ -23,7 +23,7 @@ _LIMIT = 0.02
 _CONFIG = {
     "model": {"dtype": "float32", "lora": {"r": 8, "lora_alpha": 16}, "load_in_4bit": True},
     "trainer": {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
-    "placement": {"cpus_per_actor": 1},
+    "placement": {"generator_cpus": 1, "trainer_cpus": 1},
     "generators": {
         "max_model_len": 256,
         "max_num_seqs": 4,

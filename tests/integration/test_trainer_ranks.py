@@ -84,11 +84,11 @@ def test_first_step_is_ln_2_and_training_learns(baselines: dict[str, Steps]) -> 
         assert steps[-1]["rewards/accuracies"] > 0.9
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 5e-3), ("float16", 2e-3)])
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1e-2), ("float16", 2e-3)])
 def test_half_precision_starts_at_ln_2_and_stages_agree(
     tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float
 ) -> None:
-    """They round differently per batch shape, so stages are compared on one and the same shape."""
+    """On one shape of batch, which decides how they round; stage 3 rounds like PEFT, whose layers it keeps."""
     for name in ("lora", "qlora"):
         model = MODELS[name] | {"dtype": dtype}
         stages = (0, 1, 2, 3) if name == "lora" else (0, 2)

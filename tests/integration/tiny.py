@@ -25,7 +25,8 @@ SMALLEST = (
     "sampling.max_new_tokens=12",
     "prompts.held_out=2",
     "pairing.min_margin=0",
-    "placement.cpus_per_actor=1",  # tests run side by side
+    "placement.generator_cpus=1",  # tests run side by side
+    "placement.trainer_cpus=1",
 )
 LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
 LONG_TRAINING = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")

@@ -120,11 +120,11 @@ def test_dockers_64_megabytes_of_shared_memory_warn_with_the_cure() -> None:
     assert machine.shared_memory_check(8 * GIB).status == "ok"
 
 
-def test_a_missing_compiler_fails_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.compiler_check().status == "ok"
     monkeypatch.setenv("CXX", "no-such-compiler")
     check = machine.compiler_check()
-    assert check.status == "fail" and "missing: no-such-compiler;" in check.found
+    assert check.status == "warn" and "missing: no-such-compiler;" in check.found
 
 
 def test_disk_room_is_that_of_the_nearest_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

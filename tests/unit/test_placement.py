@@ -16,10 +16,17 @@ Mode = Literal["colocated", "disaggregated"]
 
 
 def plan(
-    device: Device, mode: Mode, *, generators: int = 1, width: int = 1, ranks: int = 1, cpus: int = 2
+    device: Device,
+    mode: Mode,
+    *,
+    generators: int = 1,
+    width: int = 1,
+    ranks: int = 1,
+    cpus: int = 2,
+    rank_cpus: int = 0,
 ) -> PlacementPlan:
     return plan_placement(
-        PlacementBlock(mode=mode, cpus_per_actor=cpus),
+        PlacementBlock(mode=mode, generator_cpus=cpus, trainer_cpus=rank_cpus or cpus),
         GeneratorsBlock(count=generators, tensor_parallel_size=width),
         TrainerBlock(ranks=ranks),
         device,
@@ -72,15 +79,28 @@ def test_fewer_ranks_than_generators_share_the_first_bundles() -> None:
     assert [place.bundle for place in made.trainers] == [0, 1]
 
 
+def test_ranks_of_fewer_cores_share_a_generators_bundle_on_cpus() -> None:
+    """Two generators of 4 cores and five ranks of 2: two ranks beside each generator, the fifth alone."""
+    made = plan("cpu", "colocated", generators=2, ranks=5, cpus=4, rank_cpus=2)
+    assert made.bundles == ({"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 2.0})
+    assert made.generators == (ActorPlace(0, 2.0, 0.0), ActorPlace(1, 2.0, 0.0))
+    assert made.trainers == (*[ActorPlace(0, 1.0, 0.0)] * 2, *[ActorPlace(1, 1.0, 0.0)] * 2, ActorPlace(2, 1.0, 0.0))
+    assert [place.bundle for place in plan("gpu", "colocated", ranks=2, cpus=4, rank_cpus=1).trainers] == [0, 1]
+    assert plan("cpu", "colocated", cpus=1, rank_cpus=3).bundles == ({"CPU": 3.0},)
+
+
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
 @pytest.mark.parametrize("generators", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_no_bundle_is_promised_twice(device: Device, mode: Mode, generators: int, width: int, ranks: int) -> None:
+@pytest.mark.parametrize("rank_cpus", [1, 2, 3])
+def test_no_bundle_is_promised_twice(
+    device: Device, mode: Mode, generators: int, width: int, ranks: int, rank_cpus: int
+) -> None:
     if width > 1 and mode == "colocated":
         pytest.skip("refused by the config")
-    made = plan(device, mode, generators=generators, width=width, ranks=ranks)
+    made = plan(device, mode, generators=generators, width=width, ranks=ranks, rank_cpus=rank_cpus)
     assert (len(made.generators), len(made.trainers)) == (generators, ranks)
     cpus: defaultdict[int, float] = defaultdict(float)
     gpus: defaultdict[int, float] = defaultdict(float)
@@ -114,7 +134,8 @@ def test_a_small_cluster_is_told_what_is_required_and_available() -> None:
         require_resources(made, {"CPU": 6.0, "memory": 1e9})
     assert str(caught.value) == (
         "the cluster is too small: the roles need 8 CPU (available 6), 4 GPU (available 0); lower "
-        "placement.cpus_per_actor, trainer.ranks or generators.count, or set placement.mode=colocated"
+        "placement.generator_cpus, placement.trainer_cpus, trainer.ranks or generators.count, or set "
+        "placement.mode=colocated"
     )
 
 

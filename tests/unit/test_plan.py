@@ -15,6 +15,8 @@ from recipes.plan import RunPlan, make_plan, notes
 from recipes.plan_view import show_plan
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
+TWO_CORES_EACH = ("placement.generator_cpus=2", "placement.trainer_cpus=2")
+
 Plan = Callable[..., RunPlan]
 
 
@@ -53,7 +55,7 @@ def test_every_weight_trains_without_an_adapter(plan: Plan) -> None:
 
 def test_roles_and_resources_follow_the_placement(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 6)
-    found = plan("placement.mode=disaggregated", "placement.cpus_per_actor=2", "trainer.ranks=2")
+    found = plan("placement.mode=disaggregated", *TWO_CORES_EACH, "trainer.ranks=2")
     assert found.placement.required() == {"CPU": 6, "GPU": 0}
     assert [place.num_cpus for place in (*found.placement.generators, *found.placement.trainers)] == [2, 2, 2]
 
@@ -61,7 +63,7 @@ def test_roles_and_resources_follow_the_placement(plan: Plan, monkeypatch: pytes
 def test_too_few_cores_say_required_and_available(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     with pytest.raises(PlacementError, match=r"the roles need 4 CPU \(available 3\)"):
-        plan("placement.mode=disaggregated", "placement.cpus_per_actor=2")
+        plan("placement.mode=disaggregated", *TWO_CORES_EACH)
 
 
 def test_gpus_that_are_not_there_are_named(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

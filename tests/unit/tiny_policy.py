@@ -50,7 +50,7 @@ def save_recipe(folder: Path) -> Path:
         "scoring": {"function": "user_scores:length"},
         "trainer": {"per_device_train_batch_size": 2, "num_train_epochs": 2},
         "generators": {"max_model_len": 32},
-        "placement": {"device": "cpu", "cpus_per_actor": 1},
+        "placement": {"device": "cpu", "generator_cpus": 1, "trainer_cpus": 1},
         "schedule": {"rounds": 2, "prompts_per_round": 5},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))

@@ -206,8 +206,10 @@ class PlacementBlock(Block):
     """`auto`: gpu when the cluster has one."""
     mode: Literal["colocated", "disaggregated"] = "colocated"
     """`colocated`: generators and trainers take turns on the same devices; `disaggregated`: each has its own."""
-    cpus_per_actor: PositiveInt = 2
-    """CPU cores (and compute threads) of each generator and trainer actor."""
+    generator_cpus: PositiveInt = 2
+    """CPU cores (and compute threads) of each generator."""
+    trainer_cpus: PositiveInt = 2
+    """CPU cores (and compute threads) of each trainer rank. On CPUs, ranks of one core each waste the least time."""
     scorer_cpus: NonNegativeFloat = 0.0
     """CPU cores reserved for the scorer; 0 lets it share."""
     ready_timeout_s: PositiveFloat = 60.0

@@ -3,19 +3,16 @@
 In bfloat16 PyTorch's own backward takes three to six times as long on CPUs.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
-from raylign.training.attention_pieces import Piece, causal_attention, pieces_of, visible
+from raylign.training.attention_batches import Batch, batches_of
 from raylign.training.sequences import Segment
-
-_BLOCK = 256
-"""Queries whose attention weights exist at a time in the backward pass."""
 
 
 def blocked_attention(
@@ -28,101 +25,94 @@ def blocked_attention(
 ) -> Tensor:
     """Attention [1, T, H, D] of a packed row; query is [1, H, T, D], key and value are [1, H_kv, T, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _BlockedAttention.apply(query, key, value, segments, scale, window)  # type: ignore[no-untyped-call]
+    batches = batches_of(tuple(segments), window, query.dtype)
+    output: Tensor = _BlockedAttention.apply(query, key, value, batches, scale)  # type: ignore[no-untyped-call]
     return output
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: Sequence[Segment],
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        output = query.new_empty(query.transpose(1, 2).shape)
-        for piece in pieces_of(segments):
-            keys, values = _seen(key, piece), _seen(value, piece)
-            queries = query[:, :, piece.own]
-            output[:, piece.own] = causal_attention(queries, keys, values, scale, window).transpose(1, 2)
-        ctx.save_for_backward(query, key, value)
-        ctx.segments, ctx.scale, ctx.window = segments, scale, window
-        return output
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, batches: Sequence[Batch], scale: float) -> Tensor:
+        rows = tuple(_by_position(part) for part in (query, key, value))
+        output = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
+        for batch in batches:
+            blocks = batch.mask.shape[0]
+            indices = (batch.queries, batch.keys, batch.keys)
+            taken = (row.index_select(0, index) for row, index in zip(rows, indices, strict=True))
+            queries, keys, values = (part.view(blocks, -1, *part.shape[1:]).transpose(1, 2) for part in taken)
+            found = scaled_dot_product_attention(
+                queries, keys, values, attn_mask=batch.mask, scale=scale, enable_gqa=True
+            )
+            _put(found.transpose(1, 2).flatten(0, 1), batch, output)
+        ctx.save_for_backward(*rows)
+        ctx.batches, ctx.scale = batches, scale
+        return output[None]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        grad_query = grad.new_empty(grad.shape)
-        heads = (query[0], grad[0].transpose(0, 1), grad_query[0].transpose(0, 1))
-        # [H_kv, H / H_kv, T, D]: the queries that share a key stand together.
-        queries, grads, of_queries = (part.view(key.shape[1], -1, *part.shape[1:]) for part in heads)
+        of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         wide = torch.promote_types(key.dtype, torch.float32)
-        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for piece in pieces_of(ctx.segments):
-            keys, values = _seen(key, piece)[0].contiguous(), _seen(value, piece)[0].contiguous()
-            of_keys, of_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-            for block, seen in _blocks(piece, ctx.window):
-                of_queries[:, :, block] = _block_backward(
-                    queries[:, :, block],
-                    (keys[:, seen], values[:, seen]),
-                    grads[:, :, block],
-                    (of_keys[:, seen], of_values[:, seen]),
-                    ctx.scale,
-                    ctx.window,
-                )
-            _add(grad_key[0], piece, of_keys.mul_(ctx.scale))
-            _add(grad_value[0], piece, of_values)
-        return grad_query.transpose(1, 2), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        of_key, of_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+        for batch in ctx.batches:
+            blocks, _, queries, keys = batch.mask.shape
+            taken = (
+                query.index_select(0, batch.queries),
+                key.index_select(0, batch.keys),
+                value.index_select(0, batch.keys),
+                _without_padding(grad[0], batch),
+            )
+            by_head = tuple(_by_head(part, blocks, key.shape[1]) for part in taken)
+            found = _batch_backward(by_head, batch.mask, ctx.scale)
+            _put(_by_token(found[0], blocks, queries), batch, of_query)
+            of_key.index_add_(0, batch.keys, _by_token(found[1], blocks, keys).to(wide))
+            of_value.index_add_(0, batch.keys, _by_token(found[2], blocks, keys).to(wide))
+        rows = (of_query.mul_(ctx.scale), of_key.mul_(ctx.scale).to(key.dtype), of_value.to(value.dtype))
+        query, key, value = (row.transpose(0, 1)[None] for row in rows)
+        return query, key, value, None, None
 
 
-def _seen(row: Tensor, piece: Piece) -> Tensor:
-    """The keys or values [1, H_kv, K, D] that a piece looks at."""
-    own = row[:, :, piece.own]
-    return own if piece.prompt.start == piece.prompt.stop else torch.cat([row[:, :, piece.prompt], own], 2)
+def _by_position(part: Tensor) -> Tensor:
+    """[T, H, D] of [1, H, T, D]."""
+    return part[0].transpose(0, 1)
 
 
-def _add(row: Tensor, piece: Piece, gradient: Tensor) -> None:
-    prompt = piece.prompt.stop - piece.prompt.start
-    row[:, piece.prompt] += gradient[:, :prompt]
-    row[:, piece.own] += gradient[:, prompt:]
+def _put(found: Tensor, batch: Batch, output: Tensor) -> None:
+    """Results [B * Q, H, D] to their positions in the row; those of padding are left out."""
+    output.index_copy_(0, batch.queries[batch.slots], found.index_select(0, batch.slots))
 
 
-def _blocks(piece: Piece, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Queries of the row, and those of the piece's keys that they can see."""
-    before = piece.prompt.stop - piece.prompt.start - piece.own.start
-    for start in range(piece.own.start, piece.own.stop, _BLOCK):
-        end = min(start + _BLOCK, piece.own.stop)
-        first = 0 if window is None else max(0, before + start + 1 - window)
-        yield slice(start, end), slice(first, before + end)
+def _without_padding(grad: Tensor, batch: Batch) -> Tensor:
+    """[B * Q, H, D] of the row's [T, H, D], zero for padding: it adds nothing to any gradient."""
+    taken = grad.new_zeros(len(batch.queries), *grad.shape[1:])
+    return taken.index_copy_(0, batch.slots, grad.index_select(0, batch.queries[batch.slots]))
 
 
-def _block_backward(
-    query: Tensor,
-    seen: tuple[Tensor, Tensor],
-    grad: Tensor,
-    sums: tuple[Tensor, Tensor],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """The gradient of `query` [H_kv, G, Q, D]; those of the keys (over `scale`) and values seen are added to `sums`."""
-    key, value = seen
-    queries, grads = query.flatten(1, 2), grad.flatten(1, 2)
-    scores = torch.bmm(queries, key.transpose(1, 2))
-    mask = _added_mask(query.shape[1], query.shape[2], key.shape[1], window, key.dtype)
-    weights = torch.add(mask, scores, alpha=scale, out=scores).softmax(-1)
-    of_weights = torch.bmm(grads, value.transpose(1, 2))
+def _by_head(rows: Tensor, blocks: int, key_heads: int) -> Tensor:
+    """[B * H_kv, G * Q, D] of [B * Q, H, D]: the queries that share a key stand together."""
+    split = rows.view(blocks, -1, key_heads, rows.shape[1] // key_heads, rows.shape[2])
+    return split.permute(0, 2, 3, 1, 4).reshape(blocks * key_heads, -1, rows.shape[2])
+
+
+def _by_token(parts: Tensor, blocks: int, length: int) -> Tensor:
+    """The inverse of `_by_head`: [B * length, H, D]."""
+    split = parts.view(blocks, -1, parts.shape[1] // length, length, parts.shape[2])
+    return split.permute(0, 3, 1, 2, 4).reshape(blocks * length, -1, parts.shape[2])
+
+
+def _batch_backward(by_head: tuple[Tensor, ...], mask: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries and keys, both over `scale`, and of values.
+
+    `by_head` has queries [B * H_kv, G * Q, D], keys and values [B * H_kv, K, D] and gradients [B * H_kv, G * Q, D].
+    """
+    query, key, value, grad = by_head
+    scores = torch.bmm(query, key.transpose(1, 2)).view(len(mask), -1, *mask.shape[2:])
+    weights = torch.add(mask, scores, alpha=scale, out=scores).view(len(query), -1, mask.shape[3]).softmax(-1)
+    of_weights = torch.bmm(grad, value.transpose(1, 2))
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-    sums[0].add_(torch.bmm(of_scores.transpose(1, 2), queries))
-    sums[1].add_(torch.bmm(weights.transpose(1, 2), grads))
-    return torch.bmm(of_scores, key).mul_(scale).view(query.shape)
-
-
-@functools.lru_cache(maxsize=32)
-def _added_mask(groups: int, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[G * Q, K] to add to scores: 0 or -inf."""
-    hidden = ~visible(queries, keys, window, torch.device("cpu"))
-    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(hidden, float("-inf")).repeat(groups, 1)
+    return (
+        torch.bmm(of_scores, key),
+        torch.bmm(of_scores.transpose(1, 2), query),
+        torch.bmm(weights.transpose(1, 2), grad),
+    )
