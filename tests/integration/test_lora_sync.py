@@ -22,7 +22,7 @@ _CONFIG = {
     "generators": {
         "max_model_len": 512,
         "max_num_seqs": 4,
-        "kv_cache_gb": 0.5,
+        "kv_cache_gb": 0.1,
         "weight_sync": {"transport": "lora", "canary_max_gap": 0.02},
     },
 }

@@ -27,7 +27,7 @@ _CONFIG = {
     "generators": {
         "max_model_len": 256,
         "max_num_seqs": 4,
-        "kv_cache_gb": 0.5,
+        "kv_cache_gb": 0.1,
         "weight_sync": {"canary_max_gap": _LIMIT},
     },
 }

@@ -34,7 +34,7 @@ def _config() -> RunConfig:
         {
             "model": {"dtype": "float32"},
             "trainer": {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-5},
-            "generators": {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.5},
+            "generators": {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.1},
             "placement": {"generator_cpus": 1, "trainer_cpus": 1},
         }
     )

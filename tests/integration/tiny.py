@@ -27,6 +27,7 @@ SMALLEST = (
     "pairing.min_margin=0",
     "placement.generator_cpus=1",  # tests run side by side
     "placement.trainer_cpus=1",
+    "generators.kv_cache_gb=0.1",  # which a new process has to clear
 )
 LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
 LONG_TRAINING = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
