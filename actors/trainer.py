@@ -245,8 +245,13 @@ class _TrainerRank:
         return step.micro_batches[self._rank]
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs of ids[1:] given their prefix under the policy, for each list of ids; all ranks must call it."""
-        logps = []
+        """Log-probs of ids[1:] given their prefix under the policy, for each list of ids; all ranks must call it.
+
+        Rank 0 answers; the others have nothing to do but for ZeRO-3, where each holds a part of the weights.
+        """
+        logps: list[list[float]] = []
+        if self._rank > 0 and not self._zero3:
+            return logps
         with torch.no_grad():
             for ids in token_ids:
                 row = token_batch([Completions(ids[:1], (ids[1:],))], self._layout, self._spec.pad_id)
@@ -258,7 +263,7 @@ class _TrainerRank:
         weights = checkpoint_weights(self._policy, self._gather)
         if self._rank == 0:
             save_file({name: tensor.cpu().contiguous() for name, tensor in weights}, path, {"format": "pt"})
-        else:
+        elif self._zero3:
             _drain(weights)
 
     def save_adapter(self, folder: str) -> None:
@@ -271,7 +276,7 @@ class _TrainerRank:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in weights}
             save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
             self._policy.peft_config["default"].save_pretrained(folder)
-        else:
+        elif self._zero3:
             _drain(weights)
 
     def send_nccl(
