@@ -14,6 +14,7 @@ from tests.integration.tiny import (
     LONG_SAMPLING,
     LONG_TRAINING,
     SMALLEST,
+    SPREAD_SCORES,
     Watched,
     campaign_record,
     command_line,
@@ -53,7 +54,8 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     served_llama: str,
     tmp_path: Path,
 ) -> None:
-    model = () if stages else (f"model.path={served_llama}",)  # a random model's texts all score alike: no pairs
+    (tmp_path / "spread.py").write_text(SPREAD_SCORES)
+    model = (f"model.path={served_llama}", "scoring.function=spread:score")
     name = f"stop-{uuid.uuid4().hex[:12]}"
     with Watched(command(*SMALLEST, *model, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:
         run.wait_for(line)

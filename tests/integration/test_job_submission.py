@@ -26,6 +26,7 @@ from tests.integration.tiny import (
     RECIPE,
     ROOT,
     SMALLEST,
+    SPREAD_SCORES,
     START_S,
     Watched,
     campaign_record,
@@ -208,14 +209,18 @@ def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_
     assert weight_folders(name) == []
 
 
-def test_a_stopped_job_cleans_up_after_itself(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_cleans_up_after_itself(
+    cluster: Cluster, checkout: Path, served_llama: str, tmp_path: Path
+) -> None:
+    (checkout / "spread.py").write_text(SPREAD_SCORES)
     environment = yaml.safe_load((checkout / RUNTIME_ENV).read_text())
     environment["env_vars"]["VLLM_LOGGING_LEVEL"] = "INFO"  # also set by the run itself, which must not clash
     run = tmp_path / f"shared/stopped-{os.getpid()}"
     cluster.ray(
         *("job", "submit", "--no-wait", "--working-dir", ".", "--runtime-env-json", json.dumps(environment)),
         *("--submission-id", "stopped", "--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, *LONG_TRAINING),
-        *(f"run.dir={run.parent}", f"run.name={run.name}"),
+        *(f"run.dir={run.parent}", f"run.name={run.name}", f"model.path={served_llama}"),
+        "scoring.function=spread:score",
         cwd=checkout,
     )
 

@@ -1,6 +1,6 @@
 """Real vLLM, real ZeRO-3 ranks: what is served equals what the trainer holds, and bad pushes change nothing.
 
-fp32, so that vLLM and transformers agree closely enough to compare greedy tokens.
+fp32, so that vLLM and transformers agree closely enough to compare greedy tokens; a small model, whose head is tied.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ def _config() -> RunConfig:
     return parse_config(
         {
             "model": {"dtype": "float32"},
-            "trainer": {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-5},
+            "trainer": {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 1, "learning_rate": 5e-3},
             "generators": {"max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.1},
             "placement": {"generator_cpus": 1, "trainer_cpus": 1},
         }
@@ -41,8 +41,8 @@ def _config() -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def prompts(smollm2: str) -> list[Prompt]:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+def prompts(served_llama: str) -> list[Prompt]:
+    tokenizer = AutoTokenizer.from_pretrained(served_llama)
     encode = tokenizer.apply_chat_template
     chats = [({"role": "user", "content": question},) for question in _QUESTIONS]
     ids = [tuple(encode(list(chat), add_generation_prompt=True, return_dict=False)) for chat in chats]
@@ -50,9 +50,9 @@ def prompts(smollm2: str) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def roles(smollm2: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
+def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
     config, canary = _config(), tuple(prompt.token_ids for prompt in prompts)
-    with team(config, folder=smollm2, pad_id=2, canary_ids=canary, plan=plan_team(config, resources)) as roles:
+    with team(config, folder=served_llama, pad_id=2, canary_ids=canary, plan=plan_team(config, resources)) as roles:
         yield roles
 
 
@@ -72,20 +72,22 @@ def _greedy(roles: Team, prompts: list[Prompt]) -> list[Candidate]:
     ]
 
 
-def _push(roles: Team, weights: Mapping[str, Tensor], folder: Path, smollm2: str) -> None:
+def _push(roles: Team, weights: Mapping[str, Tensor], folder: Path, served_llama: str) -> None:
     path = folder / "pushed.safetensors"
     save_file(dict(weights), path, {"format": "pt"})
     roles.generators.call("pause", timeout_s=60, what="pause")
     try:
-        push_file(roles.generators, path, checkpoint_manifest(Path(smollm2)), _Version.current + 1, 120)
+        push_file(roles.generators, path, checkpoint_manifest(Path(served_llama)), _Version.current + 1, 120)
         _Version.current += 1
     finally:
         roles.generators.call("resume", timeout_s=60, what="resume")
 
 
-def _expected(smollm2: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> list[tuple[list[int], Tensor]]:
+def _expected(
+    served_llama: str, weights: Mapping[str, Tensor], prompts: list[Prompt]
+) -> list[tuple[list[int], Tensor]]:
     """Greedy tokens and prompt log-probs of plain transformers under `weights`."""
-    model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(served_llama, dtype=torch.float32)
     model.load_state_dict(dict(weights), strict=False)
     model.tie_weights()
     found = []
@@ -98,16 +100,18 @@ def _expected(smollm2: str, weights: Mapping[str, Tensor], prompts: list[Prompt]
     return found
 
 
-def _assert_serves(roles: Team, smollm2: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> None:
+def _assert_serves(roles: Team, served_llama: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> None:
     served = _greedy(roles, prompts)
-    for prompt, candidate, (tokens, logps) in zip(prompts, served, _expected(smollm2, weights, prompts), strict=True):
+    for prompt, candidate, (tokens, logps) in zip(
+        prompts, served, _expected(served_llama, weights, prompts), strict=True
+    ):
         assert list(candidate.token_ids) == tokens[: len(candidate.token_ids)]
         found: list[float] = ray.get(roles.generators.handles[0].token_logps.remote(prompt.token_ids))
         assert torch.tensor(found) == pytest.approx(logps, abs=_LOGP_TOLERANCE)
 
 
-def _originals(smollm2: str) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in load_file(Path(smollm2) / "model.safetensors").items()}
+def _originals(served_llama: str) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in load_file(Path(served_llama) / "model.safetensors").items()}
 
 
 def _noised(weights: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
@@ -118,51 +122,51 @@ def _noised(weights: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
     }
 
 
-def test_generator_serves_the_base_model_at_start(roles: Team, smollm2: str, prompts: list[Prompt]) -> None:
+def test_generator_serves_the_base_model_at_start(roles: Team, served_llama: str, prompts: list[Prompt]) -> None:
     gaps = roles.publisher.verify()
     assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE
-    _assert_serves(roles, smollm2, _originals(smollm2), prompts)
+    _assert_serves(roles, served_llama, _originals(served_llama), prompts)
 
 
 def test_pushed_weights_are_served_and_originals_come_back_exactly(
-    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path
+    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    originals = _originals(smollm2)
+    originals = _originals(served_llama)
     before = _greedy(roles, prompts)
     noised = _noised(originals)
-    _push(roles, noised, tmp_path, smollm2)
-    _assert_serves(roles, smollm2, noised, prompts)
+    _push(roles, noised, tmp_path, served_llama)
+    _assert_serves(roles, served_llama, noised, prompts)
     changed = _greedy(roles, prompts)
     assert [c.token_ids for c in changed] != [c.token_ids for c in before]
     assert {c.policy_version for c in changed} == {_Version.current}
-    _push(roles, originals, tmp_path, smollm2)
+    _push(roles, originals, tmp_path, served_llama)
     restored = _greedy(roles, prompts)
     assert [(c.token_ids, c.logprobs) for c in restored] == [(c.token_ids, c.logprobs) for c in before]
 
 
 def test_tied_embeddings_reach_the_output_head(
-    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path
+    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     """Only the embedding changes: a head that kept its old copy would give other log-probs."""
-    originals = _originals(smollm2)
+    originals = _originals(served_llama)
     embedding = _noised(originals, only="embed_tokens")
-    _push(roles, embedding, tmp_path, smollm2)
-    _assert_serves(roles, smollm2, embedding, prompts)
-    _push(roles, originals, tmp_path, smollm2)
+    _push(roles, embedding, tmp_path, served_llama)
+    _assert_serves(roles, served_llama, embedding, prompts)
+    _push(roles, originals, tmp_path, served_llama)
 
 
 @pytest.mark.parametrize("fault", ["shape", "missing", "unknown"])
 def test_a_wrong_file_is_refused_before_anything_is_touched(
-    roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path, fault: str
+    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path, fault: str
 ) -> None:
     before = _greedy(roles, prompts)
-    weights = _noised(_originals(smollm2))
+    weights = _noised(_originals(served_llama))
     norm = weights.pop("model.norm.weight")
     weights |= {"shape": {"model.norm.weight": norm[:-1]}, "missing": {}, "unknown": {"model.norm.weights": norm}}[
         fault
     ]
     with pytest.raises(WeightSyncError, match=r"nothing was changed.*model\.norm\.weight"):
-        _push(roles, weights, tmp_path, smollm2)
+        _push(roles, weights, tmp_path, served_llama)
     after = _greedy(roles, prompts)
     assert [(c.token_ids, c.logprobs) for c in after] == [(c.token_ids, c.logprobs) for c in before]
 
@@ -187,9 +191,9 @@ def test_seeds_make_a_prompt_reproducible(roles: Team, prompts: list[Prompt]) ->
     assert len({c.token_ids for c in alone}) > 1
 
 
-def test_training_reaches_the_generators(roles: Team, smollm2: str, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_training_reaches_the_generators(roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path) -> None:
     """Two ZeRO-3 ranks train, gather and publish; the canary and plain transformers confirm what is served."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(served_llama)
     texts = ("Rome, of course.", "The capital is Paris.")
     pair = tuple(
         Candidate(prompts[0].id, i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
@@ -199,11 +203,12 @@ def test_training_reaches_the_generators(roles: Team, smollm2: str, prompts: lis
     ready = roles.trainers.with_reference(preferences, seed=0, rounds_done=0)
     steps = [step for _ in range(4) for step in roles.trainers.train(ready, seed=0)]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
-    stale = roles.publisher.canary.check(roles.trainers, roles.generators, 60)
+    with pytest.raises(WeightSyncError, match="canary"):
+        roles.publisher.verify()
     gaps = roles.publisher.publish(_Version.current + 1)
     _Version.current += 1
-    assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE < stale["logprob_gap_max"]
+    assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE
     path = tmp_path / "trained.safetensors"
     roles.trainers.save_weights(str(path))
-    _assert_serves(roles, smollm2, load_file(path), prompts)
+    _assert_serves(roles, served_llama, load_file(path), prompts)
     assert not any(roles.publisher.transport.directory.iterdir())  # type: ignore[attr-defined]

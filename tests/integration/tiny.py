@@ -29,8 +29,16 @@ SMALLEST = (
     "placement.trainer_cpus=1",
     "generators.kv_cache_gb=0.1",  # which a new process has to clear
 )
+SPREAD_SCORES = """\
+import zlib
+
+
+def score(prompts, completions):
+    return [zlib.crc32(completion.encode()) / 2**32 for completion in completions]
+"""
+"""A scoring module for random models, whose texts VADER scores all alike: without differences there are no pairs."""
 LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
-LONG_TRAINING = ("trainer.num_train_epochs=200", "trainer.per_device_train_batch_size=1")
+LONG_TRAINING = ("trainer.num_train_epochs=2000", "trainer.per_device_train_batch_size=1")
 START_S = 400.0
 """Longest start of engines and trainers; 35 s on two idle cores."""
 _MARK = "RAYLIGN_TEST_MARK"
