@@ -249,14 +249,13 @@ class _TrainerRank:
 
         Rank 0 answers; the others have nothing to do but for ZeRO-3, where each holds a part of the weights.
         """
-        logps: list[list[float]] = []
         if self._rank > 0 and not self._zero3:
-            return logps
+            return []
+        rows = [Completions(ids[:1], (ids[1:],)) for ids in token_ids]
+        batch = token_batch(rows, self._layout, self._spec.pad_id).to(self._device)
         with torch.no_grad():
-            for ids in token_ids:
-                row = token_batch([Completions(ids[:1], (ids[1:],))], self._layout, self._spec.pad_id)
-                logps.append(self._engine.module(row.to(self._device)).tokens.logps.tolist())
-        return logps
+            logps: Tensor = self._engine.module(batch).tokens.logps
+        return [part.tolist() for part in torch.split(logps, [len(ids) - 1 for ids in token_ids])]
 
     def save_weights(self, path: str) -> None:
         """All ranks gather, rank 0 writes the merged weights to the safetensors file `path`."""

@@ -41,12 +41,13 @@ def main(
     folder = results_folder(name)
     stage = Stage(report_console(), folder, threads or cores())
     facts = machine(stage)
-    ranks = math.gcd(stage.threads, trl_batch)
+    actors = math.gcd(stage.threads, trl_batch)
     shape = (
-        f"placement.generator_cpus={stage.threads}",
-        f"placement.trainer_cpus={stage.threads // ranks}",
-        f"trainer.ranks={ranks}",
-        f"trainer.per_device_train_batch_size={trl_batch // ranks}",
+        f"placement.generator_cpus={stage.threads // actors}",
+        f"placement.trainer_cpus={stage.threads // actors}",
+        f"generators.count={actors}",
+        f"trainer.ranks={actors}",
+        f"trainer.per_device_train_batch_size={trl_batch // actors}",
     )
     with tempfile.TemporaryDirectory(prefix="bench-online-") as scratch, measured(name):
         contest = _Contest(stage, Path(scratch), trl_batch)
