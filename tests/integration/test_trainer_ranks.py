@@ -84,9 +84,9 @@ def test_first_step_is_ln_2_and_training_learns(baselines: dict[str, Steps]) -> 
         assert steps[-1]["rewards/accuracies"] > 0.9
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1e-2), ("float16", 2e-3)])
+@pytest.mark.parametrize(("dtype", "limit", "sharded"), [("bfloat16", 5e-3, 1e-2), ("float16", 2e-3, 2e-3)])
 def test_half_precision_starts_at_ln_2_and_stages_agree(
-    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float
+    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float, sharded: float
 ) -> None:
     """On one shape of batch, which decides how they round; stage 3 rounds like PEFT, whose layers it keeps."""
     for name in ("lora", "qlora"):
@@ -96,8 +96,9 @@ def test_half_precision_starts_at_ln_2_and_stages_agree(
         for steps in found:
             assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
             assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+        for stage, steps in zip(stages, found, strict=True):
             for step, first in zip(steps, found[0], strict=True):
-                assert step["loss"] == pytest.approx(first["loss"], abs=limit)
+                assert step["loss"] == pytest.approx(first["loss"], abs=sharded if stage == 3 else limit)
                 assert step["grad_norm"] == pytest.approx(first["grad_norm"], rel=0.05)
                 assert step.get("skipped_steps") == (0.0 if dtype == "float16" else None)
 

@@ -37,12 +37,14 @@ class Batch:
     """B blocks, padded to Q queries and K keys.
 
     `queries` [B * Q] and `keys` [B * K] are positions in the row; padding repeats a block's first. `slots` [N] are the
-    queries that are not padding. `mask` [B, 1, Q, K] is added to scores: 0, or -inf for what a query may not see.
+    queries that are not padding, `own` [N] their positions. `mask` [B, 1, Q, K] is added to scores: 0, or -inf for what
+    a query may not see.
     """
 
     queries: Tensor
     keys: Tensor
     slots: Tensor
+    own: Tensor
     mask: Tensor
 
 
@@ -102,15 +104,17 @@ def _batch(blocks: list[Block], window: int | None, dtype: torch.dtype) -> Batch
     queries: list[int] = []
     keys: list[int] = []
     slots: list[int] = []
+    own: list[int] = []
     for number, block in enumerate(blocks):
         of_queries, of_keys = block.sizes
         slots += range(number * width, number * width + of_queries)
+        own += block.queries
         queries += _padded(block.queries, width)
         keys += _padded([*block.keys[0], *block.keys[1]], height)
         hidden = ~visible(of_queries, of_keys, window, mask.device)
         mask[number, 0, :of_queries, :of_keys].masked_fill_(hidden, float("-inf"))
         mask[number, 0, :, of_keys:] = float("-inf")
-    return Batch(torch.tensor(queries), torch.tensor(keys), torch.tensor(slots), mask)
+    return Batch(torch.tensor(queries), torch.tensor(keys), torch.tensor(slots), torch.tensor(own), mask)
 
 
 def _padded(positions: Sequence[int], length: int) -> list[int]:

@@ -80,13 +80,13 @@ def _by_position(part: Tensor) -> Tensor:
 
 def _put(found: Tensor, batch: Batch, output: Tensor) -> None:
     """Results [B * Q, H, D] to their positions in the row; those of padding are left out."""
-    output.index_copy_(0, batch.queries[batch.slots], found.index_select(0, batch.slots))
+    output.index_copy_(0, batch.own, found.index_select(0, batch.slots))
 
 
 def _without_padding(grad: Tensor, batch: Batch) -> Tensor:
     """[B * Q, H, D] of the row's [T, H, D], zero for padding: it adds nothing to any gradient."""
     taken = grad.new_zeros(len(batch.queries), *grad.shape[1:])
-    return taken.index_copy_(0, batch.slots, grad.index_select(0, batch.queries[batch.slots]))
+    return taken.index_copy_(0, batch.slots, grad.index_select(0, batch.own))
 
 
 def _by_head(rows: Tensor, blocks: int, key_heads: int) -> Tensor:
