@@ -1,4 +1,8 @@
-"""raylign's rounds: the recipe's own loop on a real team, until the count or the budget is reached."""
+"""raylign's rounds: the recipe's own loop on a real team, until the count or the budget is reached.
+
+A policy that has learnt the task gives candidates that all score alike, hence no pair: raylign then stops before its
+time is up, and its last policy is the result.
+"""
 
 import shutil
 import time
@@ -6,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from raylign.config import RunConfig, load_config
+from raylign.errors import NoPreferencesError
 from raylign.prompts import draw
 from recipes.campaign import campaign
 from recipes.online_dpo import evaluate_policy, run_round
@@ -29,7 +34,11 @@ def run(job: OnlineJob) -> OnlineResult:
             index = len(durations) + 1
             started = time.monotonic()
             batch = draw(prompts.train, index, config.schedule.prompts_per_round, config.run.seed)
-            report, samples = run_round(record.round_log(index), batch, prompts.held_out, team, config)
+            try:
+                report, samples = run_round(record.round_log(index), batch, prompts.held_out, team, config)
+            except NoPreferencesError:
+                progress(f"round {index}: all candidates are alike by score; nothing is left to train on")
+                break
             record.finish_round(report, samples, team)
             durations.append(time.monotonic() - started - report.seconds["evaluate"])
             stages.update(report.seconds)
