@@ -5,12 +5,13 @@ ARGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-faults fault-table lint bench clean
 
 help:
 	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13; DEVICE=cpu or gpu)'
 	@echo 'make demo    set up, then run $(RECIPE)'
 	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them, WORKERS processes at once)'
+	@echo 'make test-faults   run the tests of faults that take over a minute each; make fault-table writes tests/README.md'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (half an hour on two cores)'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
@@ -22,7 +23,15 @@ demo: setup
 	$(BIN)/raylign run $(RECIPE) run.name=demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 -m 'not long_fault' $(ARGS)
+
+test-faults: setup
+	$(BIN)/python -m pytest --durations 15 -m long_fault $(ARGS)
+
+fault-table: setup
+	rm -rf .cache/faults
+	$(BIN)/python -m pytest -m 'fault or long_fault' $(ARGS)
+	$(BIN)/python -m tests.faults
 
 lint: setup
 	$(BIN)/ruff check .

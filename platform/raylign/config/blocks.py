@@ -216,6 +216,19 @@ class PlacementBlock(Block):
     """How long to wait for a cluster that can grow before refusing, in seconds."""
 
 
+class RecoveryBlock(Block):
+    """What happens when an actor dies or hangs."""
+
+    max_restarts: NonNegativeInt = 20
+    """Actors (or trainer groups) replaced within `window_s`; one more stops the run with everything saved."""
+    window_s: PositiveFloat = 3600.0
+    """Restarts longer ago than this, in seconds, no longer count."""
+    heartbeat_s: PositiveFloat = 2.0
+    """How often waiting roles are asked whether they are alive, in seconds."""
+    grace_s: PositiveFloat = 25.0
+    """Time to save what is trained after SIGTERM, in seconds; keep it below the cluster's own grace time."""
+
+
 class ScheduleBlock(Block):
     """How long the campaign is."""
 

@@ -13,6 +13,7 @@ from raylign.config.blocks import (
     ModelBlock,
     PlacementBlock,
     PromptsBlock,
+    RecoveryBlock,
     RunBlock,
     SamplingBlock,
     ScheduleBlock,
@@ -37,6 +38,7 @@ class RunConfig(Block):
     trainer: TrainerBlock = TrainerBlock()
     generators: GeneratorsBlock = GeneratorsBlock()
     placement: PlacementBlock = PlacementBlock()
+    recovery: RecoveryBlock = RecoveryBlock()
     schedule: ScheduleBlock = ScheduleBlock()
     evaluation: EvaluationBlock = EvaluationBlock()
     tracking: TrackingBlock = TrackingBlock()

@@ -84,6 +84,10 @@ class Tracker:
             },
         )
 
+    def incident(self, role: str, happened: Literal["lost", "recovered"], detail: Mapping[str, Any]) -> None:
+        """An actor of `role` was lost or replaced; `detail` says which, why and how long it took."""
+        self._journal.append("incident", {"role": role, "happened": happened, **detail})
+
     def artifact(self, path: Path, kind: ArtifactKind, index: int = 0) -> None:
         """A finished file inside the run directory, of round `index` (0: of the campaign).
 

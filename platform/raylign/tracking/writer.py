@@ -77,6 +77,8 @@ class MlflowWriter:
                 self._step(event)
             case "round_finished":
                 self._round_finished(event)
+            case "incident":
+                self._incident(event)
             case "artifact":
                 self._artifact(event)
             case "campaign_finished":
@@ -165,6 +167,12 @@ class MlflowWriter:
         self._log(CAMPAIGN, event, index, {**measured, **_prefixed("seconds", payload["seconds"]), **payload["train"]})
         if name in self.state.open_rounds:
             self.state.open_rounds.remove(name)
+
+    def _incident(self, event: Event) -> None:
+        """How many actors of a role were lost or recovered so far, over the round in which it happened."""
+        payload = event.payload
+        name = f"incidents/{payload['role']}_{payload['happened']}"
+        self._log(CAMPAIGN, event, payload["round"], {name: payload["count"]})
 
     def _artifact(self, event: Event) -> None:
         payload = event.payload
