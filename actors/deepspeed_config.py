@@ -30,7 +30,8 @@ def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
         "gradient_clipping": block.max_grad_norm,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == "bfloat16"},
+        # Without the check ZeRO 1 and 2 would apply gradients that are not finite.
+        "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16", "hysteresis": 1, "min_loss_scale": int(MIN_LOSS_SCALE)},
         "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
         "steps_per_print": 1_000_000_000,

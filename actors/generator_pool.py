@@ -31,6 +31,7 @@ class GeneratorPool:
         round_index: int,
         version: int,
         advance: Callable[[int], None],
+        on_finished: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
     ) -> list[Candidate]:
         """K candidates per prompt, prompt-major and in index order. `advance(1)` is called as each prompt finishes.
 
@@ -57,6 +58,7 @@ class GeneratorPool:
                 prompt_id, slot = waiting.pop(ref)
                 finished[prompt_id] = get_all([ref], self._timeout_s, f"sampling prompt {prompt_id}", GeneratorError)[0]
                 slots.append(slot)
+                on_finished(finished[prompt_id])
                 advance(1)
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 

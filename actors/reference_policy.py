@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from actors.trainer_state import own_part, whole
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
@@ -43,8 +44,27 @@ class ReferencePolicy(Protocol):
     def advance(self, rounds: int) -> None:
         """Follow the policy, of which `rounds` rounds are done."""
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What cannot be loaded from the model's folder; all ranks must ask."""
 
-class DisabledAdapter:
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        """Take what `tensors` gave, by name."""
+
+
+class _Still:
+    """A reference that never moves."""
+
+    def advance(self, rounds: int) -> None:
+        """It stays where it is."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        """Nothing to take."""
+
+
+class DisabledAdapter(_Still):
     """The policy's own base under a disabled adapter: no second model."""
 
     def __init__(self, policy: PeftModel, module: nn.Module) -> None:
@@ -55,11 +75,8 @@ class DisabledAdapter:
         with self._policy.disable_adapter():
             yield self._module
 
-    def advance(self, rounds: int) -> None:
-        """The base stays where it is."""
 
-
-class FrozenCopy:
+class FrozenCopy(_Still):
     """A second model that stays where it is."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -68,9 +85,6 @@ class FrozenCopy:
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         yield self._module
-
-    def advance(self, rounds: int) -> None:
-        """A frozen model does not follow."""
 
 
 class FollowingCopy(FrozenCopy):
@@ -92,6 +106,22 @@ class FollowingCopy(FrozenCopy):
             for exact, (own, of_policy) in zip(self._exact, self._pairs, strict=bool(self._exact)):
                 exact.lerp_(self._storage(of_policy).to(exact), self._pace.share)
                 self._storage(own).copy_(exact)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for index, (own, _) in enumerate(self._pairs):
+            kept = self._exact[index] if self._exact else self._storage(own)
+            shape = getattr(own, "ds_shape", None)  # of a parameter that ZeRO-3 shares out
+            yield f"reference/{index}", kept if shape is None else whole(kept, shape)
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        with torch.no_grad():
+            for index, (own, _) in enumerate(self._pairs):
+                stored = self._storage(own)
+                value = get(f"reference/{index}")
+                kept = own_part(value, stored.numel()) if hasattr(own, "ds_id") else value
+                if self._exact:
+                    self._exact[index].copy_(kept)
+                stored.copy_(kept)
 
 
 class FollowingAdapter:
@@ -128,6 +158,13 @@ class FollowingAdapter:
         if self._pace.is_due(rounds):
             for own, of_policy in zip(self._weights, self._copies(), strict=True):
                 own.lerp_(of_policy, self._pace.share)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"reference/{index}", weight) for index, weight in enumerate(self._weights))
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        for index, weight in enumerate(self._weights):
+            weight.copy_(get(f"reference/{index}"))
 
 
 def pace(block: ReferenceBlock) -> Pace | None:

@@ -1,6 +1,6 @@
 """The scorer actor as the driver sees it: candidates in, scores out, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -20,7 +20,12 @@ class ScorerClient:
     def __init__(self, handle: ActorHandle[Any], block: FunctionScoringBlock) -> None:
         self._handle, self._block = handle, block
 
-    def score(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        advance: Callable[[int], None] = lambda items: None,
+    ) -> list[Score]:
         """One score per candidate, in order. Raises ScorerError when the scorer itself is lost."""
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]

@@ -17,13 +17,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator import EngineSpec, Generator
 from actors.generator_pool import GeneratorPool
+from actors.incidents import Incidents
 from actors.janitor import clean_up_folder, remove_folder
-from actors.network import free_address
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
 from actors.scorer import Scorer
 from actors.scorer_client import ScorerClient
-from actors.trainer import TrainerRank, TrainerSpec
-from actors.trainer_group import TrainerGroup
+from actors.trainer import TrainerSpec
+from actors.trainer_supervision import SupervisedTrainers, kill, start_ranks
 from actors.waiting import get_all
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.manifest import checkpoint_manifest
@@ -38,7 +38,7 @@ from actors.weight_sync.transports import (
     shared_folder,
 )
 from raylign.config import RunConfig
-from raylign.errors import GeneratorError, ScorerError, TrainerError
+from raylign.errors import GeneratorError, ScorerError
 from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
@@ -51,7 +51,7 @@ class Team:
     """The roles, ready: every actor has loaded and joined its group."""
 
     generators: GeneratorPool
-    trainers: TrainerGroup
+    trainers: SupervisedTrainers
     scorer: ScorerClient
     publisher: Publisher
 
@@ -72,6 +72,7 @@ def team(
     pad_id: int,
     canary_ids: tuple[tuple[int, ...], ...],
     plan: PlacementPlan,
+    incidents: Incidents,
 ) -> Iterator[Team]:
     """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
     with ExitStack() as stack:
@@ -85,13 +86,21 @@ def team(
             own_devices=config.placement.mode == "disaggregated",
         )
         actors: list[ActorHandle[Any]] = []
-        stack.callback(_kill, actors)
+        stack.callback(kill, actors)
         generators = _start_generators(config, folder, plan, group, transport, actors)
-        stack.callback(_kill, generators)
+        stack.callback(kill, generators)
         stack.callback(_shut_down, generators)
         scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
         actors.append(scorer)
-        trainers = _start_trainers(config, folder, pad_id, plan, group, actors)
+        trainers = SupervisedTrainers(
+            lambda: _start_trainers(config, folder, pad_id, plan, group),
+            block=config.trainer,
+            loss=config.loss,
+            reference=config.reference,
+            adapter=config.model.lora is not None,
+            incidents=incidents,
+        )
+        stack.callback(lambda: kill(trainers.handles))
         yield _ready_team(
             config,
             generators,
@@ -105,7 +114,7 @@ def team(
 def _ready_team(
     config: RunConfig,
     generators: list[ActorHandle[Any]],
-    trainers: list[ActorHandle[Any]],
+    trainers: SupervisedTrainers,
     scorer: ActorHandle[Any],
     transport: WeightTransport,
     canary_ids: tuple[tuple[int, ...], ...],
@@ -115,23 +124,14 @@ def _ready_team(
     get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
     ready = [handle.ready.remote() for handle in generators]
     get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
-    get_all(
-        [handle.ready.remote() for handle in trainers],
-        config.trainer.start_timeout_s,
-        "starting the trainers",
-        TrainerError,
-    )
     pool = GeneratorPool(
         generators, max_num_seqs=config.generators.max_num_seqs, timeout_s=config.generators.request_timeout_s
-    )
-    group = TrainerGroup(
-        trainers, loss=config.loss, reference=config.reference, step_timeout_s=config.trainer.step_timeout_s
     )
     canary = Canary(canary_ids, sync.canary_max_gap)
     if isinstance(transport, ShmTransport):
         pool.call("init_weight_transfer_engine", {}, timeout_s=sync.timeout_s, what="opening weight transfer")
-    publisher = Publisher(group, pool, transport, canary, sync.timeout_s)
-    return Team(pool, group, ScorerClient(scorer, config.scoring), publisher)
+    publisher = Publisher(trainers, pool, transport, canary, sync.timeout_s)
+    return Team(pool, trainers, ScorerClient(scorer, config.scoring), publisher)
 
 
 def _start_generators(
@@ -165,13 +165,9 @@ def _start_generators(
 
 
 def _start_trainers(
-    config: RunConfig,
-    folder: str,
-    pad_id: int,
-    plan: PlacementPlan,
-    group: PlacementGroup,
-    actors: list[ActorHandle[Any]],
+    config: RunConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup
 ) -> list[ActorHandle[Any]]:
+    """Every rank, once the group has formed. Raises ActorsLost; a port that was taken meanwhile is tried again."""
     spec = TrainerSpec(
         folder=folder,
         reference_folder=resolve_reference(config.reference, config.model, folder),
@@ -185,15 +181,7 @@ def _start_trainers(
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",
     )
-    first = _options(plan.trainers[0], group) | {"num_cpus": 0, "num_gpus": 0}
-    find = ray.remote(free_address).options(**first)
-    address, port = get_all([find.remote()], config.trainer.start_timeout_s, "finding a port", TrainerError)[0]
-    handles = [
-        TrainerRank.options(**_options(place, group)).remote(spec, rank, address, port)
-        for rank, place in enumerate(plan.trainers)
-    ]
-    actors += handles
-    return handles
+    return start_ranks(spec, [_options(place, group) for place in plan.trainers])
 
 
 def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
@@ -226,9 +214,3 @@ def _shut_down(generators: list[ActorHandle[Any]]) -> None:
     """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)
-
-
-def _kill(actors: list[ActorHandle[Any]]) -> None:
-    for handle in actors:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(handle)

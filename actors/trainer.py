@@ -4,13 +4,12 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ray
 import torch
 import torch.distributed as dist
@@ -24,9 +23,20 @@ from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
 from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, training_engine
-from actors.host_memory import keep_freed_memory
+from actors.host_memory import keep_freed_memory, memory_errors
+from actors.process_group import gathered, join_group
 from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
+from actors.trainer_state import (
+    EngineState,
+    StoredTensors,
+    loss_scaler_state,
+    read_state,
+    set_loss_scaler,
+    store,
+    write_state,
+)
 from actors.weight_sync.nccl import PolicySource, open_sender
+from raylign.checkpoints import Metrics
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock
 from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
@@ -50,8 +60,6 @@ from raylign.training.sequences import Completions, Layout, token_batch, token_c
 from raylign.training.weights import adapter_weights, checkpoint_weights
 
 log = logging.getLogger(__name__)
-_INFERENCE_COLLECTIVES = "deepspeed_shm_comm"
-_CURE = "lower trainer.learning_rate or set model.dtype=float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +82,30 @@ class TrainerSpec:
     on_gpu: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The round in training: its preferences, every step's micro-batches, the reports of the steps done."""
+
+    index: int
+    preferences: tuple[Preference, ...]
+    steps: list[Step]
+    reports: list[Metrics]
+
+
 class _TrainerRank:
     """Holds the policy, its optimizer state and the reference; constructing it joins the process group."""
 
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         self._spec, self._rank = spec, rank
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
-        self._steps_done = 0
+        self._steps_done = self._followed = 0
+        self._round = _Round(0, (), [], [])
         self._state = LossState()
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
         torch.set_num_threads(spec.threads)
         if not spec.on_gpu:
             keep_freed_memory()
-        _join_group(spec, rank, address, port)
+        join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
         config = deepspeed_config(spec.trainer, spec.model.dtype)
         # transformers shards while loading as long as this object lives.
         self._zero3 = [HfDeepSpeedConfig(config)] if spec.trainer.zero_stage == 3 else []
@@ -147,7 +166,7 @@ class _TrainerRank:
         reference gets bit-equal log-probs there: the loss of its first step is ln 2 exactly.
         """
         found: dict[int, tuple[float, ...]] = {}
-        self._references[0].advance(rounds_done)
+        self._follow(rounds_done)
         plan = self._plan(preferences, seed, epochs=1)
         with self._references[0].scoring() as module, torch.no_grad():
             for micro in (micro for step in plan for micro in self._mine(step)):
@@ -157,6 +176,13 @@ class _TrainerRank:
                     values = tuple(next(logps) for _ in preferences[index].candidates)
                     found |= {index: values} if weight else {}
         return found
+
+    def _follow(self, rounds_done: int) -> None:
+        """Let the reference take its part of the policy, once for each number of rounds."""
+        if rounds_done > self._followed:
+            for reference in self._references:
+                reference.advance(rounds_done)
+            self._followed = rounds_done
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
         batch = preference_batch(
@@ -195,23 +221,49 @@ class _TrainerRank:
         found = iter(logps)
         return [[next(found) for _ in row.completions] for row in rows]
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
-        """A round's optimizer steps; yields TRL's metrics of each, over all ranks."""
-        for step in self._plan(preferences, seed, self._spec.trainer.num_train_epochs):
-            yield self._step(preferences, step)
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
+        """Plan the optimizer steps of a round, of which a checkpoint has done `steps`; returns how many there are."""
+        self._follow(rounds_done)
+        plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
+        self._round = _Round(rounds_done + 1, tuple(preferences), plan, list(steps))
+        return len(plan)
+
+    def train_step(self) -> Metrics:
+        """The next optimizer step of the round; TRL's metrics of it, over all ranks.
+
+        A step whose loss or gradient is not finite is skipped: `skipped_steps` is 1, and `non_finite_steps` too unless
+        it is float16 finding its loss scale.
+        """
+        number = len(self._round.reports)
+        # Dropout, where a model has it, draws the same whether or not earlier steps ran in this process.
+        torch.manual_seed((self._spec.seed * 1_000_003 + self._steps_done) * self._spec.trainer.ranks + self._rank)
+        with memory_errors(f"step {number + 1} on rank {self._rank}"):
+            report = self._step(self._round.preferences, self._round.steps[number])
+        self._round.reports.append(report)
+        return report
+
+    def step_indices(self, number: int) -> tuple[int, ...]:
+        """Which preferences of the round step `number` (from 0) trains on, over all ranks."""
+        micro_batches = (micro for mine in self._round.steps[number].micro_batches for micro in mine)
+        pairs = (pair for micro in micro_batches for pair in zip(micro.indices, micro.weights, strict=True))
+        return tuple(sorted(index for index, weight in pairs if weight))
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences, step))
-        report = self._accumulate(preferences, step)
+        report = self._accumulate(preferences, step) | {"learning_rate": rate}
         norm, scale, skipped = gradient_norm(self._engine), loss_scale(self._engine), self._engine.skipped_steps
+        if norm is not None and not math.isfinite(norm):
+            self._engine.optimizer.zero_grad()
+            return report | {"skipped_steps": 1.0, "non_finite_steps": 1.0}
         self._engine.step()
-        report |= {"learning_rate": rate}
-        if self._engine.skipped_steps > skipped or not math.isfinite(norm or 0.0):
-            self._require_scaling(scale)
-            return report | {"skipped_steps": 1.0}
+        if self._engine.skipped_steps > skipped:
+            scaling = self._engine.fp16_enabled() and scale > MIN_LOSS_SCALE and math.isfinite(report["loss"])
+            return report | {"skipped_steps": 1.0} | ({} if scaling else {"non_finite_steps": 1.0})
         self._steps_done += 1
         self._state = next_state(self._state, self._spec.loss, report)
         norm = norm if norm is not None else float(self._engine.get_global_grad_norm())
@@ -228,18 +280,11 @@ class _TrainerRank:
             loss = preference_loss(candidate_logps(batch, scores), self._spec.loss, self._state)
             # Ranks are averaged by DeepSpeed, so world / count makes every preference weigh 1 / count of the step.
             total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
-            self._engine.backward(total, scale_wrt_gas=False)
+            # A loss that is not finite makes every gradient so: all ranks then leave the step out.
+            self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), scale_wrt_gas=False)
             totals.append(metrics.sums(loss, scores, batch))
         dist.all_reduce(on_device := torch.stack(totals).sum(0).to(self._device))
-        report = metrics.finish(on_device.cpu(), tuple(loss.metrics))
-        if not math.isfinite(report["loss"]):
-            raise TrainerError(f"step {self._steps_done}: loss is {report['loss']}; {_CURE}")
-        return report
-
-    def _require_scaling(self, scale: float) -> None:
-        """float16 lowers its loss scale after an overflow and goes on; nothing else may overflow."""
-        if scale <= MIN_LOSS_SCALE:
-            raise TrainerError(f"step {self._steps_done}: the gradient overflowed at loss scale {scale:g}; {_CURE}")
+        return metrics.finish(on_device.cpu(), tuple(loss.metrics))
 
     def _mine(self, step: Step) -> tuple[MicroBatch, ...]:
         return step.micro_batches[self._rank]
@@ -278,6 +323,38 @@ class _TrainerRank:
         elif self._zero3:
             _drain(weights)
 
+    def state_bytes(self) -> int:
+        """Disk space of a checkpoint, at most: the state and the exported policy."""
+        exported = sum(p.nbytes for p in self._policy.parameters()) if self._spec.model.lora is None else 0
+        kept = sum(tensor.nbytes for reference in self._references for _, tensor in reference.tensors())
+        return self._engine_state().nbytes() * 4 // 3 + exported + kept
+
+    def save_state(self, folder: str, round_index: int) -> list[Metrics]:
+        """All ranks gather, rank 0 writes what training goes on from; returns the reports of that round's steps."""
+        reports = self._round.reports if self._round.index == round_index else []
+        tensors = chain(self._engine_state().tensors(), *(reference.tensors() for reference in self._references))
+        if self._rank > 0:
+            _drain(tensors)
+            return reports
+        store(Path(folder), tensors)
+        state = {"steps_done": self._steps_done, "followed": self._followed, "loss": asdict(self._state)}
+        write_state(Path(folder), state | {"loss_scaler": loss_scaler_state(self._engine)})
+        return reports
+
+    def load_state(self, folder: str) -> None:
+        """Take what `save_state` wrote, on any number of ranks and ZeRO stage. TrainerError when it does not fit."""
+        stored, state = StoredTensors(Path(folder)), read_state(Path(folder))
+        self._engine_state().load(stored, state["steps_done"])
+        for reference in self._references:
+            reference.load(stored.get)
+        self._steps_done, self._followed = state["steps_done"], state["followed"]
+        self._state = LossState(**state["loss"])
+        set_loss_scaler(self._engine, state["loss_scaler"])
+
+    def _engine_state(self) -> EngineState:
+        trained = {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
+        return EngineState(self._engine, trained, self._writable)
+
     def send_nccl(
         self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float
     ) -> None:
@@ -295,10 +372,10 @@ class _TrainerRank:
         return tuple(parameter.ds_shape) if self._zero3 else tuple(parameter.shape)  # type: ignore[attr-defined]
 
     def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return _gathered(parameters) if self._zero3 else nullcontext()
+        return gathered(parameters) if self._zero3 else nullcontext()
 
     def _writable(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return _gathered(parameters, writer=0) if self._zero3 else nullcontext()
+        return gathered(parameters, writer=0) if self._zero3 else nullcontext()
 
     def _stored(self, parameter: nn.Parameter) -> Tensor:
         if not self._zero3:
@@ -307,27 +384,6 @@ class _TrainerRank:
         parameter.partition()  # type: ignore[attr-defined]
         stored: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
         return stored
-
-
-def _join_group(spec: TrainerSpec, rank: int, address: str, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(spec.trainer.ranks),
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-    }
-    # Half a minute of compiling at a machine's first start, for collectives that only DeepSpeed's inference calls.
-    deepspeed.ops.__compatible_ops__[_INFERENCE_COLLECTIVES] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if spec.on_gpu else "gloo", timeout=timedelta(seconds=spec.trainer.step_timeout_s)
-    )
-
-
-@contextmanager
-def _gathered(parameters: Sequence[nn.Parameter], writer: int | None = None) -> Iterator[None]:
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=writer):
-        yield
 
 
 def _mean_chosen_tokens(preferences: Sequence[Preference], step: Step) -> float:

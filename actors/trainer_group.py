@@ -7,7 +7,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.waiting import get_all
+from actors.waiting import get_all, get_together
+from raylign.checkpoints import Metrics
 from raylign.config.losses import LossBlock
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
@@ -51,26 +52,44 @@ class TrainerGroup:
         shares = self._call("reference_candidates", *arguments, what="reference log-probs", steps=len(preferences))
         return {index: values for share in shares for index, values in share.items()}
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+    def train(self, preferences: Sequence[Preference], seed: int, rounds_done: int = 0) -> Iterator[Metrics]:
         """One round's optimizer steps, each yielded with TRL's metrics as it finishes on every rank."""
-        shared = ray.put(tuple(preferences))
-        streams = [handle.train.options(num_returns="streaming").remote(shared, seed) for handle in self.handles]
-        while (metrics := self._next(streams)) is not None:
-            yield metrics[0]
+        for _ in range(self.begin_round(preferences, seed, rounds_done, ())):
+            yield self.train_step()
 
-    def _next(self, streams: Sequence[Any]) -> list[dict[str, float]] | None:
-        """The next item of every stream; None when they have ended."""
-        ready, waiting = ray.wait(list(streams), num_returns=len(streams), timeout=self._step_timeout_s)
-        if waiting:
-            raise TrainerError(
-                f"{len(waiting)} of {len(streams)} ranks did not finish an optimizer step within "
-                f"{self._step_timeout_s:g} s; raise trainer.step_timeout_s or look at the trainer's log"
-            )
-        try:
-            refs = [next(stream) for stream in streams]
-        except StopIteration:
-            return None
-        return get_all(refs, self._step_timeout_s, "training", TrainerError)
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
+        """Get ready for the round after `rounds_done`, of which `steps` are done; returns how many there are in all."""
+        shared = ray.put(tuple(preferences))
+        count: int = self._call("begin_round", shared, seed, rounds_done, steps, what="planning a round", steps=1)[0]
+        return count
+
+    def train_step(self) -> Metrics:
+        """The next optimizer step of the round."""
+        metrics: Metrics = self._call("train_step", what="an optimizer step", steps=1)[0]
+        return metrics
+
+    def step_indices(self, number: int) -> tuple[int, ...]:
+        """Which preferences of the round step `number` (from 0) trains on."""
+        indices: tuple[int, ...] = self._call("step_indices", number, what="the plan of a step", steps=1)[0]
+        return indices
+
+    def state_bytes(self) -> int:
+        """Disk space that a checkpoint takes, at most."""
+        size: int = self._call("state_bytes", what="the size of a checkpoint", steps=1)[0]
+        return size
+
+    def save_state(self, folder: str, round_index: int) -> list[Metrics]:
+        """Write what training goes on from; returns the metrics of that round's steps so far."""
+        steps: list[Metrics] = self._call("save_state", folder, round_index, what="saving the training state", steps=1)[
+            0
+        ]
+        return steps
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what `save_state` wrote."""
+        self._call("load_state", folder, what="loading the training state", steps=1)
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of ids[1:] under the policy for each list of ids, from rank 0."""
@@ -92,4 +111,4 @@ class TrainerGroup:
 
     def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
         refs = [getattr(handle, method).remote(*args) for handle in self.handles]
-        return get_all(refs, self._step_timeout_s * max(1, steps), what, TrainerError)
+        return get_together(refs, self._step_timeout_s * max(1, steps), what, TrainerError)

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
+from actors.incidents import Incidents
 from actors.team import Team, plan_team, team
 from actors.weight_sync.publish import Publisher
+from raylign.checkpoints import Checkpoint
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError
@@ -18,11 +20,12 @@ from raylign.models import context_limit, load_tokenizer, resolve_model, resolve
 from raylign.prompts import PromptSet, draw, load_prompts
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
-from raylign.rounds import RoundLog
-from raylign.rundir import RunDirectory, create_run
+from raylign.rounds import RoundLog, Trained, finished_stages
+from raylign.rundir import CONFIG_NAME, RunDirectory, continue_or_create, require_continuable
 from raylign.scoring import describe_function
 from raylign.text import optional
 from raylign.tracking.facts import run_facts
+from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.tracker import Status, Tracker, open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.signals import terminable
@@ -32,20 +35,70 @@ _CANARY_PROMPTS = 4
 
 
 class Campaign:
-    """The driver's desk: it writes every record of the run and prints the summary."""
+    """The driver's desk: it knows what is done, writes every record of the run and prints the summary."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
         self.directory = directory
         self._config, self._tracker, self._console = config, tracker, console
+        self.incidents = Incidents(config.recovery, tracker.incident)
+        self._checkpoints = directory.checkpoint_store(config.trainer.save_total_limit)
+        self._newest = self._usable_checkpoint()
         self._evaluations: list[Evaluation] = []
-        self._reports: list[RoundReport] = []
+        self._reports = [report for report in directory.reports() if report.index <= self._rounds_done()]
         self._samples: list[Sequence[Sample]] = []
+        self._journaled = {(e.name, e.payload.get("round")) for e in read_events(directory.path / JOURNAL_NAME)}
+
+    def _usable_checkpoint(self) -> list[Checkpoint]:
+        """The newest good one, unless it is of an unfinished round whose samples or preferences were damaged since."""
+        newest = self._checkpoints.newest()
+        if not newest or newest[0].round <= self.directory.rounds_finished():
+            return newest
+        whole = "reference" in finished_stages(self.directory.round(newest[0].round))
+        return newest if whole else self._checkpoints.newest(before=newest[0].round)
+
+    def _rounds_done(self) -> int:
+        """Rounds with a report whose policy, or a later one, has a good checkpoint."""
+        trained = self._newest[0].rounds_done if self._newest else 0
+        return min(self.directory.rounds_finished(), trained)
+
+    def open_record(self, prompts: PromptSet) -> None:
+        """Say what the run is, and what an earlier process did not come to say of its last round."""
+        self._tracker.campaign_started(self._config, run_facts())
+        if ("prompts", None) not in self._journaled:
+            counts = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
+            self._tracker.prompts(prompts.source, self._config.prompts.split, prompts.digest, counts)
+        self._tracker.artifact(self.directory.path / CONFIG_NAME, "config")
+        for report in self._reports:
+            self._journal(report)
+
+    def _journal(self, report: RoundReport) -> None:
+        """Once, also where a damaged checkpoint made a round be trained again."""
+        if ("round_finished", report.index) not in self._journaled:
+            self._tracker.round_finished(report)
+
+    def rounds_to_do(self) -> range:
+        """Rounds that are not finished, in order."""
+        return range(len(self._reports) + 1, self._config.schedule.rounds + 1)
 
     def round_log(self, index: int) -> RoundLog:
         """The log of round `index`; 0 is the evaluation before training."""
+        self.incidents.begin_round(index)
         if index:
             self._tracker.round_started(index)
-        return RoundLog(index, self.directory, self._tracker, self._console)
+        trained = Trained.of(index, self._newest)
+        return RoundLog(index, self.directory, self._tracker, self._console, self._checkpoints, trained)
+
+    def bring_up(self, team: Team) -> Mapping[str, float]:
+        """Trainer and generators as the newest checkpoint has them; the value is the canary's gaps.
+
+        A policy that was stopped in the middle of a round is not served: the round's samples are those of the one before.
+        """
+        team.trainers.restore(self._newest)
+        newest = next(iter(self._newest), None)
+        if newest is not None:
+            done = f"round {newest.round}" if newest.complete else f"{len(newest.steps)} steps of round {newest.round}"
+            self._say(f"going on after {done}, from {newest.folder}")
+        return agree_on_weights(team.publisher, self._config.model, newest)
 
     def team_ready(self, seconds: float, gaps: Mapping[str, float]) -> None:
         """Say that every role has started and that generators and trainer agree on the weights."""
@@ -57,36 +110,28 @@ class Campaign:
         self._evaluations.append(evaluation)
         self._samples.append(samples[: self._config.evaluation.samples])
         self.directory.write_baseline(evaluation)
-        self._tracker.baseline(evaluation)
+        if ("evaluation", 0) not in self._journaled:
+            self._tracker.baseline(evaluation)
         self._say(f"round 0: held-out score {evaluation.score:.3f}, KL {optional(evaluation.kl)} nats")
 
-    def finish_round(self, report: RoundReport, samples: Sequence[Sample], team: Team) -> None:
-        """Save the policy and record the round; a round without this call has not happened."""
-        self._save_policy(report.policy_version, team)
+    def finish_round(self, report: RoundReport, samples: Sequence[Sample]) -> None:
+        """Record the round; a round without this call has not happened."""
         self._reports.append(report)
         self._samples.append(samples[: self._config.evaluation.samples])
         self.directory.write_report(report)
-        self._tracker.round_finished(report)
+        self._journal(report)
         evaluation = report.evaluation
         self._say(
             f"round {report.index}: held-out score {evaluation.score:.3f}, KL {optional(evaluation.kl)} nats, "
             f"{report.counts['preferences']} pairs, {sum(report.seconds.values()):.0f} s"
         )
 
-    def _save_policy(self, version: int, team: Team) -> None:
-        keep = self._config.trainer.save_total_limit
-        with self.directory.new_checkpoint(version, keep) as folder:
-            if self._config.model.lora is None:
-                team.trainers.save_weights(str(folder / "model.safetensors"))
-            else:
-                team.trainers.save_adapter(str(folder))
-
     def summary(self) -> None:
         """The table of rounds, samples before and after, and what may be wrong."""
         if not self._reports:
             return
         baseline = self._evaluations[0]
-        if self._samples[0]:
+        if self._samples[0] and len(self._samples) > 1:
             self._console.print(samples_block("held-out samples", self._samples[0], self._samples[-1]))
         self._console.print(round_table(baseline, self._reports))
         for warning in warnings(baseline, self._reports):
@@ -97,6 +142,18 @@ class Campaign:
 
     def _say(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
+
+
+def finished_before(config: RunConfig) -> list[RunDirectory]:
+    """The run directory of `config` if all its rounds are done; says so. [] when there is something to do."""
+    require_continuable(config)
+    directory = RunDirectory((config.run.dir / config.run.name).absolute())
+    if directory.rounds_finished() < config.schedule.rounds:
+        return []
+    console = report_console()
+    console.print(round_table(directory.baseline(), directory.reports()))
+    console.print(Text(f"all {config.schedule.rounds} rounds are done: {directory.path}"), soft_wrap=True)
+    return [directory]
 
 
 @contextmanager
@@ -110,27 +167,32 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
     describe_function(config.scoring.function)
     default_uri(config.tracking, config.run.dir / config.run.name)
+    require_continuable(config)
     console = report_console()
-    with terminable(), cluster() as available:
+    with terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_team(config, available)
-        directory = create_run(config.run, config)
-        tracker = open_tracker(directory.path, config.tracking)
-        with _recorded(tracker):
+        directory = continue_or_create(config)
+        with directory.locked(), _recorded(tracker := open_tracker(directory.path, config.tracking)):
             run = Campaign(config, directory, tracker, console)
-            _open_record(config, tracker, directory, prompts)
+            run.open_record(prompts)
             console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
-            canary = _canary(prompts.held_out)
-            started = time.monotonic()
-            with team(config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, plan=plan) as roles:
-                gaps = agree_on_weights(roles.publisher, config.model)
+            canary, pad_id, started = _canary(prompts.held_out), int(tokenizer.pad_token_id), time.monotonic()
+            with team(
+                config, folder=folder, pad_id=pad_id, canary_ids=canary, plan=plan, incidents=run.incidents
+            ) as roles:
+                gaps = run.bring_up(roles)
                 run.team_ready(time.monotonic() - started, gaps)
                 yield run, prompts, roles
         run.summary()
 
 
-def agree_on_weights(publisher: Publisher, block: ModelBlock) -> Mapping[str, float]:
-    """The canary's gaps of version 0: both sides loaded the same checkpoint, unless the trainer's base has 4 bits."""
-    return publisher.publish(0) if block.load_in_4bit else publisher.verify()
+def agree_on_weights(publisher: Publisher, block: ModelBlock, newest: Checkpoint | None) -> Mapping[str, float]:
+    """The canary's gaps of the version to go on from.
+
+    Of version 0 both sides loaded the same checkpoint, unless the trainer's base has 4 bits.
+    """
+    version = newest.rounds_done if newest else 0
+    return publisher.publish(version) if version or block.load_in_4bit else publisher.verify()
 
 
 def _require_context(config: RunConfig, limit: int) -> None:
@@ -139,13 +201,6 @@ def _require_context(config: RunConfig, limit: int) -> None:
         raise ConfigError(
             f"generators.max_model_len={asked} is more than the {limit} positions of {config.model.path}; lower it"
         )
-
-
-def _open_record(config: RunConfig, tracker: Tracker, directory: RunDirectory, prompts: PromptSet) -> None:
-    tracker.campaign_started(config, run_facts())
-    counts = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
-    tracker.prompts(prompts.source, config.prompts.split, prompts.digest, counts)
-    tracker.artifact(directory.path / "config.yaml", "config")
 
 
 def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:

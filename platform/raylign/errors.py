@@ -39,3 +39,11 @@ class TrainerError(RaylignError):
 
 class GeneratorError(RaylignError):
     """A generator failed and its prompts cannot be completed."""
+
+
+class ActorsLost(RaylignError):
+    """Actors died or stopped answering; they can be replaced."""
+
+
+class DiskError(RaylignError):
+    """The run directory cannot be written; what was finished before is safe."""

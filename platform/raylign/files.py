@@ -1,21 +1,41 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from raylign.errors import DiskError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """What the disk refuses inside becomes a DiskError that names `path` and the cure."""
+    try:
+        yield
+    except OSError as error:
+        cure = "free some space" if error.errno in _FULL else "make it writable, or set run.dir to another folder"
+        raise DiskError(
+            f"{path} cannot be written: {error.strerror or error}; {cure}, then run the same command again. "
+            "What was finished before is safe"
+        ) from error
 
 
 def publish_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then fsync it and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `write` fill a temporary sibling, then fsync it and rename it to `path`. Raises DiskError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 def publish_text(path: Path, text: str) -> None:

@@ -1,67 +1,196 @@
-"""One round's log: its stages are timed, shown, recorded and stored under one and the same name."""
+"""One round's log: its stages are timed, shown, recorded and stored under one and the same name.
 
+What a stage leaves behind is a file of the round's folder, with its size and hash in `stages.json`. A stage that an
+earlier attempt at the round finished is not done again: its files are read instead.
+"""
+
+import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from raylign.checkpoints import Checkpoint, Checkpoints, Metrics
+from raylign.errors import RaylignError
+from raylign.files import publish_text
+from raylign.fingerprints import damage, fingerprints
 from raylign.progress import Advance, stage_progress
-from raylign.records import Candidate, Preference, Prompt, Score
+from raylign.records import Candidate, Evaluation, Preference, Prompt, Score
 from raylign.rundir import RunDirectory
-from raylign.store import write_candidates, write_preferences
+from raylign.sampled import SampledSheet, sampled_sheet
+from raylign.store import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
 
-NOT_YET_SCORED = Score(None, reason="not scored yet")
+log = logging.getLogger(__name__)
+
+LEDGER_NAME = "stages.json"
+SAMPLED, CANDIDATES, PREFERENCES = "sampled.jsonl", "candidates.parquet", "preferences.parquet"
+HELD_OUT, EVALUATION = "samples.parquet", "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage at work. `done`: an earlier attempt finished it, what it left can be read."""
+
+    advance: Advance
+    done: bool
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How far the policy that a run starts from has trained the round. Made by `recipes.campaign`."""
+
+    complete: bool
+    steps: tuple[Metrics, ...]
+
+    @classmethod
+    def of(cls, index: int, checkpoint: Sequence[Checkpoint]) -> "Trained":
+        """Of round `index`, from the newest checkpoint if there is one."""
+        newest = next(iter(checkpoint), None)
+        if newest is None or newest.round != index:
+            return cls(newest is not None and newest.rounds_done >= index, ())
+        return cls(newest.complete, newest.steps)
 
 
 class RoundLog:
     """Made by the recipe for each round; `seconds` has the wall time of each stage so far."""
 
-    def __init__(self, index: int, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
-        self.index = index
+    def __init__(
+        self,
+        index: int,
+        directory: RunDirectory,
+        tracker: Tracker,
+        console: Console,
+        checkpoints: Checkpoints,
+        trained: Trained,
+    ) -> None:
+        self.index, self.trained = index, trained
         self.seconds: dict[str, float] = {}
         self._folder = directory.round(index)
-        self._tracker, self._console = tracker, console
+        self._tracker, self._console, self._checkpoints = tracker, console, checkpoints
+        self._ledger = finished_stages(self._folder)
+        if index and not trained.complete:
+            self._ledger = {name: entry for name, entry in self._ledger.items() if name not in ("train", "evaluate")}
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """Time stage `name` and show its progress over `total` units; the rest counts as done at the end."""
+    def stage(self, name: str, total: int, unit: str, *, again: bool = False) -> Iterator[Stage]:
+        """Time stage `name` and show its progress over `total` units; the rest counts as done at the end.
+
+        `again` is for a stage that leaves nothing to read: every attempt does it.
+        """
+        known = name in self._ledger or (name == "train" and self.trained.complete and self.index > 0)
+        if known and not again:
+            self.seconds[name] = self._ledger.get(name, {"seconds": 0.0})["seconds"]
+            yield Stage(lambda finished: None, done=True)
+            return
         started = time.monotonic()
         with stage_progress(self._console, f"round {self.index} {name}", total, unit) as advance:
-            done = 0
+            finished_units = 0
 
             def count(finished: int) -> None:
-                nonlocal done
-                done += finished
+                nonlocal finished_units
+                finished_units += finished
                 advance(finished)
 
-            yield count
-            advance(total - done)
+            stage = Stage(count, done=False)
+            yield stage
+            advance(total - finished_units)
         self.seconds[name] = time.monotonic() - started
-        if self.index > 0:
+        self._finish(name, stage.files, journal=not known)
+
+    def _finish(self, name: str, files: Sequence[str], *, journal: bool) -> None:
+        self._ledger[name] = {"seconds": self.seconds[name], "files": fingerprints(self._folder, files)}
+        publish_text(self._folder / LEDGER_NAME, json.dumps(self._ledger, indent=1))
+        if journal and self.index > 0:
             self._tracker.stage(self.index, name, self.seconds[name])
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record optimizer step `number` (from 1) of the round."""
         self._tracker.step(self.index, number, metrics)
 
+    @contextmanager
+    def sampled(
+        self, stage: Stage, prompts: Sequence[Prompt], num_generations: int, version: int
+    ) -> Iterator[SampledSheet]:
+        """sampled.jsonl: candidates as they come, with those that an earlier attempt got."""
+        with sampled_sheet(self._folder / SAMPLED, prompts, num_generations, version) as sheet:
+            stage.advance(len(prompts) - len(sheet.missing))
+            yield sheet
+        stage.files.append(SAMPLED)
+
     def save_candidates(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
+        self, stage: Stage, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
     ) -> None:
         """candidates.parquet: all K of every prompt, with scores."""
-        write_candidates(self._folder / "candidates.parquet", prompts, candidates, scores)
+        write_candidates(self._folder / CANDIDATES, prompts, candidates, scores)
+        stage.files.append(CANDIDATES)
 
-    def save_preferences(self, preferences: Sequence[Preference]) -> None:
+    def read_scores(self) -> list[Score]:
+        """Of all candidates, in their order."""
+        return read_candidates(self._folder / CANDIDATES)[1]
+
+    def save_preferences(self, stage: Stage, preferences: Sequence[Preference]) -> None:
         """preferences.parquet, also an MLflow artifact and data set."""
-        path = self._folder / "preferences.parquet"
+        write_preferences(self._folder / PREFERENCES, preferences)
+        stage.files.append(PREFERENCES)
+        self._tracker.artifact(self._folder / PREFERENCES, "preferences", self.index)
+
+    def read_preferences(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:
+        return read_preferences(self._folder / PREFERENCES, prompts, candidates)
+
+    def new_checkpoint(
+        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
+    ) -> AbstractContextManager[Path]:
+        """An empty folder for the policy after `steps` of this round; see `Checkpoints.new`."""
+        return self._checkpoints.new(self.index, steps, complete, needed_bytes)
+
+    def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None:
+        """What step `number` would have trained on when its loss or gradient was not finite."""
+        path = self._folder / f"bad-step-{number:04d}.parquet"
         write_preferences(path, preferences)
-        self._tracker.artifact(path, "preferences", self.index)
+        log.warning(
+            "step %d of round %d is left out: its loss or gradient is not finite; see %s", number, self.index, path
+        )
 
     def save_held_out(
-        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
+        self, stage: Stage, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
     ) -> None:
         """samples.parquet: the held-out completions of this policy version, also an MLflow artifact."""
-        path = self._folder / "samples.parquet"
-        write_candidates(path, prompts, candidates, scores)
-        self._tracker.artifact(path, "samples", self.index)
+        write_candidates(self._folder / HELD_OUT, prompts, candidates, scores)
+        stage.files.append(HELD_OUT)
+        self._tracker.artifact(self._folder / HELD_OUT, "samples", self.index)
+
+    def read_held_out(self) -> tuple[list[Candidate], list[Score]]:
+        return read_candidates(self._folder / HELD_OUT)
+
+    def save_evaluation(self, stage: Stage, evaluation: Evaluation) -> None:
+        """evaluation.json: what the held-out completions came to."""
+        publish_text(self._folder / EVALUATION, json.dumps(asdict(evaluation), indent=1))
+        stage.files.append(EVALUATION)
+
+    def read_evaluation(self) -> Evaluation:
+        return Evaluation(**json.loads((self._folder / EVALUATION).read_text()))
+
+
+def finished_stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """The finished stages up to the first one whose files are damaged."""
+    path = folder / LEDGER_NAME
+    if not path.is_file():
+        return {}
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    except ValueError as error:
+        raise RaylignError(f"{path}: not a ledger of stages ({error}); remove it to do the round again") from error
+    whole: dict[str, dict[str, Any]] = {}
+    for name, entry in entries.items():
+        if wrong := damage(folder, entry["files"]):
+            log.warning("%s: stage %s is done again, and those after it: %s", folder, name, wrong)
+            break
+        whole[name] = entry
+    return whole

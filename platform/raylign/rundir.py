@@ -1,21 +1,26 @@
 """The run directory: everything a run leaves behind, readable without raylign."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from raylign.checkpoints import Checkpoints
 from raylign.config import RunConfig, dump_config, load_config
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError
-from raylign.files import publish_folder, publish_text
+from raylign.files import publish_text
 from raylign.records import Evaluation, RoundReport
+from raylign.tracking.params import flatten
 
 CONFIG_NAME = "config.yaml"
 REPORT_NAME = "report.json"
+LOCK_NAME = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +37,34 @@ class RunDirectory:
         """Folder with the weights of policy version `version`: a PEFT adapter, or model.safetensors."""
         return self.path / "checkpoints" / f"{version:04d}"
 
-    @contextmanager
-    def new_checkpoint(self, version: int, keep: int | None) -> Iterator[Path]:
-        """An empty folder to write into; it appears whole as `checkpoint(version)` and only then older ones go."""
-        staging = self.path / "checkpoints" / f".{version:04d}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        publish_folder(staging, self.checkpoint(version))
-        if keep is not None:
-            for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
+    def checkpoint_store(self, keep: int | None) -> Checkpoints:
+        """Where checkpoints are made and found; `keep` of them stay."""
+        return Checkpoints(self.path / "checkpoints", keep)
 
     def checkpoints(self) -> list[Path]:
         """Published checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        return self.checkpoint_store(None).complete()
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with."""
         return load_config(self.path / CONFIG_NAME)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process works on a run. Raises ConfigError when another one does; its end, however, frees it."""
+        lock = FileLock(self.path / LOCK_NAME)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise ConfigError(
+                f"{self.path} is being worked on by another process; wait for it, or give this run another name "
+                "(run.name=...)"
+            ) from error
+        with lock:
+            yield
+
+    def write_config(self, config: RunConfig) -> None:
+        publish_text(self.path / CONFIG_NAME, dump_config(config))
 
     def write_baseline(self, evaluation: Evaluation) -> None:
         publish_text(self.round(0) / REPORT_NAME, json.dumps({"evaluation": asdict(evaluation)}, indent=1))
@@ -58,24 +72,72 @@ class RunDirectory:
     def write_report(self, report: RoundReport) -> None:
         publish_text(self.round(report.index) / REPORT_NAME, json.dumps(asdict(report), indent=1))
 
+    def baseline(self) -> Evaluation:
+        """The evaluation before round 1."""
+        raw = json.loads((self.round(0) / REPORT_NAME).read_text())
+        return Evaluation(**raw["evaluation"])
+
     def reports(self) -> list[RoundReport]:
         """Reports of the finished rounds, in order."""
-        paths = {int(path.parent.name): path for path in (self.path / "rounds").glob(f"[0-9]*/{REPORT_NAME}")}
-        return [_report(json.loads(paths[index].read_text())) for index in sorted(paths) if index > 0]
+        return [
+            _report(json.loads(path.read_text())) for index, path in sorted(self._report_paths().items()) if index > 0
+        ]
+
+    def rounds_finished(self) -> int:
+        """How many rounds, from the first, have a report."""
+        found = self._report_paths()
+        return next(index for index in count() if index + 1 not in found)
+
+    def _report_paths(self) -> dict[int, Path]:
+        return {int(path.parent.name): path for path in (self.path / "rounds").glob(f"[0-9]*/{REPORT_NAME}")}
 
 
 def _report(raw: dict[str, Any]) -> RoundReport:
     return RoundReport(**raw | {"evaluation": Evaluation(**raw["evaluation"]), "steps": tuple(raw["steps"])})
 
 
+def require_continuable(config: RunConfig) -> None:
+    """Raises ConfigError when the run directory of `config` is that of a run with other settings; names them."""
+    path = (config.run.dir / config.run.name).absolute()
+    if not (path / CONFIG_NAME).is_file():
+        return
+    if changed := differences(RunDirectory(path).config(), config):
+        lines = "".join(f"\n  {line}" for line in changed)
+        raise ConfigError(
+            f"{path} exists already, with other settings:{lines}\nGive this run another name (run.name=...), or change "
+            f"the settings of that one on purpose: raylign resume {path} KEY=VALUE ..."
+        )
+
+
+def continue_or_create(config: RunConfig) -> RunDirectory:
+    """The run directory of `config`: a new one, or that of an earlier call with the same settings.
+
+    Raises ConfigError when the settings differ, or when it cannot be written.
+    """
+    path = (config.run.dir / config.run.name).absolute()
+    if not (path / CONFIG_NAME).is_file():
+        return create_run(config.run, config)
+    require_continuable(config)
+    return RunDirectory(path)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`key: old -> new` for every setting that differs, but for where the run directory stands."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    keys = [key for key in dict.fromkeys([*before, *after]) if key != "run.dir"]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
 def create_run(block: RunBlock, config: RunConfig) -> RunDirectory:
     """A new run directory with the resolved config. Raises ConfigError when it exists or cannot be written."""
     path = (block.dir / block.name).absolute()
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(entry.name != LOCK_NAME for entry in path.iterdir()):
+            raise ConfigError(
+                f"{path} exists already and is no run (no {CONFIG_NAME}); name the run otherwise (run.name=...)"
+            )
         publish_text(path / CONFIG_NAME, dump_config(config))
-    except FileExistsError as error:
-        raise ConfigError(f"{path} exists already; give the run another name (run.name=...) or remove it") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; set run.dir to a writable folder") from error
     return RunDirectory(path)

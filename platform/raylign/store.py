@@ -68,6 +68,42 @@ def write_candidates(
     _write(path, rows, _CANDIDATES)
 
 
+def read_candidates(path: Path) -> tuple[list[Candidate], list[Score]]:
+    """What `write_candidates` wrote, in its order; texts have replacements where UTF-8 could not hold them."""
+    candidates, scores = [], []
+    for row in pq.read_table(path).to_pylist():
+        candidates.append(
+            Candidate(
+                prompt_id=row["prompt_id"],
+                index=row["index"],
+                token_ids=tuple(row["token_ids"]),
+                logprobs=tuple(row["logprobs"]),
+                text=row["text"],
+                finish_reason=row["finish_reason"],
+                policy_version=row["policy_version"],
+                seed=row["seed"],
+            )
+        )
+        scores.append(Score(row["score"], json.loads(row["score_parts"]), row["score_reason"]))
+    return candidates, scores
+
+
+def read_preferences(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:
+    """What `write_preferences` wrote of these prompts and candidates."""
+    by_id = {prompt.id: prompt for prompt in prompts}
+    by_place = {(candidate.prompt_id, candidate.index): candidate for candidate in candidates}
+    return tuple(
+        Preference(
+            prompt=by_id[row["prompt_id"]],
+            candidates=tuple(by_place[row["prompt_id"], index] for index in row["indices"]),
+            scores=tuple(row["scores"]),
+            weights=tuple(row["weights"]),
+            reference_logps=tuple(row["reference_logps"]),
+        )
+        for row in pq.read_table(path).to_pylist()
+    )
+
+
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
     """One row per preference, candidates best..worst; `chosen` and `rejected` are the texts of the ends."""
     rows = [

@@ -153,6 +153,10 @@ class TrainerBlock(Block):
     """Recompute activations in the backward pass to save memory."""
     save_total_limit: PositiveInt | None = 2
     """Checkpoints to keep, newest first; null keeps one per round."""
+    save_steps: PositiveInt | None = None
+    """Also save every so many optimizer steps of a round; null saves at its end, and when it is stopped by a signal."""
+    max_skipped_steps: PositiveInt = 3
+    """Steps in a row whose loss or gradient is not finite before the run stops; each is skipped and its batch saved."""
     start_timeout_s: PositiveFloat = 600.0
     """Deadline for loading the model and joining the group, in seconds."""
     step_timeout_s: PositiveFloat = 600.0

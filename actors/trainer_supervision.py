@@ -1,0 +1,196 @@
+"""A trainer group that outlives its ranks: one is lost, all are replaced and go on from the newest checkpoint."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.incidents import Incidents
+from actors.network import free_address
+from actors.trainer import TrainerRank, TrainerSpec
+from actors.trainer_group import TrainerGroup
+from actors.waiting import get_all, get_together
+from raylign.checkpoints import PARTIAL, Checkpoint, Metrics
+from raylign.config.blocks import TrainerBlock
+from raylign.config.losses import LossBlock
+from raylign.config.reference import ReferenceBlock
+from raylign.errors import ActorsLost, RaylignError, TrainerError
+from raylign.records import Preference
+
+log = logging.getLogger(__name__)
+
+Start = Callable[[], Sequence[ActorHandle[Any]]]
+"""Starts all ranks and returns their handles once the group has formed."""
+
+STATE = "trainer"
+"""Folder of a checkpoint with the trainer's state; the policy lies beside it."""
+_NAME = "trainers"
+_PORT_ATTEMPTS = 5
+_IN_USE = "address already in use"
+_CURE = (
+    "the newest checkpoint is as it was before these steps. Lower trainer.learning_rate or set model.dtype=float32, "
+    "then go on: raylign resume RUN trainer.learning_rate=..."
+)
+
+
+class RoundRecord(Protocol):
+    """What a round in training writes to; `raylign.rounds.RoundLog` is one."""
+
+    @property
+    def index(self) -> int: ...
+
+    def step(self, number: int, metrics: Metrics) -> None: ...
+
+    def new_checkpoint(
+        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
+    ) -> AbstractContextManager[Path]: ...
+
+    def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None: ...
+
+
+class SupervisedTrainers(TrainerGroup):
+    """Every call survives the loss of ranks. `restore` and `train_round` say where a new group goes on from."""
+
+    def __init__(
+        self,
+        start: Start,
+        *,
+        block: TrainerBlock,
+        loss: LossBlock,
+        reference: ReferenceBlock,
+        adapter: bool,
+        incidents: Incidents,
+    ) -> None:
+        super().__init__(start(), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s)
+        self._start, self._block, self._adapter, self._incidents = start, block, adapter, incidents
+        self._newest: tuple[Checkpoint, ...] = ()
+
+    def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Go on from the checkpoint, now and whenever ranks are lost; [] is the model as it was loaded."""
+        self._newest = tuple(checkpoints)
+        for checkpoint in checkpoints:
+            self.load_state(str(checkpoint.folder / STATE))
+
+    def train_round(
+        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
+    ) -> list[Metrics]:
+        """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
+
+        What a checkpoint in the middle of the round has done is not done again. Interrupted, it saves such a one.
+        Raises TrainerError after `trainer.max_skipped_steps` steps in a row that are not finite.
+        """
+        shown = 0
+        while True:
+            try:
+                done = self._steps_of(record.index)
+                for number, _ in self._steps(preferences, seed, record, done):
+                    advance(max(0, number - shown))
+                    shown = max(shown, number)
+                return self._save(record, complete=True)
+            except ActorsLost as lost:
+                self._replace(lost)
+            except KeyboardInterrupt:
+                log.warning("saving what is trained of round %d", record.index)
+                self._save(record, complete=False)
+                raise
+
+    def _steps_of(self, index: int) -> tuple[Metrics, ...]:
+        """Of round `index`, those that the newest checkpoint has done."""
+        return next((c.steps for c in self._newest if c.round == index and not c.complete), ())
+
+    def _steps(
+        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
+    ) -> Iterator[tuple[int, Metrics]]:
+        """Yields the number (from 1) and metrics of each further step."""
+        count = self.once("begin_round", ray.put(tuple(preferences)), seed, record.index - 1, tuple(done))
+        bad_in_a_row = 0
+        for number in range(len(done) + 1, count + 1):
+            metrics: Metrics = self.once("train_step")
+            record.step(number, metrics)
+            bad_in_a_row = bad_in_a_row + 1 if metrics.get("non_finite_steps") else 0
+            if bad_in_a_row:
+                record.save_bad_step(number, [preferences[i] for i in self.once("step_indices", number - 1)])
+            if bad_in_a_row >= self._block.max_skipped_steps:
+                raise TrainerError(
+                    f"round {record.index}: the last {bad_in_a_row} steps (up to {number}) had a loss or gradient that "
+                    f"is not finite, limit trainer.max_skipped_steps={self._block.max_skipped_steps}; {_CURE}"
+                )
+            yield number, metrics
+            if self._block.save_steps and number % self._block.save_steps == 0 and number < count:
+                self._save(record, complete=False)
+
+    def _save(self, record: RoundRecord, *, complete: bool) -> list[Metrics]:
+        needed = self.once("state_bytes")
+        steps: list[Metrics] = []
+        # The ranks say what they have done: a signal may come between a step and its report.
+        with record.new_checkpoint(steps, complete, needed) as folder:
+            steps += self.once("save_state", str(folder / STATE), record.index)
+            if self._adapter:
+                self.once("save_adapter", str(folder))
+            else:
+                self.once("save_weights", str(folder / "model.safetensors"))
+        name = f"{record.index:04d}{'' if complete else PARTIAL}"
+        self._newest = (Checkpoint(folder.with_name(name), record.index, complete, tuple(steps)),)
+        return steps
+
+    def once(self, method: str, *args: object) -> Any:
+        """Rank 0's answer, or ActorsLost: for calls that a replaced group must not simply repeat."""
+        return super()._call(method, *args, what=method.replace("_", " "), steps=1)[0]
+
+    def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
+        """Between rounds the newest checkpoint is what the ranks hold, so that a new group can answer as well."""
+        while True:
+            try:
+                return super()._call(method, *args, what=what, steps=steps)
+            except ActorsLost as lost:
+                self._replace(lost)
+
+    def _replace(self, lost: ActorsLost) -> None:
+        """New ranks that go on from the newest checkpoint. Raises TrainerError past the cap of restarts."""
+        while True:
+            self._incidents.lost("trainer", _NAME, str(lost), TrainerError)
+            kill(self.handles)
+            try:
+                self.handles = tuple(self._start())
+                for checkpoint in self._newest:
+                    self.once("load_state", str(checkpoint.folder / STATE))
+            except ActorsLost as again:
+                lost = again
+                continue
+            self._incidents.recovered("trainer", _NAME)
+            return
+
+
+def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list[ActorHandle[Any]]:
+    """Every rank, once the group has formed; `options` are Ray's, rank by rank.
+
+    Raises ActorsLost or TrainerError when it does not; a port that somebody took meanwhile is tried again.
+    """
+    timeout_s = spec.trainer.start_timeout_s
+    find = ray.remote(free_address).options(**{**options[0], "num_cpus": 0, "num_gpus": 0})
+    attempts = 0
+    while True:
+        address, port = get_all([find.remote()], timeout_s, "finding a port", TrainerError)[0]
+        handles = [TrainerRank.options(**own).remote(spec, rank, address, port) for rank, own in enumerate(options)]
+        attempts += 1
+        try:
+            get_together(
+                [handle.ready.remote() for handle in handles], timeout_s, "starting the trainers", TrainerError
+            )
+            return handles
+        except (RaylignError, KeyboardInterrupt) as error:
+            kill(handles)
+            if attempts >= _PORT_ATTEMPTS or _IN_USE not in str(error).lower():
+                raise
+
+
+def kill(handles: Sequence[ActorHandle[Any]]) -> None:
+    """End actors that may have ended already."""
+    for handle in handles:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(handle)
