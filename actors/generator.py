@@ -1,10 +1,11 @@
 """The generator: one vLLM engine that samples candidates and serves one policy version at a time."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import ray
 from vllm import SamplingParams
@@ -15,14 +16,17 @@ from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.janitor import clean_up_family
+from actors.stacks import enable_stack_dumps
 from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
 from raylign.config.blocks import Dtype
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
 from raylign.sampling import Decoding
 
+log = logging.getLogger(__name__)
 _ADAPTER = "policy"
 _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 16384
@@ -48,6 +52,8 @@ class EngineSpec:
     trust_remote_code: bool
     seed: int
     threads: int
+    stacks: str
+    """Folder for the stacks that the actor writes when it is asked to."""
 
     @property
     def one_process(self) -> bool:
@@ -103,8 +109,9 @@ def _compute_in_the_engine(threads: int) -> None:
 class _Generator:
     """Samples, scores fixed tokens for the canary, and takes new weights. One asyncio loop, many requests at once."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, name: str) -> None:
         self._spec = spec
+        enable_stack_dumps(spec.stacks, name)
         clean_up_family(os.getpid())
         if spec.one_process:
             _compute_in_the_engine(spec.threads)
@@ -113,7 +120,9 @@ class _Generator:
         self._requests = 0
 
     async def ready(self) -> None:
-        """Label the base weights version 0."""
+        """Label the base weights version 0, and open the way for others."""
+        if self._spec.transport == "shm":
+            await self.init_weight_transfer_engine({})
         await self.label(0)
 
     async def label(self, version: int) -> None:
@@ -156,8 +165,11 @@ class _Generator:
         stream = self._engine.generate(
             {"prompt_token_ids": token_ids}, params, f"request-{self._requests}", lora_request=adapter
         )
-        async for output in stream:
-            final = output
+        try:
+            async for output in stream:
+                final = output
+        except EngineDeadError as error:
+            _leave(error)
         if final is None or not final.finished:
             raise GeneratorError(f"request of {len(token_ids)} prompt tokens ended without a result")
         return final
@@ -203,6 +215,12 @@ class _Generator:
     async def shutdown(self) -> None:
         """End vLLM's processes."""
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
+
+
+def _leave(error: EngineDeadError) -> NoReturn:
+    """End this process: Ray sees an actor without an engine as healthy, and nobody would replace it."""
+    log.error("the engine is dead: %s", error)
+    os._exit(1)
 
 
 def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.waiting import get_all
+from actors.waiting import get_all, get_together
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
 from raylign.sampling import Decoding, prompt_seed
@@ -19,6 +19,10 @@ class GeneratorPool:
 
     def __init__(self, handles: Sequence[ActorHandle[Any]], *, max_num_seqs: int, timeout_s: float) -> None:
         self.handles = tuple(handles)
+        self.served = 0
+        """The policy version that was published last, or is being published."""
+        self.pushed = False
+        """Whether weights were ever sent; until then every generator serves what it has loaded."""
         self._max_num_seqs = max_num_seqs
         self._timeout_s = timeout_s
 
@@ -67,6 +71,10 @@ class GeneratorPool:
         return 2 * math.ceil(self._max_num_seqs / decoding.num_generations)
 
     def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
-        """Call `method` on every generator at once; results in generator order."""
+        """Call `method` on every generator at once; results in generator order. Raises ActorsLost when one has died."""
         refs = [getattr(handle, method).remote(*args) for handle in self.handles]
-        return get_all(refs, timeout_s, what, GeneratorError)
+        return get_together(refs, timeout_s, what, GeneratorError)
+
+    def replace_all(self, cause: str) -> None:
+        """There is nobody to replace these. Raises GeneratorError."""
+        raise GeneratorError(cause)

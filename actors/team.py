@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator import EngineSpec, Generator
 from actors.generator_pool import GeneratorPool
+from actors.generator_supervision import Spawn, SupervisedGenerators, actor_name
 from actors.incidents import Incidents
 from actors.janitor import clean_up_folder, remove_folder
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
 from actors.scorer import Scorer
 from actors.scorer_client import ScorerClient
+from actors.stacks import FOLDER as STACKS
+from actors.stacks import remove_empty
 from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, kill, start_ranks
 from actors.waiting import get_all
@@ -87,21 +90,31 @@ def team(
         )
         actors: list[ActorHandle[Any]] = []
         stack.callback(kill, actors)
-        generators = _start_generators(config, folder, plan, group, transport, actors)
-        stack.callback(kill, generators)
-        stack.callback(_shut_down, generators)
+        stacks = (config.run.dir / config.run.name).absolute() / STACKS
+        stack.callback(remove_empty, stacks)
+        generators = SupervisedGenerators(
+            _spawner(config, folder, plan, group, transport, stacks),
+            lambda handle: roles.publisher.catch_up(handle),
+            block=config.generators,
+            recovery=config.recovery,
+            incidents=incidents,
+            stacks=stacks,
+        )
+        stack.callback(lambda: kill(generators.handles))
+        stack.callback(lambda: _shut_down(generators.handles))
         scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
         actors.append(scorer)
         trainers = SupervisedTrainers(
-            lambda: _start_trainers(config, folder, pad_id, plan, group),
+            lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
             block=config.trainer,
             loss=config.loss,
             reference=config.reference,
             adapter=config.model.lora is not None,
             incidents=incidents,
+            stacks=stacks,
         )
         stack.callback(lambda: kill(trainers.handles))
-        yield _ready_team(
+        roles = _ready_team(
             config,
             generators,
             trainers,
@@ -109,11 +122,12 @@ def team(
             _transport(config, folder, transport, directory),
             canary_ids,
         )
+        yield roles
 
 
 def _ready_team(
     config: RunConfig,
-    generators: list[ActorHandle[Any]],
+    generators: SupervisedGenerators,
     trainers: SupervisedTrainers,
     scorer: ActorHandle[Any],
     transport: WeightTransport,
@@ -122,26 +136,17 @@ def _ready_team(
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
     get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
-    ready = [handle.ready.remote() for handle in generators]
+    ready = [handle.ready.remote() for handle in generators.handles]
     get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
-    pool = GeneratorPool(
-        generators, max_num_seqs=config.generators.max_num_seqs, timeout_s=config.generators.request_timeout_s
-    )
     canary = Canary(canary_ids, sync.canary_max_gap)
-    if isinstance(transport, ShmTransport):
-        pool.call("init_weight_transfer_engine", {}, timeout_s=sync.timeout_s, what="opening weight transfer")
-    publisher = Publisher(trainers, pool, transport, canary, sync.timeout_s)
-    return Team(pool, trainers, ScorerClient(scorer, config.scoring), publisher)
+    publisher = Publisher(trainers, generators, transport, canary, sync.timeout_s)
+    return Team(generators, trainers, ScorerClient(scorer, config.scoring), publisher)
 
 
-def _start_generators(
-    config: RunConfig,
-    folder: str,
-    plan: PlacementPlan,
-    group: PlacementGroup,
-    transport: Transport,
-    actors: list[ActorHandle[Any]],
-) -> list[ActorHandle[Any]]:
+def _spawner(
+    config: RunConfig, folder: str, plan: PlacementPlan, group: PlacementGroup, transport: Transport, stacks: Path
+) -> Spawn:
+    """Starts the generator of a slot where the plan puts it."""
     block = config.generators
     spec = EngineSpec(
         model=folder,
@@ -158,14 +163,20 @@ def _start_generators(
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
         threads=config.placement.generator_cpus,
+        stacks=str(stacks),
     )
-    handles = [Generator.options(**_options(place, group)).remote(spec) for place in plan.generators]
-    actors += handles
-    return handles
+
+    def spawn(slot: int) -> ActorHandle[Any]:
+        handle: ActorHandle[Any] = Generator.options(**_options(plan.generators[slot], group)).remote(
+            spec, actor_name(slot)
+        )
+        return handle
+
+    return spawn
 
 
 def _start_trainers(
-    config: RunConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup
+    config: RunConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup, stacks: Path
 ) -> list[ActorHandle[Any]]:
     """Every rank, once the group has formed. Raises ActorsLost; a port that was taken meanwhile is tried again."""
     spec = TrainerSpec(
@@ -180,6 +191,7 @@ def _start_trainers(
         seed=config.run.seed,
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",
+        stacks=str(stacks),
     )
     return start_ranks(spec, [_options(place, group) for place in plan.trainers])
 
@@ -210,7 +222,7 @@ def _shared_directory(run_name: str) -> Iterator[Path]:
         remove_folder(directory)
 
 
-def _shut_down(generators: list[ActorHandle[Any]]) -> None:
+def _shut_down(generators: Sequence[ActorHandle[Any]]) -> None:
     """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)

@@ -26,6 +26,7 @@ from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, tr
 from actors.host_memory import keep_freed_memory, memory_errors
 from actors.process_group import gathered, join_group
 from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
+from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
     EngineState,
     StoredTensors,
@@ -80,6 +81,7 @@ class TrainerSpec:
     seed: int
     threads: int
     on_gpu: bool
+    stacks: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class _TrainerRank:
         self._round = _Round(0, (), [], [])
         self._state = LossState()
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
+        enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         torch.set_num_threads(spec.threads)
         if not spec.on_gpu:
             keep_freed_memory()
@@ -246,9 +249,7 @@ class _TrainerRank:
 
     def step_indices(self, number: int) -> tuple[int, ...]:
         """Which preferences of the round step `number` (from 0) trains on, over all ranks."""
-        micro_batches = (micro for mine in self._round.steps[number].micro_batches for micro in mine)
-        pairs = (pair for micro in micro_batches for pair in zip(micro.indices, micro.weights, strict=True))
-        return tuple(sorted(index for index, weight in pairs if weight))
+        return self._round.steps[number].indices()
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
@@ -388,9 +389,7 @@ class _TrainerRank:
 
 def _mean_chosen_tokens(preferences: Sequence[Preference], step: Step) -> float:
     """Mean length of the best candidates of the whole step, over all ranks."""
-    micro_batches = (micro for mine in step.micro_batches for micro in mine)
-    real = (index for micro in micro_batches for index, w in zip(micro.indices, micro.weights, strict=True) if w)
-    return sum(len(preferences[index].candidates[0].token_ids) for index in real) / step.count
+    return sum(len(preferences[index].candidates[0].token_ids) for index in step.indices()) / step.count
 
 
 def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -61,9 +61,13 @@ class TrainerGroup:
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
         """Get ready for the round after `rounds_done`, of which `steps` are done; returns how many there are in all."""
-        shared = ray.put(tuple(preferences))
+        shared = self.put(preferences)
         count: int = self._call("begin_round", shared, seed, rounds_done, steps, what="planning a round", steps=1)[0]
         return count
+
+    def put(self, preferences: Sequence[Preference]) -> Any:
+        """Preferences where every rank can take them from."""
+        return ray.put(tuple(preferences))
 
     def train_step(self) -> Metrics:
         """The next optimizer step of the round."""
@@ -110,5 +114,10 @@ class TrainerGroup:
         self._call("send_nccl", handles, address, port, workers, timeout_s, what="sending weights", steps=1)
 
     def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
+        """Every rank's answer."""
+        return self._ask(method, *args, what=what, steps=steps)
+
+    def _ask(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
+        """Every rank's answer, or ActorsLost. The deadline is that of `steps` optimizer steps."""
         refs = [getattr(handle, method).remote(*args) for handle in self.handles]
         return get_together(refs, self._step_timeout_s * max(1, steps), what, TrainerError)

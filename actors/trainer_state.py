@@ -25,7 +25,7 @@ WEIGHTS = "weights"
 STATE_NAME = "state.json"
 _SHARD_BYTES = 1 << 30
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-"""Where DeepSpeed's optimizers keep this rank's fp32 weights: ZeRO 3, ZeRO 1 and 2, plain bf16."""
+"""Where DeepSpeed's optimizers keep this rank's fp32 weights: ZeRO 3, ZeRO 1 and 2, its BF16_Optimizer."""
 
 Named = Iterator[tuple[str, Tensor]]
 Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
@@ -37,8 +37,9 @@ class EngineState:
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], writable: Access) -> None:
         """`parameters` are the trained ones by name; `writable` makes sharded ones whole and writes to them last."""
         self._engine, self._parameters, self._writable = engine, parameters, writable
-        self._plain = isinstance(engine.optimizer, torch.optim.Optimizer)
-        self._adam = engine.optimizer if self._plain else engine.optimizer.optimizer
+        optimizer = engine.optimizer
+        self._adam = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+        self._masters = _masters(optimizer, parameters)
 
     def tensors(self) -> Named:
         """fp32 weights as `weights/NAME`, and moments as `exp_avg/NAME` once a step was taken."""
@@ -66,6 +67,7 @@ class EngineState:
                 self._write(parameter, kind, stored.get(f"{kind}/{name}"))
 
     def _flat(self) -> list[Tensor]:
+        """The tensors that Adam knows: this rank's weights in fp32."""
         for name in _FLAT:
             if hasattr(self._engine.optimizer, name):
                 return list(getattr(self._engine.optimizer, name))
@@ -84,8 +86,9 @@ class EngineState:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        if self._plain:
-            return parameter.detach() if kind == WEIGHTS else self._adam.state[parameter][kind]
+        if parameter in self._masters:
+            master = self._masters[parameter]
+            return master.detach() if kind == WEIGHTS else self._adam.state[master][kind]
         found: Tensor = (
             safe_get_full_fp32_param(parameter) if kind == WEIGHTS else safe_get_full_optimizer_state(parameter, kind)
         )
@@ -95,15 +98,25 @@ class EngineState:
         if kind == WEIGHTS:
             with torch.no_grad(), self._writable([parameter]):
                 parameter.copy_(value)
-        if self._plain:
-            if kind != WEIGHTS:
-                self._adam.state[parameter][kind].copy_(value)
+        if parameter in self._masters:
+            with torch.no_grad():
+                self._read(parameter, kind).copy_(value)
         elif hasattr(parameter, "ds_id"):
             _write_part(parameter, value, None if kind == WEIGHTS else kind)
         elif kind == WEIGHTS:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def _masters(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """The whole fp32 tensor of each parameter where ranks have all of them, which is without ZeRO."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {parameter: parameter for parameter in parameters.values()}
+    if not hasattr(optimizer, "fp32_groups"):
+        return {}
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {own: master for group in groups for own, master in zip(*group, strict=True)}
 
 
 def _numel(parameter: Any) -> int:

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from actors.incidents import Incidents
 from actors.network import free_address
+from actors.stacks import dump_stacks
 from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
 from actors.waiting import get_all, get_together
@@ -65,9 +66,16 @@ class SupervisedTrainers(TrainerGroup):
         reference: ReferenceBlock,
         adapter: bool,
         incidents: Incidents,
+        stacks: Path,
     ) -> None:
         super().__init__(start(), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s)
-        self._start, self._block, self._adapter, self._incidents = start, block, adapter, incidents
+        self._start, self._block, self._adapter, self._incidents, self._stacks = (
+            start,
+            block,
+            adapter,
+            incidents,
+            stacks,
+        )
         self._newest: tuple[Checkpoint, ...] = ()
 
     def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
@@ -107,7 +115,7 @@ class SupervisedTrainers(TrainerGroup):
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
     ) -> Iterator[tuple[int, Metrics]]:
         """Yields the number (from 1) and metrics of each further step."""
-        count = self.once("begin_round", ray.put(tuple(preferences)), seed, record.index - 1, tuple(done))
+        count = self.once("begin_round", self.put(preferences), seed, record.index - 1, tuple(done))
         bad_in_a_row = 0
         for number in range(len(done) + 1, count + 1):
             metrics: Metrics = self.once("train_step")
@@ -140,20 +148,27 @@ class SupervisedTrainers(TrainerGroup):
 
     def once(self, method: str, *args: object) -> Any:
         """Rank 0's answer, or ActorsLost: for calls that a replaced group must not simply repeat."""
-        return super()._call(method, *args, what=method.replace("_", " "), steps=1)[0]
+        return self._ask(method, *args, what=method.replace("_", " "), steps=1)[0]
 
     def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
         """Between rounds the newest checkpoint is what the ranks hold, so that a new group can answer as well."""
         while True:
             try:
-                return super()._call(method, *args, what=what, steps=steps)
+                return self._ask(method, *args, what=what, steps=steps)
             except ActorsLost as lost:
                 self._replace(lost)
+
+    def _diagnosed(self, lost: ActorsLost) -> str:
+        """The cause; of ranks that did not answer also where their stacks are."""
+        if lost.__cause__ is not None:
+            return str(lost)
+        where = [dump_stacks(handle, self._stacks, f"trainer-{rank}") for rank, handle in enumerate(self.handles)]
+        return "; ".join([str(lost), *where])
 
     def _replace(self, lost: ActorsLost) -> None:
         """New ranks that go on from the newest checkpoint. Raises TrainerError past the cap of restarts."""
         while True:
-            self._incidents.lost("trainer", _NAME, str(lost), TrainerError)
+            self._incidents.lost("trainer", _NAME, self._diagnosed(lost), TrainerError)
             kill(self.handles)
             try:
                 self.handles = tuple(self._start())

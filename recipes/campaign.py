@@ -91,7 +91,7 @@ class Campaign:
     def bring_up(self, team: Team) -> Mapping[str, float]:
         """Trainer and generators as the newest checkpoint has them; the value is the canary's gaps.
 
-        A policy that was stopped in the middle of a round is not served: the round's samples are those of the one before.
+        In the middle of a round all its samples are there: what is served until its end is never asked.
         """
         team.trainers.restore(self._newest)
         newest = next(iter(self._newest), None)

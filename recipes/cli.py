@@ -16,11 +16,14 @@ from raylign.config import load_config
 from raylign.errors import RaylignError
 from raylign.text import escape_control
 from recipes.checks.ray_cluster import require_named_cluster
-from recipes.signals import INTERRUPTED, terminable
+from recipes.signals import INTERRUPTED, STOPPED, terminable
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 CHATTY = ("bitsandbytes", "vllm.triton_utils")
 """Loggers of libraries that warn at import of what raylign does not use."""
+
+
+_STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
 
 @contextmanager
@@ -33,8 +36,8 @@ def ended_cleanly() -> Iterator[None]:
         _complain(f"error: {error}")
         raise typer.Exit(1) from error
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _complain("interrupted")
+        if end.code in (INTERRUPTED, STOPPED):
+            _complain(f"{_STOPS[end.code]}; what is finished is saved, the same command goes on with it")
         raise
 
 
@@ -117,6 +120,27 @@ def run(recipe: Recipe, settings: Settings = None) -> None:
     Example: raylign run recipes/sentiment_smollm2.yaml run.name=second schedule.rounds=3
     """
     config = load_config(recipe, settings or ())
+    require_named_cluster()
+    from recipes import online_dpo  # noqa: PLC0415 - torch, Ray and vLLM
+
+    online_dpo.main(config)
+
+
+@app.command(context_settings=SETTINGS_CONTEXT)
+def resume(
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN", callback=_no_options, help="A run's directory, such as runs/online-dpo.")
+    ],
+    settings: Settings = None,
+) -> None:
+    """Go on with a run at its first stage that is not finished; settings given here replace its own from then on.
+
+    The same `raylign run` again does so too, without other settings. Example: raylign resume runs/online-dpo
+    trainer.learning_rate=1e-4 schedule.rounds=8
+    """
+    from recipes.resume import resumed_config  # noqa: PLC0415
+
+    config = resumed_config(run_directory, settings or ())
     require_named_cluster()
     from recipes import online_dpo  # noqa: PLC0415 - torch, Ray and vLLM
 

@@ -4,7 +4,7 @@ Version v gives every token the log-probability -1 / (v + 1) nats and answers wi
 "end"; a word is a token whose id is its length. Everything a round computes from that has a closed form.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.generator_pool import GeneratorPool
+from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
-from actors.trainer_group import TrainerGroup
+from actors.trainer_supervision import SupervisedTrainers
+from raylign.checkpoints import Metrics
 from raylign.config import RunConfig
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.blocks import FunctionScoringBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
@@ -23,7 +25,7 @@ from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.sampling import Decoding, prompt_seed
 from raylign.scoring import check_unscored
 from raylign.tracking.feed import MlflowFeed
-from raylign.training.batches import BatchShape, plan_steps
+from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.preferences import completions_of
 from raylign.training.sequences import Completions, token_cost
 
@@ -33,6 +35,11 @@ WEIGHT = "policy_version"
 
 def token_logp(version: int) -> float:
     return -1.0 / (version + 1)
+
+
+def unrecorded() -> Incidents:
+    """Losses of actors that nobody writes down."""
+    return Incidents(RecoveryBlock(), lambda role, happened, detail: None)
 
 
 class FakeEngine:
@@ -109,11 +116,14 @@ class FakeGenerators(GeneratorPool):
         round_index: int,
         version: int,
         advance: Callable[[int], None],
+        on_finished: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
     ) -> list[Candidate]:
         candidates = []
         for row, prompt in enumerate(prompts):
             engine = self.engines[row % len(self.engines)]
-            candidates += engine.sample(prompt, decoding, prompt_seed(seed, round_index, prompt.id), version)
+            found = engine.sample(prompt, decoding, prompt_seed(seed, round_index, prompt.id), version)
+            candidates += found
+            on_finished(found)
             advance(1)
         return candidates
 
@@ -137,7 +147,12 @@ class FakeScorer(ScorerClient):
         super().__init__(_no_actor(), block)
         self._events, self._limit, self._value = events, block.max_unscored, value
 
-    def score(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        advance: Callable[[int], None] = lambda items: None,
+    ) -> list[Score]:
         self._events.append(f"score {len(candidates)}")
         by_id = {prompt.id: prompt for prompt in prompts}
         values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
@@ -146,19 +161,30 @@ class FakeScorer(ScorerClient):
         return scores
 
 
-class FakeTrainers(TrainerGroup):
+class FakeTrainers(SupervisedTrainers):
     """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
 
     def __init__(self, events: list[str], config: RunConfig) -> None:
-        super().__init__([_no_actor()], loss=config.loss, reference=config.reference, step_timeout_s=1.0)
+        super().__init__(
+            lambda: [_no_actor()],
+            block=config.trainer,
+            loss=config.loss,
+            reference=config.reference,
+            adapter=config.model.lora is not None,
+            incidents=unrecorded(),
+            stacks=Path(),
+        )
         self.version = 0
         self._events, self._config = events, config
+        self._pairs: Sequence[Preference] = ()
+        self._plan: list[Step] = []
+        self._reports: list[Metrics] = []
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
         self._events.append(f"reference {len(preferences)} seed {seed} after {rounds_done} rounds")
         return super().with_reference(preferences, seed, rounds_done)
 
-    def _call(self, method: str, *args: Any, what: str, steps: int) -> list[Any]:
+    def _ask(self, method: str, *args: Any, what: str, steps: int) -> list[Any]:
         """What the one rank answers."""
         match method:
             case "reference_logps":
@@ -167,21 +193,45 @@ class FakeTrainers(TrainerGroup):
                 return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
             case "reference_candidates":
                 return [{index: tuple(_logps(p, version=0)) for index, p in enumerate(args[0])}]
+            case "state_bytes":
+                return [0]
+            case "save_state":
+                Path(args[0]).mkdir()
+                save_file({WEIGHT: torch.tensor([self.version])}, Path(args[0]) / "state.safetensors")
+                return [self._reports]
+            case "load_state":
+                self.version = int(load_file(Path(args[0]) / "state.safetensors")[WEIGHT])
+                return [None]
+            case "save_adapter" | "save_weights":
+                getattr(self, method)(*args)
+                return [None]
+            case "begin_round":
+                return [self._begin(*args)]
+            case "train_step":
+                return [self._train_step()]
+            case "step_indices":
+                return [self._plan[args[0]].indices()]
         raise AssertionError(f"{method} has no fake")
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
-        self._events.append(f"train {len(preferences)} seed {seed}")
+    def put(self, preferences: Sequence[Preference]) -> Any:
+        return preferences
+
+    def _begin(self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]) -> int:
+        self._events.append(f"train {len(preferences)} seed {seed}" + (f" from step {len(steps)}" if steps else ""))
         block = self._config.trainer
         costs = [token_cost(completions_of(preference), block.packing) for preference in preferences]
         shape = BatchShape(
             block.ranks, block.train_batch_size, block.per_device_train_batch_size, block.max_tokens_per_micro_batch
         )
-        for step in plan_steps(costs, shape, epochs=block.num_train_epochs, seed=seed):
-            micro_batches = (micro for mine in step.micro_batches for micro in mine)
-            pairs = [pair for micro in micro_batches for pair in zip(micro.indices, micro.weights, strict=True)]
-            losses = [self._loss_of(preferences[index]) for index, weight in pairs if weight]
-            yield {"loss": sum(losses) / len(losses)}
-        self.version += 1
+        self._pairs, self._reports = preferences, list(steps)
+        self._plan = plan_steps(costs, shape, epochs=block.num_train_epochs, seed=seed)
+        return len(self._plan)
+
+    def _train_step(self) -> Metrics:
+        losses = [self._loss_of(self._pairs[index]) for index in self._plan[len(self._reports)].indices()]
+        self._reports.append({"loss": sum(losses) / len(losses)})
+        self.version += len(self._reports) == len(self._plan)
+        return self._reports[-1]
 
     def _loss_of(self, preference: Preference) -> float:
         policy = torch.tensor([_logps(preference, self.version)])

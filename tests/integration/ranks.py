@@ -1,5 +1,6 @@
 """Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -84,6 +85,7 @@ def spec_of(
         seed=0,
         threads=1,
         on_gpu=False,
+        stacks=tempfile.gettempdir(),
     )
 
 

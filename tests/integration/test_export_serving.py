@@ -1,6 +1,7 @@
 """An exported model answers like the run's policy: in plain transformers and in a fresh vLLM."""
 
 import asyncio
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         trust_remote_code=False,
         seed=0,
         threads=1,
+        stacks=tempfile.gettempdir(),
     )
     generator = _Generator(spec)
     await generator.ready()

@@ -15,6 +15,7 @@ from raylign.errors import WeightSyncError
 from raylign.export import export_model
 from raylign.records import Candidate, Preference, Prompt
 from recipes.campaign import agree_on_weights
+from tests.fakes import unrecorded
 from tests.unit.test_export import FACTS
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,9 @@ def prompt(smollm2: str) -> Prompt:
 @pytest.fixture(scope="module")
 def roles(served_llama: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
     plan = plan_team(config, resources)
-    with team(config, folder=served_llama, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan) as roles:
+    with team(
+        config, folder=served_llama, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan, incidents=unrecorded()
+    ) as roles:
         yield roles
 
 
@@ -57,7 +60,7 @@ def test_generators_serve_the_4_bit_policy(
 ) -> None:
     with pytest.raises(WeightSyncError, match="canary"):
         roles.publisher.verify()
-    assert agree_on_weights(roles.publisher, config.model)["logprob_gap_mean"] < _LIMIT
+    assert agree_on_weights(roles.publisher, config.model, None)["logprob_gap_mean"] < _LIMIT
     assert roles.publisher.verify()["logprob_gap_mean"] < _LIMIT
 
     tokenizer = AutoTokenizer.from_pretrained(served_llama)

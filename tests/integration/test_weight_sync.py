@@ -21,6 +21,7 @@ from raylign.config import RunConfig, parse_config
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
+from tests.fakes import unrecorded
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,14 @@ def prompts(served_llama: str) -> list[Prompt]:
 @pytest.fixture(scope="module")
 def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
     config, canary = _config(), tuple(prompt.token_ids for prompt in prompts)
-    with team(config, folder=served_llama, pad_id=2, canary_ids=canary, plan=plan_team(config, resources)) as roles:
+    with team(
+        config,
+        folder=served_llama,
+        pad_id=2,
+        canary_ids=canary,
+        plan=plan_team(config, resources),
+        incidents=unrecorded(),
+    ) as roles:
         yield roles
 
 

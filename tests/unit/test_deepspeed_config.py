@@ -24,7 +24,7 @@ def test_the_whole_configuration_by_hand() -> None:
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2},
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False, "hysteresis": 1, "min_loss_scale": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,

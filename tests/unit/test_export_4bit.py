@@ -71,7 +71,7 @@ def run_of(base: Path, folder: Path) -> RunDirectory:
     model = BLOCK.model_dump() | {"path": str(base)}
     config = parse_config({"run": {"name": "tiny", "dir": str(folder)}, "model": model})
     directory = create_run(config.run, config)
-    with directory.new_checkpoint(1, None) as checkpoint:
+    with directory.checkpoint_store(None).new(1, (), True, 0) as checkpoint:
         trained(base, checkpoint)
     directory.write_report(RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {}))
     return directory

@@ -55,7 +55,7 @@ def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_pat
     """All others were loaded from the checkpoint that the generators serve."""
     setting = Setting(shm(tmp_path), engines=(FakeEngine,))
     setting.trainers.version = 0
-    gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits))
+    gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
     assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
     assert setting.events == (["pause", "save weights", "load weights", "resume"] if four_bits else [])
 

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from actors.team import Team
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
+from raylign.checkpoints import Metrics
 from raylign.config import RunConfig, load_config, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.prompts import PromptSet
-from raylign.records import Evaluation, Preference, Prompt, RoundReport
+from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import STAGES, Sample
 from raylign.rounds import RoundLog
-from raylign.rundir import create_run
+from raylign.rundir import continue_or_create
 from raylign.sampling import prompt_seed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
@@ -92,7 +93,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
         engine: type[FakeEngine] = FakeEngine,
     ) -> Desk:
         config = config or parse_config(CONFIG, [f"run.dir={tmp_path}/runs"])
-        directory = create_run(config.run, config)
+        directory = continue_or_create(config)
         journals.append(Journal(directory.path / JOURNAL_NAME))
         tracker = Tracker(journals[-1], NoFeed())
         events: list[str] = []
@@ -117,7 +118,7 @@ def test_a_round_in_order(open_desk: Open) -> None:
         *[f"sample {prompt.id}" for prompt in TRAIN],
         "score 12",
         "reference 2 seed 8 after 0 rounds",
-        "train 2 seed 8",
+        *["train 2 seed 8", "save weights"],
         *["pause", "save weights", "load weights", "resume"],
         *["sample x", "sample y"],
         "score 2",
@@ -182,7 +183,7 @@ def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tm
     assert report.evaluation.kl is None
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log1p(math.exp(0.5))] * 2)
     assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
-    desk.run.finish_round(report, [], desk.team)
+    desk.run.finish_round(report, [])
     assert "held-out score 1.000, KL - nats" in desk.output.getvalue()
 
 
@@ -254,7 +255,7 @@ def test_the_journal_has_stages_and_steps_as_they_happened(open_desk: Open) -> N
 class Failing(FakeTrainers):
     """Dies at the first optimizer step."""
 
-    def train(self, preferences: Sequence[Preference], seed: int) -> Iterator[dict[str, float]]:
+    def _train_step(self) -> Metrics:
         raise TrainerError("rank 0 died")
 
 
@@ -265,6 +266,8 @@ def test_what_was_sampled_and_chosen_is_on_disk_before_training(open_desk: Open)
     assert sorted(path.name for path in (desk.folder / "rounds/0001").iterdir()) == [
         "candidates.parquet",
         "preferences.parquet",
+        "sampled.jsonl",
+        "stages.json",
     ]
     assert "pause" not in desk.events and desk.engine.label_now == 0
 

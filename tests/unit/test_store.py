@@ -8,7 +8,7 @@ import pytest
 
 from raylign.config import RunConfig, parse_config
 from raylign.config.blocks import RunBlock
-from raylign.errors import ConfigError
+from raylign.errors import ConfigError, DiskError
 from raylign.files import publish_file, publish_folder, publish_text
 from raylign.records import Candidate, Evaluation, Preference, Prompt, RoundReport, Score
 from raylign.rundir import RunDirectory, create_run, open_run
@@ -127,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
         temporary.write_text("ha")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskError, match="cannot be written: No space left on device; free some space, then run"):
         publish_file(path, write)
     with pytest.raises(UnicodeEncodeError):
         publish_text(path, "\ud83d")
@@ -151,8 +151,10 @@ def test_a_run_directory_is_created_once(tmp_path: Path) -> None:
     directory = create_run(config.run, config)
     assert directory.path == tmp_path / "runs" / "one"
     assert directory.config() == config == open_run(directory.path).config()
-    with pytest.raises(ConfigError, match=r"runs/one exists already; give the run another name \(run\.name=\.\.\.\)"):
+    with pytest.raises(ConfigError, match=r"runs/one exists already and is no run \(no config\.yaml\)"):
+        (directory.path / "config.yaml").rename(directory.path / "other.yaml")
         create_run(config.run, config)
+    (directory.path / "other.yaml").rename(directory.path / "config.yaml")
     assert directory.config() == config
 
 
@@ -173,8 +175,11 @@ def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
+SEALED = ["manifest.json", "progress.json", "weights"]
+
+
 def save(directory: RunDirectory, version: int, keep: int | None) -> None:
-    with directory.new_checkpoint(version, keep) as folder:
+    with directory.checkpoint_store(keep).new(version, (), True, 0) as folder:
         (folder / "weights").write_text(str(version))
 
 
@@ -198,15 +203,15 @@ def test_the_newest_checkpoint_is_kept_past_four_digits(tmp_path: Path) -> None:
 def test_what_a_killed_save_left_behind_is_replaced(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     save(directory, 1, keep=1)
-    with pytest.raises(RuntimeError, match="killed"), directory.new_checkpoint(2, keep=1) as folder:
+    with pytest.raises(RuntimeError, match="killed"), directory.checkpoint_store(1).new(2, (), True, 0) as folder:
         (folder / "half").write_text("x")
         raise RuntimeError("killed")
     assert directory.checkpoints() == [directory.checkpoint(1)]
-    with directory.new_checkpoint(2, keep=1) as folder:
+    with directory.checkpoint_store(1).new(2, (), True, 0) as folder:
         assert list(folder.iterdir()) == [] and directory.checkpoint(1).exists()
         (folder / "weights").write_text("2")
     assert directory.checkpoints() == [directory.checkpoint(2)]
-    assert leftovers(tmp_path / "checkpoints") == ["0002"] and leftovers(directory.checkpoint(2)) == ["weights"]
+    assert leftovers(tmp_path / "checkpoints") == ["0002"] and leftovers(directory.checkpoint(2)) == SEALED
 
 
 def test_reports_read_back_equal_and_in_order(tmp_path: Path) -> None:

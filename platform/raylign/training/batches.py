@@ -33,6 +33,12 @@ class Step:
     count: int
     micro_batches: tuple[tuple[MicroBatch, ...], ...]
 
+    def indices(self) -> tuple[int, ...]:
+        """The preferences that count in the step, over all ranks, in order."""
+        micro_batches = (micro for mine in self.micro_batches for micro in mine)
+        pairs = (pair for micro in micro_batches for pair in zip(micro.indices, micro.weights, strict=True))
+        return tuple(sorted(index for index, weight in pairs if weight))
+
 
 def plan_steps(costs: Sequence[int], shape: BatchShape, *, epochs: int, seed: int) -> list[Step]:
     """Shuffled steps over preferences of `costs` tokens, each epoch in a new order.

@@ -39,7 +39,7 @@ def run(job: OnlineJob) -> OnlineResult:
             except NoPreferencesError:
                 progress(f"round {index}: all candidates are alike by score; nothing is left to train on")
                 break
-            record.finish_round(report, samples, team)
+            record.finish_round(report, samples)
             durations.append(time.monotonic() - started - report.seconds["evaluate"])
             stages.update(report.seconds)
             progress(f"round {index}: {durations[-1]:.1f} s, held-out score {report.evaluation.score:.3f}")

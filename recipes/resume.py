@@ -1,0 +1,36 @@
+"""Go on with a run, if need be with other settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raylign.config import RunConfig, load_config
+from raylign.errors import ConfigError
+from raylign.rundir import CONFIG_NAME, differences, open_run
+
+FIXED = ("run.name", "run.seed", "model.", "prompts.")
+"""What the finished part of a run was made of."""
+
+
+def resumed_config(run: Path, settings: Sequence[str]) -> RunConfig:
+    """The config of the run directory `run` with `settings` (KEY=VALUE) in it, which are kept there too.
+
+    Raises ConfigError for a folder that is no run, and for settings that its rounds and checkpoints depend on.
+    """
+    directory = open_run(run)
+    place = (f"run.dir={directory.path.parent}",)
+    old = load_config(directory.path / CONFIG_NAME, place)
+    new = load_config(directory.path / CONFIG_NAME, (*settings, *place))
+    changed = differences(old, new)
+    if fixed := [line for line in changed if line.startswith(FIXED)]:
+        raise ConfigError(
+            f"{directory.path}: {fixed[0]}: what this run has done depends on that; start another run (run.name=...)"
+        )
+    if new.reference.policy != old.reference.policy:
+        raise ConfigError(
+            f"{directory.path}: reference.policy: {old.reference.policy} -> {new.reference.policy}: its checkpoints hold "
+            "the former; start another run (run.name=...)"
+        )
+    if changed:
+        with directory.locked():
+            directory.write_config(new)
+    return new

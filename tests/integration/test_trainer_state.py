@@ -1,0 +1,152 @@
+"""What a trainer saves is all it needs: other ranks, under another ZeRO stage, go on as if nothing had happened."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.trainer_group import TrainerGroup
+from raylign.config.losses import BcoPairLossBlock
+from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
+from raylign.errors import TrainerError
+from tests.faults import record
+from tests.integration.ranks import Processes, preferences, processes, spec_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+
+LORA = {"r": 4, "lora_alpha": 8}
+ONE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
+TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
+PAIRS = 24
+DONE = 2
+METRICS = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def ranks(resources: dict[str, float]) -> Iterator[Processes]:
+    with processes(1, 2) as made:
+        yield made
+
+
+def begin(group: TrainerGroup, done: list[dict[str, float]]) -> int:
+    """Round 2, after a round 1 that nobody trained, so that a reference that follows has something to do."""
+    filled = group.with_reference(preferences(PAIRS), seed=4, rounds_done=1)
+    return group.begin_round(filled, 4, 1, done)
+
+
+def go_on(
+    ranks: Processes, spec: tuple[str, dict[str, Any], dict[str, Any]], folder: Path, **kinds: Any
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Round 2 from step `DONE` on in a fresh group, with the weights at its end."""
+    group = ranks.group(spec_of(*spec, **kinds))
+    group.load_state(str(folder / "state"))
+    count = begin(group, [{}] * DONE)
+    steps = [dict(group.train_step()) for _ in range(DONE, count)]
+    group.save_weights(str(folder / "weights.safetensors"))
+    return steps, load_file(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "after"),
+    [
+        pytest.param({}, ONE, ONE, id="full"),
+        pytest.param({}, ONE, TWO | {"zero_stage": 3}, id="full-1-rank-to-2-of-zero-3"),
+        pytest.param({}, TWO | {"zero_stage": 3}, ONE | {"zero_stage": 2}, id="full-2-ranks-of-zero-3-to-zero-2"),
+        pytest.param({"dtype": "bfloat16"}, TWO | {"zero_stage": 1}, TWO | {"zero_stage": 1}, id="bf16-zero-1"),
+        pytest.param({"dtype": "bfloat16"}, ONE, ONE, id="bf16-zero-0"),
+        pytest.param({"lora": LORA}, TWO | {"zero_stage": 2}, ONE, id="lora-2-ranks-of-zero-2-to-1-rank"),
+        pytest.param(
+            {"lora": LORA},
+            ONE,
+            ONE | {"zero_stage": 2, "offload": {"optimizer": True}},
+            id="lora-to-zero-2-with-offload",
+        ),
+        pytest.param({"lora": LORA, "load_in_4bit": True}, ONE, ONE | {"zero_stage": 2}, id="qlora-to-zero-2"),
+        pytest.param({"lora": LORA, "dtype": "float16"}, ONE, ONE, id="lora-float16"),
+    ],
+)
+def test_a_saved_state_goes_on_the_same(
+    tiny_llama: str,
+    ranks: Processes,
+    tmp_path: Path,
+    model: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    group = ranks.group(spec_of(tiny_llama, model, before))
+    count = begin(group, [])
+    first = [dict(group.train_step()) for _ in range(DONE)]
+    assert group.save_state(str(tmp_path / "state"), 2) == first
+    expected = [dict(group.train_step()) for _ in range(DONE, count)]
+    group.save_weights(str(tmp_path / "expected.safetensors"))
+    steps, weights = go_on(ranks, (tiny_llama, model, after), tmp_path)
+    same = before == after
+    for found, wanted in zip(steps, expected, strict=True):
+        for name in METRICS:
+            assert found[name] == (wanted[name] if same else pytest.approx(wanted[name], rel=2e-4, abs=2e-5)), name
+    wanted_weights = load_file(tmp_path / "expected.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weight, wanted_weights[name], rtol=0 if same else 1e-3, atol=0 if same else 1e-4, msg=name
+        )
+    # The state matters: a fresh group takes other steps.
+    fresh = ranks.group(spec_of(tiny_llama, model, before))
+    begin(fresh, [])
+    assert fresh.train_step()["loss"] != pytest.approx(expected[0]["loss"], abs=1e-4)
+    if before == TWO | {"zero_stage": 3}:
+        record(
+            "resume on fewer ranks and another ZeRO stage",
+            "2 ranks of ZeRO 3 saved, 1 rank of ZeRO 2 loaded",
+            lost="nothing: the next steps are the same",
+        )
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "reference", [EmaReferenceBlock(alpha=0.5), PreviousRoundReferenceBlock()], ids=["ema", "previous"]
+)
+def test_references_that_follow_go_on_too(
+    tiny_llama: str, ranks: Processes, tmp_path: Path, reference: Any, lora: dict[str, int] | None, stage: int
+) -> None:
+    """The reference has taken its part of the policy before the state is saved; it must not take it again."""
+    spec = (tiny_llama, {"lora": lora}, TWO | {"zero_stage": stage})
+    kinds = {"reference": reference}
+    group = ranks.group(spec_of(*spec, **kinds))
+    list(group.train(group.with_reference(preferences(PAIRS), seed=3, rounds_done=0), 3, 0))
+    count = begin(group, [])
+    for _ in range(DONE):
+        group.train_step()
+    group.save_state(str(tmp_path / "state"), 2)
+    rest = [dict(group.train_step()) for _ in range(DONE, count)]
+    third = group.with_reference(preferences(PAIRS), seed=5, rounds_done=2)
+
+    again = ranks.group(spec_of(*spec, **kinds))
+    again.load_state(str(tmp_path / "state"))
+    # The reference of round 2 is in the saved state, so that its log-probs are the recorded ones.
+    begin(again, [{}] * DONE)
+    assert [dict(again.train_step()) for _ in range(DONE, count)] == rest
+    found = again.with_reference(preferences(PAIRS), seed=5, rounds_done=2)
+    assert [p.reference_logps for p in found] == [p.reference_logps for p in third]
+
+
+def test_running_means_of_a_loss_go_on(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    kinds: dict[str, Any] = {"loss": BcoPairLossBlock(beta=0.1)}
+    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, ONE, **kinds))
+    count = begin(group, [])
+    for _ in range(DONE):
+        group.train_step()
+    group.save_state(str(tmp_path / "state"), 2)
+    rest = [dict(group.train_step()) for _ in range(DONE, count)]
+    assert go_on(ranks, (tiny_llama, {"lora": LORA}, ONE), tmp_path, **kinds)[0] == rest
+
+
+def test_a_state_of_another_adapter_is_refused(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, ONE))
+    group.save_state(str(tmp_path / "state"), 1)
+    whole = ranks.group(spec_of(tiny_llama, {}, ONE, reference=InitialReferenceBlock()))
+    with pytest.raises(TrainerError, match="it is of another model or adapter"):
+        whole.load_state(str(tmp_path / "state"))
