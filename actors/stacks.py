@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import ray
+import ray.util.state
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -28,7 +29,7 @@ def enable_stack_dumps(folder: str, name: str) -> None:
 def dump_stacks(handle: ActorHandle[Any], folder: Path, name: str) -> str:
     """Make the actor behind `handle` write its stacks; returns where they are, or why there are none."""
     found = ray.util.state.get_actor(handle._actor_id.hex(), timeout=int(_ANSWER_S))
-    if found is None or not found.pid:
+    if found is None or not found.pid or not found.node_id:
         return "no stacks: Ray does not know its process"
     place = NodeAffinitySchedulingStrategy(found.node_id, soft=False)
     send = ray.remote(_send).options(num_cpus=0, scheduling_strategy=place)

@@ -27,8 +27,8 @@ def resumed_config(run: Path, settings: Sequence[str]) -> RunConfig:
         )
     if new.reference.policy != old.reference.policy:
         raise ConfigError(
-            f"{directory.path}: reference.policy: {old.reference.policy} -> {new.reference.policy}: its checkpoints hold "
-            "the former; start another run (run.name=...)"
+            f"{directory.path}: reference.policy: {old.reference.policy} -> {new.reference.policy}: its checkpoints "
+            "hold the former; start another run (run.name=...)"
         )
     if changed:
         with directory.locked():

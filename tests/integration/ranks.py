@@ -13,6 +13,7 @@ from actors.network import free_address
 from actors.trainer import TrainerSpec, _TrainerRank
 from actors.trainer_group import TrainerGroup
 from actors.waiting import get_all
+from raylign.checkpoints import Metrics
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
@@ -119,7 +120,7 @@ def preferences(number: int) -> list[Preference]:
     return made
 
 
-def train_round(group: TrainerGroup, pairs: Sequence[Preference], *, rounds_done: int = 0) -> list[dict[str, float]]:
+def train_round(group: TrainerGroup, pairs: Sequence[Preference], *, rounds_done: int = 0) -> list[Metrics]:
     """One round as the recipe runs it: reference log-probs, then every step."""
     seed = 3 + rounds_done
     return list(group.train(group.with_reference(pairs, seed=seed, rounds_done=rounds_done), seed=seed))

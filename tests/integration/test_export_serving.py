@@ -72,7 +72,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         threads=1,
         stacks=tempfile.gettempdir(),
     )
-    generator = _Generator(spec)
+    generator = _Generator(spec, "generator-0")
     await generator.ready()
     decoding = Decoding(num_generations=1, max_new_tokens=_NEW, temperature=0.0, top_p=1.0, top_k=0)
     found = [(await generator.sample(prompt, decoding, 0, 0))[0] for prompt in prompts]

@@ -9,13 +9,14 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from raylign.checkpoints import Metrics
 from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import TrainerError
 from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
 
-Steps = list[dict[str, float]]
+Steps = list[Metrics]
 RATE = 1e-2
 STEPS = 6
 PAIRS = 18

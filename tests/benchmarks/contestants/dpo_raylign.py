@@ -43,7 +43,7 @@ def _round(
     reference_s = time.perf_counter() - started
     progress(f"reference log-probs of {len(pairs)} pairs in {reference_s:.1f} s")
     for metrics in group.train(recorded, seed):
-        steps.append(metrics)
+        steps.append(dict(metrics))
         progress(f"step {len(steps)}: loss {metrics['loss']:.4f} after {time.perf_counter() - started:.1f} s")
     return time.perf_counter() - started, reference_s
 

@@ -1,5 +1,6 @@
 """raylign's trainer for benchmarks: one DeepSpeed rank as a Ray actor behind a TrainerGroup, and preferences for it."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ def trainer_group(
         seed=0,
         threads=threads,
         on_gpu=on_gpu,
+        stacks=tempfile.gettempdir(),
     )
     actor = TrainerRank.options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote(spec, 0, *free_address())
     try:
