@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator import EngineSpec, Generator
 from actors.generator_pool import GeneratorPool
+from actors.incidents import Incidents
 from actors.janitor import clean_up_folder, remove_folder
 from actors.network import free_address
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
@@ -38,7 +39,7 @@ from actors.weight_sync.transports import (
     shared_folder,
 )
 from raylign.config import RunConfig
-from raylign.errors import GeneratorError, ScorerError, TrainerError
+from raylign.errors import GeneratorError, TrainerError
 from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
@@ -72,6 +73,7 @@ def team(
     pad_id: int,
     canary_ids: tuple[tuple[int, ...], ...],
     plan: PlacementPlan,
+    incidents: Incidents,
 ) -> Iterator[Team]:
     """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
     with ExitStack() as stack:
@@ -89,8 +91,7 @@ def team(
         generators = _start_generators(config, folder, plan, group, transport, actors)
         stack.callback(_kill, generators)
         stack.callback(_shut_down, generators)
-        scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
-        actors.append(scorer)
+        scorer = _start_scorer(config, incidents, actors)
         trainers = _start_trainers(config, folder, pad_id, plan, group, actors)
         yield _ready_team(
             config,
@@ -106,13 +107,13 @@ def _ready_team(
     config: RunConfig,
     generators: list[ActorHandle[Any]],
     trainers: list[ActorHandle[Any]],
-    scorer: ActorHandle[Any],
+    scorer: ScorerClient,
     transport: WeightTransport,
     canary_ids: tuple[tuple[int, ...], ...],
 ) -> Team:
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
-    get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
+    scorer.wait_ready()
     ready = [handle.ready.remote() for handle in generators]
     get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
     get_all(
@@ -131,7 +132,16 @@ def _ready_team(
     if isinstance(transport, ShmTransport):
         pool.call("init_weight_transfer_engine", {}, timeout_s=sync.timeout_s, what="opening weight transfer")
     publisher = Publisher(group, pool, transport, canary, sync.timeout_s)
-    return Team(pool, group, ScorerClient(scorer, config.scoring), publisher)
+    return Team(pool, group, scorer, publisher)
+
+
+def _start_scorer(config: RunConfig, incidents: Incidents, actors: list[ActorHandle[Any]]) -> ScorerClient:
+    def spawn() -> ActorHandle[Any]:
+        handle: ActorHandle[Any] = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
+        actors.append(handle)
+        return handle
+
+    return ScorerClient(spawn, config.scoring, incidents, start_timeout_s=config.generators.start_timeout_s)
 
 
 def _start_generators(

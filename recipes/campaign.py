@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
+from actors.incidents import Incidents
 from actors.team import Team, plan_team, team
 from actors.weight_sync.publish import Publisher
 from raylign.config import RunConfig
@@ -121,7 +122,15 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
             console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
             canary = _canary(prompts.held_out)
             started = time.monotonic()
-            with team(config, folder=folder, pad_id=int(tokenizer.pad_token_id), canary_ids=canary, plan=plan) as roles:
+            incidents = Incidents(config.recovery, tracker.incident)
+            with team(
+                config,
+                folder=folder,
+                pad_id=int(tokenizer.pad_token_id),
+                canary_ids=canary,
+                plan=plan,
+                incidents=incidents,
+            ) as roles:
                 gaps = agree_on_weights(roles.publisher, config.model)
                 run.team_ready(time.monotonic() - started, gaps)
                 yield run, prompts, roles

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.generator_pool import GeneratorPool
+from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
 from actors.trainer_group import TrainerGroup
 from raylign.config import RunConfig
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.blocks import FunctionScoringBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
@@ -134,15 +135,21 @@ class FakeScorer(ScorerClient):
         block: FunctionScoringBlock,
         value: Callable[[Prompt, str], float | None] = count_good,
     ) -> None:
-        super().__init__(_no_actor(), block)
+        super().__init__(_no_actor, block, quiet_incidents(), start_timeout_s=1.0)
         self._events, self._limit, self._value = events, block.max_unscored, value
 
-    def score(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        advance: Callable[[int], None] = lambda finished: None,
+    ) -> list[Score]:
         self._events.append(f"score {len(candidates)}")
         by_id = {prompt.id: prompt for prompt in prompts}
         values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         scores = [Score(value, reason="late" if value is None else "") for value in values]
         check_unscored(scores, self._limit)
+        advance(len(scores))
         return scores
 
 
@@ -216,6 +223,11 @@ class FakeTrainers(TrainerGroup):
 
 def _logps(preference: Preference, version: int) -> list[float]:
     return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
+
+
+def quiet_incidents() -> Incidents:
+    """Counts and caps losses by the defaults and records none."""
+    return Incidents(RecoveryBlock(), lambda *entry: None)
 
 
 def _no_actor() -> Any:

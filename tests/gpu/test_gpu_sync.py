@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from actors.team import plan_team, team
 from raylign.config import parse_config
 from raylign.records import Candidate, Preference, Prompt
+from tests.fakes import quiet_incidents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -42,7 +43,12 @@ def test_training_reaches_the_generators(name: str, smollm2: str, resources: dic
         }
     )
     with team(
-        config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan_team(config, resources)
+        config,
+        folder=smollm2,
+        pad_id=2,
+        canary_ids=(prompt.token_ids,),
+        plan=plan_team(config, resources),
+        incidents=quiet_incidents(),
     ) as roles:
         roles.publisher.verify()
         eight = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 8

@@ -12,6 +12,7 @@ from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
+from tests.fakes import quiet_incidents
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,12 @@ def prompt(smollm2: str) -> Prompt:
 def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
     config = parse_config(_CONFIG)
     with team(
-        config, folder=smollm2, pad_id=2, canary_ids=(prompt.token_ids[-40:],), plan=plan_team(config, resources)
+        config,
+        folder=smollm2,
+        pad_id=2,
+        canary_ids=(prompt.token_ids[-40:],),
+        plan=plan_team(config, resources),
+        incidents=quiet_incidents(),
     ) as roles:
         yield roles
 
