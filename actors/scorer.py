@@ -11,7 +11,7 @@ from raylign.scoring import FunctionScorer, ScoringItem
 
 
 class _Scorer:
-    """Scores batches; constructing it loads the scorer."""
+    """Scores one batch a call; constructing it loads the scorer."""
 
     def __init__(self, block: FunctionScoringBlock) -> None:
         self._scorer = FunctionScorer(block)
@@ -19,8 +19,9 @@ class _Scorer:
     def ready(self) -> bool:
         return True
 
-    def score(self, items: Sequence[ScoringItem]) -> list[Score]:
-        return self._scorer.score(items)
+    def score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
+        """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
+        return self._scorer.score(items, allowed)
 
 
 Scorer: Any = ray.remote(_Scorer)

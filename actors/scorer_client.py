@@ -1,34 +1,124 @@
-"""The scorer actor as the driver sees it: candidates in, scores out, in order."""
+"""The scorer actor as the driver sees it: candidates in, scores out, in order, through the deaths of actors."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from actors.waiting import get_all
+from actors.incidents import Incidents
+from actors.waiting import get_all, root_cause
 from raylign.config.blocks import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.scoring import ScoringItem
+from raylign.scoring import ScoringItem, most_unscored, skipped
 
-_STARTUP_S = 60.0
+ROLE, ACTOR = "scorer", "scorer-0"
+TRIES = 3
+"""Actors that one batch may cost before its items stay unscored."""
+_RESTARTS_S = 60.0
+
+
+class _LostActor(Exception):
+    """The actor died, or is past the deadline of a call; the text says which."""
 
 
 class ScorerClient:
-    """Scores candidates; what could not be judged comes back unscored, with the reason."""
+    """Scores candidates; what could not be judged comes back unscored, with the reason.
 
-    def __init__(self, handle: ActorHandle[Any], block: FunctionScoringBlock) -> None:
-        self._handle, self._block = handle, block
+    The actor has one batch at a time and every batch is kept as it finishes. An actor that dies or hangs is replaced
+    and only the batch it had is asked again.
+    """
+
+    def __init__(
+        self,
+        spawn: Callable[[], ActorHandle[Any]],
+        block: FunctionScoringBlock,
+        incidents: Incidents,
+        *,
+        start_timeout_s: float,
+        restarts_s: float = _RESTARTS_S,
+    ) -> None:
+        """Start the first actor with `spawn`, which loads meanwhile.
+
+        A call may take twice the time that its items have and `restarts_s` for new processes of the function.
+        """
+        self._spawn, self._block, self._incidents = spawn, block, incidents
+        self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
+        self._handle = spawn()
+        self._replacing = False
+
+    def wait_ready(self) -> None:
+        """Wait until the first actor has loaded. Raises ScorerError when it cannot."""
+        get_all([self._handle.ready.remote()], self._start_timeout_s, "starting the scorer", ScorerError)
 
     def score(
         self,
         prompts: Sequence[Prompt],
         candidates: Sequence[Candidate],
-        advance: Callable[[int], None] = lambda items: None,
+        advance: Callable[[int], None] = lambda finished: None,
     ) -> list[Score]:
-        """One score per candidate, in order. Raises ScorerError when the scorer itself is lost."""
+        """One score per candidate, in order; `advance(n)` is called when n more have one.
+
+        Nothing is asked any more once more than `scoring.max_unscored` of all candidates is unscored. Raises
+        ScorerError when the function cannot be loaded any more, or past the cap of restarts.
+        """
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
-        deadline = _STARTUP_S + 2 * self._block.timeout_s * len(items)
-        scores: list[Score] = get_all([self._handle.score.remote(items)], deadline, "scoring", ScorerError)[0]
+        allowed = most_unscored(len(items), self._block.max_unscored)
+        scores: list[Score] = []
+        for start in range(0, len(items), self._block.batch_size):
+            batch = items[start : start + self._block.batch_size]
+            if allowed < 0:
+                scores += [skipped(self._block.max_unscored)] * len(batch)
+            else:
+                found = self._score_batch(batch, allowed)
+                allowed -= sum(score.value is None for score in found)
+                scores += found
+            advance(len(batch))
         return scores
+
+    def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
+        deadline = self._restarts_s + 2 * self._block.timeout_s * len(batch)
+        cause = ""
+        for _ in range(TRIES):
+            try:
+                self._finish_replacing()
+                scores: list[Score] = _result(self._handle.score.remote(batch, allowed), deadline)
+                return scores
+            except _LostActor as loss:
+                cause = str(loss)
+                self._replace(cause)
+        return [Score(None, reason=f"{TRIES} scorer actors in turn were lost with this batch: {cause}")] * len(batch)
+
+    def _replace(self, cause: str) -> None:
+        """Start another actor. Raises ScorerError past the cap of restarts."""
+        with contextlib.suppress(RayError):
+            ray.kill(self._handle)
+        self._incidents.lost(ROLE, ACTOR, cause, ScorerError)
+        self._handle = self._spawn()
+        self._replacing = True
+
+    def _finish_replacing(self) -> None:
+        if self._replacing:
+            _result(self._handle.ready.remote(), self._start_timeout_s)
+            self._incidents.recovered(ROLE, ACTOR)
+            self._replacing = False
+
+
+def _result(ref: Any, timeout_s: float) -> Any:
+    """What a call returns. Raises ScorerError for what the scorer itself raised, _LostActor when there is no scorer."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError as cause:
+        raise _LostActor(f"no answer within {timeout_s:g} s") from cause
+    except RayTaskError as cause:
+        raise ScorerError(f"scoring: {root_cause(cause)}") from cause
+    except RayActorError as cause:
+        if cause.actor_init_failed:
+            raise ScorerError(f"starting the scorer: {cause.error_msg.splitlines()[-1]}") from cause
+        raise _LostActor(cause.error_msg.splitlines()[0]) from cause
+    except RayError as cause:
+        raise _LostActor(f"{type(cause).__name__}: {cause}") from cause

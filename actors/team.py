@@ -41,7 +41,7 @@ from actors.weight_sync.transports import (
     shared_folder,
 )
 from raylign.config import RunConfig
-from raylign.errors import GeneratorError, ScorerError
+from raylign.errors import GeneratorError
 from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
@@ -102,8 +102,7 @@ def team(
         )
         stack.callback(lambda: kill(generators.handles))
         stack.callback(lambda: _shut_down(generators.handles))
-        scorer = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
-        actors.append(scorer)
+        scorer = _start_scorer(config, incidents, actors)
         trainers = SupervisedTrainers(
             lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
             block=config.trainer,
@@ -129,18 +128,27 @@ def _ready_team(
     config: RunConfig,
     generators: SupervisedGenerators,
     trainers: SupervisedTrainers,
-    scorer: ActorHandle[Any],
+    scorer: ScorerClient,
     transport: WeightTransport,
     canary_ids: tuple[tuple[int, ...], ...],
 ) -> Team:
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
-    get_all([scorer.ready.remote()], config.generators.start_timeout_s, "starting the scorer", ScorerError)
+    scorer.wait_ready()
     ready = [handle.ready.remote() for handle in generators.handles]
     get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
     canary = Canary(canary_ids, sync.canary_max_gap)
     publisher = Publisher(trainers, generators, transport, canary, sync.timeout_s)
-    return Team(generators, trainers, ScorerClient(scorer, config.scoring), publisher)
+    return Team(generators, trainers, scorer, publisher)
+
+
+def _start_scorer(config: RunConfig, incidents: Incidents, actors: list[ActorHandle[Any]]) -> ScorerClient:
+    def spawn() -> ActorHandle[Any]:
+        handle: ActorHandle[Any] = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
+        actors.append(handle)
+        return handle
+
+    return ScorerClient(spawn, config.scoring, incidents, start_timeout_s=config.generators.start_timeout_s)
 
 
 def _spawner(

@@ -37,11 +37,6 @@ def token_logp(version: int) -> float:
     return -1.0 / (version + 1)
 
 
-def unrecorded() -> Incidents:
-    """Losses of actors that nobody writes down."""
-    return Incidents(RecoveryBlock(), lambda role, happened, detail: None)
-
-
 class FakeEngine:
     """What one generator actor does, at once. `weights` is what it computes with, `label` what it says it serves."""
 
@@ -144,7 +139,7 @@ class FakeScorer(ScorerClient):
         block: FunctionScoringBlock,
         value: Callable[[Prompt, str], float | None] = count_good,
     ) -> None:
-        super().__init__(_no_actor(), block)
+        super().__init__(_no_actor, block, quiet_incidents(), start_timeout_s=1.0)
         self._events, self._limit, self._value = events, block.max_unscored, value
 
     def score(
@@ -158,6 +153,7 @@ class FakeScorer(ScorerClient):
         values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         scores = [Score(value, reason="late" if value is None else "") for value in values]
         check_unscored(scores, self._limit)
+        advance(len(scores))
         return scores
 
 
@@ -171,7 +167,7 @@ class FakeTrainers(SupervisedTrainers):
             loss=config.loss,
             reference=config.reference,
             adapter=config.model.lora is not None,
-            incidents=unrecorded(),
+            incidents=quiet_incidents(),
             stacks=Path(),
         )
         self.version = 0
@@ -266,6 +262,11 @@ class FakeTrainers(SupervisedTrainers):
 
 def _logps(preference: Preference, version: int) -> list[float]:
     return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
+
+
+def quiet_incidents() -> Incidents:
+    """Counts and caps losses by the defaults and records none."""
+    return Incidents(RecoveryBlock(), lambda *entry: None)
 
 
 def _no_actor() -> Any:

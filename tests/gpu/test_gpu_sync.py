@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from actors.team import plan_team, team
 from raylign.config import parse_config
 from raylign.records import Candidate, Preference, Prompt
-from tests.fakes import unrecorded
+from tests.fakes import quiet_incidents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -48,7 +48,7 @@ def test_training_reaches_the_generators(name: str, smollm2: str, resources: dic
         pad_id=2,
         canary_ids=(prompt.token_ids,),
         plan=plan_team(config, resources),
-        incidents=unrecorded(),
+        incidents=quiet_incidents(),
     ) as roles:
         roles.publisher.verify()
         eight = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 8

@@ -12,7 +12,7 @@ from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
-from tests.fakes import unrecorded
+from tests.fakes import quiet_incidents
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator
         pad_id=2,
         canary_ids=(prompt.token_ids[-40:],),
         plan=plan_team(config, resources),
-        incidents=unrecorded(),
+        incidents=quiet_incidents(),
     ) as roles:
         yield roles
 

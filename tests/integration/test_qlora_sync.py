@@ -15,7 +15,7 @@ from raylign.errors import WeightSyncError
 from raylign.export import export_model
 from raylign.records import Candidate, Preference, Prompt
 from recipes.campaign import agree_on_weights
-from tests.fakes import unrecorded
+from tests.fakes import quiet_incidents
 from tests.unit.test_export import FACTS
 
 pytestmark = pytest.mark.slow
@@ -48,10 +48,15 @@ def prompt(smollm2: str) -> Prompt:
 
 @pytest.fixture(scope="module")
 def roles(served_llama: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
-    plan = plan_team(config, resources)
-    with team(
-        config, folder=served_llama, pad_id=2, canary_ids=(prompt.token_ids,), plan=plan, incidents=unrecorded()
-    ) as roles:
+    start = team(
+        config,
+        folder=served_llama,
+        pad_id=2,
+        canary_ids=(prompt.token_ids,),
+        plan=plan_team(config, resources),
+        incidents=quiet_incidents(),
+    )
+    with start as roles:
         yield roles
 
 

@@ -21,7 +21,7 @@ from raylign.config import RunConfig, parse_config
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
-from tests.fakes import unrecorded
+from tests.fakes import quiet_incidents
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float])
         pad_id=2,
         canary_ids=canary,
         plan=plan_team(config, resources),
-        incidents=unrecorded(),
+        incidents=quiet_incidents(),
     ) as roles:
         yield roles
 

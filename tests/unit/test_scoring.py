@@ -15,7 +15,7 @@ import pytest
 from raylign.config.blocks import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function
+from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
 from raylign.scoring.process import child_environment
 from raylign.scoring.vader import compound
 
@@ -188,6 +188,19 @@ def test_the_limit_itself_is_allowed(make: Make) -> None:
     scores = make("raising", batch_size=1, max_unscored=0.29).score(items(*["bad"] * 29, *["a"] * 71))
     assert values(scores) == [None] * 29 + [1.0] * 71
     check_unscored(scores, 0.29)
+
+
+def test_a_part_of_the_items_may_use_up_what_the_whole_may_lose(make: Make) -> None:
+    scorer = make("raising", batch_size=1, max_unscored=0.2)
+    assert values(scorer.score(items("bad", "bad", "a", "b"), allowed=2)) == [None, None, 1.0, 1.0]
+    assert values(scorer.score(items("bad", "a"), allowed=0)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "most"), [(100, 0.29, 29), (10, 0.2, 2), (10, 0.3, 3), (3, 0.5, 1), (7, 1.0, 7), (0, 0.5, 0)]
+)
+def test_most_unscored_is_the_largest_share_within_the_limit(total: int, limit: float, most: int) -> None:
+    assert most_unscored(total, limit) == most
 
 
 def test_secrets_stay_with_the_parent_and_code_runs_in_the_main_thread(

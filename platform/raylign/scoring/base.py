@@ -28,6 +28,16 @@ class Scorer(Protocol):
         ...
 
 
+def most_unscored(total: int, limit: float) -> int:
+    """How many of `total` items may be unscored when a share of `limit` (0..1) may."""
+    return sum(count / total <= limit for count in range(1, total + 1))
+
+
+def skipped(limit: float) -> Score:
+    """The score of an item that nobody is asked about any more."""
+    return Score(None, reason=f"skipped: more than {limit:.0%} of items already unscored")
+
+
 def check_unscored(scores: Sequence[Score], limit: float) -> None:
     """Raise ScorerError when more than `limit` (0..1) of `scores` is unscored; names the most frequent reasons."""
     reasons = Counter(score.reason for score in scores if score.value is None)

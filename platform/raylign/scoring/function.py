@@ -9,7 +9,7 @@ from typing import Any
 from raylign.config.blocks import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring.base import RETURNED_NONE, ScoringItem
+from raylign.scoring.base import RETURNED_NONE, ScoringItem, most_unscored, skipped
 from raylign.scoring.process import NoAnswer, ScoringProcess
 
 
@@ -50,9 +50,12 @@ class FunctionScorer:
         self._block = block
         self._process = ScoringProcess(block.function)
 
-    def score(self, items: Sequence[ScoringItem]) -> list[Score]:
-        """One score per item, in order. Stops asking once more than `max_unscored` of `items` is unscored."""
-        tally = _Tally(len(items), self._block.max_unscored)
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored.
+
+        By default that is a share of `max_unscored`; who asks in several calls says how many the whole may still lose.
+        """
+        tally = _Tally(most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed)
         for start in range(0, len(items), self._block.batch_size):
             self._score_batch(items[start : start + self._block.batch_size], tally)
         return tally.scores
@@ -68,7 +71,7 @@ class FunctionScorer:
 
     def _ask(self, items: Sequence[ScoringItem], tally: "_Tally") -> list[Score]:
         if tally.over_limit:
-            return [Score(None, reason=f"skipped: more than {tally.limit:.0%} of items already unscored")] * len(items)
+            return [skipped(self._block.max_unscored)] * len(items)
         if not self._process.alive:
             self._process = ScoringProcess(self._block.function)
         try:
@@ -82,16 +85,15 @@ class FunctionScorer:
 
 @dataclass
 class _Tally:
-    """The scores so far of `total` items, of which a share of `limit` may be unscored."""
+    """The scores so far, of which `allowed` may be unscored."""
 
-    total: int
-    limit: float
+    allowed: int
     scores: list[Score] = field(default_factory=list)
     unscored: int = 0
 
     @property
     def over_limit(self) -> bool:
-        return self.unscored / self.total > self.limit
+        return self.unscored > self.allowed
 
     def add(self, score: Score) -> None:
         self.scores.append(score)
