@@ -88,7 +88,7 @@ class RunPlan:
 
 def make_plan(config: RunConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
-    scorer = describe_function(config.scoring.function)
+    scorer = describe_function(config.scoring.function, allow_outside=config.scoring.allow_outside)
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)
