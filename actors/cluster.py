@@ -9,28 +9,42 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
+LOOPBACK = "127.0.0.1"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+_LOCAL = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": LOOPBACK,
+    "VLLM_LOOPBACK_IP": LOOPBACK,
+}
+"""Process groups and engines of a cluster that is this machine alone: nobody else needs to reach them."""
 
 
-def actor_environment() -> dict[str, str]:
-    """Variables every actor starts with; what the user has set wins. `ninja` must be found beside the interpreter."""
+def actor_environment(*, private: bool = False) -> dict[str, str]:
+    """Variables every actor starts with; what the user has set wins. `ninja` must be found beside the interpreter.
+
+    Actors of a `private` cluster listen on loopback.
+    """
     tools = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     prefixed = path if tools in path.split(os.pathsep) else f"{tools}{os.pathsep}{path}"
-    return {**{name: os.environ.get(name, value) for name, value in _QUIET.items()}, "PATH": prefixed}
+    defaults = {**_QUIET, **(_LOCAL if private else {})}
+    return {**{name: os.environ.get(name, value) for name, value in defaults.items()}, "PATH": prefixed}
 
 
 @contextmanager
 def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     """Connect or start, yield the cluster's total resources, and leave it clean.
 
-    `num_cpus` sizes a private cluster; by default it has the machine's cores.
+    `num_cpus` sizes a private cluster; by default it has the machine's cores. A private cluster listens on loopback
+    alone, and asks for a token (Ray's default; RAY_AUTH_MODE says otherwise).
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -40,24 +54,45 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     terminate = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": actor_environment()}
+    runtime_env = {"env_vars": actor_environment(private=not address)}
     if address:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus or os.cpu_count(),
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     # Ray's own handler aborts the process three seconds after SIGTERM, in the middle of the clean-up.
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray starts its processes on 127.0.0.1, as it does by itself on macOS and Windows.
+
+    `_node_ip_address="127.0.0.1"` would not do: on Linux Ray puts the outer address in its place.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    inherited = os.environ.get(name)
+    os.environ[name] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if inherited is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = inherited
 
 
 def log_folder() -> Path:

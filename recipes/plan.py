@@ -21,7 +21,7 @@ from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
-from raylign.prompts import PromptSet, draw, load_prompts
+from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.scoring import FunctionInfo, describe_function
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
@@ -43,13 +43,17 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class PromptFacts:
-    """Counts of the two parts, and the shortest, median and longest prompt of both, in tokens."""
+    """Counts of the two parts, and the shortest, median and longest prompt of both, in tokens.
+
+    `left_out` says which bad rows the run would go without; empty when it takes all.
+    """
 
     train: int
     held_out: int
     shortest: int
     middle: float
     longest: int
+    left_out: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ class RunPlan:
 
 def make_plan(config: RunConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
-    scorer = describe_function(config.scoring.function)
+    scorer = describe_function(config.scoring.function, allow_outside=config.scoring.allow_outside)
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)
@@ -161,7 +165,14 @@ def _require_context(config: RunConfig, model: ModelFacts) -> None:
 
 def prompt_facts(prompts: PromptSet) -> PromptFacts:
     lengths = [len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out)]
-    return PromptFacts(len(prompts.train), len(prompts.held_out), min(lengths), median(lengths), max(lengths))
+    return PromptFacts(
+        train=len(prompts.train),
+        held_out=len(prompts.held_out),
+        shortest=min(lengths),
+        middle=median(lengths),
+        longest=max(lengths),
+        left_out=left_out(prompts.invalid),
+    )
 
 
 def amounts(config: RunConfig, held_out: int) -> Amounts:
@@ -196,6 +207,8 @@ def notes(plan: RunPlan) -> list[str]:
     """What is no error, but may not be meant."""
     config, found = plan.config, []
     run = run_directory(config)
+    if plan.prompts.left_out:
+        found.append(plan.prompts.left_out)
     if run.exists():
         found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
     if config.trainer.train_batch_size > config.schedule.prompts_per_round:

@@ -1,7 +1,8 @@
 """The part of weight sync that runs inside vLLM's worker processes.
 
 vLLM imports this module in every worker because `WorkerExtension` is named as its `worker_extension_cls`; the import
-registers the `shm` engine before the model loads. That needs raylign on PYTHONPATH only, not installed.
+registers the `shm` engine before the model loads, and keeps the workers' process group on its own address. That needs
+raylign on PYTHONPATH only, not installed.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.bound_store import listen_on_own_address
 
 SHM_BACKEND = "raylign_shm"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
@@ -78,3 +81,4 @@ class WorkerExtension:
 
 
 WeightTransferEngineFactory.register_engine(SHM_BACKEND, ShmEngine)
+listen_on_own_address()

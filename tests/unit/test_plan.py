@@ -115,6 +115,16 @@ def test_notes_are_about_what_may_not_be_meant(plan: Plan, tmp_path: Path) -> No
     assert passes == "the rounds use each of the 7 training prompts 1.4 times"
 
 
+def test_rows_that_a_run_would_leave_out_are_noted(plan: Plan, tmp_path: Path) -> None:
+    with (tmp_path / "prompts.jsonl").open("a") as prompts:
+        prompts.write("{\n")
+    with pytest.raises(PromptError, match=r"1 of 11 rows cannot be used"):
+        plan()
+    (note,) = notes(plan("prompts.max_invalid=0.1", "schedule.rounds=1"))
+    assert note == f"{tmp_path / 'prompts.jsonl'}: 1 of 11 rows left out (line 11)"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "prompts.jsonl", "tiny.yaml"]
+
+
 def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
     console = Console(width=300, record=True, quiet=False, file=(tmp_path / "page.txt").open("w"))
     found = plan("trainer.gradient_accumulation_steps=2")

@@ -211,7 +211,7 @@ def test_ten_bad_rows_are_shown_in_order_and_the_rest_counted(
     assert lines[0].endswith("p.jsonl: 13 of 13 rows cannot be used (lines counted from 1)")
     assert [line.split(":")[0].strip() for line in lines[1:11]] == [f"line {number}" for number in range(1, 11)]
     assert lines[11] == "  and 3 more"
-    assert lines[12] == "cure: write the text or remove the row; one JSON object per line"
+    assert lines[12:] == ["cure: write the text or remove the row; one JSON object per line"]
 
 
 def test_long_prompts_are_listed_with_the_options_that_make_room(

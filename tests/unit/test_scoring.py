@@ -17,7 +17,9 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
 from raylign.scoring.process import child_environment
+from raylign.scoring.roots import is_inside, trusted_roots
 from raylign.scoring.vader import compound
+from tests.faults import record
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -256,6 +258,74 @@ def test_describe_function_gives_file_hash_and_line(make: Make) -> None:
 def test_describe_function_refuses_what_is_not_a_name() -> None:
     with pytest.raises(ScorerError, match="not of the form module:function"):
         describe_function("json.loads")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, beside a folder `elsewhere` on the import path whose modules leave a mark."""
+    elsewhere, project = tmp_path / "elsewhere", tmp_path / "project"
+    (elsewhere / "boxed").mkdir(parents=True)
+    project.mkdir()
+    body = f"open({str(tmp_path / 'mark')!r}, 'w').close()\n\n\ndef score(prompts, completions): ...\n"
+    for name in ("foreign_scores.py", "boxed/__init__.py", "boxed/inner.py"):
+        (elsewhere / name).write_text(body)
+    monkeypatch.syspath_prepend(str(elsewhere))
+    monkeypatch.chdir(project)
+    return project
+
+
+@pytest.mark.fault
+def test_a_scorer_from_outside_the_project_is_refused_before_it_runs(project: Path) -> None:
+    outside = project.parent / "elsewhere"
+    (project / "linked_scores.py").symlink_to(outside / "foreign_scores.py")
+    for spec, file in (
+        ("foreign_scores:score", "foreign_scores.py"),
+        ("boxed.inner:score", "boxed/__init__.py"),
+        ("linked_scores:score", "foreign_scores.py"),
+    ):
+        with pytest.raises(ScorerError) as caught:
+            describe_function(spec)
+        text = str(caught.value)
+        assert f"scoring.function={spec}" in text and f"{outside / file} is outside the project ({project})" in text
+        assert text.endswith("set scoring.allow_outside=true")
+    assert not (project.parent / "mark").exists(), "code from outside was run"
+    record("scorer module outside the project", "a module on PYTHONPATH, in a package, behind a link", lost="nothing")
+
+
+def test_an_outside_scorer_runs_when_it_is_allowed(project: Path) -> None:
+    info = describe_function("foreign_scores:score", allow_outside=True)
+    assert info.file == project.parent / "elsewhere/foreign_scores.py"
+    assert (project.parent / "mark").exists()
+
+
+def test_a_function_that_the_project_takes_from_outside_is_refused(project: Path) -> None:
+    (project / "mine.py").write_text("from foreign_scores import score\n")
+    with pytest.raises(ScorerError, match=r"foreign_scores\.py is outside the project"):
+        describe_function("mine:score")
+
+
+def test_scorers_of_the_project_and_of_installed_packages_are_taken(project: Path) -> None:
+    (project / "tools").mkdir()
+    (project / "tools/mine.py").write_text("def score(prompts, completions): ...\n")
+    assert describe_function("tools.mine:score").file == project / "tools/mine.py"
+    assert describe_function("raylign.scoring.vader:compound").line > 1
+    assert describe_function("yaml:safe_load").file.parent.name == "yaml"
+
+
+def test_editable_checkouts_count_as_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "site/judges-1.0.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Name: judges\nVersion: 1.0\n")
+    (facts / "direct_url.json").write_text(
+        f'{{"url": "{(tmp_path / "my judges").as_uri()}", "dir_info": {{"editable": true}}}}'
+    )
+    judge = str(tmp_path / "my judges/judges/score.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert not is_inside(judge, trusted_roots(tmp_path / "project")), "PYTHONPATH names what it likes"
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path / "site")])
+    roots = trusted_roots(tmp_path / "project")
+    assert is_inside(judge, roots)
+    assert not is_inside(str(tmp_path / "my judges.py"), roots)
 
 
 def test_check_unscored_tells_share_limit_reasons_and_cure() -> None:

@@ -71,6 +71,8 @@ class PromptsBlock(Block):
     """System message put before prompts that have none."""
     held_out: PositiveInt = 32
     """Prompts kept for evaluation: the source's own held-out split if it has one, else a seeded draw."""
+    max_invalid: Fraction = 0.0
+    """Share of a split's rows that may be bad and are then left out, listed in quarantine.jsonl; past it, no start."""
 
 
 class SamplingBlock(Block):
@@ -94,6 +96,8 @@ class FunctionScoringBlock(Block):
     type: Literal["function"] = "function"
     function: str = Field("raylign.scoring.vader:compound", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`module:function`; runs in the scorer actor. `plan` shows its file and hash."""
+    allow_outside: bool = False
+    """Take the function from a file outside the working directory and the installed packages."""
     batch_size: PositiveInt = 64
     """Completions per call."""
     timeout_s: PositiveFloat = 10.0

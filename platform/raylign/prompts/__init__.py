@@ -2,5 +2,14 @@
 
 from raylign.prompts.draw import draw
 from raylign.prompts.load import PromptSet, load_prompts
+from raylign.prompts.quarantine import InvalidRows, left_out, refused_path, set_aside
 
-__all__ = ["PromptSet", "draw", "load_prompts"]
+__all__ = [
+    "InvalidRows",
+    "PromptSet",
+    "draw",
+    "left_out",
+    "load_prompts",
+    "refused_path",
+    "set_aside",
+]

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
 from raylign.prompts.conversations import conversation, conversation_problem
+from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.sources import read_source
-from raylign.prompts.tables import Fault, Row, Table, refuse
+from raylign.prompts.tables import Fault, Row, Table
 from raylign.records import Message, Prompt
 
 log = logging.getLogger(__name__)
@@ -28,44 +30,88 @@ class PromptSet:
     """Prompts of a run, in the order of the source; no prompt is in both parts, and none is there twice.
 
     Ids are `p` (train) or `h` (held out) and the number of the row in its split: the line from 1 for JSONL, else the
-    row from 0. `digest` is a sha256 (hex) over all ids and token ids: equal digests, equal prompts.
+    row from 0. `digest` is a sha256 (hex) over all ids and token ids: equal digests, equal prompts. `invalid` has the
+    rows that were left out, split by split.
     """
 
     train: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     source: str
     digest: str
+    invalid: tuple[InvalidRows, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Good and bad rows of one table."""
+
+    prompts: list[Prompt]
+    invalid: InvalidRows
 
 
 def load_prompts(
-    block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, seed: int
+    block: PromptsBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    seed: int,
+    *,
+    refused_to: Path | None = None,
 ) -> PromptSet:
     """Read, check, template and split the prompts; the result depends on the arguments and the source alone.
 
-    The source's own held-out split is used from its start, else `block.held_out` prompts are drawn with `seed`.
-    Raises PromptError naming every bad row (the first ten), or when no prompt would be left to train on.
+    The source's own held-out split is used from its start, else `block.held_out` prompts are drawn with `seed`. Bad
+    rows are left out. Raises PromptError when more than `block.max_invalid` of a split is bad (every bad row is then
+    written to `refused_to`, if given), or when no prompt would be left to train on.
     """
     source = read_source(block)
-    train = _unique(_prompts("p", source.train, block, tokenizer, max_prompt_tokens), source.train.where)
+    tables = [source.train] if source.held_out is None else [source.train, source.held_out]
+    for table in tables:
+        table.require(block.column)
+    checked = _checked("p", source.train, block, tokenizer, max_prompt_tokens)
+    parts = [checked]
+    if source.held_out is not None:
+        parts.append(_checked("h", source.held_out, block, tokenizer, max_prompt_tokens, wanted=block.held_out))
+    invalid = tuple(part.invalid for part in parts)
+    refuse(invalid, block.max_invalid, refused_to)
+    train = _unique(checked.prompts, source.train.where)
     if source.held_out is None:
         train, held_out = _drawn(train, block.held_out, seed)
     else:
-        own = source.held_out.head(block.held_out)
-        held_out = _unique(_prompts("h", own, block, tokenizer, max_prompt_tokens), own.where)
+        held_out = _unique(parts[1].prompts, source.held_out.where)
         train = _without(train, held_out, source.train.where)
     if not train:
         raise PromptError(f"{block.source}: every prompt is also in its held-out split; give other prompts to train on")
-    return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]))
+    return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]), invalid)
 
 
-def _prompts(
-    prefix: str, table: Table, block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> list[Prompt]:
-    """Prompts of a table in which every row is good; otherwise PromptError."""
-    table.require(block.column)
-    outcomes = [_prompt(prefix, row, block, tokenizer, limit) for row in table.rows]
-    refuse(table, [*table.faults, *(outcome for outcome in outcomes if isinstance(outcome, Fault))])
-    return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
+def _checked(
+    prefix: str,
+    table: Table,
+    block: PromptsBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    wanted: int | None = None,
+) -> _Checked:
+    """The rows of a table, from its start until `wanted` are good; rows that could not be read count as looked at.
+
+    Raises PromptError when none is good although `block.max_invalid` would allow that.
+    """
+    prompts: list[Prompt] = []
+    faults = list(table.faults)
+    for row in table.rows:
+        if len(prompts) == wanted:
+            break
+        outcome = _prompt(prefix, row, block, tokenizer, limit)
+        if isinstance(outcome, Prompt):
+            prompts.append(outcome)
+        else:
+            faults.append(outcome)
+    total = len(prompts) + len(faults)
+    faults.sort(key=lambda fault: fault.number)
+    invalid = InvalidRows(table.where, table.unit, tuple(faults), total)
+    if not prompts and invalid.share <= block.max_invalid:
+        raise PromptError(f"{table.where}: none of {total} rows can be used; lower prompts.max_invalid to see why")
+    return _Checked(prompts, invalid)
 
 
 def _prompt(

@@ -1,5 +1,6 @@
 """From `prompts.source` to tables: embedded sets, JSONL, JSON and Parquet files, saved data sets, the hub."""
 
+import codecs
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,15 +72,27 @@ def _read_path(path: Path, block: PromptsBlock) -> Source:
 def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
     rows: list[Row] = []
     faults: list[Fault] = []
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            text = line.removeprefix(codecs.BOM_UTF8).strip()
+            if not text:
                 continue
-            try:
-                rows.append(Row(number, _cells(json.loads(line), block.column)))
-            except ValueError as error:
-                faults.append(Fault(number, f"not a JSON row ({error})", line.strip(), "one JSON object per line"))
+            row = _json_row(number, text, block.column)
+            if isinstance(row, Row):
+                rows.append(row)
+            else:
+                faults.append(row)
     return Table(str(path), "line", _columns(rows), tuple(rows), tuple(faults))
+
+
+def _json_row(number: int, line: bytes, column: str) -> Row | Fault:
+    try:
+        return Row(number, _cells(json.loads(line.decode()), column))
+    except UnicodeDecodeError as error:
+        shown = line.decode(errors="backslashreplace")
+        return Fault(number, f"not UTF-8 at byte {error.start}", shown, "save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Fault(number, f"not a JSON row ({error})", line.decode(), "one JSON object per line")
 
 
 def _json_source(where: str, content: object, block: PromptsBlock) -> Source:

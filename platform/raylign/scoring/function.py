@@ -22,9 +22,13 @@ class FunctionInfo:
     line: int
 
 
-def describe_function(spec: str) -> FunctionInfo:
-    """Locate `module:function`, doing nothing with it but the import, in a process of its own. Raises ScorerError."""
-    process = ScoringProcess(spec)
+def describe_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:
+    """Locate `module:function`, doing nothing with it but the import, in a process of its own.
+
+    Raises ScorerError, also for code outside the working directory and the packages installed in this environment:
+    such code does not run unless `allow_outside`.
+    """
+    process = ScoringProcess(spec, confined=not allow_outside)
     process.kill()
     file = Path(process.location["file"])
     if not file.is_file():

@@ -26,10 +26,14 @@ class NoAnswer(Exception):
 class ScoringProcess:
     """One child that has loaded `module:function`. It and all it starts are killed when a reply is late."""
 
-    def __init__(self, spec: str) -> None:
-        """Start the child and wait until the function is loaded. Raises ScorerError if that fails."""
+    def __init__(self, spec: str, *, confined: bool = False) -> None:
+        """Start the child and wait until the function is loaded. Raises ScorerError if that fails.
+
+        `confined` refuses code from outside the working directory and the installed packages, before it runs.
+        """
         self._connection, theirs = multiprocessing.Pipe()
         command = [sys.executable, "-u", "-P", "-m", "raylign.scoring.worker", spec, str(theirs.fileno())]
+        command += ["confined"] if confined else []
         with theirs:
             self._process = subprocess.Popen(
                 command,

@@ -2,13 +2,16 @@
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from raylign.errors import ScorerError
+from raylign.scoring.roots import is_inside
 
 ScoringFunction = Callable[[list[list[dict[str, Any]]], list[str]], object]
 
@@ -35,6 +38,30 @@ def source_of(spec: str, function: ScoringFunction) -> tuple[str, int]:
     except (OSError, TypeError):
         module = importlib.import_module(spec.partition(":")[0])
         return module.__file__ or "", 1
+
+
+def require_inside(spec: str, roots: Sequence[Path]) -> None:
+    """Raise ScorerError when the module, or a package around it, is a file outside `roots`. Runs nothing outside."""
+    parts = spec.partition(":")[0].split(".")
+    for count in range(1, len(parts) + 1):
+        try:
+            # Imports the packages around it, which have passed.
+            found = importlib.util.find_spec(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            return
+        if found is None:
+            return
+        if found.has_location and found.origin:
+            require_file_inside(found.origin, roots)
+
+
+def require_file_inside(file: str, roots: Sequence[Path]) -> None:
+    """Raise ScorerError when `file` is outside `roots`, of which the first is the project."""
+    if not is_inside(file, roots):
+        raise ScorerError(
+            f"{Path(file).resolve()} is outside the project ({roots[0]}) and no installed package; move it there, "
+            "install it, or, if you trust it, set scoring.allow_outside=true"
+        )
 
 
 def _import(name: str) -> ModuleType:

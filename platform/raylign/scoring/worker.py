@@ -1,4 +1,6 @@
-"""The scoring process: `python -m raylign.scoring.worker module:function FD`. Started by `raylign.scoring.process`.
+"""The scoring process: `python -m raylign.scoring.worker module:function FD [confined]`.
+
+Started by `raylign.scoring.process`; `confined` refuses code from outside the project and the installed packages.
 
 One JSON object per message on the socket FD. First message out: {"file", "line"} of the function. Then, for each
 {"prompts", "completions"}: {"answers": [[value, reason], ...]} with exactly one of the two null. Either may be
@@ -15,13 +17,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 from raylign.errors import ScorerError
 from raylign.scoring.base import RETURNED_NONE
-from raylign.scoring.resolve import resolve, source_of
+from raylign.scoring.resolve import require_file_inside, require_inside, resolve, source_of
+from raylign.scoring.roots import trusted_roots
 from raylign.text import escape_control
 
 REASON_LENGTH = 300
@@ -29,13 +33,18 @@ REASON_LENGTH = 300
 Answer = tuple[float | None, str | None]
 
 
-def serve(spec: str, channel: "Connection[Any, Any]") -> None:
+def serve(spec: str, channel: "Connection[Any, Any]", *, confined: bool) -> None:
     """Load the function, then answer requests until the parent goes away."""
     requests: SimpleQueue[Any] = SimpleQueue()
     Thread(target=_receive, args=(channel, requests), daemon=True).start()
     with _reporting(channel):
+        roots = trusted_roots(Path.cwd()) if confined else ()
+        if roots:
+            require_inside(spec, roots)
         function = resolve(spec)
         file, line = source_of(spec, function)
+        if roots and file:
+            require_file_inside(file, roots)
         _send(channel, {"file": file, "line": line})
         while True:
             request = requests.get()
@@ -59,7 +68,7 @@ def _reporting(channel: "Connection[Any, Any]") -> Iterator[None]:
     try:
         yield
     except ScorerError as error:
-        _send(channel, {"failure": _shortened(str(error))})
+        _send(channel, {"failure": _one_line(str(error))})
     except Exception as error:
         traceback.print_exc()
         _send(channel, {"failure": _shortened(f"{type(error).__name__}: {error}")})
@@ -87,10 +96,14 @@ def _send(channel: "Connection[Any, Any]", reply: dict[str, Any]) -> None:
     channel.send_bytes(json.dumps(reply).encode())
 
 
+def _one_line(text: str) -> str:
+    return escape_control(" ".join(text.split()))
+
+
 def _shortened(text: str) -> str:
-    line = escape_control(" ".join(text.split()))
+    line = _one_line(text)
     return line if len(line) <= REASON_LENGTH else f"{line[: REASON_LENGTH - 1]}…"
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Connection(int(sys.argv[2])))
+    serve(sys.argv[1], Connection(int(sys.argv[2])), confined=sys.argv[3:] == ["confined"])

@@ -1,0 +1,122 @@
+"""A run's own cluster can be reached from this machine alone, and asks for a token even here."""
+
+import ipaddress
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+from actors.bound_store import listen_on_own_address
+from actors.cluster import cluster
+from actors.generator import EngineSpec, Generator
+from actors.network import free_address
+from tests.integration.listeners import descendants, listening
+from tests.integration.tiny import clean_environment
+
+BIN = Path(sys.executable).parent
+RAY_PARTS = ("gcs_server", "raylet", "ray::")
+"""Words of command lines; without listeners of these the test would have looked at the wrong processes."""
+
+
+@pytest.fixture(scope="module")
+def private() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster(num_cpus=4):
+            yield
+
+
+class _Member:
+    """One rank of a process group."""
+
+    def __init__(self, rank: int, address: str, port: int) -> None:
+        listen_on_own_address()
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo")
+
+    def sum(self) -> float:
+        value = torch.tensor([dist.get_rank() + 1.0])
+        dist.all_reduce(value)
+        return float(value)
+
+
+Member: Any = ray.remote(_Member)
+
+
+def outside(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    return {place: name for place, name in found.items() if not ipaddress.ip_address(place[0]).is_loopback}
+
+
+def test_ray_and_a_process_group_listen_on_loopback_alone(private: None) -> None:
+    find = ray.remote(free_address)
+    address, port = ray.get(find.remote())
+    members = [Member.options(num_cpus=0).remote(rank, address, port) for rank in range(2)]
+    assert ray.get([member.sum.remote() for member in members]) == [3.0, 3.0]
+    found = listening()
+    assert (address, port) in found, "the group's store"
+    for part in RAY_PARTS:
+        assert any(part in name for name in found.values()), f"no listener of {part} in {found}"
+    assert outside(found) == {}
+    for member in members:
+        ray.kill(member)
+
+
+@pytest.mark.slow
+def test_an_engine_listens_on_loopback_alone(private: None, served_llama: str) -> None:
+    spec = EngineSpec(
+        model=served_llama,
+        dtype="bfloat16",
+        device="cpu",
+        transport="shm",
+        lora_rank=0,
+        tensor_parallel_size=1,
+        max_model_len=64,
+        max_num_seqs=4,
+        gpu_memory_utilization=0.5,
+        kv_cache_gb=0.1,
+        enforce_eager=True,
+        trust_remote_code=False,
+        seed=0,
+        threads=1,
+    )
+    before = listening()
+    generator = Generator.options(num_cpus=1).remote(spec)
+    ray.get(generator.ready.remote())
+    found = listening()
+    assert found.keys() - before.keys(), "the engine's own listeners"
+    assert outside(found) == {}
+    ray.get(generator.shutdown.remote())
+    ray.kill(generator)
+
+
+def test_the_cluster_turns_away_who_has_no_token(private: None, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("f" * 64)
+    address = ray.get_runtime_context().gcs_address
+    assert ipaddress.ip_address(address.rpartition(":")[0]).is_loopback
+    for name, extra in {
+        "none": {"RAY_AUTH_MODE": "disabled"},
+        "wrong": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+    }.items():
+        done = subprocess.run(
+            [BIN / "ray", "status", "--address", address],
+            env=clean_environment(extra),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode != 0, f"admitted with {name} token: {done.stdout}"
+        assert "uthenticat" in done.stdout + done.stderr, name
+
+
+def test_no_command_line_shows_the_token(private: None) -> None:
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray/auth_token")).read_text().strip()
+    assert len(token) > 20
+    assert [line for process in descendants() if token in (line := " ".join(process.cmdline()))] == []
