@@ -1,10 +1,14 @@
 """Stores of process groups that listen on the address they name, and on no other."""
 
+import importlib
 import socket
 from datetime import timedelta
+from typing import Any
 
-from torch.distributed import Store, TCPStore, rendezvous
+from torch.distributed import Store, TCPStore
 
+# torch.distributed has a function of the same name as this module of its.
+rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
 _unbound_store = rendezvous._create_c10d_store
 _BACKLOG = 1024
 
@@ -23,7 +27,8 @@ def _bound_store(
 ) -> Store:
     listener = _listener(hostname, port) if rank == 0 else None
     if listener is None:
-        return _unbound_store(hostname, port, rank, world_size, timeout, use_libuv)
+        found: Store = _unbound_store(hostname, port, rank, world_size, timeout, use_libuv)
+        return found
     return TCPStore(
         host_name=hostname,
         port=listener.getsockname()[1],
