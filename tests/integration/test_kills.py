@@ -99,7 +99,7 @@ def test_the_driver_is_killed_in_every_stage(served_llama: str, expected: RunDir
         "evaluate": "round 1 publish ",
     }
     restarts = []
-    for stage, line in stages.items():
+    for line in stages.values():
         started = time.monotonic()
         with Watched(command(served_llama, tmp_path), tmp_path) as run:
             run.wait_for(line)

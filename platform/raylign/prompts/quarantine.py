@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylign.config.blocks import RunBlock
-from raylign.errors import PromptError
+from raylign.errors import DiskError, PromptError
 from raylign.files import publish_text
 from raylign.prompts.tables import Fault, Unit
 
@@ -58,8 +58,8 @@ def refuse(splits: Sequence[InvalidRows], limit: float, refused_to: Path | None)
         try:
             write_quarantine(refused_to, splits)
             lines.append(f"every bad row is in {refused_to}")
-        except OSError as error:
-            lines.append(f"the bad rows could not be written to {refused_to} ({error.strerror})")
+        except DiskError as error:
+            lines.append(f"no list of all bad rows: {error}")
     raise PromptError("\n".join(lines))
 
 

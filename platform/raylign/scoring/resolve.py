@@ -18,9 +18,7 @@ ScoringFunction = Callable[[list[list[dict[str, Any]]], list[str]], object]
 
 def resolve(spec: str) -> ScoringFunction:
     """Import and return `module:function`. Raises ScorerError, or whatever the module's own code raises."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise ScorerError("it is not of the form module:function")
+    module_name, name = _parts(spec)
     module = _import(module_name)
     if name not in dir(module):
         raise ScorerError(f"module {module_name!r} has no {name!r}{_hint(name, _callables(module))}")
@@ -42,7 +40,7 @@ def source_of(spec: str, function: ScoringFunction) -> tuple[str, int]:
 
 def require_inside(spec: str, roots: Sequence[Path]) -> None:
     """Raise ScorerError when the module, or a package around it, is a file outside `roots`. Runs nothing outside."""
-    parts = spec.partition(":")[0].split(".")
+    parts = _parts(spec)[0].split(".")
     for count in range(1, len(parts) + 1):
         try:
             # Imports the packages around it, which have passed.
@@ -62,6 +60,13 @@ def require_file_inside(file: str, roots: Sequence[Path]) -> None:
             f"{Path(file).resolve()} is outside the project ({roots[0]}) and no installed package; move it there, "
             "install it, or, if you trust it, set scoring.allow_outside=true"
         )
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ScorerError("it is not of the form module:function")
+    return module, name
 
 
 def _import(name: str) -> ModuleType:
