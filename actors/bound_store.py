@@ -5,7 +5,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 # torch.distributed has a function of the same name as this module of its.
 rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")

@@ -69,7 +69,7 @@ def test_ray_and_a_process_group_listen_on_loopback_alone(private: None) -> None
 
 
 @pytest.mark.slow
-def test_an_engine_listens_on_loopback_alone(private: None, served_llama: str) -> None:
+def test_an_engine_listens_on_loopback_alone(private: None, served_llama: str, tmp_path: Path) -> None:
     spec = EngineSpec(
         model=served_llama,
         dtype="bfloat16",
@@ -85,9 +85,10 @@ def test_an_engine_listens_on_loopback_alone(private: None, served_llama: str) -
         trust_remote_code=False,
         seed=0,
         threads=1,
+        stacks=str(tmp_path),
     )
     before = listening()
-    generator = Generator.options(num_cpus=1).remote(spec)
+    generator = Generator.options(num_cpus=1).remote(spec, "generator-0")
     ray.get(generator.ready.remote())
     found = listening()
     assert found.keys() - before.keys(), "the engine's own listeners"
