@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 from ray._private import ray_constants
+
+from actors.janitor import clean_up_processes
 
 LOOPBACK = "127.0.0.1"
 _QUIET = {
@@ -58,7 +61,7 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     if address:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        with _on_loopback():
+        with _on_loopback(), _ended_with_this_process():
             ray.init(
                 address="local",
                 num_cpus=num_cpus or os.cpu_count(),
@@ -93,6 +96,16 @@ def _on_loopback() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = inherited
+
+
+@contextmanager
+def _ended_with_this_process() -> Iterator[None]:
+    """Ray's agents outlive a driver that was killed: whatever is started inside ends with this process."""
+    this = psutil.Process()
+    before = set(this.children(recursive=True))
+    yield
+    started = set(this.children(recursive=True)) - before
+    clean_up_processes(this.pid, [process.pid for process in started])
 
 
 def log_folder() -> Path:

@@ -1,11 +1,15 @@
 """The generator: one vLLM engine that samples candidates and serves one policy version at a time."""
 
 import asyncio
+import functools
 import logging
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import ray
 from vllm import SamplingParams
@@ -28,6 +32,7 @@ from raylign.sampling import Decoding
 
 log = logging.getLogger(__name__)
 _ADAPTER = "policy"
+_HEARTBEAT_S = 0.5
 _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 16384
 _CPU_BLOCK = 32
@@ -106,29 +111,71 @@ def _compute_in_the_engine(threads: int) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
 
 
+def _own_sockets() -> Path:
+    """A folder for vLLM's sockets, which it leaves behind when its processes are killed."""
+    folder = Path(tempfile.mkdtemp(prefix="raylign-"))
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
+    return folder
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _leaves_with_engine(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """End this process when its engine is dead: Ray sees an actor without an engine as healthy."""
+
+    @functools.wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(*args, **kwargs)
+        except EngineDeadError as error:
+            _leave(error)
+
+    return call
+
+
+def _leave(error: BaseException) -> NoReturn:
+    log.error("the engine is dead: %s", error)
+    os._exit(1)
+
+
 class _Generator:
     """Samples, scores fixed tokens for the canary, and takes new weights. One asyncio loop, many requests at once."""
 
     def __init__(self, spec: EngineSpec, name: str) -> None:
         self._spec = spec
         enable_stack_dumps(spec.stacks, name)
-        clean_up_family(os.getpid())
+        clean_up_family(os.getpid(), _own_sockets())
         if spec.one_process:
             _compute_in_the_engine(spec.threads)
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []
         self._requests = 0
+        self._closing = False
+        self._tasks: list[asyncio.Task[None]] = []
 
+    async def _leave_with_the_engine(self) -> None:
+        """Also when nobody calls it, or a call to the dead engine hangs."""
+        while not self._engine.errored:
+            await asyncio.sleep(_HEARTBEAT_S)
+        if not self._closing:
+            _leave(self._engine.dead_error)
+
+    @_leaves_with_engine
     async def ready(self) -> None:
         """Label the base weights version 0, and open the way for others."""
+        self._tasks.append(asyncio.create_task(self._leave_with_the_engine()))
         if self._spec.transport == "shm":
             await self.init_weight_transfer_engine({})
         await self.label(0)
 
+    @_leaves_with_engine
     async def label(self, version: int) -> None:
         """Name the served weights."""
         await self._engine.update_weight_version(str(version))
 
+    @_leaves_with_engine
     async def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
         """K candidates of one prompt, in index order. Raises GeneratorError when another version sampled them."""
         params = SamplingParams(
@@ -149,6 +196,7 @@ class _Generator:
         completions = sorted(output.outputs, key=lambda completion: completion.index)
         return [_candidate(prompt, completion, seed, version) for completion in completions]
 
+    @_leaves_with_engine
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of token_ids[1:] given their prefix, under the served weights."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -165,62 +213,74 @@ class _Generator:
         stream = self._engine.generate(
             {"prompt_token_ids": token_ids}, params, f"request-{self._requests}", lora_request=adapter
         )
-        try:
-            async for output in stream:
-                final = output
-        except EngineDeadError as error:
-            _leave(error)
+        async for output in stream:
+            final = output
         if final is None or not final.finished:
             raise GeneratorError(f"request of {len(token_ids)} prompt tokens ended without a result")
         return final
 
+    @_leaves_with_engine
     async def pause(self) -> None:
         """Let requests in flight finish, then hold new ones."""
         await self._engine.pause_generation(mode="wait", clear_cache=True)
 
+    @_leaves_with_engine
     async def resume(self) -> None:
         """Forget prefixes computed with older weights, then serve again."""
         if not await self._engine.reset_prefix_cache():
             raise GeneratorError("vLLM refused to reset its prefix cache after a weight push")
         await self._engine.resume_generation()
 
-    async def load_adapter(self, path: str, version: int) -> None:
+    @asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """After an error requests stay held: what the engine then computes with is unknown."""
+        await self.pause()
+        yield
+        await self.resume()
+
+    @_leaves_with_engine
+    async def take_adapter(self, path: str, version: int) -> None:
         """Serve the PEFT adapter in folder `path` as `version`, replacing the one before."""
         request = LoRARequest(_ADAPTER, 1, path, load_inplace=True)
-        if not await self._engine.add_lora(request):
-            raise GeneratorError(f"vLLM did not take the adapter of version {version}")
-        self._adapters = [LoRARequest(_ADAPTER, 1, path)]
-        await self.label(version)
+        async with self._paused():
+            if not await self._engine.add_lora(request):
+                raise GeneratorError(f"vLLM did not take the adapter of version {version}")
+            self._adapters = [LoRARequest(_ADAPTER, 1, path)]
+            await self.label(version)
 
+    @_leaves_with_engine
+    async def take_weights(self, path: str, version: int) -> None:
+        """Serve the weights in the safetensors file `path` as `version`."""
+        async with self._paused():
+            await self.start_weight_update()
+            await self.update_weights({"path": path})
+            await self.finish_weight_update(str(version))
+
+    @_leaves_with_engine
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
+    @_leaves_with_engine
     async def start_weight_update(self) -> None:
         await self._engine.start_weight_update()
 
+    @_leaves_with_engine
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info))
 
+    @_leaves_with_engine
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         await self._engine.finish_weight_update(weight_version)
 
+    @_leaves_with_engine
     async def version(self) -> int:
         """The policy version the engine serves."""
         return int(await self._engine.get_weight_version())
 
-    async def check_health(self) -> None:
-        """Raises when the engine is dead."""
-        await self._engine.check_health()
-
     async def shutdown(self) -> None:
         """End vLLM's processes."""
+        self._closing = True
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
-
-
-def _leave(error: EngineDeadError) -> NoReturn:
-    """End this process: Ray sees an actor without an engine as healthy, and nobody would replace it."""
-    log.error("the engine is dead: %s", error)
-    os._exit(1)
 
 
 def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.generator_pool import GeneratorPool
+from actors.in_flight import InFlight
 from actors.incidents import Incidents
+from actors.processes import kill
 from actors.stacks import dump_stacks
-from actors.trainer_supervision import kill
 from actors.waiting import get_together
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError
@@ -45,13 +45,9 @@ class SupervisedGenerators(GeneratorPool):
         incidents: Incidents,
         stacks: Path,
     ) -> None:
-        super().__init__(
-            [spawn(slot) for slot in range(block.count)],
-            max_num_seqs=block.max_num_seqs,
-            timeout_s=block.request_timeout_s,
-        )
+        super().__init__([spawn(slot) for slot in range(block.count)])
         self._spawn, self._catch_up, self._incidents, self._stacks = spawn, catch_up, incidents, stacks
-        self._heartbeat_s, self._start_timeout_s = recovery.heartbeat_s, block.start_timeout_s
+        self._block, self._heartbeat_s = block, recovery.heartbeat_s
         self._starting: dict[Any, tuple[int, float]] = {}
         """Replacements that have not answered yet: slot and deadline."""
 
@@ -66,54 +62,68 @@ class SupervisedGenerators(GeneratorPool):
         advance: Callable[[int], None],
         on_finished: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
     ) -> list[Candidate]:
-        """As of `GeneratorPool`; the prompts of a lost generator go to others with the same seeds."""
-        queue, finished = deque(prompts), dict[str, list[Candidate]]()
-        waiting: dict[Any, tuple[Prompt, int]] = {}
-        last = time.monotonic()
-        while queue or waiting:
-            for slot in self._free_slots([slot for _, slot in waiting.values()], decoding):
-                if queue:
-                    prompt = queue.popleft()
-                    request_seed = prompt_seed(seed, round_index, prompt.id)
-                    ref: Any = self.handles[slot].sample.remote(prompt, decoding, request_seed, version)
-                    waiting[ref] = (prompt, slot)
-            done, _ = ray.wait([*waiting, *self._starting], timeout=self._heartbeat_s)
-            for ref in (ref for ref in done if ref in waiting):
-                prompt, slot = waiting[ref]
-                try:
-                    finished[prompt.id] = get_together([ref], self._timeout_s, f"prompt {prompt.id}", GeneratorError)[0]
-                except ActorsLost as lost:
-                    self._requeue(slot, str(lost), waiting, queue)
-                    continue
-                del waiting[ref]
-                on_finished(finished[prompt.id])
-                advance(1)
-                last = time.monotonic()
+        """K candidates per prompt, prompt-major and in index order. `advance(1)` is called as each prompt finishes.
+
+        The prompts of a generator that dies, or finishes none within `generators.request_timeout_s`, go to others with
+        the same seeds. Raises GeneratorError for what a generator raised, and past the cap of restarts.
+        """
+        work = InFlight(prompts, decoding, self._block.max_num_seqs)
+        finished: dict[str, list[Candidate]] = {}
+        while work:
+            for prompt, slot in work.next_for(self._ready_slots()):
+                request_seed = prompt_seed(seed, round_index, prompt.id)
+                work.sent(self.handles[slot].sample.remote(prompt, decoding, request_seed, version), prompt, slot)
+            done, _ = ray.wait([*work.refs, *self._starting], timeout=self._heartbeat_s)
+            for ref in done:
+                for slot in work.slot_of(ref):
+                    try:
+                        found: list[Candidate] = get_together([ref], 0.0, "sampling", GeneratorError)[0]
+                    except ActorsLost as lost:
+                        self._take_from(slot, str(lost), work)
+                        continue
+                    finished[work.finished(ref).id] = found
+                    on_finished(found)
+                    advance(1)
+            for slot in work.silent(self._block.request_timeout_s):
+                limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
+                self._take_from(slot, f"no prompt finished within {limit}; {self._stacks_of(slot)}", work)
             self._look_after_starting()
-            if waiting and time.monotonic() - last > self._timeout_s:
-                for slot in sorted({slot for _, slot in waiting.values()}):
-                    self._requeue(slot, self._silence(slot), waiting, queue)
-                last = time.monotonic()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
-    def _free_slots(self, busy: Sequence[int], decoding: Decoding) -> list[int]:
-        """A slot for each further prompt, in turns; those that are starting take none."""
-        ready = set(range(len(self.handles))) - {slot for slot, _ in self._starting.values()}
-        room = {slot: self._prompts_in_flight(decoding) - busy.count(slot) for slot in sorted(ready)}
-        turns = max(room.values(), default=0)
-        return [slot for turn in range(turns) for slot, left in room.items() if turn < left]
+    def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
+        """As of `GeneratorPool`; a generator that is lost meanwhile is replaced and its successor asked.
 
-    def _requeue(self, slot: int, cause: str, waiting: dict[Any, tuple[Prompt, int]], queue: deque[Prompt]) -> None:
-        """Replace the generator of `slot` once; its prompts go to the front of the queue, in their order."""
-        refs = [ref for ref, (_, own) in waiting.items() if own == slot]
-        if not refs:
-            return
-        queue.extendleft(reversed([waiting.pop(ref)[0] for ref in refs]))
+        `method` must be one that a generator which serves the newest version may be asked again.
+        """
+        answers: dict[int, Any] = {}
+        while missing := [slot for slot in range(len(self.handles)) if slot not in answers]:
+            self.settle()
+            refs = {slot: getattr(self.handles[slot], method).remote(*args) for slot in missing}
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
+            for slot, ref in refs.items():
+                try:
+                    answers[slot] = get_together([ref], 0.0, what, GeneratorError)[0]
+                except ActorsLost as lost:
+                    late = "" if lost.__cause__ else f" within {timeout_s:g} s; {self._stacks_of(slot)}"
+                    self._replace(slot, f"{lost}{late}")
+        return [answers[slot] for slot in range(len(self.handles))]
+
+    def settle(self) -> None:
+        """Wait until no generator is starting any more."""
+        while self._starting:
+            ray.wait(list(self._starting), timeout=self._heartbeat_s)
+            self._look_after_starting()
+
+    def _ready_slots(self) -> list[int]:
+        starting = {slot for slot, _ in self._starting.values()}
+        return [slot for slot in range(len(self.handles)) if slot not in starting]
+
+    def _stacks_of(self, slot: int) -> str:
+        return dump_stacks(self.handles[slot], self._stacks, actor_name(slot))
+
+    def _take_from(self, slot: int, cause: str, work: InFlight) -> None:
+        work.give_back(slot)
         self._replace(slot, cause)
-
-    def _silence(self, slot: int) -> str:
-        where = dump_stacks(self.handles[slot], self._stacks, actor_name(slot))
-        return f"no prompt finished within {self._timeout_s:g} s (generators.request_timeout_s); {where}"
 
     def _replace(self, slot: int, cause: str) -> None:
         """Start a new generator for `slot`. Raises GeneratorError past the cap of restarts."""
@@ -122,38 +132,19 @@ class SupervisedGenerators(GeneratorPool):
         handles = list(self.handles)
         handles[slot] = self._spawn(slot)
         self.handles = tuple(handles)
-        self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._start_timeout_s)
+        self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
 
     def _look_after_starting(self) -> None:
         """Bring replacements that have started up to date; one that did not start is replaced again."""
-        done, _ = (
-            ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if self._starting else ([], [])
-        )
+        starting = list(self._starting)
+        done = ray.wait(starting, num_returns=len(starting), timeout=0)[0] if starting else []
         late = [ref for ref, (_, deadline) in self._starting.items() if time.monotonic() > deadline]
         for ref in dict.fromkeys([*done, *late]):
             slot, _ = self._starting.pop(ref)
             try:
-                get_together([ref], 0.0 if ref in late else self._start_timeout_s, "starting it", GeneratorError)
+                get_together([ref], 0.0, "starting it", GeneratorError)
                 self._catch_up(self.handles[slot])
             except ActorsLost as lost:
                 self._replace(slot, str(lost))
                 continue
             self._incidents.recovered("generator", actor_name(slot))
-
-    def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
-        """Call `method` on every generator at once, after replacements have started. Raises ActorsLost."""
-        self.settle()
-        return super().call(method, *args, timeout_s=timeout_s, what=what)
-
-    def settle(self) -> None:
-        """Wait until no generator is starting any more."""
-        while self._starting:
-            ray.wait(list(self._starting), timeout=self._heartbeat_s)
-            self._look_after_starting()
-
-    def replace_all(self, cause: str) -> None:
-        """New generators for all slots: what an update that broke off has left in an engine is not to be used."""
-        self._starting.clear()
-        for slot in range(len(self.handles)):
-            self._replace(slot, cause)
-        self.settle()

@@ -1,4 +1,4 @@
-"""A process that removes what a dead process left: its folders, or its children and their shared memory.
+"""A process that removes what a dead process left: its folders, its children and their shared memory.
 
 Ray and the kernel end actors without warning; vLLM's message queues and our weight folders would then fill shared
 memory, which is main memory, until the machine restarts. The janitor leaves its owner's process tree and session, so
@@ -25,18 +25,26 @@ _START_S = 60.0
 _REMOVE_S = 10.0
 
 
-def clean_up_family(pid: int) -> None:
-    """Once process `pid` has ended: end its children and remove the queues in shared memory they had mapped."""
-    _start([str(pid)])
+def clean_up_family(pid: int, *folders: Path) -> None:
+    """Once process `pid` has ended: end its children, remove the queues in shared memory they had mapped and `folders`.
+
+    Its children are those it will have.
+    """
+    _start("family", pid, folders)
 
 
 def clean_up_folder(pid: int, folder: Path) -> None:
     """Once process `pid` has ended: remove `folder`."""
-    _start([str(pid), str(folder)])
+    _start("folder", pid, [folder])
 
 
-def _start(arguments: Sequence[str]) -> None:
-    command = [sys.executable, "-I", str(Path(__file__).resolve()), *arguments]
+def clean_up_processes(pid: int, processes: Sequence[int]) -> None:
+    """Once process `pid` has ended: end `processes`, which may be nobody's children by then."""
+    _start("processes", pid, processes)
+
+
+def _start(duty: str, pid: int, arguments: Sequence[object]) -> None:
+    command = [sys.executable, "-I", str(Path(__file__).resolve()), duty, str(pid), *map(str, arguments)]
     subprocess.run(command, check=True, timeout=_START_S, stdin=subprocess.DEVNULL)
 
 
@@ -72,10 +80,9 @@ def _watch_family(owner: psutil.Process) -> None:
         segment.unlink(missing_ok=True)
 
 
-def _watch_folder(owner: psutil.Process, folder: Path) -> None:
+def _wait_for(owner: psutil.Process) -> None:
     while _alive(owner):
         time.sleep(_POLL_S)
-    remove_folder(folder)
 
 
 def _queue_names() -> set[str]:
@@ -135,15 +142,27 @@ def _leave() -> bool:
     return True
 
 
-def _main(pid: int, folders: Sequence[Path]) -> None:
-    owner = psutil.Process(pid)
+def _present(pids: Sequence[str]) -> set[psutil.Process]:
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.add(psutil.Process(int(pid)))
+    return found
+
+
+def _main(duty: str, pid: str, arguments: Sequence[str]) -> None:
+    owner = psutil.Process(int(pid))
+    wards = _present(arguments) if duty == "processes" else set()
     if not _leave():
         return
-    for folder in folders:
-        _watch_folder(owner, folder)
-    if not folders:
+    if duty == "family":
         _watch_family(owner)
+    else:
+        _wait_for(owner)
+    _end(wards)
+    for folder in arguments if duty != "processes" else []:
+        remove_folder(Path(folder))
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
+    _main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -8,6 +8,7 @@ from datetime import timedelta
 import deepspeed
 from torch import nn
 
+from actors.bound_store import listen_on_own_address
 from raylign.config.blocks import TrainerBlock
 
 _INFERENCE_COLLECTIVES = "deepspeed_shm_comm"
@@ -22,6 +23,7 @@ def join_group(block: TrainerBlock, rank: int, address: str, port: int, *, on_gp
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }
+    listen_on_own_address()
     # Half a minute of compiling at a machine's first start, for collectives that only DeepSpeed's inference calls.
     deepspeed.ops.__compatible_ops__[_INFERENCE_COLLECTIVES] = False
     deepspeed.init_distributed(

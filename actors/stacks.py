@@ -3,19 +3,20 @@
 import faulthandler
 import os
 import signal
+import time
 from pathlib import Path
 from typing import IO, Any
 
-import ray
-import ray.util.state
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.processes import process_of, send_signal
 
 FOLDER = "stacks"
 _OPEN: list[IO[str]] = []
 """Files of this process that the signal writes to; they stay open as long as it lives."""
 _ANSWER_S = 5.0
+_POLL_S = 0.1
 
 
 def enable_stack_dumps(folder: str, name: str) -> None:
@@ -28,26 +29,27 @@ def enable_stack_dumps(folder: str, name: str) -> None:
 
 def dump_stacks(handle: ActorHandle[Any], folder: Path, name: str) -> str:
     """Make the actor behind `handle` write its stacks; returns where they are, or why there are none."""
-    found = ray.util.state.get_actor(handle._actor_id.hex(), timeout=int(_ANSWER_S))
-    if found is None or not found.pid or not found.node_id:
-        return "no stacks: Ray does not know its process"
-    place = NodeAffinitySchedulingStrategy(found.node_id, soft=False)
-    send = ray.remote(_send).options(num_cpus=0, scheduling_strategy=place)
+    process = process_of(handle)
+    if not process.pid:
+        return "no stacks: it has no process"
     try:
-        ray.get(send.remote(found.pid), timeout=_ANSWER_S)
-    except RayError as error:
-        return f"no stacks: its node does not answer ({type(error).__name__})"
-    path = folder / f"{name}-{found.pid}.txt"
-    if path.is_file() and path.stat().st_size:
+        send_signal(process, signal.SIGUSR1, _ANSWER_S)
+    except (RayError, OSError) as error:
+        return f"no stacks: process {process.pid} cannot be signalled ({type(error).__name__})"
+    path = folder / f"{name}-{process.pid}.txt"
+    if _filled(path):
         return f"its stacks are in {path}"
-    return f"process {found.pid} does not answer signals: it is stopped or hangs in the kernel"
+    return f"process {process.pid} writes no stacks: it is stopped, hangs in the kernel, or has no access to {folder}"
 
 
-def _send(pid: int) -> None:
-    import time  # noqa: PLC0415 - runs in a worker that has only this function
-
-    os.kill(pid, signal.SIGUSR1)
-    time.sleep(0.5)
+def _filled(path: Path) -> bool:
+    """Whether the file gets something within a few seconds."""
+    deadline = time.monotonic() + _ANSWER_S
+    while not (path.is_file() and path.stat().st_size):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def remove_empty(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,19 +14,19 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator import EngineSpec, Generator
-from actors.generator_pool import GeneratorPool
 from actors.generator_supervision import Spawn, SupervisedGenerators, actor_name
 from actors.incidents import Incidents
-from actors.janitor import clean_up_folder, remove_folder
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
+from actors.processes import kill
 from actors.scorer import Scorer
 from actors.scorer_client import ScorerClient
 from actors.stacks import FOLDER as STACKS
 from actors.stacks import remove_empty
 from actors.trainer import TrainerSpec
-from actors.trainer_supervision import SupervisedTrainers, kill, start_ranks
+from actors.trainer_supervision import SupervisedTrainers, start_ranks
 from actors.waiting import get_all
 from actors.weight_sync.canary import Canary
+from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import (
@@ -38,7 +36,6 @@ from actors.weight_sync.transports import (
     Transport,
     WeightTransport,
     choose_transport,
-    shared_folder,
 )
 from raylign.config import RunConfig
 from raylign.errors import GeneratorError
@@ -53,7 +50,7 @@ _SHUTDOWN_S = 20.0
 class Team:
     """The roles, ready: every actor has loaded and joined its group."""
 
-    generators: GeneratorPool
+    generators: SupervisedGenerators
     trainers: SupervisedTrainers
     scorer: ScorerClient
     publisher: Publisher
@@ -79,7 +76,7 @@ def team(
 ) -> Iterator[Team]:
     """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
     with ExitStack() as stack:
-        directory = stack.enter_context(_shared_directory(config.run.name))
+        directory = stack.enter_context(weight_folder(config.run.name))
         group = reserve(plan, config.placement.ready_timeout_s)
         stack.callback(remove_placement_group, group)
         transport = choose_transport(
@@ -217,17 +214,6 @@ def _transport(config: RunConfig, folder: str, transport: Transport, directory: 
             return LoraTransport(directory)
         case "nccl":
             return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
-
-
-@contextmanager
-def _shared_directory(run_name: str) -> Iterator[Path]:
-    """A folder in shared memory for weight files; gone when the run ends."""
-    directory = Path(tempfile.mkdtemp(prefix=f"raylign-{run_name}-{os.getpid()}-", dir=shared_folder()))
-    clean_up_folder(os.getpid(), directory)
-    try:
-        yield directory
-    finally:
-        remove_folder(directory)
 
 
 def _shut_down(generators: Sequence[ActorHandle[Any]]) -> None:

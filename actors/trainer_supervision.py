@@ -1,6 +1,5 @@
 """A trainer group that outlives its ranks: one is lost, all are replaced and go on from the newest checkpoint."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from ray.actor import ActorHandle
 
 from actors.incidents import Incidents
 from actors.network import free_address
+from actors.processes import kill
 from actors.stacks import dump_stacks
 from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
@@ -202,10 +202,3 @@ def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list
             kill(handles)
             if attempts >= _PORT_ATTEMPTS or _IN_USE not in str(error).lower():
                 raise
-
-
-def kill(handles: Sequence[ActorHandle[Any]]) -> None:
-    """End actors that may have ended already."""
-    for handle in handles:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(handle)

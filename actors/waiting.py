@@ -39,7 +39,8 @@ def get_together(refs: Sequence[Any], timeout_s: float, what: str, error: type[R
         left = max(0.0, deadline - time.monotonic())
         done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
         if not done:
-            raise ActorsLost(f"{what}: {len(waiting)} of {len(refs)} did not answer within {timeout_s:g} s")
+            limit = f" within {timeout_s:g} s" if timeout_s else ""
+            raise ActorsLost(f"{what}: {len(waiting)} of {len(refs)} did not answer{limit}")
         failures += _failures(done)
     if not failures:
         return list(ray.get(list(refs)))

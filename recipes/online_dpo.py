@@ -64,8 +64,8 @@ def score(
         if stage.done:
             return log.read_scores()
         scores = team.scorer.score(prompts, candidates, stage.advance)
-        check_unscored(scores, config.scoring.max_unscored)
         log.save_candidates(stage, prompts, candidates, scores)
+        check_unscored(scores, config.scoring.max_unscored)
     return scores
 
 

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.cluster import cluster
 from actors.placement import PlacementPlan, choose_device, plan_placement, require_resources
+from actors.weight_sync.folder import shared_folder
 from actors.weight_sync.manifest import checkpoint_manifest
-from actors.weight_sync.transports import Transport, choose_transport, require_room, shared_folder
+from actors.weight_sync.transports import Transport, choose_transport, require_room
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.generator_pool import GeneratorPool
+from actors.generator_supervision import SupervisedGenerators
 from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Metrics
 from raylign.config import RunConfig
-from raylign.config.blocks import FunctionScoringBlock, RecoveryBlock
+from raylign.config.blocks import FunctionScoringBlock, GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
@@ -42,7 +42,7 @@ class FakeEngine:
 
     def __init__(self, events: list[str]) -> None:
         self.weights = self.label_now = 0
-        self._events, self._paused, self._updating = events, False, False
+        self._events, self._paused = events, False
 
     def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
         if self._paused or version != self.label_now:
@@ -73,33 +73,30 @@ class FakeEngine:
     def label(self, version: int) -> None:
         self.label_now = version
 
-    def start_weight_update(self) -> None:
-        if not self._paused:
-            raise GeneratorError("weights change under running requests")
-        self._updating = True
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        if not self._updating:
-            raise GeneratorError("no weight update was started")
+    def take_weights(self, path: str, version: int) -> None:
         self._events.append("load weights")
-        self.weights = int(load_file(update_info["path"])[WEIGHT])
+        self.weights = int(load_file(path)[WEIGHT])
+        self.label(version)
 
-    def finish_weight_update(self, weight_version: str) -> None:
-        self._updating = False
-        self.label(int(weight_version))
-
-    def load_adapter(self, path: str, version: int) -> None:
+    def take_adapter(self, path: str, version: int) -> None:
         self._events.append("load adapter")
         self.weights = int(load_file(Path(path) / "adapter_model.safetensors")[WEIGHT])
         self.label(version)
 
 
-class FakeGenerators(GeneratorPool):
+class FakeGenerators(SupervisedGenerators):
     """Engines in turn, called directly."""
 
     def __init__(self, engines: Sequence[FakeEngine]) -> None:
         handles: list[Any] = list(engines)
-        super().__init__(handles, max_num_seqs=1, timeout_s=1.0)
+        super().__init__(
+            handles.__getitem__,
+            lambda handle: None,
+            block=GeneratorsBlock(count=len(engines)),
+            recovery=RecoveryBlock(),
+            incidents=quiet_incidents(),
+            stacks=Path(),
+        )
         self.engines = tuple(engines)
 
     def sample(

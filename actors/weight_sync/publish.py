@@ -1,4 +1,4 @@
-"""The publish sequence: pause, transfer, forget old prefixes, resume, canary."""
+"""The publish sequence: transfer between requests, read the version back, canary."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from actors.generator_pool import GeneratorPool
 from actors.trainer_group import TrainerGroup
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.transports import NcclTransport, WeightTransport
-from raylign.errors import ActorsLost, GeneratorError, TrainerError, WeightSyncError
+from raylign.errors import GeneratorError, TrainerError, WeightSyncError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +26,19 @@ class Publisher:
     def publish(self, version: int) -> Mapping[str, float]:
         """Generators serve `version` when this returns; the value is the canary's gaps.
 
-        When a generator dies meanwhile all are replaced: what an update that broke off left in the others is not to be
-        used. Raises WeightSyncError; the generators must then be recreated.
+        Raises WeightSyncError; the generators must then be recreated.
         """
         self.generators.served = version
         try:
-            try:
-                self._push(version)
-            except ActorsLost as lost:
-                self.generators.replace_all(f"publishing version {version}: {lost}")
+            self._push(version)
         except (GeneratorError, TrainerError) as cause:
             raise WeightSyncError(f"publishing version {version} failed: {cause}") from cause
         return self.verify()
 
     def _push(self, version: int) -> None:
         self.generators.pushed = True
-        self._on_generators("pause", "pausing the generators")
         self.transport.push(self.trainers, self.generators, version, self.timeout_s)
-        self._on_generators("resume", "resuming the generators")
-        served = self._on_generators("version", "reading the served version")
+        served = self.generators.call("version", timeout_s=self.timeout_s, what="reading the served version")
         if any(found != version for found in served):
             raise WeightSyncError(f"generators serve versions {served} after version {version} was pushed")
 
@@ -58,7 +52,7 @@ class Publisher:
                 "a new generator cannot join the NCCL group of the others; run the same command again: it goes on at "
                 "the first stage that is not finished"
             )
-        alone = replace(self, generators=GeneratorPool([handle], max_num_seqs=1, timeout_s=self.timeout_s))
+        alone = replace(self, generators=GeneratorPool([handle]))
         if self.generators.pushed:
             alone._push(self.generators.served)
         alone.verify()
@@ -66,6 +60,3 @@ class Publisher:
     def verify(self) -> Mapping[str, float]:
         """The canary alone."""
         return self.canary.check(self.trainers, self.generators, self.timeout_s)
-
-    def _on_generators(self, method: str, what: str) -> list[int]:
-        return self.generators.call(method, timeout_s=self.timeout_s, what=what)

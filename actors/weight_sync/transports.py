@@ -3,6 +3,8 @@
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,11 +15,10 @@ from actors.weight_sync.manifest import Manifest, file_manifest, require_same
 from raylign.errors import PlacementError, WeightSyncError
 
 Transport = Literal["lora", "shm", "nccl"]
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class WeightTransport(Protocol):
-    """Moves the trainer's weights to paused generators, which then serve them as `version`."""
+    """Moves the trainer's weights to idle generators, which then serve them as `version`."""
 
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
         """Raises WeightSyncError, TrainerError or GeneratorError; after any of them the engines are not to be used."""
@@ -57,20 +58,16 @@ class ShmTransport:
 
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
         require_room(self.directory, self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values()))
-        path = self.directory / f"version-{version}.safetensors"
-        try:
+        with _own_folder(self.directory) as folder:
+            path = folder / "model.safetensors"
             trainers.save_weights(str(path))
             load_file(generators, path, self.manifest, version, timeout_s)
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def load_file(generators: GeneratorPool, path: Path, manifest: Manifest, version: int, timeout_s: float) -> None:
     """Serve the weights in `path` as `version`. A file that does not fit `manifest` is refused before any change."""
     require_same(manifest, file_manifest(path))
-    generators.call("start_weight_update", timeout_s=timeout_s, what="starting a weight update")
-    generators.call("update_weights", {"path": str(path)}, timeout_s=timeout_s, what="loading weights")
-    generators.call("finish_weight_update", str(version), timeout_s=timeout_s, what="finishing a weight update")
+    generators.call("take_weights", str(path), version, timeout_s=timeout_s, what="loading weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +77,19 @@ class LoraTransport:
     directory: Path
 
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
-        folder = self.directory / f"version-{version}"
-        try:
+        with _own_folder(self.directory) as folder:
             trainers.save_adapter(str(folder))
-            generators.call("load_adapter", str(folder), version, timeout_s=timeout_s, what="loading the adapter")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            generators.call("take_adapter", str(folder), version, timeout_s=timeout_s, what="loading the adapter")
+
+
+@contextmanager
+def _own_folder(directory: Path) -> Iterator[Path]:
+    """For one push: a generator that is replaced meanwhile gets a push of its own."""
+    folder = Path(tempfile.mkdtemp(dir=directory))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +99,10 @@ class NcclTransport:
     workers: int
 
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
+        generators.call("pause", timeout_s=timeout_s, what="pausing the generators")
         trainers.send_nccl(generators.handles, self.workers, timeout_s)
         generators.call("label", version, timeout_s=timeout_s, what="labelling the version")
-
-
-def shared_folder() -> Path:
-    """Where weight files go: shared memory, or the temporary folder of a system without it."""
-    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        generators.call("resume", timeout_s=timeout_s, what="resuming the generators")
 
 
 def require_room(directory: Path, needed: int) -> None:

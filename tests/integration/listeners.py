@@ -1,6 +1,14 @@
 """Who listens on which TCP address, as the kernel says."""
 
+import os
+from typing import Any
+
 import psutil
+import ray
+import torch
+import torch.distributed as dist
+
+from actors.bound_store import listen_on_own_address
 
 
 def descendants() -> list[psutil.Process]:
@@ -19,3 +27,20 @@ def listening() -> dict[tuple[str, int], str]:
             continue
         found |= {tuple(each.laddr): line[:120] for each in sockets if each.status == psutil.CONN_LISTEN}
     return found
+
+
+class _Member:
+    """One rank of a process group."""
+
+    def __init__(self, rank: int, address: str, port: int) -> None:
+        listen_on_own_address()
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo")
+
+    def sum(self) -> float:
+        value = torch.tensor([dist.get_rank() + 1.0])
+        dist.all_reduce(value)
+        return float(value)
+
+
+Member: Any = ray.remote(_Member)

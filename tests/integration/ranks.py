@@ -21,6 +21,7 @@ from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
 
 _START_S = 300.0
+_PORTS = 5
 _STEP_S = 300.0
 
 
@@ -43,23 +44,31 @@ class Processes:
     """Processes of one group size each, started when they are first asked for."""
 
     def __init__(self) -> None:
-        self._groups: dict[int, tuple[list[Any], str, int]] = {}
+        self._groups: dict[int, list[Any]] = {}
 
     def start(self, *sizes: int) -> None:
         """Begin to start groups, so that they start at the same time."""
         process = ray.remote(_Process)
         for ranks in sizes:
-            self._groups[ranks] = ([process.options(num_cpus=0).remote() for _ in range(ranks)], *free_address())
+            self._groups[ranks] = [process.options(num_cpus=0).remote() for _ in range(ranks)]
 
     def group(self, spec: TrainerSpec) -> TrainerGroup:
         """A trainer group in processes that were another before."""
-        handles, address, port = self._groups[spec.trainer.ranks]
-        refs = [handle.become.remote(spec, rank, address, port) for rank, handle in enumerate(handles)]
-        get_all(refs, _START_S, "becoming ranks", TrainerError)
+        handles = self._groups[spec.trainer.ranks]
+        for attempt in range(_PORTS):
+            address, port = free_address()
+            refs = [handle.become.remote(spec, rank, address, port) for rank, handle in enumerate(handles)]
+            try:
+                get_all(refs, _START_S, "becoming ranks", TrainerError)
+                break
+            except TrainerError as error:
+                # Another test may have taken the port meanwhile.
+                if attempt == _PORTS - 1 or "already in use" not in str(error):
+                    raise
         return group_of(handles, spec)
 
     def end(self) -> None:
-        for handles, _, _ in self._groups.values():
+        for handles in self._groups.values():
             for handle in handles:
                 ray.kill(handle)
 

@@ -10,6 +10,7 @@ import pytest
 
 from raylign.rundir import open_run
 from raylign.tracking.journal import read_events
+from recipes.signals import INTERRUPTED, STOPPED
 from tests.integration.tiny import (
     LONG_SAMPLING,
     LONG_TRAINING,
@@ -64,7 +65,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
         assert weight_folders(name)
         run.send(number, to_group=number == signal.SIGINT)
         status, segments = run.finish(END_S)
-        assert status == 128 + number, run.output
+        assert status == (INTERRUPTED if number == signal.SIGINT else STOPPED), run.output
         wait_until(lambda: not run.processes(), 5.0, lambda: f"processes are left: {run.processes()}")
         assert [path for path in segments if path.exists()] == []
         assert weight_folders(name) == []
@@ -76,3 +77,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     assert [event.payload["name"] for event in events if event.name == "stage"] == stages
     assert events[-1].name == "campaign_finished"
     assert campaign_record(tmp_path / "runs").info.status == "KILLED"
+    steps = sum(event.name == "step" for event in events)
+    saved = [len(found.steps) for found in directory.checkpoint_store(keep=1).newest()]
+    # The signal may come between a step and its report.
+    assert saved in ([[steps], [steps + 1]] if steps else [[]])

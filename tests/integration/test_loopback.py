@@ -6,18 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import torch
-import torch.distributed as dist
 
-from actors.bound_store import listen_on_own_address
 from actors.cluster import cluster
 from actors.generator import EngineSpec, Generator
 from actors.network import free_address
-from tests.integration.listeners import descendants, listening
+from tests.integration.listeners import Member, descendants, listening
 from tests.integration.tiny import clean_environment
 
 BIN = Path(sys.executable).parent
@@ -31,23 +27,6 @@ def private() -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with cluster(num_cpus=4):
             yield
-
-
-class _Member:
-    """One rank of a process group."""
-
-    def __init__(self, rank: int, address: str, port: int) -> None:
-        listen_on_own_address()
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        dist.init_process_group("gloo")
-
-    def sum(self) -> float:
-        value = torch.tensor([dist.get_rank() + 1.0])
-        dist.all_reduce(value)
-        return float(value)
-
-
-Member: Any = ray.remote(_Member)
 
 
 def outside(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:

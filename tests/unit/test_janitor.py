@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.janitor import clean_up_family, clean_up_folder, remove_folder
+from actors.janitor import clean_up_family, clean_up_folder, clean_up_processes, remove_folder
 
 FAMILY = """
 import multiprocessing, os, signal, sys, time
@@ -48,7 +48,9 @@ def test_children_and_shared_memory_of_a_killed_process_are_removed(tmp_path: Pa
     program = tmp_path / "family.py"
     program.write_text(FAMILY)
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as owner:
-        clean_up_family(owner.pid)
+        folder = tmp_path / "sockets"
+        folder.mkdir()
+        clean_up_family(owner.pid, folder)
         assert owner.stdout is not None
         child, name = owner.stdout.readline().split()
         segment = Path("/dev/shm") / name.strip("/")
@@ -58,6 +60,7 @@ def test_children_and_shared_memory_of_a_killed_process_are_removed(tmp_path: Pa
         owner.wait()
         assert eventually(lambda: not segment.exists())
         assert eventually(lambda: not psutil.pid_exists(int(child)))
+        assert eventually(lambda: not folder.exists())
         assert eventually(lambda: not janitors(owner.pid))
 
 
@@ -88,3 +91,15 @@ def test_a_folder_that_is_written_to_is_removed_all_the_same(tmp_path: Path) -> 
         time.sleep(0.3)
         remove_folder(folder)
         assert not folder.exists()
+
+
+def test_processes_end_with_their_owner() -> None:
+    """Also when they are nobody's children any more."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True) as ward:
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as owner:
+            clean_up_processes(owner.pid, [ward.pid])
+            time.sleep(0.5)
+            assert ward.poll() is None
+            owner.kill()
+        assert eventually(lambda: ward.poll() is not None)
+    assert eventually(lambda: not janitors(owner.pid))

@@ -39,14 +39,14 @@ def shm(directory: Path, shape: tuple[int, ...] = (1,), needed: int = 1) -> ShmT
 def test_shared_memory_in_order(tmp_path: Path) -> None:
     setting = Setting(shm(tmp_path))
     assert setting.publisher.publish(1) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
-    assert setting.events == ["pause", "pause", "save weights", "load weights", "load weights", "resume", "resume"]
+    assert setting.events == ["save weights", "load weights", "load weights"]
     assert setting.weights() == [1, 1] and list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_in_order(tmp_path: Path) -> None:
     setting = Setting(LoraTransport(tmp_path), engines=(FakeEngine,))
     setting.publisher.publish(1)
-    assert setting.events == ["pause", "save adapter", "load adapter", "resume"]
+    assert setting.events == ["save adapter", "load adapter"]
     assert setting.weights() == [1] and list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +57,7 @@ def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_pat
     setting.trainers.version = 0
     gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
     assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
-    assert setting.events == (["pause", "save weights", "load weights", "resume"] if four_bits else [])
+    assert setting.events == (["save weights", "load weights"] if four_bits else [])
 
 
 def test_a_broadcast_in_order() -> None:
@@ -79,16 +79,16 @@ def test_without_room_nothing_is_written(tmp_path: Path) -> None:
     setting = Setting(shm(tmp_path, needed=shutil.disk_usage(tmp_path).total + 1))
     with pytest.raises(WeightSyncError, match="MB free, a weight push needs"):
         setting.publisher.publish(1)
-    assert setting.events == ["pause", "pause"]
+    assert setting.events == []
 
 
 class Broken(FakeEngine):
     """Fails in the middle of an update."""
 
-    def update_weights(self, update_info: object) -> None:
+    def take_weights(self, path: str, version: int) -> None:
         raise GeneratorError("the engine died")
 
-    def load_adapter(self, path: str, version: int) -> None:
+    def take_adapter(self, path: str, version: int) -> None:
         raise GeneratorError("the engine died")
 
 
@@ -97,7 +97,7 @@ def test_a_failed_update_is_a_weight_sync_error_and_leaves_no_file(adapter: bool
     setting = Setting(LoraTransport(tmp_path) if adapter else shm(tmp_path), engines=(FakeEngine, Broken))
     with pytest.raises(WeightSyncError, match="publishing version 1 failed: the engine died"):
         setting.publisher.publish(1)
-    assert "resume" not in setting.events and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 class Forgetful(FakeEngine):
@@ -115,8 +115,8 @@ def test_an_engine_that_serves_another_version_is_noticed(tmp_path: Path) -> Non
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    def update_weights(self, update_info: object) -> None:
-        return
+    def take_weights(self, path: str, version: int) -> None:
+        self.label(version)
 
 
 def test_the_canary_finds_one_stale_engine_among_many(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""The folder in shared memory that weights pass through, and what an earlier run may have left there."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from actors.janitor import clean_up_folder, remove_folder
+
+log = logging.getLogger(__name__)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFIX, _LOCK = "raylign-", ".lock"
+
+
+def shared_folder() -> Path:
+    """Where weight files go: shared memory, or the temporary folder of a system without it."""
+    return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+@contextmanager
+def weight_folder(run_name: str) -> Iterator[Path]:
+    """A folder for weight files; gone when the run ends, and when its process is killed.
+
+    First those of runs that ended with their janitor, as in a container that is stopped, are removed.
+    """
+    sweep(shared_folder())
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{run_name}-{os.getpid()}-", dir=shared_folder()))
+    clean_up_folder(os.getpid(), directory)
+    # A lock and no process id: containers that share their memory number their processes apart.
+    with FileLock(directory / _LOCK):
+        try:
+            yield directory
+        finally:
+            remove_folder(directory)
+
+
+def sweep(parent: Path) -> None:
+    """Remove the weight folders in `parent` that no process holds any more."""
+    for lock in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        try:
+            with FileLock(lock, blocking=False):
+                log.warning("removing %s, which a run left behind", lock.parent)
+                shutil.rmtree(lock.parent)
+        except (Timeout, OSError):
+            # In use, or another user's.
+            continue
