@@ -33,7 +33,11 @@ def actor_name(slot: int) -> str:
 
 
 class SupervisedGenerators(GeneratorPool):
-    """`count` slots with a generator each. While one is replaced, the others go on with the prompts."""
+    """`count` slots with a generator each. While one is replaced, the others go on with the prompts.
+
+    A replacement that does not start in time, as where a node is gone, is no longer waited for: the others do the work
+    alone, until it starts after all.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class SupervisedGenerators(GeneratorPool):
         self._spawn, self._catch_up, self._incidents, self._stacks = spawn, catch_up, incidents, stacks
         self._block, self._heartbeat_s = block, recovery.heartbeat_s
         self._starting: dict[Any, tuple[int, float]] = {}
-        """Replacements that have not answered yet: slot and deadline."""
+        """Replacements that have not answered yet: slot, and until when they are waited for."""
 
     def sample(
         self,
@@ -88,6 +92,7 @@ class SupervisedGenerators(GeneratorPool):
                 limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
                 self._take_from(slot, f"no prompt finished within {limit}; {self._stacks_of(slot)}", work)
             self._look_after_starting()
+            self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
     def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
@@ -96,8 +101,8 @@ class SupervisedGenerators(GeneratorPool):
         `method` must be one that a generator which serves the newest version may be asked again.
         """
         answers: dict[int, Any] = {}
-        while missing := [slot for slot in range(len(self.handles)) if slot not in answers]:
-            self.settle()
+        self.settle()
+        while missing := [slot for slot in self._ready_slots() if slot not in answers]:
             refs = {slot: getattr(self.handles[slot], method).remote(*args) for slot in missing}
             ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
             for slot, ref in refs.items():
@@ -106,13 +111,25 @@ class SupervisedGenerators(GeneratorPool):
                 except ActorsLost as lost:
                     late = "" if lost.__cause__ else f" within {timeout_s:g} s; {self._stacks_of(slot)}"
                     self._replace(slot, f"{lost}{late}")
-        return [answers[slot] for slot in range(len(self.handles))]
+            self.settle()
+        return [answers[slot] for slot in sorted(answers)]
 
     def settle(self) -> None:
-        """Wait until no generator is starting any more."""
-        while self._starting:
+        """Wait until every generator has started, or those that have not are late."""
+        while any(time.monotonic() < deadline for _, deadline in self._starting.values()):
             ray.wait(list(self._starting), timeout=self._heartbeat_s)
             self._look_after_starting()
+        self._require_one()
+
+    def _require_one(self) -> None:
+        if self._ready_slots() or any(time.monotonic() < deadline for _, deadline in self._starting.values()):
+            return
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise GeneratorError(
+            f"no generator is left: no replacement started within {self._block.start_timeout_s:g} s "
+            f"(generators.start_timeout_s); free in the cluster: {free}. Give it the node back that it lost, or lower "
+            "generators.count, then run the same command again: it goes on where it stopped"
+        )
 
     def _ready_slots(self) -> list[int]:
         starting = {slot for slot, _ in self._starting.values()}
@@ -135,11 +152,10 @@ class SupervisedGenerators(GeneratorPool):
         self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
 
     def _look_after_starting(self) -> None:
-        """Bring replacements that have started up to date; one that did not start is replaced again."""
+        """Bring replacements that have started up to date; one that dies is replaced again."""
         starting = list(self._starting)
         done = ray.wait(starting, num_returns=len(starting), timeout=0)[0] if starting else []
-        late = [ref for ref, (_, deadline) in self._starting.items() if time.monotonic() > deadline]
-        for ref in dict.fromkeys([*done, *late]):
+        for ref in done:
             slot, _ = self._starting.pop(ref)
             try:
                 get_together([ref], 0.0, "starting it", GeneratorError)

@@ -26,9 +26,9 @@ def join_group(block: TrainerBlock, rank: int, address: str, port: int, *, on_gp
     listen_on_own_address()
     # Half a minute of compiling at a machine's first start, for collectives that only DeepSpeed's inference calls.
     deepspeed.ops.__compatible_ops__[_INFERENCE_COLLECTIVES] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=block.step_timeout_s)
-    )
+    # The driver's deadline is step_timeout_s: it comes first and knows which rank is silent.
+    timeout = timedelta(seconds=2 * block.step_timeout_s)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout)
 
 
 @contextmanager

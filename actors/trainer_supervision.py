@@ -33,6 +33,10 @@ STATE = "trainer"
 _NAME = "trainers"
 _PORT_ATTEMPTS = 5
 _IN_USE = "address already in use"
+_TOO_SMALL = (
+    "the cluster may have lost a node that the ranks need: give it back or lower trainer.ranks, then run the same "
+    "command again (raylign resume RUN trainer.ranks=...): it goes on where it stopped"
+)
 _CURE = (
     "the newest checkpoint is as it was before these steps. Lower trainer.learning_rate or set model.dtype=float32, "
     "then go on: raylign resume RUN trainer.learning_rate=..."
@@ -166,7 +170,10 @@ class SupervisedTrainers(TrainerGroup):
         return "; ".join([str(lost), *where])
 
     def _replace(self, lost: ActorsLost) -> None:
-        """New ranks that go on from the newest checkpoint. Raises TrainerError past the cap of restarts."""
+        """New ranks that go on from the newest checkpoint.
+
+        Raises TrainerError past the cap of restarts, and when they do not start in time, as where a node is gone.
+        """
         while True:
             self._incidents.lost("trainer", _NAME, self._diagnosed(lost), TrainerError)
             kill(self.handles)
@@ -175,6 +182,8 @@ class SupervisedTrainers(TrainerGroup):
                 for checkpoint in self._newest:
                     self.once("load_state", str(checkpoint.folder / STATE))
             except ActorsLost as again:
+                if again.__cause__ is None:
+                    raise TrainerError(f"{again}; {_TOO_SMALL}") from again
                 lost = again
                 continue
             self._incidents.recovered("trainer", _NAME)

@@ -1,0 +1,131 @@
+"""Trainer ranks that die, hang or run out of memory in the middle of a round."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.incidents import Incidents
+from actors.processes import kill, process_of
+from actors.trainer import TrainerSpec
+from actors.trainer_supervision import SupervisedTrainers, start_ranks
+from raylign.checkpoints import Checkpoints, Metrics
+from raylign.config.blocks import RecoveryBlock
+from raylign.records import Preference
+from tests.faults import record
+from tests.integration.ranks import preferences, spec_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.long_fault, pytest.mark.timeout(900)]
+
+PAIRS = preferences(12)
+OPTIONS = {"ranks": 2, "zero_stage": 2, "per_device_train_batch_size": 1, "save_steps": 2, "step_timeout_s": 10}
+FAULTS = {
+    signal.SIGKILL: ("trainer rank killed in a step", "kill -9"),
+    signal.SIGSTOP: ("trainer rank stopped in a step (deadline 10 s)", "SIGSTOP"),
+}
+
+
+@dataclass
+class Round:
+    """What a round in training writes to; `on_step` is called after each step."""
+
+    folder: Path
+    on_step: Callable[[int], None] = lambda number: None
+    index: int = 1
+    steps: dict[int, Metrics] = field(default_factory=dict)
+
+    def step(self, number: int, metrics: Metrics) -> None:
+        self.steps[number] = metrics
+        self.on_step(number)
+
+    def new_checkpoint(
+        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
+    ) -> AbstractContextManager[Path]:
+        return Checkpoints(self.folder, None).new(self.index, steps, complete, needed_bytes)
+
+    def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None:
+        raise AssertionError(f"step {number} is not finite")
+
+
+class Trainers:
+    """A supervised group of two ranks and what became of it."""
+
+    def __init__(self, spec: TrainerSpec, stacks: Path) -> None:
+        self.entries: list[tuple[float, str, Mapping[str, Any]]] = []
+        self.group = SupervisedTrainers(
+            lambda: start_ranks(spec, [{"num_cpus": 0}] * spec.trainer.ranks),
+            block=spec.trainer,
+            loss=spec.loss,
+            reference=spec.reference,
+            adapter=True,
+            incidents=Incidents(RecoveryBlock(), lambda role, happened, detail: self._put(happened, detail)),
+            stacks=stacks,
+        )
+        self.group.restore([])
+
+    def _put(self, happened: str, detail: Mapping[str, Any]) -> None:
+        self.entries.append((time.monotonic(), happened, detail))
+
+    def train(self, round_: Round) -> list[Metrics]:
+        ready = self.group.with_reference(PAIRS, seed=5, rounds_done=0)
+        return self.group.train_round(ready, 5, round_, lambda finished: None)
+
+
+def _trainers(tiny_llama: str, stacks: Path) -> Trainers:
+    spec = spec_of(tiny_llama, {"lora": {"r": 4, "lora_alpha": 8}}, OPTIONS)
+    return Trainers(replace(spec, stacks=str(stacks)), stacks)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tiny_llama: str, resources: dict[str, float], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Metrics], Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainers = _trainers(tiny_llama, folder / "stacks")
+    steps = trainers.train(Round(folder / "checkpoints"))
+    kill(trainers.group.handles)
+    return steps, folder / "checkpoints/0001/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("number", FAULTS)
+def test_a_rank_is_lost_in_the_middle_of_a_round(
+    number: signal.Signals, tiny_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
+) -> None:
+    trainers, moments = _trainers(tiny_llama, tmp_path / "stacks"), list[float]()
+
+    def hit(step: int) -> None:
+        if step == 3 and not moments:
+            moments.append(time.monotonic())
+            os.kill(process_of(trainers.group.handles[1]).pid, number)
+
+    record_of_round = Round(tmp_path / "checkpoints", hit)
+    steps = trainers.train(record_of_round)
+    kill(trainers.group.handles)
+    (lost_at, lost, detail), (_, recovered, after) = trainers.entries
+    assert (lost, recovered) == ("lost", "recovered")
+    assert steps == expected[0]
+    assert record_of_round.steps == dict(enumerate(expected[0], start=1))
+    weights, wanted = load_file(tmp_path / "checkpoints/0001/adapter_model.safetensors"), load_file(expected[1])
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    if number == signal.SIGKILL:
+        assert lost_at - moments[0] < 10
+    else:
+        assert "trainer-0" in detail["cause"] and "it is stopped" in detail["cause"]
+        assert any("all_reduce" in path.read_text() for path in (tmp_path / "stacks").glob("trainer-0-*.txt"))
+    record(
+        "trainer rank killed in a step"
+        if number == signal.SIGKILL
+        else "trainer rank stopped in a step (deadline 10 s)",
+        "kill -9" if number == signal.SIGKILL else "SIGSTOP",
+        detected_s=lost_at - moments[0],
+        recovered_s=after["seconds"],
+        lost="nothing: goes on from the newest checkpoint, same steps and weights",
+    )
