@@ -91,7 +91,7 @@ class SupervisedGenerators(GeneratorPool):
             for slot in work.silent(self._block.request_timeout_s):
                 limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
                 self._take_from(slot, f"no prompt finished within {limit}; {self._stacks_of(slot)}", work)
-            self._look_after_starting()
+            self.look_after_starting()
             self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
@@ -118,7 +118,7 @@ class SupervisedGenerators(GeneratorPool):
         """Wait until every generator has started, or those that have not are late."""
         while any(time.monotonic() < deadline for _, deadline in self._starting.values()):
             ray.wait(list(self._starting), timeout=self._heartbeat_s)
-            self._look_after_starting()
+            self.look_after_starting()
         self._require_one()
 
     def _require_one(self) -> None:
@@ -151,7 +151,7 @@ class SupervisedGenerators(GeneratorPool):
         self.handles = tuple(handles)
         self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
 
-    def _look_after_starting(self) -> None:
+    def look_after_starting(self) -> None:
         """Bring replacements that have started up to date; one that dies is replaced again."""
         starting = list(self._starting)
         done = ray.wait(starting, num_returns=len(starting), timeout=0)[0] if starting else []

@@ -92,7 +92,7 @@ class Stage:
         )
 
 
-def _prompts(folder: str) -> list[Prompt]:
+def film_prompts(folder: str) -> list[Prompt]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     chats = [({"role": "user", "content": f"Write about film number {index}."},) for index in range(12)]
     encode = tokenizer.apply_chat_template
@@ -102,7 +102,7 @@ def _prompts(folder: str) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def stage(served_llama: str, resources: dict[str, float], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    prompts, seen, folder = _prompts(served_llama), Seen(), tmp_path_factory.mktemp("runs")
+    prompts, seen, folder = film_prompts(served_llama), Seen(), tmp_path_factory.mktemp("runs")
     config = _config(folder)
     with team(
         config,
