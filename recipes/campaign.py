@@ -173,7 +173,7 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     with terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_team(config, available)
         directory = continue_or_create(config)
-        with directory.locked(), _recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+        with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             run = Campaign(config, directory, tracker, console)
             run.open_record(prompts)
             console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
@@ -209,7 +209,7 @@ def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:
 
 
 @contextmanager
-def _recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
+def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
     """Give the campaign its true final status, whatever ends it."""
     status: Status = "FAILED"
     try:

@@ -44,9 +44,10 @@ def sync_run(run: Path, uri: str | None, timeout_s: float, console: Console) -> 
     """
     directory = open_run(run)
     tracking = load_config(directory.path / CONFIG_NAME, () if uri is None else (f"tracking.uri={uri}",)).tracking
+    store = default_uri(tracking, directory.path)
     with directory.locked(_IN_PROGRESS):
         _close_journal(directory.path / JOURNAL_NAME)
-        return _send(directory.path, default_uri(tracking, directory.path), tracking.experiment, timeout_s, console)
+        return _send(directory.path, store, tracking.experiment, timeout_s, console)
 
 
 def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: Console) -> Synced:

@@ -12,7 +12,8 @@ from raylign.tracking.sending import brief, is_outage, send
 from raylign.tracking.state import load_state
 from raylign.tracking.writer import MlflowWriter
 
-_POLL_S = 0.5
+_POLL_S = 2.0
+"""Steps that come within it are sent in one call."""
 _LONGEST_WAIT_S = 60.0
 _WAIT_WHILE_CLOSING_S = 1.0
 
