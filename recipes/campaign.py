@@ -1,6 +1,7 @@
 """What every recipe needs around its loop: run directory, tracking, prompts, the team on its cluster, a summary."""
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,7 +173,7 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     with terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_team(config, available)
         directory = continue_or_create(config)
-        with directory.locked(), _recorded(tracker := open_tracker(directory.path, config.tracking)):
+        with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             run = Campaign(config, directory, tracker, console)
             run.open_record(prompts)
             console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
@@ -208,7 +209,7 @@ def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:
 
 
 @contextmanager
-def _recorded(tracker: Tracker) -> Iterator[None]:
+def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
     """Give the campaign its true final status, whatever ends it."""
     status: Status = "FAILED"
     try:
@@ -220,4 +221,9 @@ def _recorded(tracker: Tracker) -> Iterator[None]:
     finally:
         missing = tracker.close(status)
         if missing:
-            log.warning("%d events have not reached MLflow; they are in the run's events.jsonl", missing)
+            log.warning(
+                "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",
+                missing,
+                directory.path / JOURNAL_NAME,
+                shlex.quote(str(directory.path)),
+            )

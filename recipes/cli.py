@@ -147,6 +147,30 @@ def resume(
     online_dpo.main(config)
 
 
+@app.command()
+def sync(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="MLflow server or database; the run's own by default.", show_default=False),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Give up when MLflow has not answered for so long.")
+    ] = 60.0,
+) -> None:
+    """Send MLflow what it misses of a run that has ended, each event once; a run that was killed is marked so.
+
+    Status 1 when MLflow does not answer. Example: raylign sync runs/online-dpo --uri http://127.0.0.1:5000
+    """
+    from raylign.reporting import report_console  # noqa: PLC0415
+    from recipes.sync import sync_run  # noqa: PLC0415 - mlflow
+
+    console = report_console()
+    synced = sync_run(run_directory, uri, timeout, console)
+    done = f"sent {synced.sent} of {synced.total} events to MLflow at {synced.uri}; it has all of them"
+    console.print(Text(f"{done}, status {synced.status}"), soft_wrap=True)
+
+
 @app.command(context_settings=SETTINGS_CONTEXT)
 def plan(recipe: Recipe, settings: Settings = None) -> None:
     """Show what a recipe would run and what it needs, starting nothing. Status 1 when it could not run here.

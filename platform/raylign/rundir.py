@@ -50,16 +50,13 @@ class RunDirectory:
         return load_config(self.path / CONFIG_NAME)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, cure: str = "wait for it, or give this run another name (run.name=...)") -> Iterator[None]:
         """Only one process works on a run. Raises ConfigError when another one does; its end, however, frees it."""
         lock = FileLock(self.path / LOCK_NAME)
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            raise ConfigError(
-                f"{self.path} is being worked on by another process; wait for it, or give this run another name "
-                "(run.name=...)"
-            ) from error
+            raise ConfigError(f"{self.path} is being worked on by another process; {cure}") from error
         with lock:
             yield
 

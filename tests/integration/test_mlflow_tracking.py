@@ -10,105 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow.data
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from mlflow.entities import Dataset, Run
 from mlflow.tracking import MlflowClient
 
-from raylign.config import RunConfig, dump_config, parse_config
-from raylign.records import Evaluation, RoundReport
+from raylign.config import dump_config, parse_config
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
 from raylign.tracking.params import flatten
 from raylign.tracking.tracker import Tracker, open_tracker
 from raylign.tracking.uri import default_uri
-
-CONFIG = parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests"}})
-ATTACK = "<script>alert(1)</script>"
-DIGEST = "0123456789abcdef" * 4
-EVENTS = 21
-
-
-def evaluation(score: float) -> Evaluation:
-    return Evaluation(score, score - 0.1, score + 0.1, 0.02, 40.0, 0.8, 0.9, completions=32, unscored=0)
-
-
-def start(tracker: Tracker, run_dir: Path, config: RunConfig = CONFIG) -> None:
-    tracker.campaign_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
-    (run_dir / "config.yaml").write_text(dump_config(config))
-    tracker.artifact(run_dir / "config.yaml", "config")
-    tracker.prompts("embedded:review-topics", "train", DIGEST, {"train": 100, "held_out": 32})
-    tracker.baseline(evaluation(0.1))
-
-
-def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
-    tracker.round_started(index)
-    tracker.stage(index, "sample", 2.5)
-    folder = run_dir / "rounds" / f"{index:04d}"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([{"prompt": "p", "chosen": ATTACK}] * 3), folder / "preferences.parquet")
-    tracker.artifact(folder / "preferences.parquet", "preferences", index)
-    steps = tuple({"loss": 0.7 - 0.1 * step * index, "rewards/margins": 0.5 * step} for step in (1, 2))
-    for step, metrics in enumerate(steps, 1):
-        tracker.step(index, step, metrics)
-    tracker.stage(index, "train", 1.5)
-    (folder / "samples.jsonl").write_text(json.dumps({"text": f"{ATTACK}\ud800"}) + "\n")
-    tracker.artifact(folder / "samples.jsonl", "samples", index)
-    seconds = {"sample": 2.5, "train": 1.5}
-    counts = {"candidates": 8, "preferences": 3}
-    gaps = {"logprob_gap_mean": 0.01}
-    tracker.round_finished(RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds))
-
-
-def play_campaign(tracker: Tracker, run_dir: Path) -> None:
-    start(tracker, run_dir)
-    play_round(tracker, run_dir, 1)
-    play_round(tracker, run_dir, 2)
-
-
-def open_run(run_dir: Path, uri: str) -> Tracker:
-    return Tracker(Journal(run_dir / "events.jsonl"), MlflowFeed(run_dir, uri, "tests"))
-
-
-def all_runs(client: MlflowClient) -> list[Run]:
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]))
-
-
-def campaign_and_rounds(client: MlflowClient) -> tuple[Run, list[Run]]:
-    runs = all_runs(client)
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert len(parents) == 1
-    rounds = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
-    assert len(rounds) == len(runs) - 1
-    return parents[0], sorted(rounds, key=lambda run: (int(run.data.tags["raylign.round"]), run.info.start_time))
-
-
-def history(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
-    return [(point.step, round(point.value, 6)) for point in client.get_metric_history(run.info.run_id, key)]
-
-
-def assert_recorded_once(client: MlflowClient) -> None:
-    """Every curve of `play_campaign` has exactly its points."""
-    parent, rounds = campaign_and_rounds(client)
-    assert [run.data.tags["raylign.round"] for run in rounds] == ["1", "2"]
-    assert [run.info.status for run in [parent, *rounds]] == ["FINISHED"] * 3
-    assert history(client, parent, "eval/score") == [(0, 0.1), (1, 0.3), (2, 0.5)]
-    assert history(client, parent, "eval/score_low") == [(0, 0.0), (1, 0.2), (2, 0.4)]
-    assert history(client, parent, "loss") == [(1, 0.55), (2, 0.4)]
-    assert history(client, parent, "seconds/sample") == [(1, 2.5), (2, 2.5)]
-    assert history(client, parent, "counts/preferences") == [(1, 3), (2, 3)]
-    assert history(client, parent, "sync/logprob_gap_mean") == [(1, 0.01), (2, 0.01)]
-    assert history(client, parent, "policy_version") == [(1, 1), (2, 2)]
-    for index, run in enumerate(rounds, 1):
-        assert history(client, run, "loss") == [(1, round(0.7 - 0.1 * index, 6)), (2, round(0.7 - 0.2 * index, 6))]
-        assert history(client, run, "rewards/margins") == [(1, 0.5), (2, 1.0)]
-        assert history(client, run, "seconds/train") == [(index, 1.5)]
-        assert history(client, run, "eval/kl") == [(index, 0.02)]
-        assert history(client, run, "counts/candidates") == [(index, 8)]
+from tests.integration.campaigns import (
+    CONFIG,
+    DIGEST,
+    EVENTS,
+    all_runs,
+    assert_recorded_once,
+    campaign_and_rounds,
+    history,
+    open_run,
+    play_campaign,
+    play_round,
+    start,
+)
 
 
 def artifact_names(client: MlflowClient, run: Run, folder: str = "") -> set[str]:
@@ -208,10 +133,8 @@ def test_an_outage_blocks_nothing_and_loses_nothing(
         began = time.perf_counter()
         assert tracker.close("FINISHED", timeout_s=1.0) == EVENTS
         assert time.perf_counter() - began < 3.0
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("raylign")]
-    assert len(ours) == 2, ours
-    assert "the run goes on" in ours[0]
-    assert f"misses {EVENTS} event(s)" in ours[1] and str(run_dir / "events.jsonl") in ours[1]
+    (ours,) = [record.getMessage() for record in caplog.records if record.name.startswith("raylign")]
+    assert "the run goes on" in ours
     assert [record.name for record in caplog.records if record.name.startswith("urllib3")] == []
 
     assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
@@ -276,11 +199,12 @@ def test_a_killed_campaign_resumes_in_the_same_run(run_dir: Path, uri: str) -> N
     assert resumed.close("KILLED", timeout_s=120) == 0
 
     parent, rounds = campaign_and_rounds(MlflowClient(tracking_uri=uri))
-    assert [run.info.status for run in [parent, *rounds]] == ["KILLED", "KILLED", "FINISHED", "KILLED"]
+    assert [run.data.tags["raylign.round"] for run in rounds] == ["1", "2"]
+    assert [run.info.status for run in [parent, *rounds]] == ["KILLED", "FINISHED", "KILLED"]
     assert parent.data.params["schedule.rounds"] == "5"
     assert parent.data.tags["changed.schedule.rounds"] == "7"
     client = MlflowClient(tracking_uri=uri)
-    assert history(client, rounds[0], "loss") == [(1, 9.0)]
+    assert history(client, rounds[0], "loss") == [(1, 9.0), (2, 0.5)]
     assert history(client, rounds[0], "non_finite") == [(1, 1)]
     assert history(client, rounds[0], "grad_norm") == []
-    assert history(client, rounds[1], "loss") == [(1, 0.6), (2, 0.5)]
+    assert history(client, rounds[0], "seconds/sample") == [(1, 2.5)]

@@ -38,7 +38,7 @@ def raylign(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["run", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in ("plan", "run", "doctor", "sync"))])
 def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from recipes.cli import app\n"
@@ -50,7 +50,7 @@ def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     assert child.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "doctor", "export"])
+@pytest.mark.parametrize("command", ["run", "plan", "doctor", "export", "sync"])
 def test_every_help_has_an_example(command: str) -> None:
     assert f"Example: raylign {command}" in raylign(command, "--help").output
 

@@ -62,10 +62,8 @@ def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[st
     return True
 
 
-def upload_preferences(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> None:
-    """Send a round's preferences and name them as the run's training data."""
-    if not upload(client, run_id, run_dir, payload):
-        return
+def name_preferences(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> None:
+    """Name a round's preferences as the run's training data."""
     path = inside(run_dir, payload["path"])
     name = f"preferences-round-{payload['round']}"
     profile = {"num_rows": row_count(path)} if path.suffix in TABLE_SUFFIXES else {}

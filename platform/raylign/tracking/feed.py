@@ -4,20 +4,18 @@ import logging
 import threading
 from pathlib import Path
 
-import requests
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
 
-from raylign.tracking.journal import JOURNAL_NAME, read_events, read_from
+from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.params import without_credentials
+from raylign.tracking.sending import brief, is_outage, send
 from raylign.tracking.state import load_state
-from raylign.tracking.writer import METRICS_PER_CALL, MlflowWriter
+from raylign.tracking.writer import MlflowWriter
 
-_POLL_S = 0.5
+_POLL_S = 2.0
+"""Steps that come within it are sent in one call."""
 _LONGEST_WAIT_S = 60.0
 _WAIT_WHILE_CLOSING_S = 1.0
-_REFUSED = "INVALID_PARAMETER_VALUE"
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +49,6 @@ class MlflowFeed:
         self._stopped.set()
         sent = load_state(self._run_dir, self._uri).sequence
         missing = sum(1 for _ in read_events(self._journal, after=sent))
-        if missing:
-            logger.warning("MLflow misses %d event(s); they are safe in %s", missing, self._journal)
         if self._failures:
             raise self._failures[0]
         return missing
@@ -63,11 +59,11 @@ class MlflowFeed:
         except BaseException as error:  # a thread has no caller: `close` raises it
             if not self._stopped.is_set():
                 self._failures.append(error)
-                logger.error("MLflow feed stopped by %s: %s", type(error).__name__, _brief(error))
+                logger.error("MLflow feed stopped by %s: %s", type(error).__name__, brief(error))
 
     def _follow(self) -> None:
         retrying = Retrying(
-            retry=retry_if_exception(_is_outage),
+            retry=retry_if_exception(is_outage),
             wait=wait_exponential(multiplier=1, max=_LONGEST_WAIT_S),
             stop=stop_when_event_set(self._stopped),
             sleep=self._pause,
@@ -78,15 +74,10 @@ class MlflowFeed:
         offset = 0
         while not self._stopped.is_set():
             last_pass = self._draining.is_set()
-            for event, end in read_from(self._journal, offset):
+            for _, end in send(writer, retrying, self._journal, offset):
+                offset = end
                 if self._stopped.is_set():
                     return
-                offset = end
-                if event.sequence > writer.state.sequence:
-                    retrying(writer.apply, event)
-                if writer.waiting >= METRICS_PER_CALL:
-                    retrying(writer.flush)
-            retrying(writer.flush)
             if last_pass:
                 return
             self._draining.wait(_POLL_S)
@@ -99,16 +90,5 @@ class MlflowFeed:
 
     def _warn(self, attempt: RetryCallState) -> None:
         if attempt.attempt_number == 1 and attempt.outcome is not None:
-            reason = _brief(attempt.outcome.exception())
+            reason = brief(attempt.outcome.exception())
             logger.warning("MLflow at %s fails (%s); the run goes on", without_credentials(self._uri), reason)
-
-
-def _is_outage(error: BaseException) -> bool:
-    """Whether waiting can help; a request that MLflow calls invalid stays invalid."""
-    if isinstance(error, MlflowException):
-        return bool(error.error_code != _REFUSED)
-    return isinstance(error, requests.RequestException | OperationalError)
-
-
-def _brief(error: BaseException | None) -> str:
-    return without_credentials(str(error).split("\n", 1)[0])[:300]

@@ -1,4 +1,4 @@
-"""What the MLflow feed remembers between processes: `mlflow.json` in the run directory."""
+"""What MLflow feeds remember between processes: `mlflow.json` in the run directory."""
 
 import os
 from pathlib import Path
@@ -9,45 +9,62 @@ from raylign.errors import RaylignError
 from raylign.tracking.params import without_credentials
 
 STATE_NAME = "mlflow.json"
-CAMPAIGN = "campaign"
+
+
+class RoundState(BaseModel):
+    """A round's run in MLflow, the same for every attempt at the round, and which of its events MLflow has."""
+
+    run_id: str
+    status: str = "RUNNING"
+    """As MLflow has it; FINISHED stays."""
+    steps: int = 0
+    """The last optimizer step taken; earlier ones that come again are of a repeated attempt."""
+    stages: list[str] = Field(default_factory=list)
+    has_preferences: bool = False
 
 
 class FeedState(BaseModel):
     """Position in the journal and MLflow's ids. `sequence` is the last event that MLflow surely holds."""
 
-    uri: str
-    """Tracking URI without credentials; ids of another server mean nothing here."""
     sequence: int = 0
     experiment_id: str = ""
     campaign: str = ""
     """The campaign's own id, from the journal."""
     name: str = ""
-    runs: dict[str, str] = Field(default_factory=dict)
-    """MLflow run ids: `campaign`, and `round-3` for the latest attempt at round 3."""
-    open_rounds: list[str] = Field(default_factory=list)
-    """Names in `runs` whose MLflow run has no final status yet."""
+    run_id: str = ""
+    """The campaign's run in MLflow."""
+    rounds: dict[int, RoundState] = Field(default_factory=dict)
+
+
+class _Stores(BaseModel):
+    """By tracking URI, without credentials: ids of one store mean nothing in another."""
+
+    stores: dict[str, FeedState] = Field(default_factory=dict)
 
 
 def load_state(run_dir: Path, uri: str) -> FeedState:
     """The state kept for `uri`, or a fresh one that starts at the first event."""
+    return _load(run_dir).stores.get(without_credentials(uri), FeedState())
+
+
+def save_state(run_dir: Path, uri: str, state: FeedState) -> None:
+    """Replace the state file in one step."""
+    stores = _Stores(stores={**_load(run_dir).stores, without_credentials(uri): state})
+    temporary = run_dir / f".{STATE_NAME}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(stores.model_dump_json(indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(run_dir / STATE_NAME)
+
+
+def _load(run_dir: Path) -> _Stores:
     path = run_dir / STATE_NAME
-    fresh = FeedState(uri=without_credentials(uri))
     if not path.exists():
-        return fresh
+        return _Stores()
     try:
-        state = FeedState.model_validate_json(path.read_bytes())
+        return _Stores.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise RaylignError(
             f"{path}: not a feed state; delete it, the journal is then sent again without duplicates"
         ) from error
-    return state if state.uri == fresh.uri else fresh
-
-
-def save_state(run_dir: Path, state: FeedState) -> None:
-    """Replace the state file in one step."""
-    temporary = run_dir / f".{STATE_NAME}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(state.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run_dir / STATE_NAME)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,14 +14,15 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from raylign.errors import RaylignError
-from raylign.tracking.artifacts import dataset_input, upload, upload_preferences
+from raylign.tracking.artifacts import dataset_input, name_preferences, upload
 from raylign.tracking.database import create_database
 from raylign.tracking.journal import Event
-from raylign.tracking.state import CAMPAIGN, FeedState, load_state, save_state
+from raylign.tracking.state import FeedState, RoundState, load_state, save_state
 from raylign.tracking.uri import artifact_location
 
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
+_LONGEST_UNSAVED_S = 10.0
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
@@ -37,11 +39,13 @@ for _name in ("mlflow.store.db", "alembic"):
 class MlflowWriter:
     """Applies events in order. Metrics wait in memory until `flush`, which also saves the position."""
 
-    def __init__(self, client: MlflowClient, run_dir: Path, state: FeedState) -> None:
+    def __init__(self, client: MlflowClient, run_dir: Path, uri: str, state: FeedState) -> None:
         self._client = client
         self._run_dir = run_dir
+        self._uri = uri
         self._metrics: list[tuple[str, Metric]] = []
         self._saved = state.sequence
+        self._flushed = time.monotonic()
         self.state = state
 
     @classmethod
@@ -50,14 +54,14 @@ class MlflowWriter:
         create_database(uri)
         client = MlflowClient(tracking_uri=uri)
         state = load_state(run_dir, uri)
-        if not (state.runs and _is_active(client, state.runs[CAMPAIGN])):
-            state = FeedState(uri=state.uri, experiment_id=_experiment_id(client, uri, experiment))
-        return cls(client, run_dir, state)
+        if not (state.run_id and _is_active(client, state.run_id)):
+            state = FeedState(experiment_id=_experiment_id(client, uri, experiment))
+        return cls(client, run_dir, uri, state)
 
     @property
-    def waiting(self) -> int:
-        """Metrics not sent yet."""
-        return len(self._metrics)
+    def due(self) -> bool:
+        """Whether to flush now: enough metrics wait, or a slow store has kept the position unsaved for long."""
+        return len(self._metrics) >= METRICS_PER_CALL or time.monotonic() - self._flushed > _LONGEST_UNSAVED_S
 
     def apply(self, event: Event) -> None:
         """Do what one event asks. After an error, apply the same event again."""
@@ -67,12 +71,12 @@ class MlflowWriter:
             case "prompts":
                 self._prompts(event)
             case "evaluation":
-                self._log(CAMPAIGN, event, event.payload["round"], _prefixed("eval", event.payload["evaluation"]))
+                measured = _prefixed("eval", event.payload["evaluation"])
+                self._log(self._campaign(event), event, event.payload["round"], measured)
             case "round_started":
                 self._round_started(event)
             case "stage":
-                name, seconds = event.payload["name"], event.payload["seconds"]
-                self._log(_round(event), event, event.payload["round"], {f"seconds/{name}": seconds})
+                self._stage(event)
             case "step":
                 self._step(event)
             case "round_finished":
@@ -97,13 +101,25 @@ class MlflowWriter:
                 self._client.log_batch(run_id, metrics=chunk, synchronous=True)
         self._metrics.clear()
         if self.state.sequence != self._saved:
-            save_state(self._run_dir, self.state)
+            save_state(self._run_dir, self._uri, self.state)
             self._saved = self.state.sequence
+        self._flushed = time.monotonic()
+
+    def _campaign(self, event: Event) -> str:
+        if not self.state.run_id:
+            raise RaylignError(f"journal event {event.sequence} ({event.name}) comes before campaign_started")
+        return self.state.run_id
+
+    def _round(self, event: Event) -> RoundState:
+        index = event.payload["round"]
+        if index not in self.state.rounds:
+            raise RaylignError(f"journal event {event.sequence} ({event.name}) comes before round_started {index}")
+        return self.state.rounds[index]
 
     def _campaign_started(self, event: Event) -> None:
         campaign, name = event.payload["campaign"], event.payload["name"]
-        identity = {"raylign.campaign": campaign, "raylign.kind": CAMPAIGN}
-        run_id = self.state.runs.get(CAMPAIGN) or self._find_or_create(identity, {}, name, event)
+        identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
+        run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
         self._client.update_run(run_id, status="RUNNING")
         facts: Mapping[str, str] = event.payload["tags"]
         tags = {**facts, "raylign.run_dir": str(self._run_dir)}
@@ -111,7 +127,7 @@ class MlflowWriter:
             tags[MLFLOW_GIT_COMMIT] = facts["git.sha"]
         self._log_params(run_id, event.payload["params"], tags)
         self.state.campaign, self.state.name = campaign, name
-        self.state.runs[CAMPAIGN] = run_id
+        self.state.run_id = run_id
 
     def _log_params(self, run_id: str, wanted: Mapping[str, str], tags: dict[str, str]) -> None:
         """Params cannot change in MLflow: what a resumed campaign changed becomes a `changed.*` tag."""
@@ -130,74 +146,94 @@ class MlflowWriter:
         prompts = dataset_input(
             "prompts", payload["digest"], payload["source_type"], payload["source"], payload["counts"]
         )
-        self._client.log_inputs(self.state.runs[CAMPAIGN], [prompts])
+        self._client.log_inputs(self._campaign(event), [prompts])
 
     def _round_started(self, event: Event) -> None:
-        name = _round(event)
-        identity = {
-            "raylign.campaign": self.state.campaign,
-            "raylign.kind": "round",
-            "raylign.round": str(event.payload["round"]),
-            "raylign.started_at_event": str(event.sequence),
-        }
-        parent = {MLFLOW_PARENT_RUN_ID: self.state.runs[CAMPAIGN]}
-        run_id = self._find_or_create(identity, parent, f"{self.state.name}-{name}", event)
-        if name in self.state.open_rounds and self.state.runs[name] != run_id:
-            self._client.set_terminated(self.state.runs[name], "KILLED", _milliseconds(event))
-        self.state.runs[name] = run_id
-        if name not in self.state.open_rounds:
-            self.state.open_rounds.append(name)
+        """Every attempt at a round has the same run; one that has finished stays so."""
+        index, parent = event.payload["round"], {MLFLOW_PARENT_RUN_ID: self._campaign(event)}
+        if index not in self.state.rounds:
+            identity = {
+                "raylign.campaign": self.state.campaign,
+                "raylign.kind": "round",
+                "raylign.round": str(index),
+            }
+            run_id = self._find_or_create(identity, parent, f"{self.state.name}-round-{index}", event)
+            self.state.rounds[index] = RoundState(run_id=run_id)
+        round_state = self.state.rounds[index]
+        if round_state.status != "FINISHED":
+            self._client.update_run(round_state.run_id, status="RUNNING")
+            round_state.status = "RUNNING"
+
+    def _stage(self, event: Event) -> None:
+        name, seconds = event.payload["name"], event.payload["seconds"]
+        round_state = self._round(event)
+        if name not in round_state.stages:
+            self._log(round_state.run_id, event, event.payload["round"], {f"seconds/{name}": seconds})
+            round_state.stages.append(name)
 
     def _step(self, event: Event) -> None:
+        round_state, step = self._round(event), event.payload["step"]
+        if step <= round_state.steps:
+            return
         metrics = dict(event.payload["metrics"])
         if "non_finite" in event.payload:
             metrics["non_finite"] = len(event.payload["non_finite"])
-        self._log(_round(event), event, event.payload["step"], metrics)
+        self._log(round_state.run_id, event, step, metrics)
+        round_state.steps = step
 
     def _round_finished(self, event: Event) -> None:
-        payload, name, index = event.payload, _round(event), event.payload["round"]
-        self._client.set_terminated(self.state.runs[name], "FINISHED", _milliseconds(event))
+        payload, round_state, index = event.payload, self._round(event), event.payload["round"]
+        if round_state.status == "FINISHED":
+            return
+        self._client.set_terminated(round_state.run_id, "FINISHED", _milliseconds(event.time))
+        round_state.status = "FINISHED"
         measured = {
             **_prefixed("eval", payload["evaluation"]),
             **_prefixed("counts", payload["counts"]),
             **_prefixed("sync", payload["sync"]),
             "policy_version": payload["policy_version"],
         }
-        self._log(name, event, index, measured)
-        self._log(CAMPAIGN, event, index, {**measured, **_prefixed("seconds", payload["seconds"]), **payload["train"]})
-        if name in self.state.open_rounds:
-            self.state.open_rounds.remove(name)
+        self._log(round_state.run_id, event, index, measured)
+        of_campaign = {**measured, **_prefixed("seconds", payload["seconds"]), **payload["train"]}
+        self._log(self._campaign(event), event, index, of_campaign)
 
     def _incident(self, event: Event) -> None:
         """How many actors of a role were lost or recovered so far, over the round in which it happened."""
         payload = event.payload
         name = f"incidents/{payload['role']}_{payload['happened']}"
-        self._log(CAMPAIGN, event, payload["round"], {name: payload["count"]})
+        self._log(self._campaign(event), event, payload["round"], {name: payload["count"]})
 
     def _artifact(self, event: Event) -> None:
         payload = event.payload
-        run_id = self.state.runs.get(f"round-{payload['round']}", self.state.runs[CAMPAIGN])
-        if payload["kind"] == "preferences":
-            upload_preferences(self._client, run_id, self._run_dir, payload)
-        else:
-            upload(self._client, run_id, self._run_dir, payload)
+        if payload["round"] not in self.state.rounds:
+            upload(self._client, self._campaign(event), self._run_dir, payload)
+            return
+        round_state = self._round(event)
+        sent = upload(self._client, round_state.run_id, self._run_dir, payload)
+        if sent and payload["kind"] == "preferences" and not round_state.has_preferences:
+            name_preferences(self._client, round_state.run_id, self._run_dir, payload)
+            round_state.has_preferences = True
 
     def _campaign_finished(self, event: Event) -> None:
-        status, end = event.payload["status"], _milliseconds(event)
-        for name in [*self.state.open_rounds, CAMPAIGN]:
-            self._client.set_terminated(self.state.runs[name], status, end)
-        self.state.open_rounds.clear()
+        status, end = event.payload["status"], _milliseconds(event.payload.get("ended", event.time))
+        for round_state in self.state.rounds.values():
+            if round_state.status == "RUNNING":
+                self._client.set_terminated(round_state.run_id, status, end)
+                round_state.status = status
+        self._client.set_terminated(self._campaign(event), status, end)
 
     def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
         for run in self._client.search_runs([self.state.experiment_id], condition, max_results=1):
             return str(run.info.run_id)
-        created = self._client.create_run(self.state.experiment_id, _milliseconds(event), {**identity, **tags}, name)
+        created = self._client.create_run(
+            self.state.experiment_id, _milliseconds(event.time), {**identity, **tags}, name
+        )
         return str(created.info.run_id)
 
-    def _log(self, run: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
-        run_id, timestamp = self.state.runs[run], _milliseconds(event)
+    def _log(self, run_id: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
+        timestamp = _milliseconds(event.time)
         self._metrics += [
             (run_id, Metric(_safe_name(key), float(value), timestamp, step))
             for key, value in values.items()
@@ -226,12 +262,8 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def _round(event: Event) -> str:
-    return f"round-{event.payload['round']}"
-
-
-def _milliseconds(event: Event) -> int:
-    return int(event.time * 1000)
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
 
 
 def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -1,0 +1,155 @@
+"""A loop of optimizer steps that journals every step, with the journal fed to MLflow servers in every condition."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from raylign.config import parse_config
+from raylign.tracking.facts import run_facts
+from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.state import load_state
+from raylign.tracking.tracker import Tracker
+from tests.benchmarks.harness.children import contestant, progress
+from tests.benchmarks.harness.tracking import Server, TrackedBlock, TrackingJob, TrackingResult
+from tests.fakes import NoFeed
+from tests.mlflow_servers import free_port, mlflow_server, slow_proxy, wait_until
+
+WIDTH, ROWS, LAYERS = 512, 256, 4
+TRIAL = 20
+CLOSE_S = {Server.HEALTHY: 30.0}
+"""How long a block waits for MLflow at its end; a second elsewhere."""
+METRICS = dict.fromkeys(
+    (
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "num_tokens",
+        "tokens_per_second",
+    ),
+    0.5,
+)
+
+
+def run(job: TrackingJob) -> TrackingResult:
+    step = _step_of(job.step_s)
+    with tempfile.TemporaryDirectory(prefix="bench-tracking-") as name, ExitStack() as servers:
+        folder = Path(name)
+        healthy = servers.enter_context(mlflow_server(folder, free_port()))
+        slow = servers.enter_context(slow_proxy(healthy, job.delay_s, folder))
+        killed = f"http://127.0.0.1:{free_port()}"
+        (folder / "killed").mkdir()
+        desk = _Desk(folder, job, step, {Server.HEALTHY: healthy, Server.SLOW: slow, Server.KILLED: killed})
+        return TrackingResult(blocks=tuple(block for repeat in range(job.repeats) for block in desk.blocks(repeat)))
+
+
+def _step_of(seconds: float) -> Callable[[], None]:
+    """An optimizer step over as many micro-batches as take about `seconds` here."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())]
+    model, rows = nn.Sequential(*layers), torch.randn(ROWS, WIDTH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step(micro_batches: int) -> None:
+        for _ in range(micro_batches):
+            (model(rows).square().mean() / micro_batches).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    trials = []
+    for _ in range(6):
+        began = time.perf_counter()
+        step(TRIAL)
+        trials.append(time.perf_counter() - began)
+    count = max(1, round(TRIAL * seconds / min(trials)))
+    return lambda: step(count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """Every condition has a run directory, whose campaign goes on from block to block."""
+
+    folder: Path
+    job: TrackingJob
+    step: Callable[[], None]
+    uris: Mapping[Server, str]
+
+    def blocks(self, repeat: int) -> Iterator[TrackedBlock]:
+        """A block of each condition; which one is first changes from repeat to repeat."""
+        order, first = list(Server), repeat % len(Server)
+        for server in order[first:] + order[:first]:
+            block = self._block(server, repeat)
+            progress(f"repeat {repeat + 1}, {server}: {sum(block.steps_s) / len(block.steps_s):.3f} s a step")
+            yield block
+
+    def _block(self, server: Server, repeat: int) -> TrackedBlock:
+        run_dir = self.folder / server.name
+        with ExitStack() as victim:
+            if server is Server.KILLED:
+                port = int(self.uris[server].rpartition(":")[2])
+                victim.enter_context(mlflow_server(self.folder / "killed", port))
+            journal = Journal(run_dir / JOURNAL_NAME)
+            feed = MlflowFeed(run_dir, self.uris[server], "bench") if server in self.uris else NoFeed()
+            tracker = Tracker(journal, feed)
+            if repeat == 0:
+                tracker.campaign_started(parse_config({}), run_facts())
+            tracker.round_started(repeat + 1)
+            if server in (Server.HEALTHY, Server.KILLED):
+                wait_until(lambda: load_state(run_dir, self.uris[server]).sequence == _events(run_dir))
+            cpu = _others_cpu_s()
+            steps_s, appends_s = self._train(tracker, repeat + 1, victim.close)
+            cpu = _others_cpu_s() - cpu
+        journal.close()
+        missing = feed.close(CLOSE_S.get(server, 1.0))
+        if server is Server.SLOW:
+            time.sleep(3 * self.job.delay_s)  # for the answer that its feed still waits for
+        return TrackedBlock(
+            server=server,
+            repeat=repeat,
+            steps_s=tuple(steps_s),
+            appends_s=tuple(appends_s),
+            feed_cpu_s=cpu,
+            events=_events(run_dir),
+            missing=missing,
+        )
+
+    def _train(self, tracker: Tracker, index: int, kill: Callable[[], None]) -> tuple[list[float], list[float]]:
+        """Seconds of every step with its event, and of the event; `kill` is called after a third of the steps."""
+        steps_s, appends_s = [], []
+        for number in range(1, self.job.steps + 1):
+            began = time.perf_counter()
+            self.step()
+            trained = time.perf_counter()
+            tracker.step(index, number, METRICS)
+            ended = time.perf_counter()
+            steps_s.append(ended - began)
+            appends_s.append(ended - trained)
+            if number == self.job.steps // 3:
+                kill()
+        return steps_s, appends_s
+
+
+def _others_cpu_s() -> float:
+    """CPU seconds of all threads but this one."""
+    return time.process_time() - time.thread_time()
+
+
+def _events(run_dir: Path) -> int:
+    return sum(1 for _ in read_events(run_dir / JOURNAL_NAME))
+
+
+if __name__ == "__main__":
+    contestant(run, TrackingJob)

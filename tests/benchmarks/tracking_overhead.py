@@ -1,0 +1,99 @@
+"""What the record costs training: the same loop with its journal fed to no, a healthy, a killed and a slow MLflow."""
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from raylign.reporting import report_console
+from tests.benchmarks.harness.children import Stage, measured
+from tests.benchmarks.harness.report import Check, finish, machine, results_folder, table
+from tests.benchmarks.harness.tracking import Server, TrackedBlock, TrackingJob, TrackingResult
+
+MAX_SLOWDOWN_PERCENT = 1.0
+WINDOW_S = 2.0
+"""Steps are added up over windows as long as the feed's pause, so that each has its share of what the feed does."""
+
+Blocks = dict[Server, list[TrackedBlock]]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=2, help="Blocks of steps in each condition, taken in turn.")] = 8,
+    steps: Annotated[int, typer.Option(min=12, help="Optimizer steps of a block, each with a journal event.")] = 40,
+    step_s: Annotated[float, typer.Option(min=0.05, help="Seconds of a step, about.")] = 0.25,
+    delay_s: Annotated[float, typer.Option(help="What the slow server holds every answer back for.")] = 2.0,
+) -> None:
+    """Measure on one thread; needs about ten minutes and two cores that are otherwise idle."""
+    folder = results_folder("tracking_overhead")
+    stage = Stage(report_console(), folder, threads=1)
+    facts = machine(stage)
+    job = TrackingJob(repeats=repeats, steps=steps, step_s=step_s, delay_s=delay_s)
+    with measured("tracking_overhead"):
+        blocks = stage.run("tracking", "tracking_loop", job, TrackingResult).result.blocks
+    by_server = {server: [block for block in blocks if block.server is server] for server in Server}
+    record = {"machine": facts, "job": job.model_dump(), "blocks": [block.model_dump() for block in blocks]}
+    finish(stage.console, folder, [_table(by_server)], _checks(by_server), record)
+
+
+def _table(blocks: Blocks) -> Table:
+    rows = []
+    for server, own in blocks.items():
+        slowdowns = sorted(_slowdowns(blocks, server))
+        appends = [1000 * seconds for block in own for seconds in block.appends_s]
+        spread = "-" if server is Server.NONE else f"{slowdowns[0]:+.1f} to {slowdowns[-1]:+.1f}"
+        change = "-" if server is Server.NONE else f"{median(slowdowns):+.2f}"
+        step = median(seconds for block in own for seconds in block.steps_s)
+        cells = [step, change, spread, median(appends), max(appends), _feed_percent(own)]
+        rows.append([str(server), *cells, str(own[-1].events), str(own[-1].missing)])
+    headers = [
+        "journal fed to",
+        "step\ns",
+        "slower by\n%",
+        "repeats\n%",
+        "append\nms",
+        "longest append\nms",
+        "CPU of the feed\n% of a core",
+        "events",
+        "not yet\nin MLflow",
+    ]
+    return table("optimizer steps on one thread, each with a journal event; medians", headers, rows)
+
+
+def _checks(blocks: Blocks) -> list[Check]:
+    checks = []
+    for server in (Server.HEALTHY, Server.KILLED, Server.SLOW):
+        slower = median(_slowdowns(blocks, server))
+        checks.append(Check(f"training slower by, {server}", slower, "at most", MAX_SLOWDOWN_PERCENT, " %"))
+        busy = _feed_percent(blocks[server])
+        checks.append(Check(f"CPU of the feed, {server}", busy, "at most", MAX_SLOWDOWN_PERCENT, " % of a core"))
+    return checks
+
+
+def _slowdowns(blocks: Blocks, server: Server) -> list[float]:
+    """Percent by which `server`'s block of each repeat is slower than the journal alone, whose two blocks count half.
+
+    The second of these is compared with the first: what it differs by is chance.
+    """
+    first, again = blocks[Server.NONE], blocks[Server.AGAIN]
+    if server in (Server.NONE, Server.AGAIN):
+        bases = [_typical_s(one) for one in first]
+    else:
+        bases = [fmean((_typical_s(one), _typical_s(other))) for one, other in zip(first, again, strict=True)]
+    return [100 * (_typical_s(block) / base - 1) for block, base in zip(blocks[server], bases, strict=True)]
+
+
+def _typical_s(block: TrackedBlock) -> float:
+    """The median over windows of their seconds a step."""
+    size = max(1, round(WINDOW_S / median(block.steps_s)))
+    whole = range(0, max(1, len(block.steps_s) - size + 1), size)
+    return median(fmean(block.steps_s[start : start + size]) for start in whole)
+
+
+def _feed_percent(blocks: Sequence[TrackedBlock]) -> float:
+    return 100 * sum(block.feed_cpu_s for block in blocks) / sum(sum(block.steps_s) for block in blocks)
+
+
+if __name__ == "__main__":
+    typer.run(main)
