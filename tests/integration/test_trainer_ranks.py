@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from safetensors.torch import load_file
 
 from raylign.checkpoints import Metrics
 from raylign.config.losses import SigmoidLossBlock
-from raylign.errors import TrainerError
+from raylign.errors import ActorsLost
 from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
@@ -140,15 +141,19 @@ def test_float16_skips_overflowed_steps_until_its_loss_scale_fits(
     ("dtype", "stage", "beta"),
     [("float16", 0, 1e8), ("float32", 0, 1e38), ("float32", 2, 1e38), ("bfloat16", 0, 1e38), ("bfloat16", 2, 1e38)],
 )
-def test_an_overflow_that_no_scale_can_cure_is_an_error(
-    tiny_llama: str, ranks: Processes, dtype: str, stage: int, beta: float
+def test_an_overflow_that_no_scale_can_cure_is_skipped_and_counted(
+    tiny_llama: str, ranks: Processes, dtype: str, stage: int, beta: float, tmp_path: Path
 ) -> None:
     spec = spec_of(tiny_llama, {"lora": LORA, "dtype": dtype}, {"zero_stage": stage}, loss=SigmoidLossBlock(beta=beta))
     group = ranks.group(spec)
     if dtype == "float16":
         ray.get(group.handles[0].set_loss_scale.remote(1.0))
-    with pytest.raises(TrainerError, match=r"step 0: the gradient overflowed at loss scale 1; lower trainer\."):
-        train_round(group, preferences(4))
+    group.save_adapter(str(tmp_path / "before"))
+    steps = train_round(group, preferences(4))
+    assert steps and all(step["non_finite_steps"] == step["skipped_steps"] == 1.0 for step in steps)
+    group.save_adapter(str(tmp_path / "after"))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str, ranks: Processes) -> None:
@@ -156,5 +161,5 @@ def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str, ranks: Processes) -> 
     group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, {"ranks": 2, "per_device_train_batch_size": 2}))
     pairs = group.with_reference(preferences(8), seed=0, rounds_done=0)
     ray.kill(group.handles[1])
-    with pytest.raises(TrainerError, match="died|Connection|closed|reset"):
+    with pytest.raises(ActorsLost, match="died"):
         list(group.train(pairs, seed=0))
