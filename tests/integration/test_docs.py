@@ -21,6 +21,7 @@ RUN_ELSEWHERE = {
     "make clean": "below, make -n",
     "raylign run": "tests/integration/test_interrupts.py, test_bad_input.py",
     "raylign export": "tests/unit/test_cli.py",
+    "raylign resume": "tests/integration/test_kills.py; tests/unit/test_resume.py with other settings",
     "raylign sync": "tests/integration/test_mlflow_faults.py",
     "mlflow ui": "tests/integration/test_mlflow_faults.py runs a server on such a database",
     "ray job submit": "tests/integration/test_job_submission.py",

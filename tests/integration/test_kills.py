@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_the_driver_is_killed_in_every_stage(served_llama: str, expected: RunDir
             run.send(signal.SIGKILL, to_group=False)
             run.finish(20)
             assert_nothing_left(run)
-    with Watched(command(served_llama, tmp_path), tmp_path) as run:
+    with Watched([sys.executable, "-m", "recipes.cli", "resume", f"runs/{NAME}"], tmp_path) as run:
         status, _ = run.finish(START_S)
         assert status == 0, run.output
     assert_same(finished(tmp_path), expected)
@@ -116,7 +117,7 @@ def test_the_driver_is_killed_in_every_stage(served_llama: str, expected: RunDir
     assert not list(Path("/dev/shm").glob(f"raylign-{NAME}-*"))
     record(
         "driver killed in sample, score, train, publish, evaluate",
-        "kill -9, then the same command",
+        "kill -9, then the same command; at last raylign resume",
         recovered_s=max(restarts[1:]),
         lost="nothing: same candidates, steps and weights",
     )
