@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from ray.actor import ActorHandle
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -42,9 +41,11 @@ from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock
 from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
+from raylign.files import disk_errors
 from raylign.losses import LossState, next_state, preference_loss
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
+from raylign.tensor_file import save_tensors
 from raylign.training import metrics
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.logprobs import CompletionLogps, causal_lm
@@ -305,22 +306,20 @@ class _TrainerRank:
 
     def save_weights(self, path: str) -> None:
         """All ranks gather, rank 0 writes the merged weights to the safetensors file `path`."""
-        weights = checkpoint_weights(self._policy, self._gather)
-        if self._rank == 0:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights}, path, {"format": "pt"})
-        elif self._zero3:
-            _drain(weights)
+        self._write(checkpoint_weights(self._policy, self._gather), Path(path))
 
     def save_adapter(self, folder: str) -> None:
         """All ranks gather, rank 0 writes a PEFT adapter into `folder`."""
         if not isinstance(self._policy, PeftModel):
             raise TrainerError("there is no adapter to save: model.lora is null")
-        weights = adapter_weights(self._policy, self._gather)
+        self._write(adapter_weights(self._policy, self._gather), Path(folder) / "adapter_model.safetensors")
         if self._rank == 0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights}
-            save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
-            self._policy.peft_config["default"].save_pretrained(folder)
+            with disk_errors(Path(folder)):
+                self._policy.peft_config["default"].save_pretrained(folder)
+
+    def _write(self, weights: Iterator[tuple[str, Tensor]], path: Path) -> None:
+        if self._rank == 0:
+            save_tensors(weights, path)
         elif self._zero3:
             _drain(weights)
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_full_optimizer_state
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylign.errors import TrainerError
+from raylign.tensor_file import save_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS = "weights"
@@ -153,10 +153,10 @@ def store(folder: Path, tensors: Named) -> None:
         waiting[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += waiting[name].nbytes
         if size >= _SHARD_BYTES:
-            save_file(waiting, folder / f"{number:05d}.safetensors")
+            save_tensors(waiting.items(), folder / f"{number:05d}.safetensors")
             waiting, number, size = {}, number + 1, 0
     if waiting:
-        save_file(waiting, folder / f"{number:05d}.safetensors")
+        save_tensors(waiting.items(), folder / f"{number:05d}.safetensors")
 
 
 class StoredTensors:

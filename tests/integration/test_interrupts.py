@@ -11,6 +11,7 @@ import pytest
 from raylign.rundir import open_run
 from raylign.tracking.journal import read_events
 from recipes.signals import INTERRUPTED, STOPPED
+from tests.faults import record
 from tests.integration.tiny import (
     LONG_SAMPLING,
     LONG_TRAINING,
@@ -24,7 +25,7 @@ from tests.integration.tiny import (
     weight_folders,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(900)]
 
 END_S = 30.0
 
@@ -63,8 +64,10 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
         time.sleep(3)  # into the stage
         assert any("gcs_server" in line for line in run.processes().values())
         assert weight_folders(name)
+        sent = time.monotonic()
         run.send(number, to_group=number == signal.SIGINT)
         status, segments = run.finish(END_S)
+        ended = time.monotonic() - sent
         assert status == (INTERRUPTED if number == signal.SIGINT else STOPPED), run.output
         wait_until(lambda: not run.processes(), 5.0, lambda: f"processes are left: {run.processes()}")
         assert [path for path in segments if path.exists()] == []
@@ -81,3 +84,31 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     saved = [len(found.steps) for found in directory.checkpoint_store(keep=1).newest()]
     # The signal may come between a step and its report.
     assert saved in ([[steps], [steps + 1]] if steps else [[]])
+    record(
+        f"{number.name}, {line}...",
+        "the signal",
+        recovered_s=ended,
+        lost="nothing: stages and steps so far are saved, no process or shared memory is left",
+    )
+
+
+def test_a_second_ctrl_c_ends_at_once(served_llama: str, tmp_path: Path) -> None:
+    name = f"stop-{uuid.uuid4().hex[:12]}"
+    settings = (*SMALLEST, f"model.path={served_llama}", *LONG_SAMPLING, "run.dir=runs", f"run.name={name}")
+    with Watched(script(*settings), tmp_path) as run:
+        run.wait_for("round 0: held-out score")
+        run.send(signal.SIGINT, to_group=False)
+        run.wait_for("stopping on SIGINT; once more Ctrl-C ends without saving")
+        sent = time.monotonic()
+        run.send(signal.SIGINT, to_group=False)
+        status, _ = run.finish(5)
+        assert status == INTERRUPTED, run.output
+        wait_until(lambda: not run.processes(), 30.0, lambda: f"processes are left: {run.processes()}")
+        ended = time.monotonic() - sent
+        assert weight_folders(name) == []
+    record(
+        "second Ctrl-C",
+        "SIGINT twice",
+        recovered_s=ended,
+        lost="the steps since the last checkpoint; no process or shared memory is left",
+    )

@@ -1,6 +1,7 @@
 """Trainer ranks that die, hang or run out of memory in the middle of a round."""
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +21,7 @@ from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
 from raylign.checkpoints import Checkpoints, Metrics
 from raylign.config.blocks import RecoveryBlock
+from raylign.errors import TrainerError
 from raylign.records import Preference
 from tests.faults import record
 from tests.integration.ranks import preferences, spec_of
@@ -128,4 +131,47 @@ def test_a_rank_is_lost_in_the_middle_of_a_round(
         detected_s=lost_at - moments[0],
         recovered_s=after["seconds"],
         lost="nothing: goes on from the newest checkpoint, same steps and weights",
+    )
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk(
+    tiny_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
+) -> None:
+    """The disk is full from step 3 on; the checkpoint of step 2 stays, and training goes on from it."""
+    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    ranks = [psutil.Process(process_of(handle).pid) for handle in trainers.group.handles]
+
+    def fill(step: int) -> None:
+        if step == 3:
+            for rank in ranks:
+                rank.rlimit(psutil.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    with pytest.raises(TrainerError, match=r"cannot be written: File too large; free some space"):
+        trainers.train(Round(tmp_path / "checkpoints", fill))
+    (left,) = Checkpoints(tmp_path / "checkpoints", None).newest()
+    assert (left.round, left.complete, len(left.steps)) == (1, False, 2)
+    for rank in ranks:
+        rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    trainers.group.restore([left])
+    assert trainers.train(Round(tmp_path / "checkpoints")) == expected[0]
+    kill(trainers.group.handles)
+    record(
+        "disk full at a checkpoint",
+        "no file of the ranks may grow beyond 1,000 bytes",
+        lost="nothing: the checkpoint before stays, the same command goes on from it",
+    )
+
+
+def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
+    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    for handle in trainers.group.handles:
+        rank = psutil.Process(process_of(handle).pid)
+        rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (1 << 20), resource.RLIM_INFINITY))
+    with pytest.raises(TrainerError, match=r"ran out of memory .*; lower trainer\.max_tokens_per_micro_batch"):
+        trainers.train(Round(tmp_path / "checkpoints"))
+    kill(trainers.group.handles)
+    record(
+        "out of memory in a rank",
+        "the process may map 1 MiB more",
+        lost="nothing: stops, with what to lower",
     )

@@ -2,6 +2,9 @@
 
 import io
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
 from raylign.config import RunConfig, parse_config
-from raylign.errors import ConfigError, TrainerError
+from raylign.errors import ConfigError, DiskError, TrainerError
 from raylign.prompts import PromptSet
 from raylign.records import Prompt
 from raylign.rundir import RunDirectory, continue_or_create, differences, require_continuable
@@ -25,6 +28,7 @@ from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
 from recipes.online_dpo import train
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed
+from tests.faults import record
 
 SETTINGS: dict[str, Any] = {
     "sampling": {"num_generations": 3},
@@ -144,6 +148,7 @@ def test_a_finished_run_has_nothing_to_do(whole: tuple[Deadly, RunDirectory]) ->
         assert list(run.rounds_to_do()) == []
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_set_aside_and_its_round_trained_again(
     damage: str, whole: tuple[Deadly, RunDirectory], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -166,8 +171,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_round_trained_again(
     assert (directory.path / "checkpoints/damaged-0002").is_dir() and directory.checkpoint(2).is_dir()
     assert not any(event in ("score 6", "sample a", "sample b", "sample c") for event in again)
     assert again.count("step") == 4 and len(happened(directory, "round_finished")) == 2
+    record(
+        f"checkpoint damaged: a file is {damage}",
+        "its file changed between two starts",
+        lost="nothing: said, kept aside, the one before taken, its round trained again from its files",
+    )
 
 
+@pytest.mark.fault
 def test_damaged_samples_of_an_unfinished_round_are_sampled_again(
     whole: tuple[Deadly, RunDirectory], tmp_path: Path
 ) -> None:
@@ -181,6 +192,7 @@ def test_damaged_samples_of_an_unfinished_round_are_sampled_again(
     again = run_once(config, tmp_path)
     assert "score 6" in again and not any(event.startswith("sample a") for event in again)
     assert what_it_came_to(directory) == what_it_came_to(whole[1])
+    record("a stage's file damaged", "its last byte cut off", lost="that stage, which is done again")
 
 
 class Interrupted(CountingTrainers):
@@ -215,6 +227,7 @@ class NotFinite(CountingTrainers):
         return self._reports[-1]
 
 
+@pytest.mark.fault
 def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(TrainerError, match=r"the last 3 steps .*max_skipped_steps=3.*raylign resume RUN"):
@@ -224,6 +237,11 @@ def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_pat
     assert saved == [f"bad-step-{number:04d}.parquet" for number in (1, 2, 3)]
     assert pq.read_table(directory.round(1) / saved[0]).num_rows == 1 and directory.checkpoints() == []
     assert [event["non_finite"] for event in happened(directory, "step")] == [["metrics.loss"]] * 3
+    record(
+        "losses that are not finite, three in a row",
+        "NaN from the trainer",
+        lost="nothing: steps skipped, batches saved, stops at the last good checkpoint with advice",
+    )
 
 
 def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
@@ -234,6 +252,7 @@ def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
         require_continuable(other)
 
 
+@pytest.mark.fault
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     directory = continue_or_create(config_in(tmp_path))
     with (
@@ -242,3 +261,34 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         directory.locked(),
     ):
         raise AssertionError("two at once")
+    record("two processes on one run", "a second start", lost="nothing: the second is refused")
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes inside, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("size", [0, 600, 1_200, 2_500, 4_000, 6_000])
+def test_a_full_disk_stops_the_run_and_corrupts_nothing(
+    size: int, whole: tuple[Deadly, RunDirectory], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path)
+    directory = continue_or_create(config)
+    with files_up_to(size), pytest.raises(DiskError, match=r"cannot be written: File too large; free some space"):
+        run_once(config, tmp_path)
+    run_once(config, tmp_path)
+    assert what_it_came_to(directory) == what_it_came_to(whole[1])
+    assert tables(directory.path) == tables(whole[1].path)
+    record(
+        "disk full in the driver",
+        "no file of the process may grow beyond 0 to 6,000 bytes",
+        lost="nothing: stops and says so; the same command goes on",
+    )

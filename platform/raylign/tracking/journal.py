@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from raylign.errors import RaylignError
+from raylign.files import disk_errors
 
 JOURNAL_NAME = "events.jsonl"
 _ENVELOPE = frozenset({"time", "sequence", "event", "non_finite"})
@@ -48,7 +49,7 @@ class Journal:
         _sync_directory(path.parent)
 
     def append(self, name: str, payload: Mapping[str, Any]) -> Event:
-        """Write one event; it is on disk when this returns. Raises TypeError for values JSON cannot hold."""
+        """Write one event; it is on disk when this returns. Raises DiskError; TypeError for values JSON cannot hold."""
         if taken := _ENVELOPE & payload.keys():
             raise ValueError(f"event {name!r}: payload key(s) {sorted(taken)} are the journal's own; rename them")
         non_finite: list[str] = []
@@ -58,11 +59,20 @@ class Journal:
         with self._lock:
             event = Event(time.time(), self._sequence + 1, name, body)
             line = {"time": event.time, "sequence": event.sequence, "event": name, **body}
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._sequence = event.sequence
         return event
+
+    def _write(self, line: bytes) -> None:
+        """All of the line or nothing: a torn one would hide what is written after it."""
+        size = os.fstat(self._file.fileno()).st_size
+        with disk_errors(self.path):
+            try:
+                _write_all(self._file.fileno(), line)
+                os.fsync(self._file.fileno())
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)
+                raise
 
     def close(self) -> None:
         self._file.close()
@@ -74,6 +84,11 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def read_events(path: Path, after: int = 0) -> Iterator[Event]:

@@ -1,0 +1,26 @@
+"""Tensors on disk: safetensors, and what the disk refuses as the error that it is."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raylign.files import disk_errors
+
+
+def save_tensors(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Write the named tensors to `path`, from whatever device they are on. Raises DiskError."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors}, path, {"format": "pt"})
+        except SafetensorError as error:
+            # It has the number of the system's error in its text only.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
