@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from raylign.rundir import open_run
 from recipes.cli import app
+from tests.faults import record
 from tests.integration.tiny import RECIPE, ROOT, SMALLEST, START_S, Watched, campaign_record, command_line
 
 SCORER = """\
@@ -122,6 +123,7 @@ def test_a_missing_recipe_is_named(files: Path, ray_folder: Path) -> None:
     assert "absent.yaml: cannot read the recipe (No such file or directory)" in refused(recipe="absent.yaml")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
@@ -138,6 +140,7 @@ def test_what_only_the_cluster_can_tell_leaves_no_run(
     assert [part for part in parts if part not in message] == [], message
     assert tree(files) == before
     assert not ray.is_initialized()
+    record(f"{parts[0].split(' (')[0]}...", setting, lost="nothing: refused before any actor starts, no run directory")
 
 
 def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

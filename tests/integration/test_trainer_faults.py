@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors import trainer_supervision
 from actors.incidents import Incidents
+from actors.network import free_address
 from actors.processes import kill, process_of
 from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
@@ -175,3 +178,25 @@ def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
         "the process may map 1 MiB more",
         lost="nothing: stops, with what to lower",
     )
+
+
+def test_a_port_that_somebody_took_is_tried_again(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "asked"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port: int = taken.getsockname()[1]
+
+        def taken_at_first() -> tuple[str, int]:
+            if mark.exists():
+                return free_address()
+            mark.touch()
+            return "127.0.0.1", port
+
+        monkeypatch.setattr(trainer_supervision, "free_address", taken_at_first)
+        trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    kill(trainers.group.handles)
+    assert mark.exists()
+    record("port of the ranks in use", "another listener on it", lost="nothing: the next free one is taken")

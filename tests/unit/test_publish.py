@@ -14,6 +14,7 @@ from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
 from recipes.campaign import agree_on_weights
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
+from tests.faults import record
 
 IDS = ((3, 4, 5), (6, 7))
 
@@ -75,11 +76,13 @@ def test_weights_that_do_not_fit_reach_no_engine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault
 def test_without_room_nothing_is_written(tmp_path: Path) -> None:
     setting = Setting(shm(tmp_path, needed=shutil.disk_usage(tmp_path).total + 1))
     with pytest.raises(WeightSyncError, match="MB free, a weight push needs"):
         setting.publisher.publish(1)
     assert setting.events == []
+    record("shared memory too small", "a push larger than the disk", lost="nothing: refused before anything is written")
 
 
 class Broken(FakeEngine):
@@ -119,6 +122,7 @@ class Stale(FakeEngine):
         self.label(version)
 
 
+@pytest.mark.fault
 def test_the_canary_finds_one_stale_engine_among_many(tmp_path: Path) -> None:
     """Version 0 gives -1 nats a token, version 1 gives -0.5: a gap of 0.5, though the mean over 4 engines is 0.125."""
     setting = Setting(shm(tmp_path), engines=(FakeEngine, FakeEngine, Stale, FakeEngine))
@@ -126,6 +130,7 @@ def test_the_canary_finds_one_stale_engine_among_many(tmp_path: Path) -> None:
         setting.publisher.publish(1)
     assert "log-probs differ from the trainer's by 0.5000 nats a token, limit 0.25;" in str(caught.value)
     assert "generators.weight_sync.canary_max_gap" in str(caught.value)
+    record("a generator serves other weights", "an engine that keeps the old ones", lost="nothing: round refused")
 
 
 class Off(FakeEngine):
