@@ -114,9 +114,11 @@ def _runtime_env(root: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return PLAIN_RUNTIME_ENV
     try:
-        found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("env_vars", {}), dict):
+        raise ConfigError(f"{path}: a runtime environment is a mapping, and so is env_vars in it; correct the file")
     for name, value in found.get("env_vars", {}).items():
         if names_secret(name) or without_credentials(str(value)) != str(value):
             raise ConfigError(f"{path}: env_vars.{name} looks like a secret; {_ON_NODES}")

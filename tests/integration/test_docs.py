@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     "raylign run": "tests/integration/test_interrupts.py, test_bad_input.py",
     "raylign export": "tests/unit/test_cli.py",
     "mlflow ui": "tests/integration/test_mlflow_feed.py runs a server on such a database",
+    "raylign submit": "tests/integration/test_job_submission.py",
     "ray job submit": "tests/integration/test_job_submission.py",
 }
 RUN_HERE = ("raylign plan", "raylign doctor")

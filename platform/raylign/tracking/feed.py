@@ -9,6 +9,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
 
+from raylign.text import escape_control
 from raylign.tracking.journal import JOURNAL_NAME, read_events, read_from
 from raylign.tracking.params import without_credentials
 from raylign.tracking.state import load_state
@@ -111,4 +112,4 @@ def _is_outage(error: BaseException) -> bool:
 
 
 def _brief(error: BaseException | None) -> str:
-    return without_credentials(str(error).split("\n", 1)[0])[:300]
+    return escape_control(without_credentials(str(error).split("\n", 1)[0])[:300])

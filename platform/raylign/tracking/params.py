@@ -7,18 +7,8 @@ from typing import Any
 
 REDACTED = "[redacted]"
 _SECRET_WORDS = frozenset(
-    [
-        "token",
-        "key",
-        "secret",
-        "password",
-        "passwd",
-        "passphrase",
-        "authorization",
-        "apikey",
-        "credential",
-        "credentials",
-    ]
+    {"token", "key", "secret", "password", "passwd", "passphrase", "authorization", "apikey"}
+    | {"credential", "credentials"}
 )
 _WORD_BREAK = re.compile(r"[._\-/\s]+|(?<=[a-z0-9])(?=[A-Z])")
 _USERINFO = re.compile(r"(?<=://)[^/\s]*@")
