@@ -67,9 +67,18 @@ app = typer.Typer(
 )
 
 
+class PlainLines(logging.Formatter):
+    """Text of models, servers and files in a log line can neither steer the terminal nor show credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_control(without_credentials(super().format(record)), keep="\n\t")
+
+
 def main() -> None:
     """Entry point of the console script."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainLines(LOG_FORMAT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("raylign").setLevel(logging.INFO)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
