@@ -19,7 +19,12 @@ CALLS = {
 }
 FLAGS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False, "verify": False}
 """Literal arguments, and what they must not be."""
-EVERYWHERE = frozenset({"0.0.0.0", "::"})
+WORDS = {
+    "0.0.0.0": "is every network interface",
+    "::": "is every network interface",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "lets vLLM unpickle what it is sent",
+    "VLLM_SERVER_DEV_MODE": "opens vLLM's own control to its clients",
+}
 
 
 def forbidden(source: str) -> list[str]:
@@ -35,8 +40,8 @@ def _faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield from ((node.lineno, f"imports {name}") for name in _modules(node) if name in PICKLES)
             case ast.Call():
                 yield from ((node.lineno, fault) for fault in _call_faults(node, aliases))
-            case ast.Constant(value=str(text)) if text in EVERYWHERE:
-                yield node.lineno, f"{text!r} is every network interface"
+            case ast.Constant(value=str(text)) if text in WORDS:
+                yield node.lineno, f"{text!r} {WORDS[text]}"
             case ast.Dict():
                 yield from _dict_faults(node)
 

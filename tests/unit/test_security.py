@@ -186,6 +186,7 @@ def test_a_parquet_file_cannot_carry_a_pickle(tmp_path: Path, mark: Path) -> Non
         ("socket.bind(('0.0.0.0', 0))", "every network interface"),
         ("serve(host='::')", "every network interface"),
         ("requests.get(url, verify=False)", "verify=False"),
+        ("environ['VLLM_ALLOW_INSECURE_SERIALIZATION'] = '1'", "lets vLLM unpickle"),
     ],
 )
 def test_the_check_of_the_sources_can_fail(snippet: str, fault: str) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -198,3 +198,33 @@ def test_no_token_goes_to_a_cluster_unless_it_is_asked_for(asked: Asked, tmp_pat
 def test_a_cluster_with_a_token_says_how_to_give_it(status: int) -> None:
     with job_server(status, []) as address, pytest.raises(PlacementError, match="asks for a token and got none; set "):
         connect(address)
+
+
+def test_ctrl_c_ends_the_printing_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.submit.connect", lambda address: None)
+    monkeypatch.setattr("recipes.submit.start", lambda client, address, job: "raysubmit_1")
+    monkeypatch.setattr("recipes.submit.follow", interrupted)
+    result = submit(str(RECIPE), SHARED, "--working-dir", str(ROOT), "--address", "http://head:8265")
+    assert result.exit_code == 130
+    assert result.stdout.splitlines()[1:] == [
+        "follow it: ray job logs --follow --address http://head:8265 raysubmit_1",
+        "stop it:   ray job stop --address http://head:8265 raysubmit_1",
+        "job raysubmit_1 goes on",
+    ]
+
+
+def test_the_output_of_a_job_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def talking(client: Any, address: str, job: str, show: Callable[[str], None]) -> int:
+        show("[bold]line[/bold]\n\x1b[2J")
+        return 75
+
+    monkeypatch.setattr("recipes.submit.connect", lambda address: None)
+    monkeypatch.setattr("recipes.submit.start", lambda client, address, job: "raysubmit_1")
+    monkeypatch.setattr("recipes.submit.follow", talking)
+    result = submit(str(RECIPE), SHARED, "--working-dir", str(ROOT), "--address", "http://head:8265")
+    assert result.exit_code == 75
+    assert "[bold]line[/bold]\n\\x1b[2J" in result.stdout
+    assert result.stdout.endswith("ended with status 75; the same command goes on with it\n")
