@@ -31,6 +31,8 @@ ADDRESS_NAMES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 RUNTIME_ENV = Path("deploy/ray_runtime_env.yaml")
 PLAIN_RUNTIME_ENV: Mapping[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
 """For a folder without `RUNTIME_ENV`; raylign comes from the nodes' environment then."""
+_CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
+"""Loggers of Ray's that tell of every upload."""
 REACH_S = 5.0
 POLL_S = 0.5
 Answer = TypeVar("Answer")
@@ -152,7 +154,8 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
     # Ray would let its variables win over the address that is given.
     os.environ[ADDRESS_NAMES[0]] = address
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return _asked(address, lambda: JobSubmissionClient(address))
 
 
@@ -177,13 +180,13 @@ def follow(client: JobSubmissionClient, address: str, job: str, show: Callable[[
     """Show the job's output until it ends; its exit status. Raises PlacementError when the connection is lost."""
     try:
         asyncio.run(_tail(client, job, show))
-    except (aiohttp.ClientError, RuntimeError) as error:
+        while not (found := client.get_job_info(job)).status.is_terminal():
+            time.sleep(POLL_S)
+    except (aiohttp.ClientError, RuntimeError, OSError) as error:
         raise PlacementError(
-            f"{address}: the output of {job} cannot be read any more ({error}); the job goes on without it: "
+            f"{address}: job {job} cannot be followed any more ({error}); it goes on without that, look again: "
             f"{_how_to('logs --follow', address, job)}"
         ) from error
-    while not (found := _asked(address, lambda: client.get_job_info(job))).status.is_terminal():
-        time.sleep(POLL_S)
     if found.status == JobStatus.SUCCEEDED:
         return 0
     return found.driver_exit_code or 1

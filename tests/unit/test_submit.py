@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from raylign.errors import ConfigError, PlacementError
 from recipes.cli import app
-from recipes.submit import PLAIN_RUNTIME_ENV, RUNTIME_ENV, cluster_address, connect, prepare
+from recipes.submit import PLAIN_RUNTIME_ENV, RUNTIME_ENV, cluster_address, connect, follow, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/sentiment_smollm2.yaml"
@@ -200,31 +200,64 @@ def test_a_cluster_with_a_token_says_how_to_give_it(status: int) -> None:
         connect(address)
 
 
-def test_ctrl_c_ends_the_printing_and_not_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*arguments: Any) -> int:
-        raise KeyboardInterrupt
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`raylign submit` to a cluster that takes the job, with `follow` for what comes then."""
 
-    monkeypatch.setattr("recipes.submit.connect", lambda address: None)
-    monkeypatch.setattr("recipes.submit.start", lambda client, address, job: "raysubmit_1")
-    monkeypatch.setattr("recipes.submit.follow", interrupted)
-    result = submit(str(RECIPE), SHARED, "--working-dir", str(ROOT), "--address", "http://head:8265")
-    assert result.exit_code == 130
-    assert result.stdout.splitlines()[1:] == [
+    def run(follow: Callable[..., int], *options: str) -> Result:
+        monkeypatch.setattr("recipes.submit.connect", lambda address: None)
+        monkeypatch.setattr("recipes.submit.start", lambda client, address, job: "raysubmit_1")
+        monkeypatch.setattr("recipes.submit.follow", follow)
+        where = ("--working-dir", str(ROOT), "--address", "http://head:8265")
+        return submit(str(RECIPE), SHARED, *where, *options)
+
+    return run
+
+
+def interrupted(*arguments: Any) -> int:
+    raise KeyboardInterrupt
+
+
+def talking(client: Any, address: str, job: str, show: Callable[[str], None]) -> int:
+    show("[bold]line[/bold]\n\x1b[2J")
+    return 75
+
+
+def test_without_waiting_it_ends_once_the_job_has_an_id(submitted: Callable[..., Result]) -> None:
+    result = submitted(interrupted, "--no-wait")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "submitted to http://head:8265: job raysubmit_1",
         "follow it: ray job logs --follow --address http://head:8265 raysubmit_1",
         "stop it:   ray job stop --address http://head:8265 raysubmit_1",
-        "job raysubmit_1 goes on",
     ]
 
 
-def test_the_output_of_a_job_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def talking(client: Any, address: str, job: str, show: Callable[[str], None]) -> int:
-        show("[bold]line[/bold]\n\x1b[2J")
-        return 75
+def test_ctrl_c_ends_the_printing_and_not_the_job(submitted: Callable[..., Result]) -> None:
+    result = submitted(interrupted)
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (130, "job raysubmit_1 goes on")
 
-    monkeypatch.setattr("recipes.submit.connect", lambda address: None)
-    monkeypatch.setattr("recipes.submit.start", lambda client, address, job: "raysubmit_1")
-    monkeypatch.setattr("recipes.submit.follow", talking)
-    result = submit(str(RECIPE), SHARED, "--working-dir", str(ROOT), "--address", "http://head:8265")
+
+def test_the_output_of_a_job_cannot_steer_the_terminal(submitted: Callable[..., Result]) -> None:
+    result = submitted(talking)
     assert result.exit_code == 75
     assert "[bold]line[/bold]\n\\x1b[2J" in result.stdout
     assert result.stdout.endswith("ended with status 75; the same command goes on with it\n")
+
+
+class Severed:
+    """A client whose connection breaks in the middle of the output."""
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "round 1\n"
+        raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+
+def test_a_lost_connection_says_that_the_job_goes_on_and_how_to_look_again() -> None:
+    client: Any = Severed()
+    shown: list[str] = []
+    with pytest.raises(
+        PlacementError, match=r"close code 1006\); it goes on .*: ray job logs --follow --address http://h "
+    ):
+        follow(client, "http://h", "raysubmit_1", shown.append)
+    assert shown == ["round 1\n"]
