@@ -124,7 +124,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(
     pages = [path for path in files(tmp_path / "runs/mlartifacts") if path.suffix == ".html"]
     assert any("onclick" in page.read_text() for page in pages), "MLflow has pages of the tables"
     assert all(Elements(page.read_text()).found.isdisjoint({"b", "script"}) for page in pages)
-    record("secrets and hostile prompts in a run", "seven secrets, path-like ids, HTML", lost="nothing")
+    record("secrets and hostile prompts in a run", "five secrets, path-like ids, HTML", lost="nothing")
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
