@@ -18,13 +18,13 @@ from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError
 from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
-from raylign.prompts import PromptSet, draw, load_prompts
+from raylign.prompts import PromptSet, draw, load_prompts, refused_path, set_aside
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
 from raylign.rounds import RoundLog, Trained, finished_stages
 from raylign.rundir import CONFIG_NAME, RunDirectory, continue_or_create, require_continuable
 from raylign.scoring import describe_function
-from raylign.text import optional
+from raylign.text import escape_control, optional
 from raylign.tracking.facts import run_facts
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.tracker import Status, Tracker, open_tracker
@@ -63,11 +63,13 @@ class Campaign:
         return min(self.directory.rounds_finished(), trained)
 
     def open_record(self, prompts: PromptSet) -> None:
-        """Say what the run is, and what an earlier process did not come to say of its last round."""
+        """Say what the run is and goes without, and what an earlier process did not come to say of its last round."""
         self._tracker.campaign_started(self._config, run_facts())
         if ("prompts", None) not in self._journaled:
             counts = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
             self._tracker.prompts(prompts.source, self._config.prompts.split, prompts.digest, counts)
+        if note := set_aside(prompts.invalid, self.directory.path):
+            self._say(note)
         self._tracker.artifact(self.directory.path / CONFIG_NAME, "config")
         for report in self._reports:
             self._journal(report)
@@ -142,7 +144,7 @@ class Campaign:
         self._say(f"export:  raylign export {self.directory.path} --to DIR")
 
     def _say(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(escape_control(line)), soft_wrap=True)
 
 
 def finished_before(config: RunConfig) -> list[RunDirectory]:
@@ -163,10 +165,12 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     folder = resolve_model(config.model.path, config.model.revision)
     resolve_reference(config.reference, config.model, folder)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
-    prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
+    prompts = load_prompts(
+        config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed, refused_to=refused_path(config.run)
+    )
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
-    describe_function(config.scoring.function)
+    describe_function(config.scoring.function, allow_outside=config.scoring.allow_outside)
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)
     console = report_console()

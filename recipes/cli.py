@@ -1,6 +1,7 @@
 """The `raylign` command. What a command needs is imported when it runs, so that `--help` answers at once."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 from raylign.config import load_config
 from raylign.errors import RaylignError
 from raylign.text import escape_control
+from raylign.tracking.params import without_credentials
 from recipes.checks.ray_cluster import require_named_cluster
 from recipes.signals import INTERRUPTED, STOPPED, terminable
 
@@ -42,7 +44,8 @@ def ended_cleanly() -> Iterator[None]:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True).print(Text(escape_control(message, keep="\n")), soft_wrap=True)
+    text = escape_control(without_credentials(message), keep="\n")
+    Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 class Commands(TyperGroup):
@@ -64,9 +67,18 @@ app = typer.Typer(
 )
 
 
+class PlainLines(logging.Formatter):
+    """Text of models, servers and files in a log line can neither steer the terminal nor show credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_control(without_credentials(super().format(record)), keep="\n\t")
+
+
 def main() -> None:
     """Entry point of the console script."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainLines(LOG_FORMAT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("raylign").setLevel(logging.INFO)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -169,6 +181,33 @@ def sync(
     synced = sync_run(run_directory, uri, timeout, console)
     done = f"sent {synced.sent} of {synced.total} events to MLflow at {synced.uri}; it has all of them"
     console.print(Text(f"{done}, status {synced.status}"), soft_wrap=True)
+
+
+@app.command(context_settings=SETTINGS_CONTEXT)
+def submit(
+    recipe: Recipe,
+    settings: Settings = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS."),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder that travels with the job; the recipe is in it.")
+    ] = Path(),
+    wait: Annotated[bool, typer.Option(help="Show the job's output until its end, and exit with its status.")] = True,
+) -> None:
+    """Run a recipe on a Ray cluster as a job, which outlives this terminal.
+
+    A cluster with a token needs RAY_AUTH_MODE=token here too. Example: raylign submit
+    recipes/sentiment_smollm2.yaml run.dir=/shared/runs --address http://127.0.0.1:8265
+    """
+    from recipes.submit import cluster_address, prepare  # noqa: PLC0415 - Ray
+    from recipes.submit import submit as submit_job  # noqa: PLC0415
+
+    job = prepare(recipe, settings or (), working_dir)
+    status = submit_job(job, cluster_address(address, os.environ), wait=wait, console=Console())
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)

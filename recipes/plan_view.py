@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.placement import ActorPlace
+from raylign.text import escape_control
 from raylign.tracking.uri import default_uri
 from recipes.checks.machine import megabytes
 from recipes.plan import RunPlan, notes, run_directory
@@ -124,7 +125,7 @@ def _grid(lines: Iterable[Line]) -> Table:
     grid.add_column(min_width=13)
     grid.add_column(overflow="fold")
     for name, value in lines:
-        grid.add_row(Text(name, style="bold"), Text(value))
+        grid.add_row(Text(name, style="bold"), Text(escape_control(value)))
     return grid
 
 

@@ -1,5 +1,6 @@
 """The README.md of an exported model, in the Hugging Face format."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from raylign.config.blocks import ModelBlock
 from raylign.records import Evaluation
-from raylign.text import optional
+from raylign.text import escape_control, optional
 
 FRAMEWORKS = (
     "raylign",
@@ -24,6 +25,7 @@ FRAMEWORKS = (
     "datasets",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOT_IN_CODE = str.maketrans({"`": "'", "|": "\u00a6"})
 
 _CITATION = """\
 ```bibtex
@@ -93,17 +95,17 @@ def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> st
     return f"""\
 # {facts.name}
 
-This is a {kind} `{facts.base_model}`, trained with raylign by iterative online
+This is a {kind} {_code(facts.base_model)}, trained with raylign by iterative online
 direct preference optimisation: in each round the current policy answers prompts, a scorer judges the answers, and the
 best and worst answer of a prompt become a preference pair.
 
 | | |
 |---|---|
-| Base model | `{facts.base_model}` |
+| Base model | {_code(facts.base_model)} |
 | Method | iterative online DPO, loss {facts.loss} |
 | Rounds | {facts.rounds} |
-| Prompts | `{facts.prompts}` |
-| Scorer | `{facts.scorer}` |
+| Prompts | {_code(facts.prompts)} |
+| Scorer | {_code(facts.scorer)} |
 
 {base}## Evaluation
 
@@ -117,6 +119,11 @@ best and worst answer of a prompt become a preference pair.
 
 {_CITATION}
 """
+
+
+def _code(name: str) -> str:
+    """A name in a code span of a table, where it can be nothing but text."""
+    return f"`{escape_control(name).translate(_NOT_IN_CODE)}`"
 
 
 def _base_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock) -> str:
@@ -133,7 +140,7 @@ base it is another policy than the one evaluated below. Load the base as it was:
 
 ```python
 AutoModelForCausalLM.from_pretrained(
-    "{facts.base_model}",
+    {json.dumps(facts.base_model)},
     dtype=torch.{in_4bit.dtype},
     quantization_config=BitsAndBytesConfig(
         load_in_4bit=True,

@@ -115,7 +115,9 @@ def test_a_wrong_setting_is_refused_before_anything_starts(
     before = tree(files)
     message = refused(setting)
     assert [part for part in parts if part not in message] == [], message
-    assert tree(files) == before
+    listed = files / "runs/sentiment-smollm2.quarantine.jsonl"
+    assert tree(files) - {listed} == before
+    assert listed.exists() == (f"every bad row is in {listed}" in message) == ("rows cannot be used" in message)
     assert tree(ray_folder) == set(), "a Ray cluster was started"
 
 

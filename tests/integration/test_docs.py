@@ -24,6 +24,7 @@ RUN_ELSEWHERE = {
     "raylign resume": "tests/integration/test_kills.py; tests/unit/test_resume.py with other settings",
     "raylign sync": "tests/integration/test_mlflow_faults.py",
     "mlflow ui": "tests/integration/test_mlflow_faults.py runs a server on such a database",
+    "raylign submit": "tests/integration/test_job_submission.py",
     "ray job submit": "tests/integration/test_job_submission.py",
 }
 RUN_HERE = ("raylign plan", "raylign doctor")

@@ -21,6 +21,7 @@ import yaml
 
 from raylign.rundir import open_run
 from raylign.tracking.journal import read_events
+from tests.faults import record
 from tests.integration.tiny import (
     LONG_TRAINING,
     RECIPE,
@@ -77,6 +78,29 @@ class Cluster:
         done = self._run(*arguments, environment=environment)
         assert done.returncode != 0, done.stdout
         return done.stdout
+
+    def submit(self, *arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        """`raylign submit` of the recipe in `cwd`, with the code of this checkout and other variables if need be."""
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "recipes.cli", "submit", RECIPE, *arguments],
+            cwd=cwd,
+            env={**self.environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}", **extra},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=2 * START_S,
+            check=False,
+        )
+
+    @property
+    def token(self) -> str:
+        return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+
+    def holders_of_the_token(self) -> list[str]:
+        """Files of the cluster and command lines of its processes that show its token."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        shown = [str(path) for path in files if self.token.encode() in path.read_bytes()]
+        return shown + [line for line in self.head.processes().values() if self.token in line]
 
     def _run(
         self,
@@ -170,16 +194,37 @@ def imported(text: str) -> dict[str, set[str]]:
     return found
 
 
-def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    shared, name = tmp_path / "shared", f"submitted-{os.getpid()}"
+@pytest.mark.fault
+def test_without_the_token_nothing_is_submitted(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     assert "authentication" in cluster.refusal("job", "list", without="RAY_AUTH_MODE").lower()
-    output = cluster.ray(
-        *("job", "submit", "--working-dir", ".", "--runtime-env", RUNTIME_ENV, "--submission-id", "snapshot"),
-        *("--", "python", "recipes/online_dpo.py", RECIPE, *SMALLEST, f"run.dir={shared}", f"run.name={name}"),
-        cwd=checkout,
-        timeout_s=2 * START_S,
+    (tmp_path / "other").write_text("f" * 64)
+    for extra, given in (
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token and got none; "),
+        ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}, "asks for a token and got another; "),
+        ({"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}, "RAY_AUTH_MODE=token, but there is no token; "),
+    ):
+        done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", cwd=checkout, **extra)
+        assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
+        assert given in done.stdout and "set RAY_AUTH_MODE=token and give" in done.stdout, done.stdout
+    assert cluster.ray("job", "list").count("raysubmit_") == 0
+    record(
+        "submitting without the token", "no token, another one, an empty home", lost="nothing: refused, with the cure"
     )
-    assert "Job 'snapshot' succeeded" in output
+
+
+def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    shared, name = tmp_path / "shared", f"submitted-{os.getpid()}"
+    settings = (*SMALLEST, f"run.dir={shared}", f"run.name={name}")
+    done = cluster.submit(*settings, cwd=checkout)
+    output = done.stdout
+    assert done.returncode == 0, output
+    assert output.startswith(f"submitted to {cluster.dashboard}: job raysubmit_"), "Ray's own talk is left out"
+    (job,) = re.findall(r"^submitted to .*: job (raysubmit_\w+)$", output, re.MULTILINE)
+    assert f"ray job stop --address {cluster.dashboard} {job}" in output
+    (follow,) = re.findall(r"^follow it: ray (.*)$", output, re.MULTILINE)
+    assert "round 1: held-out score" in cluster.ray(*follow.split())
+    assert f"job {job} ended with status 0\n" in output
+    assert cluster.token not in output and cluster.holders_of_the_token() == []
 
     (snapshot,) = cluster.snapshots()
     expected = {name: {str(snapshot / folder / "__init__.py")} for name, folder in PACKAGES.items()}
@@ -203,10 +248,20 @@ def test_a_job_runs_on_its_snapshot_alone(cluster: Cluster, checkout: Path, tmp_
     assert campaign_record(shared).info.status == "FINISHED"
     assert "round 1 train 1/1 steps in " in output
     assert re.search(r"^round 1: held-out score ", output, re.MULTILINE)
-    log = cluster.job_log("snapshot")
+    log = cluster.job_log(job)
     assert not set("\x1b\r\b") & set(log)
     assert "Traceback" not in log
     assert weight_folders(name) == []
+
+    again = cluster.submit(*settings, cwd=checkout)
+    assert (again.returncode, "all 1 rounds are done" in again.stdout) == (0, True), again.stdout
+
+
+def test_the_status_of_a_job_is_that_of_its_submission(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", "prompts.source=/none.jsonl", cwd=checkout)
+    assert done.returncode == 1, done.stdout
+    assert "error: /none.jsonl: no such file or folder" in done.stdout
+    assert "ended with status 1; the same command goes on with it" in done.stdout
 
 
 def test_a_stopped_job_cleans_up_after_itself(

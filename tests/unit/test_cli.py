@@ -38,7 +38,9 @@ def raylign(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in ("plan", "run", "doctor", "sync"))])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("plan", "run", "submit", "doctor", "sync"))]
+)
 def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from recipes.cli import app\n"
@@ -50,7 +52,7 @@ def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     assert child.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "doctor", "export", "sync"])
+@pytest.mark.parametrize("command", ["run", "submit", "plan", "doctor", "export", "sync"])
 def test_every_help_has_an_example(command: str) -> None:
     assert f"Example: raylign {command}" in raylign(command, "--help").output
 
@@ -65,7 +67,7 @@ def test_a_misspelt_setting_gets_a_suggestion_and_no_traceback(recipe: Path) -> 
 
 @pytest.mark.parametrize("words", [["--sampling.temperature", "1"], ["--sampling.temperature=1"]])
 def test_a_setting_written_as_an_option_is_explained(recipe: Path, words: list[str]) -> None:
-    for command in ("run", "plan"):
+    for command in ("run", "submit", "plan"):
         result = raylign(command, recipe, *words)
         assert result.exit_code == 2
         assert "key=value: sampling.temperature=1" in " ".join(result.stderr.replace("│", " ").split())

@@ -5,7 +5,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
 from raylign.config import RunConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError
-from raylign.prompts import PromptSet
+from raylign.prompts import InvalidRows, PromptSet
+from raylign.prompts.tables import Fault
 from raylign.records import Prompt
 from raylign.rundir import RunDirectory, continue_or_create, differences, require_continuable
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
@@ -139,6 +140,20 @@ def test_it_ends_as_if_it_had_not_been_killed(last: int, whole: tuple[Deadly, Ru
     once = [event for event in events if event in ("score 6", "sample a", "sample b", "sample c")]
     done = [event for event in [*first, *second] if event in ("score 6", "sample a", "sample b", "sample c")]
     assert sorted(done) == sorted(once)
+
+
+def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    directory = continue_or_create(config)
+    left_out = InvalidRows("here", "line", (Fault(3, "no 'prompt'", {"\x1b": 1}, "fill it"),), 5)
+    for _ in range(2):
+        console = Console(file=(out := io.StringIO()), width=400)
+        with Journal(directory.path / JOURNAL_NAME) as journal:
+            run = Campaign(config, directory, Tracker(journal, NoFeed()), console)
+            run.open_record(replace(PROMPTS, invalid=(left_out,)))
+        file = directory.path / "quarantine.jsonl"
+        assert out.getvalue() == f"here: 1 of 5 rows left out (line 3): see {file}\n"
+        assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == [3]
 
 
 def test_a_finished_run_has_nothing_to_do(whole: tuple[Deadly, RunDirectory]) -> None:

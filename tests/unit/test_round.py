@@ -289,8 +289,8 @@ def test_too_many_unscored_candidates_stop_the_round(open_desk: Open) -> None:
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    def update_weights(self, update_info: object) -> None:
-        return
+    def take_weights(self, path: str, version: int) -> None:
+        self.label(version)
 
 
 def test_a_round_whose_weights_did_not_arrive_is_no_round(open_desk: Open) -> None:

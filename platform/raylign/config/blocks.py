@@ -1,5 +1,6 @@
 """Every block of a recipe. Names follow TRL's options wherever TRL has one; defaults live only here."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,14 +9,15 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from raylign.config.base import Block
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+_SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class RunBlock(Block):
     """Who this run is and where its directory stands."""
 
-    name: str = Field("online-dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Directory name under `dir`; letters, digits, dots, dashes and underscores."""
+    name: str = Field("online-dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    """Directory name under `dir`; at most 128 letters, digits, dots, dashes and underscores."""
     dir: Path = Path("runs")
     """Parent of the run directory; shared storage on a cluster of several nodes."""
     seed: NonNegativeInt = 0
@@ -270,7 +272,7 @@ class TrackingBlock(Block):
     @field_validator("uri")
     @classmethod
     def uri_carries_no_credentials(cls, uri: str | None) -> str | None:
-        if uri is not None and "@" in uri.split("://", 1)[-1].split("/", 1)[0]:
+        if uri is not None and not uri.startswith("sqlite:") and ("@" in uri or _SECRET_IN_QUERY.search(uri)):
             raise ValueError(
                 "credentials in the URI would be saved with the run; use MLFLOW_TRACKING_USERNAME/_PASSWORD"
             )

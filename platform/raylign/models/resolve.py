@@ -1,6 +1,7 @@
 """A model path of a recipe becomes a local folder of safetensors."""
 
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -28,7 +29,7 @@ def resolve_model(path: str, revision: str | None = None, option: str = "model")
     Only safetensors are accepted, every shard must be there and its header whole. `revision` is for hub ids; `option`
     is the block of the recipe that errors name. Raises ModelError with the cure.
     """
-    is_local = path.startswith((PREFIX, ".", "/", "~")) or Path(path).exists()
+    is_local = path.startswith((PREFIX, ".", "/", "~")) or os.path.exists(path)
     if is_local and revision is not None:
         raise ModelError(f"{option}.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
     if path.startswith(PREFIX):
@@ -69,7 +70,7 @@ def _downloaded(hub_id: str, revision: str | None, option: str) -> Path:
 
 
 def _check_folder(folder: Path, option: str) -> None:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise ModelError(f"{folder}: no such folder (from {Path.cwd()}); correct {option}.path")
     if not folder.is_dir():
         raise ModelError(f"{folder}: a file; {option}.path is a folder with {CONFIG} and *.safetensors")

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -37,7 +38,7 @@ def read_source(block: PromptsBlock) -> Source:
     path = Path(name).expanduser()
     if name.startswith(PREFIX):
         return _read_embedded(block)
-    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or path.exists():
+    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or os.path.exists(path):
         return _read_path(path, block)
     return _read_hub(block)
 
@@ -51,7 +52,7 @@ def _read_embedded(block: PromptsBlock) -> Source:
 
 
 def _read_path(path: Path, block: PromptsBlock) -> Source:
-    if not path.exists():
+    if not os.path.exists(path):
         raise PromptError(f"{path}: no such file or folder (from {Path.cwd()}); correct prompts.source")
     try:
         if path.is_dir():
@@ -160,6 +161,11 @@ def _read_hub(block: PromptsBlock) -> Source:
         base, held_out = _pick_splits(name, datasets.get_dataset_split_names(name), block.split.partition("[")[0])
         wanted = [block.split] if held_out is None else [block.split, held_out]
         loaded = [datasets.load_dataset(name, split=split) for split in wanted]
+    except RuntimeError as error:
+        raise PromptError(
+            f"{name}: its data set cannot be read ({error}); code that ships with data is never run: take a data set "
+            "in Parquet or JSON, or save its rows yourself with save_to_disk"
+        ) from error
     except (OSError, ValueError, DatasetsError) as error:
         raise PromptError(
             f"{name}: neither a file or folder here nor a hub data set that can be read ({error}); correct "

@@ -12,11 +12,12 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from raylign.errors import ScorerError
+from raylign.tracking.params import without_credentials
 
 START_TIMEOUT_S = 600.0
 EXIT_GRACE_S = 5.0
 STDERR = 2
-_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|AUTHORIZATION", re.IGNORECASE)
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTHORIZATION|COOKIE", re.IGNORECASE)
 
 
 class NoAnswer(Exception):
@@ -94,6 +95,13 @@ class ScoringProcess:
 
 
 def child_environment(environment: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
-    """`environment` without variables named like secrets; imports resolve as here, then in the working directory."""
-    kept = {name: value for name, value in environment.items() if not _SECRET.search(name)}
+    """`environment` without variables named like secrets or holding an address with credentials.
+
+    Imports resolve as here, then in the working directory.
+    """
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if not _SECRET.search(name) and without_credentials(value) == value
+    }
     return kept | {"PYTHONPATH": os.pathsep.join([*(entry or os.getcwd() for entry in path), os.getcwd()])}

@@ -7,7 +7,8 @@ from typing import Any
 
 REDACTED = "[redacted]"
 _SECRET_WORDS = frozenset(
-    {"token", "key", "secret", "password", "authorization", "apikey", "credential", "credentials"}
+    {"token", "key", "secret", "password", "passwd", "passphrase", "authorization", "apikey"}
+    | {"credential", "credentials"}
 )
 _WORD_BREAK = re.compile(r"[._\-/\s]+|(?<=[a-z0-9])(?=[A-Z])")
 _USERINFO = re.compile(r"(?<=://)[^/\s]*@")
@@ -51,10 +52,13 @@ def _redacted(name: str, value: Any) -> Any:
     return without_credentials(value) if isinstance(value, str) else value
 
 
-def _hides(name: str, value: Any) -> bool:
+def names_secret(name: str) -> bool:
     """Whether `name` is a secret's: it has a whole word such as `token`, which `max_new_tokens` has not."""
-    words = {word.lower() for word in _WORD_BREAK.split(name)}
-    return value is not None and not isinstance(value, bool) and bool(words & _SECRET_WORDS)
+    return bool({word.lower() for word in _WORD_BREAK.split(name)} & _SECRET_WORDS)
+
+
+def _hides(name: str, value: Any) -> bool:
+    return value is not None and not isinstance(value, bool) and names_secret(name)
 
 
 def _text(value: Any) -> str:

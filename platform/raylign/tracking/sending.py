@@ -8,6 +8,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import OperationalError
 from tenacity import Retrying
 
+from raylign.text import escape_control
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.params import without_credentials
 from raylign.tracking.writer import MlflowWriter
@@ -40,5 +41,5 @@ def is_outage(error: BaseException) -> bool:
 
 
 def brief(error: BaseException | None) -> str:
-    """The first line of an error, without credentials, 300 characters at most."""
-    return without_credentials(str(error).split("\n", 1)[0])[:300]
+    """The first line of an error, without credentials and terminal controls, 300 characters at most."""
+    return escape_control(without_credentials(str(error).split("\n", 1)[0])[:300])
