@@ -20,8 +20,8 @@ Blocks = dict[Server, list[TrackedBlock]]
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=2, help="Blocks of steps in each condition, taken in turn.")] = 8,
-    steps: Annotated[int, typer.Option(min=12, help="Optimizer steps of a block, each with a journal event.")] = 40,
+    repeats: Annotated[int, typer.Option(min=2, help="Blocks of steps in each condition, taken in turn.")] = 10,
+    steps: Annotated[int, typer.Option(min=12, help="Optimizer steps of a block, each with a journal event.")] = 24,
     step_s: Annotated[float, typer.Option(min=0.05, help="Seconds of a step, about.")] = 0.25,
     delay_s: Annotated[float, typer.Option(help="What the slow server holds every answer back for.")] = 2.0,
 ) -> None:
@@ -44,12 +44,14 @@ def _table(blocks: Blocks) -> Table:
         appends = [1000 * seconds for block in own for seconds in block.appends_s]
         spread = "-" if server is Server.NONE else f"{slowdowns[0]:+.1f} to {slowdowns[-1]:+.1f}"
         change = "-" if server is Server.NONE else f"{median(slowdowns):+.2f}"
-        step = median(seconds for block in own for seconds in block.steps_s)
-        cells = [step, change, spread, median(appends), max(appends), _feed_percent(own)]
+        steps = [each for block in own for each in _seconds(block)]
+        wall, step = median(wall for wall, _ in steps), median(step for _, step in steps)
+        cells = [wall, step, change, spread, median(appends), max(appends), _feed_percent(own)]
         rows.append([str(server), *cells, str(own[-1].events), str(own[-1].missing)])
     headers = [
         "journal fed to",
-        "step\ns",
+        "step, wall\ns",
+        "with a core\ns",
         "slower by\n%",
         "repeats\n%",
         "append\nms",
@@ -64,11 +66,15 @@ def _table(blocks: Blocks) -> Table:
 def _checks(blocks: Blocks) -> list[Check]:
     checks = []
     for server in (Server.HEALTHY, Server.KILLED, Server.SLOW):
-        slower = median(_slowdowns(blocks, server))
-        checks.append(Check(f"training slower by, {server}", slower, "at most", MAX_SLOWDOWN_PERCENT, " %"))
-        busy = _feed_percent(blocks[server])
-        checks.append(Check(f"CPU of the feed, {server}", busy, "at most", MAX_SLOWDOWN_PERCENT, " % of a core"))
+        slower = median(_slowdowns(blocks, server)) + _feed_percent(blocks[server])
+        what = f"training slower by, with the CPU time of the feed, {server}"
+        checks.append(Check(what, slower, "at most", MAX_SLOWDOWN_PERCENT, " %"))
     return checks
+
+
+def _seconds(block: TrackedBlock) -> list[tuple[float, float]]:
+    """Of every step: by the clock, and without its waits for a core."""
+    return [(wall, wall - waited) for wall, waited in zip(block.steps_s, block.waits_s, strict=True)]
 
 
 def _slowdowns(blocks: Blocks, server: Server) -> list[float]:
@@ -85,10 +91,11 @@ def _slowdowns(blocks: Blocks, server: Server) -> list[float]:
 
 
 def _typical_s(block: TrackedBlock) -> float:
-    """The median over windows of their seconds a step."""
+    """The median over windows of their seconds a step, waits for a core left out."""
+    seconds = [own for _, own in _seconds(block)]
     size = max(1, round(WINDOW_S / median(block.steps_s)))
-    whole = range(0, max(1, len(block.steps_s) - size + 1), size)
-    return median(fmean(block.steps_s[start : start + size]) for start in whole)
+    whole = range(0, max(1, len(seconds) - size + 1), size)
+    return median(fmean(seconds[start : start + size]) for start in whole)
 
 
 def _feed_percent(blocks: Sequence[TrackedBlock]) -> float:

@@ -26,11 +26,13 @@ class TrackingJob(Block):
 
 
 class TrackedBlock(Block):
-    """Wall seconds of every step with its journal event, of that event alone, and what other threads computed."""
+    """Wall seconds of every step with its journal event; seconds of these in which the thread waited for a core, which
+    other programs had; wall seconds of the event alone; CPU seconds of other threads."""
 
     server: Server
     repeat: int
     steps_s: tuple[float, ...]
+    waits_s: tuple[float, ...]
     appends_s: tuple[float, ...]
     feed_cpu_s: float
     events: int
