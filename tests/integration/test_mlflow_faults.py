@@ -205,6 +205,7 @@ def test_a_killed_driver(run_dir: Path, tmp_path: Path) -> None:
         driver.wait()
     before, began = journal_length(run_dir), time.monotonic()
     synced = sync(run_dir)
+    recovered = time.monotonic() - began
     assert synced.exit_code == 0, synced.output
     assert "status KILLED" in synced.stdout
     assert journal_length(run_dir) == before + 1
@@ -216,7 +217,7 @@ def test_a_killed_driver(run_dir: Path, tmp_path: Path) -> None:
     faults.record(
         "driver killed, and not started again",
         "kill -9; then `raylign sync RUN`",
-        recovered_s=time.monotonic() - began,
+        recovered_s=recovered,
         lost="nothing; the run and its open round are KILLED as of the last event",
     )
 

@@ -81,9 +81,10 @@ def _step_of(seconds: float) -> Callable[[], None]:
 
 
 class _Times(NamedTuple):
-    """Seconds of a step with its event, of its waits for a core, and of the event."""
+    """Seconds of a step with its event: by the clock, computing, waiting for a core; and of the event."""
 
     step: float
+    cpu: float
     waited: float
     append: float
 
@@ -131,6 +132,7 @@ class _Desk:
             server=server,
             repeat=repeat,
             steps_s=tuple(each.step for each in times),
+            cpu_s=tuple(each.cpu for each in times),
             waits_s=tuple(each.waited for each in times),
             appends_s=tuple(each.append for each in times),
             feed_cpu_s=cpu,
@@ -142,12 +144,13 @@ class _Desk:
         """Every step of a block; `kill` is called after a third of them."""
         times = []
         for number in range(1, self.job.steps + 1):
-            waited, began = _waited_s(), time.perf_counter()
+            waited, cpu, began = _waited_s(), time.thread_time(), time.perf_counter()
             self.step()
             trained = time.perf_counter()
             tracker.step(index, number, METRICS)
             ended = time.perf_counter()
-            times.append(_Times(ended - began, _waited_s() - waited, ended - trained))
+            cpu, waited = time.thread_time() - cpu, _waited_s() - waited
+            times.append(_Times(ended - began, cpu, waited, ended - trained))
             if number == self.job.steps // 3:
                 kill()
         return times
