@@ -13,7 +13,7 @@ help:
 	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them, WORKERS processes at once)'
 	@echo 'make test-faults   run the tests of faults that take over a minute each; make fault-table writes tests/README.md'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
-	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (half an hour on two cores)'
+	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (40 minutes on two cores)'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 setup:
@@ -45,7 +45,7 @@ bench: setup
 	  $(BIN)/python "tests/benchmarks/$$script.py" "$$@" && return; \
 	  status=$$?; [ $$status -lt 128 ] || exit $$status; missed="$$missed $$script"; \
 	}; \
-	run dpo_step; run online_round; run online_round --wall-clock; run scaling; \
+	run dpo_step; run online_round; run online_round --wall-clock; run scaling; run tracking_overhead; \
 	[ -z "$$missed" ] || { echo "bench: missed by$$missed"; exit 1; }
 
 clean:

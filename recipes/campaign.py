@@ -33,6 +33,8 @@ from recipes.signals import terminable
 
 log = logging.getLogger(__name__)
 _CANARY_PROMPTS = 4
+_CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0}
+"""How long MLflow is waited for at the end; a signal's grace time is short."""
 
 
 class Campaign:
@@ -223,7 +225,7 @@ def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
         status = "KILLED"
         raise
     finally:
-        missing = tracker.close(status)
+        missing = tracker.close(status, _CLOSE_S[status])
         if missing:
             log.warning(
                 "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",

@@ -40,7 +40,7 @@ def sync_run(run: Path, uri: str | None, timeout_s: float, console: Console) -> 
     """Send MLflow at `uri` (None: the run's own) what it misses of run directory `run`, each event once.
 
     A run whose driver was killed gets the status KILLED. Raises RaylignError when the run is in progress, when MLflow
-    gives no answer for `timeout_s`, and when it refuses an event.
+    has failed for `timeout_s`, and when it refuses an event.
     """
     directory = open_run(run)
     tracking = load_config(directory.path / CONFIG_NAME, () if uri is None else (f"tracking.uri={uri}",)).tracking
@@ -63,12 +63,10 @@ def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: C
                     advance(int(event.sequence > before))
     except MLFLOW_ERRORS as error:
         missing = len(events) - load_state(run_dir, uri).sequence
-        problem, cure = ("refuses an event", "Free the way for it")
-        if is_outage(error):
-            problem, cure = f"gave no answer for {timeout_s:g} s", "Start it"
+        problem = f"failed for {timeout_s:g} s" if is_outage(error) else "refuses an event"
         raise RaylignError(
             f"MLflow at {shown} {problem} ({brief(error)}); it misses {missing} of {len(events)} events, all safe in "
-            f"{journal}. {cure} and run this again, or send them elsewhere with --uri"
+            f"{journal}. Put it right and run this again, or send them elsewhere with --uri"
         ) from error
     return Synced(len(events) - before, len(events), shown, _status(events))
 

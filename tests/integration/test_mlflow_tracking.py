@@ -208,3 +208,22 @@ def test_a_killed_campaign_resumes_in_the_same_run(run_dir: Path, uri: str) -> N
     assert history(client, rounds[0], "non_finite") == [(1, 1)]
     assert history(client, rounds[0], "grad_norm") == []
     assert history(client, rounds[0], "seconds/sample") == [(1, 2.5)]
+
+
+def test_a_finished_round_that_is_trained_again_stays_as_it_is(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    play_campaign(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    again = open_run(run_dir, uri)
+    start(again, run_dir)
+    again.round_started(2)
+    again.artifact(run_dir / "rounds/0002/preferences.parquet", "preferences", 2)
+    again.step(2, 1, {"loss": 0.5})
+    again.stage(2, "train", 9.0)
+    assert again.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    parent, rounds = campaign_and_rounds(client)
+    assert [run.info.status for run in (parent, *rounds)] == ["FINISHED"] * 3
+    assert history(client, rounds[1], "loss") == [(1, 0.5), (2, 0.3)]
+    assert history(client, rounds[1], "seconds/train") == [(2, 1.5)]
+    assert len(datasets(parent)) == len(datasets(rounds[1])) == 1

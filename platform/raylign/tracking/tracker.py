@@ -58,7 +58,7 @@ class Tracker:
         self._journal.append("evaluation", {"round": 0, "evaluation": asdict(evaluation)})
 
     def round_started(self, index: int) -> None:
-        """Call at every attempt at round `index` (from 1); an unfinished earlier attempt is closed as KILLED."""
+        """Call at every attempt at round `index` (from 1); in MLflow they share one run, which has everything once."""
         self._journal.append("round_started", {"round": index})
 
     def step(self, index: int, step: int, metrics: Mapping[str, float]) -> None:

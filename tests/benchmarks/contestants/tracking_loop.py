@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def _step_of(seconds: float) -> Callable[[], None]:
 
     def step(micro_batches: int) -> None:
         for _ in range(micro_batches):
-            (model(rows).square().mean() / micro_batches).backward()  # type: ignore[no-untyped-call]
+            (model(rows).square().mean() / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -76,6 +78,15 @@ def _step_of(seconds: float) -> Callable[[], None]:
         trials.append(time.perf_counter() - began)
     count = max(1, round(TRIAL * seconds / min(trials)))
     return lambda: step(count)
+
+
+class _Times(NamedTuple):
+    """Seconds of a step with its event: by the clock, computing, waiting for a core; and of the event."""
+
+    step: float
+    cpu: float
+    waited: float
+    append: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,8 @@ class _Desk:
         order, first = list(Server), repeat % len(Server)
         for server in order[first:] + order[:first]:
             block = self._block(server, repeat)
-            progress(f"repeat {repeat + 1}, {server}: {sum(block.steps_s) / len(block.steps_s):.3f} s a step")
+            seconds = f"{fmean(block.steps_s):.3f} s a step, of them {fmean(block.waits_s):.3f} s without a core"
+            progress(f"repeat {repeat + 1}, {server}: {seconds}")
             yield block
 
     def _block(self, server: Server, repeat: int) -> TrackedBlock:
@@ -110,7 +122,7 @@ class _Desk:
             if server in (Server.HEALTHY, Server.KILLED):
                 wait_until(lambda: load_state(run_dir, self.uris[server]).sequence == _events(run_dir))
             cpu = _others_cpu_s()
-            steps_s, appends_s = self._train(tracker, repeat + 1, victim.close)
+            times = self._train(tracker, repeat + 1, victim.close)
             cpu = _others_cpu_s() - cpu
         journal.close()
         missing = feed.close(CLOSE_S.get(server, 1.0))
@@ -119,27 +131,34 @@ class _Desk:
         return TrackedBlock(
             server=server,
             repeat=repeat,
-            steps_s=tuple(steps_s),
-            appends_s=tuple(appends_s),
+            steps_s=tuple(each.step for each in times),
+            cpu_s=tuple(each.cpu for each in times),
+            waits_s=tuple(each.waited for each in times),
+            appends_s=tuple(each.append for each in times),
             feed_cpu_s=cpu,
             events=_events(run_dir),
             missing=missing,
         )
 
-    def _train(self, tracker: Tracker, index: int, kill: Callable[[], None]) -> tuple[list[float], list[float]]:
-        """Seconds of every step with its event, and of the event; `kill` is called after a third of the steps."""
-        steps_s, appends_s = [], []
+    def _train(self, tracker: Tracker, index: int, kill: Callable[[], None]) -> list[_Times]:
+        """Every step of a block; `kill` is called after a third of them."""
+        times = []
         for number in range(1, self.job.steps + 1):
-            began = time.perf_counter()
+            waited, cpu, began = _waited_s(), time.thread_time(), time.perf_counter()
             self.step()
             trained = time.perf_counter()
             tracker.step(index, number, METRICS)
             ended = time.perf_counter()
-            steps_s.append(ended - began)
-            appends_s.append(ended - trained)
+            cpu, waited = time.thread_time() - cpu, _waited_s() - waited
+            times.append(_Times(ended - began, cpu, waited, ended - trained))
             if number == self.job.steps // 3:
                 kill()
-        return steps_s, appends_s
+        return times
+
+
+def _waited_s() -> float:
+    """Seconds for which this thread was ready and had no core."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def _others_cpu_s() -> float:

@@ -26,12 +26,16 @@ class TrackingJob(Block):
 
 
 class TrackedBlock(Block):
-    """Wall seconds of every step with its journal event, of that event alone, and what other threads computed."""
+    """Of every step with its journal event: seconds by the clock, and those of them in which its thread computed, and
+    in which it was ready but had no core. `feed_cpu_s`: CPU seconds of all other threads of the process."""
 
     server: Server
     repeat: int
     steps_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+    waits_s: tuple[float, ...]
     appends_s: tuple[float, ...]
+    """Of the event alone, by the clock."""
     feed_cpu_s: float
     events: int
     missing: int
