@@ -25,6 +25,7 @@ from actors.stacks import remove_empty
 from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
 from actors.waiting import get_all
+from actors.watch import watched
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.manifest import checkpoint_manifest
@@ -118,7 +119,8 @@ def team(
             _transport(config, folder, transport, directory),
             canary_ids,
         )
-        yield roles
+        with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
+            yield roles
 
 
 def _ready_team(
