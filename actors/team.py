@@ -37,6 +37,7 @@ from actors.weight_sync.transports import (
     Transport,
     WeightTransport,
     choose_transport,
+    require_room,
 )
 from raylign.config import RunConfig
 from raylign.errors import GeneratorError
@@ -86,6 +87,7 @@ def team(
             adapter=config.model.adapter_fits_checkpoint,
             own_devices=config.placement.mode == "disaggregated",
         )
+        mover = _transport(config, folder, transport, directory)
         actors: list[ActorHandle[Any]] = []
         stack.callback(kill, actors)
         stacks = (config.run.dir / config.run.name).absolute() / STACKS
@@ -111,14 +113,7 @@ def team(
             stacks=stacks,
         )
         stack.callback(lambda: kill(trainers.handles))
-        roles = _ready_team(
-            config,
-            generators,
-            trainers,
-            scorer,
-            _transport(config, folder, transport, directory),
-            canary_ids,
-        )
+        roles = _ready_team(config, generators, trainers, scorer, mover, canary_ids)
         with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
             yield roles
 
@@ -209,9 +204,12 @@ def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
 
 
 def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
+    """Raises WeightSyncError when a push would not fit, before anything is started."""
     match transport:
         case "shm":
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+            made = ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+            require_room(directory, made.needed_bytes)
+            return made
         case "lora":
             return LoraTransport(directory)
         case "nccl":
