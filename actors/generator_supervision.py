@@ -121,6 +121,7 @@ class SupervisedGenerators(GeneratorPool):
     @attended
     def settle(self) -> None:
         """Wait until every generator has started, or those that have not are late."""
+        self.look_after_starting()
         while any(time.monotonic() < deadline for _, deadline in self._starting.values()):
             ray.wait(list(self._starting), timeout=self._heartbeat_s)
             self.look_after_starting()
