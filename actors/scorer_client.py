@@ -10,10 +10,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from actors.incidents import Incidents
 from actors.waiting import get_all, root_cause
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.scoring import ScoringItem, most_unscored, skipped
+from raylign.scoring import ScoringItem, batches, longest_s, most_unscored, skipped
 
 ROLE, ACTOR = "scorer", "scorer-0"
 TRIES = 3
@@ -35,7 +35,7 @@ class ScorerClient:
     def __init__(
         self,
         spawn: Callable[[], ActorHandle[Any]],
-        block: FunctionScoringBlock,
+        block: ScoringBlock,
         incidents: Incidents,
         *,
         start_timeout_s: float,
@@ -43,7 +43,7 @@ class ScorerClient:
     ) -> None:
         """Start the first actor with `spawn`, which loads meanwhile.
 
-        A call may take twice the time that its items have and `restarts_s` for new processes of the function.
+        A call may take the time that its items have at most, and `restarts_s` for new processes of a function.
         """
         self._spawn, self._block, self._incidents = spawn, block, incidents
         self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
@@ -63,14 +63,13 @@ class ScorerClient:
         """One score per candidate, in order; `advance(n)` is called when n more have one.
 
         Nothing is asked any more once more than `scoring.max_unscored` of all candidates is unscored. Raises
-        ScorerError when the function cannot be loaded any more, or past the cap of restarts.
+        ScorerError when the function cannot be loaded any more, the judge is refused, or past the cap of restarts.
         """
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         allowed = most_unscored(len(items), self._block.max_unscored)
         scores: list[Score] = []
-        for start in range(0, len(items), self._block.batch_size):
-            batch = items[start : start + self._block.batch_size]
+        for batch in batches(items, self._block):
             if allowed < 0:
                 scores += [skipped(self._block.max_unscored)] * len(batch)
             else:
@@ -81,7 +80,7 @@ class ScorerClient:
         return scores
 
     def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
-        deadline = self._restarts_s + 2 * self._block.timeout_s * len(batch)
+        deadline = self._restarts_s + longest_s(batch, self._block)
         cause = ""
         for _ in range(TRIES):
             try:

@@ -41,9 +41,7 @@ def _inputs(plan: RunPlan) -> list[Line]:
             f"{prompts.shortest} to {prompts.longest} tokens, median {prompts.middle:g}; "
             f"at most {config.max_prompt_tokens} (max_model_len less max_new_tokens)",
         ),
-        ("scorer", config.scoring.function),
-        ("", f"{plan.scorer.file}:{plan.scorer.line}"),
-        ("", f"sha256 {plan.scorer.sha256}"),
+        *zip(("scorer", *[""] * len(plan.scorer)), plan.scorer, strict=False),
     ]
 
 

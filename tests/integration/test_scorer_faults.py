@@ -17,7 +17,8 @@ from ray.actor import ActorHandle
 from actors.incidents import Happened, Incidents
 from actors.scorer import Scorer
 from actors.scorer_client import TRIES, ScorerClient
-from raylign.config.blocks import FunctionScoringBlock, RecoveryBlock
+from raylign.config.blocks import RecoveryBlock
+from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
 from raylign.scoring import check_unscored

@@ -34,7 +34,8 @@ def test_the_facts_of_the_tiny_recipe(plan: Plan, tmp_path: Path) -> None:
     assert found.model.folder == tmp_path / "policy"
     assert (found.prompts.train, found.prompts.held_out) == (7, 3)
     assert (found.prompts.shortest, found.prompts.middle, found.prompts.longest) == (1, 3, 5)
-    assert found.scorer.file == Path(__file__).with_name("user_scores.py")
+    assert found.scorer[0] == "user_scores:length"
+    assert found.scorer[1].startswith(f"{Path(__file__).with_name('user_scores.py')}:")
     assert (found.transport, found.push_bytes) == ("shm", 2 * PARAMETERS)
 
 
@@ -136,7 +137,7 @@ def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
         "LoRA adapter of rank 4: 928 parameters (82.3%)",
         "7 to train on, 3 held out",
         "1 to 5 tokens, median 3; at most 22",
-        f"sha256 {found.scorer.sha256}",
+        *found.scorer,
         "5 prompts x 4 candidates x at most 10 tokens = at most 200 sampled tokens",
         "at most 4 optimizer steps of 4 preferences (1 rank x 2 per device x 2 accumulated), 2 epochs",
         "at most 400 sampled tokens, 90 more in 3 evaluations, 8 optimizer steps",
