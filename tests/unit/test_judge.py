@@ -3,8 +3,6 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +11,16 @@ import pytest
 from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ConfigError, ScorerError
-from raylign.records import Prompt, Score
-from raylign.scoring import JudgeScorer, ScoringItem, describe_scorer
+from raylign.records import Score
+from raylign.scoring import JudgeScorer, describe_scorer
 from raylign.scoring import batches as split
 from raylign.scoring.batches import longest_s, questions
-from tests.judges import Asked, Judge, Reply, Server, first_is_best, honest, serving, slow
+from tests.judges import Asked, Judged, Reply, first_is_best, group, honest, slow, values
 
 SECRET = "hush-1234-hush"
-Open = Callable[..., tuple[JudgeScorer, Server]]
 
 
-@pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Scorers over judges of this process, by default without canaries and without long waits."""
-    for name, seconds in (("FIRST_WAIT_S", 0.01), ("LONGEST_WAIT_S", 0.02), ("JITTER_S", 0.01)):
-        monkeypatch.setattr(f"raylign.scoring.judge_client.{name}", seconds)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with ExitStack() as stack:
-
-        def make(judge: Judge, **options: Any) -> tuple[JudgeScorer, Server]:
-            server = stack.enter_context(serving(judge))
-            settings = {"canaries": False, "max_unscored": 1.0, "timeout_s": 5.0} | options
-            return JudgeScorer(JudgeScoringBlock(base_url=server.base_url, model="judge-1", **settings)), server
-
-        yield make
-
-
-def group(*texts: str, prompt: str = "p0") -> list[ScoringItem]:
-    asked = Prompt(prompt, ({"role": "user", "content": f"Write about {prompt}."},), (1,))
-    return [ScoringItem(asked, text) for text in texts]
-
-
-def values(scores: list[Score]) -> list[float | None]:
-    return [score.value for score in scores]
-
-
-def test_a_score_is_the_mean_share_of_wins_worked_out_by_hand(judged: Open) -> None:
+def test_a_score_is_the_mean_share_of_wins_worked_out_by_hand(judged: Judged) -> None:
     scorer, _ = judged(honest)
     scores = scorer.score(group("good good good", "good", "good end"))
     # The first beats both; the other two tie: (1 + 1) / 2, (0 + 1/2) / 2, (0 + 1/2) / 2.
@@ -56,7 +28,7 @@ def test_a_score_is_the_mean_share_of_wins_worked_out_by_hand(judged: Open) -> N
     assert scores[1].parts == {"comparisons": 2.0, "disagreements": 0.0, "missing": 0.0}
 
 
-def test_items_of_one_prompt_that_stand_together_are_a_group(judged: Open) -> None:
+def test_items_of_one_prompt_that_stand_together_are_a_group(judged: Judged) -> None:
     scorer, server = judged(honest)
     items = [*group("good", "", prompt="p0"), *group("good good", prompt="p1"), *group("", "good", prompt="p2")]
     assert values(scorer.score(items)) == [1.0, 0.0, 2 / 9, 0.0, 1.0]
@@ -66,7 +38,7 @@ def test_items_of_one_prompt_that_stand_together_are_a_group(judged: Open) -> No
     assert conversations == {f"user:\nWrite about p{i}." for i in range(3)}
 
 
-def test_a_single_answer_is_rated_from_1_to_10(judged: Open) -> None:
+def test_a_single_answer_is_rated_from_1_to_10(judged: Judged) -> None:
     scorer, _ = judged(honest)
     items = [item for i, count in enumerate((0, 3, 9, 20)) for item in group("good " * count, prompt=f"p{i}")]
     scores = scorer.score(items)
@@ -74,7 +46,7 @@ def test_a_single_answer_is_rated_from_1_to_10(judged: Open) -> None:
     assert [score.parts for score in scores] == [{"rating": rating} for rating in (1.0, 4.0, 10.0, 10.0)]
 
 
-def test_a_judge_who_prefers_a_position_decides_nothing(judged: Open) -> None:
+def test_a_judge_who_prefers_a_position_decides_nothing(judged: Judged) -> None:
     scorer, _ = judged(first_is_best)
     scores = scorer.score(group("good good", "good", ""))
     assert values(scores) == [0.5, 0.5, 0.5]
@@ -82,7 +54,7 @@ def test_a_judge_who_prefers_a_position_decides_nothing(judged: Open) -> None:
     assert (scorer.spent.comparisons, scorer.spent.disagreements) == (3, 3)
 
 
-def test_equal_answers_tie_without_being_asked(judged: Open) -> None:
+def test_equal_answers_tie_without_being_asked(judged: Judged) -> None:
     scorer, server = judged(honest)
     assert values(scorer.score(group("good", "bad", "good"))) == [0.75, 0.0, 0.75]
     assert len(server.asked) == 1 + 2
@@ -90,7 +62,7 @@ def test_equal_answers_tie_without_being_asked(judged: Open) -> None:
     assert len(server.asked) == 3
 
 
-def test_a_comparison_without_both_verdicts_is_missing(judged: Open) -> None:
+def test_a_comparison_without_both_verdicts_is_missing(judged: Judged) -> None:
     def silent_about_bad(asked: Asked) -> Reply:
         bad = not asked.is_rating and asked.data("answer A") == "bad"
         return Reply(status=400, raw="too long") if bad else honest(asked)
@@ -99,13 +71,14 @@ def test_a_comparison_without_both_verdicts_is_missing(judged: Open) -> None:
     scores = scorer.score(group("good good", "good", "bad"))
     assert values(scores) == [1.0, 0.0, None]
     assert scores[0].parts == {"comparisons": 1.0, "disagreements": 0.0, "missing": 1.0}
-    assert scores[2] == Score(None, reason="judge: HTTP 400: too long")
+    assert scores[2] == Score(None, reason="HTTP 400: too long")
 
 
-def test_the_only_answers_are_the_choices_and_the_instruction_comes_last(judged: Open) -> None:
+def test_the_only_answers_are_the_choices_and_the_instruction_comes_last(judged: Judged) -> None:
     scorer, server = judged(honest, criterion="The ruder answer is better.", temperature=0.5)
     scorer.score([*group("good", "bad"), *group("x", prompt="p1")])
-    comparison, rating = server.asked[1], next(a for a in server.asked if a.is_rating)
+    comparison = next(asked for asked in server.asked[1:] if not asked.is_rating)
+    rating = next(asked for asked in server.asked if asked.is_rating)
     assert comparison.body["structured_outputs"] == {"choice": ["A", "B", "tie"]}
     assert rating.body["structured_outputs"] == {"choice": [str(n) for n in range(1, 11)]}
     assert comparison.body["temperature"] == 0.5 and comparison.body["max_tokens"] <= 8
@@ -115,13 +88,13 @@ def test_the_only_answers_are_the_choices_and_the_instruction_comes_last(judged:
         assert "The ruder answer is better." in last and "Reply with exactly one of these" in last
 
 
-def test_every_question_has_a_fence_of_its_own(judged: Open) -> None:
+def test_every_question_has_a_fence_of_its_own(judged: Judged) -> None:
     scorer, server = judged(honest)
     scorer.score(group("a", "b", "c"))
     assert len({asked.fence for asked in server.asked}) == len(server.asked) == 7
 
 
-def test_a_server_that_takes_no_choices_is_asked_plainly(judged: Open) -> None:
+def test_a_server_that_takes_no_choices_is_asked_plainly(judged: Judged) -> None:
     def plain(asked: Asked) -> Reply:
         unknown = "structured_outputs" in asked.body
         return Reply(status=400, raw="Unrecognized request argument") if unknown else honest(asked)
@@ -133,7 +106,7 @@ def test_a_server_that_takes_no_choices_is_asked_plainly(judged: Open) -> None:
     assert scorer.spent.failures == 0
 
 
-def test_no_more_requests_than_allowed_are_under_way(judged: Open) -> None:
+def test_no_more_requests_than_allowed_are_under_way(judged: Judged) -> None:
     lock, now, most = threading.Lock(), [0], [0]
 
     def counting(asked: Asked) -> Reply:
@@ -150,7 +123,7 @@ def test_no_more_requests_than_allowed_are_under_way(judged: Open) -> None:
     assert most == [3]
 
 
-def test_the_cost_is_logged_once_a_call(judged: Open, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_cost_is_logged_once_a_call(judged: Judged, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="raylign")
     scorer, _ = judged(honest)
     scorer.score(group("good", "bad"))
@@ -166,19 +139,19 @@ def test_the_cost_is_logged_once_a_call(judged: Open, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("usage", [None, "ten", {"total_tokens": "10"}, {"total_tokens": -1}, {}, [1]])
-def test_wrong_usage_costs_no_verdict(judged: Open, usage: Any) -> None:
+def test_wrong_usage_costs_no_verdict(judged: Judged, usage: Any) -> None:
     scorer, _ = judged(lambda asked: Reply(honest(asked).content, usage=usage))
     assert values(scorer.score(group("good", "bad"))) == [1.0, 0.0]
     assert (scorer.spent.tokens, scorer.spent.unmetered) == (0, 3)
 
 
-def test_no_items_give_no_scores_and_no_requests(judged: Open) -> None:
+def test_no_items_give_no_scores_and_no_requests(judged: Judged) -> None:
     scorer, server = judged(honest)
     assert scorer.score([]) == [] and server.asked == []
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(
-    judged: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    judged: Judged, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("JUDGE_KEY", SECRET)
@@ -190,7 +163,7 @@ def test_the_key_goes_into_the_header_and_nowhere_else(
     assert SECRET not in f"{caught.value}{caplog.text}{[asked.body for asked in server.asked]}"
 
 
-def test_without_its_variable_no_key_is_sent(judged: Open) -> None:
+def test_without_its_variable_no_key_is_sent(judged: Judged) -> None:
     scorer, server = judged(honest)
     scorer.score(group("good", "bad"))
     assert {asked.authorization for asked in server.asked} == {""}
@@ -204,7 +177,7 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(monkeypatch
     assert SECRET not in str(caught.value)
 
 
-def test_a_judge_is_described_by_model_address_and_criterion(judged: Open) -> None:
+def test_a_judge_is_described_by_model_address_and_criterion(judged: Judged) -> None:
     _, server = judged(lambda asked: Reply("certainly!"))
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", criterion="Shorter is better.", retries=0)
     assert describe_scorer(block) == ("judge judge-1", f"at {server.base_url}", "criterion: Shorter is better.")
@@ -249,9 +222,7 @@ def test_addresses_with_credentials_are_refused_without_naming_them(url: str) ->
     assert "end it at /v1 and put the key in the environment variable" in text and SECRET not in text
 
 
-@pytest.mark.parametrize(
-    "url", ["ftp://judge/v1", "judge:8000", "http://", "http://judge:99999/v1", "http://a b/v1", ""]
-)
+@pytest.mark.parametrize("url", ["ftp://judge/v1", "judge:8000", "http://", "http://judge:99999/v1", "http://a b", ""])
 def test_addresses_that_are_none_are_refused(url: str) -> None:
     assert "is not http(s)://host[:port]/path" in refusal(f"scoring.base_url='{url}'")
 

@@ -122,7 +122,7 @@ class _Hearing:
         try:
             verdict = await self._client.ask(partial(how_good, prompt.messages, text, self._block.criterion))
         except NoVerdict as failure:
-            return Score(None, reason=f"judge: {failure}")
+            return Score(None, reason=str(failure))
         rating = int(verdict)
         return Score((rating - 1) / (len(RATINGS) - 1), {"rating": float(rating)})
 
@@ -168,7 +168,7 @@ def _score_of(outcomes: Sequence[Outcome]) -> Score:
     missing = [outcome for outcome in outcomes if isinstance(outcome, NoVerdict)]
     made = [outcome for outcome in outcomes if isinstance(outcome, Comparison)]
     if missing and all(outcome is EQUAL for outcome in made):
-        return Score(None, reason=f"judge: {missing[0]}")
+        return Score(None, reason=str(missing[0]))
     parts = {
         "comparisons": float(len(made)),
         "disagreements": float(sum(outcome.disagreed for outcome in made)),

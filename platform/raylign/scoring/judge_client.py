@@ -103,7 +103,7 @@ class JudgeClient:
         self._block, self._key, self._http = block, key, http
         self._url = f"{block.base_url.rstrip('/')}/chat/completions"
         self._turns = asyncio.Semaphore(block.concurrency)
-        self._backoff = wait_exponential_jitter(FIRST_WAIT_S, LONGEST_WAIT_S, jitter=JITTER_S)
+        self._backoff = wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=JITTER_S)
         self._takes_choices, self._stopped = True, ""
 
     def stop(self, reason: str) -> None:

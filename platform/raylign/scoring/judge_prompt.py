@@ -19,7 +19,7 @@ RATINGS = tuple(str(rating) for rating in range(1, 11))
 MARK = "| "
 _FENCE_BYTES = 16
 _OPEN_BAR = re.compile(r"([<＜﹤])(?=[^\x20-\x7e｜]{0,4}[|｜])")
-_BRACKETED = re.compile(r"([<＜﹤\[［﹇])([^<＜﹤>＞﹥\[［﹇\]］﹈]{1,64}[>＞﹥\]］﹈])")
+_BRACKETED = re.compile(r"([<＜﹤\[［﹇])(?! )([^<＜﹤>＞﹥\[［﹇\]］﹈]{1,64}[>＞﹥\]］﹈])")
 _CONTROL = re.compile(
     r"/?(?:s|bos|eos|pad|unk|sep|cls|mask|gmask|sop|eop|eod|eot|sys|inst|(?:img|image|audio|video)\w*|think|turn|"
     r"system|user|assistant|human|bot|tool|system_prompt|available_tools|"
