@@ -35,26 +35,10 @@ def base_url(smollm2: str) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            smollm2,
-            "--served-model-name",
-            "judge",
-        ),
-        *("--served-model-name", "judge", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"),
-        *(
-            "--max-num-batched-tokens",
-            "2048",
-            "--kv-cache-memory-bytes",
-            str(256 * 2**20),
-            "--enforce-eager",
-            "--no-enable-chunked-prefill",
-        ),
-    ]
+    options = f"--served-model-name judge --host 127.0.0.1 --port {port} --max-model-len 2048 --enforce-eager"
+    memory = f"--max-num-batched-tokens 2048 --no-enable-chunked-prefill --kv-cache-memory-bytes {256 * 2**20}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2]
+    command += f"{options} {memory}".split()
     environment = clean_environment(
         {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
     )

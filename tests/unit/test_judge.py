@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from actors.scorer import _Scorer
 from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ConfigError, ScorerError
@@ -182,6 +183,12 @@ def test_a_judge_is_described_by_model_address_and_criterion(judged: Judged) -> 
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", criterion="Shorter is better.", retries=0)
     assert describe_scorer(block) == ("judge judge-1", f"at {server.base_url}", "criterion: Shorter is better.")
     assert len(server.asked) == 1
+
+
+def test_the_actor_takes_the_scorer_that_the_block_names(judged: Judged) -> None:
+    _, server = judged(honest)
+    actor = _Scorer(JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False))
+    assert actor.ready() and values(actor.score(group("good", "bad"), 0)) == [1.0, 0.0]
 
 
 def test_batches_keep_the_answers_of_a_prompt_together() -> None:

@@ -13,6 +13,7 @@ from raylign.errors import ModelError, PlacementError, PromptError, RaylignError
 from raylign.models import DTYPES
 from recipes.plan import RunPlan, make_plan, notes
 from recipes.plan_view import show_plan
+from tests.judges import Judged, honest
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
 TWO_CORES_EACH = ("placement.generator_cpus=2", "placement.trainer_cpus=2")
@@ -90,6 +91,15 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         plan(override)
+
+
+def test_a_judge_is_shown_with_what_it_is_asked(plan: Plan, judged: Judged, tmp_path: Path) -> None:
+    _, server = judged(honest)
+    console = Console(width=300, record=True, quiet=False, file=(tmp_path / "page.txt").open("w"))
+    show_plan(plan(f"scoring={{type: judge, base_url: '{server.base_url}', model: org/judge}}"), console)
+    page = console.export_text()
+    assert "judge org/judge" in page and f"at {server.base_url}" in page and "criterion: The better answer" in page
+    assert f"at most {5 * 4 * 3} questions a round, 3 an evaluation" in page
 
 
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
