@@ -37,7 +37,7 @@ class Asked:
 
     @property
     def fence(self) -> str:
-        return re.findall(r"code ([0-9a-f]{32})", self.system)[0]
+        return self.system.partition(" with the code ")[2][:32]
 
     @property
     def is_rating(self) -> bool:

@@ -30,6 +30,10 @@ def after(requests: int, then: Judge, first: Judge = honest) -> Judge:
     return answer
 
 
+def saying(content: str | None) -> Judge:
+    return lambda asked: Reply(content)
+
+
 def closed_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -183,7 +187,7 @@ def test_a_request_ends_at_its_deadline(judged: Judged, drip: bool) -> None:
 def test_nonsense_is_no_verdict(judged: Judged) -> None:
     nonsense = ("", "A or B", "a", "Answer A", "**A**", "1", '{"verdict": "A"}', "TIE", "A" * 5000, "\x1b[2JA", None)
     for content in nonsense:
-        scorer, server = judged(after(1, lambda asked, content=content: Reply(content)), retries=1)
+        scorer, server = judged(after(1, saying(content)), retries=1)
         scores = scorer.score([*group("good", "bad"), *group("good", prompt="p1")])
         assert values(scores)[:2] == [None, None], content
         assert values(scores)[2] == (0.0 if content == "1" else None), content
@@ -191,7 +195,7 @@ def test_nonsense_is_no_verdict(judged: Judged) -> None:
         assert scores[0].reason.endswith(", none of A, B, tie") and "\x1b" not in scores[0].reason
         assert len(server.asked) == 1 + 2 * 2 + (1 if content == "1" else 2)
 
-    scorer, server = judged(lambda asked: Reply("Sure! I would say A."), retries=0, canaries=True)
+    scorer, server = judged(saying("Sure! I would say A."), retries=0, canaries=True)
     text = refusal(scorer)
     assert f"the judge judge-1 at {server.base_url} cannot judge: 4 of 4 questions" in text
     assert "answered 'Sure! I would say A.', none of A, B, tie" in text and "scoring.canaries=false" in text
