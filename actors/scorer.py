@@ -1,4 +1,4 @@
-"""The scorer: any `raylign.scoring` object in a process of its own, away from the driver's secrets."""
+"""The scorer: any `raylign.scoring` object in a process of its own."""
 
 import logging
 from collections.abc import Sequence

@@ -167,6 +167,7 @@ def test_plain_text_code_and_other_scripts_stay_as_they_are() -> None:
         'if (a < b || c > d) { cout << x[i] << "\\n"; }',
         "<div class='s'><b>bold</b></div> std::vector<int> [1] [x] [TODO]",
         "a | b || c |> d\n\ttabbed",
+        "data[user] = x[s]  # see [image](http://h/i.png)",
         "سلام می\u200cخواهم 👩\u200d💻 x² ½ ﬁ",
         "1 <= 2 and [citation needed]",
     ):

@@ -56,7 +56,7 @@ class JudgeScoringBlock(Block):
     """Further tries of a request that failed or whose answer is no verdict."""
     timeout_s: PositiveFloat = 30.0
     """Deadline of one request in seconds; also the longest that a server may ask to wait (Retry-After)."""
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 32
     """Completions per call; those of one prompt stay together, even where they are more."""
     max_unscored: Fraction = 0.2
     """The round stops when more than this share of candidates is unscored."""

@@ -74,9 +74,11 @@ def inert(text: str) -> str:
 
 def _broken(match: re.Match[str]) -> str:
     opening, rest = match.groups()
-    normal = unicodedata.normalize("NFKC", rest[:-1]).lower()
+    bracket, *normal = unicodedata.normalize("NFKC", match[0][:-1])
     name = "".join(char for char in normal if "!" <= char <= "~")
-    return f"{opening} {rest}" if _CONTROL.fullmatch(name) or name.endswith("|") else match[0]
+    # Control tokens in square brackets have capitals; a[user] is code.
+    is_control = _CONTROL.fullmatch(name.lower()) and (bracket != "[" or not name.islower())
+    return f"{opening} {rest}" if is_control or name.endswith("|") else match[0]
 
 
 def _conversation(messages: Sequence[Message], fence: str) -> str:
