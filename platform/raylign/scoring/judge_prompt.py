@@ -74,8 +74,8 @@ def inert(text: str) -> str:
 
 def _broken(match: re.Match[str]) -> str:
     opening, rest = match.groups()
-    bracket, *normal = unicodedata.normalize("NFKC", match[0][:-1])
-    name = "".join(char for char in normal if "!" <= char <= "~")
+    bracket = unicodedata.normalize("NFKC", opening)
+    name = "".join(char for char in unicodedata.normalize("NFKC", rest[:-1]) if "!" <= char <= "~")
     # Control tokens in square brackets have capitals; a[user] is code.
     is_control = _CONTROL.fullmatch(name.lower()) and (bracket != "[" or not name.islower())
     return f"{opening} {rest}" if is_control or name.endswith("|") else match[0]
