@@ -104,6 +104,12 @@ def test_a_vllm_server_compares_and_rates(base_url: str, monkeypatch: pytest.Mon
     assert scorer.spent.unmetered == 0 and scorer.spent.tokens > 8 * 100
 
 
+def test_a_model_that_is_too_small_to_judge_is_refused(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ScorerError, match="cannot judge: .* questions with known answers went wrong"):
+        JudgeScorer(block(base_url, canaries=True)).score(items(*ANSWERS, prompt="p0"))
+
+
 def test_a_vllm_server_says_what_is_wrong(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert describe_scorer(block(base_url))[0] == "judge judge"
