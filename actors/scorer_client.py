@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -10,12 +11,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from actors.incidents import Incidents
 from actors.processes import is_dead
+from actors.stacks import dump_stacks
 from actors.waiting import get_all, root_cause
 from actors.watch import GONE, Guard, attended
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.scoring import ScoringItem, most_unscored, skipped
+from raylign.scoring import ScoringItem, batches, longest_s, most_unscored, skipped
 
 ROLE, ACTOR = "scorer", "scorer-0"
 TRIES = 3
@@ -25,6 +27,10 @@ _RESTARTS_S = 60.0
 
 class _LostActor(Exception):
     """The actor died, or is past the deadline of a call; the text says which."""
+
+
+class _SilentActor(_LostActor):
+    """It is past the deadline and may still run."""
 
 
 class ScorerClient:
@@ -37,18 +43,19 @@ class ScorerClient:
     def __init__(
         self,
         spawn: Callable[[], ActorHandle[Any]],
-        block: FunctionScoringBlock,
+        block: ScoringBlock,
         incidents: Incidents,
         *,
+        stacks: Path,
         start_timeout_s: float,
         restarts_s: float = _RESTARTS_S,
     ) -> None:
-        """Start the first actor with `spawn`, which loads meanwhile.
+        """Start the first actor with `spawn`, which loads meanwhile; one that hangs leaves its stacks in `stacks`.
 
-        A call may take twice the time that its items have and `restarts_s` for new processes of the function.
+        A call may take the time that its items have at most, and `restarts_s` for new processes of a function.
         """
         self._spawn, self._block, self._incidents = spawn, block, incidents
-        self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
+        self._stacks, self._start_timeout_s, self._restarts_s = stacks, start_timeout_s, restarts_s
         self._handle = spawn()
         self._starting: list[Any] = []
         """The answer that a replacement has loaded, while it is waited for."""
@@ -68,14 +75,13 @@ class ScorerClient:
         """One score per candidate, in order; `advance(n)` is called when n more have one.
 
         Nothing is asked any more once more than `scoring.max_unscored` of all candidates is unscored. Raises
-        ScorerError when the function cannot be loaded any more, or past the cap of restarts.
+        ScorerError when the function cannot be loaded any more, the judge is refused, or past the cap of restarts.
         """
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         allowed = most_unscored(len(items), self._block.max_unscored)
         scores: list[Score] = []
-        for start in range(0, len(items), self._block.batch_size):
-            batch = items[start : start + self._block.batch_size]
+        for batch in batches(items, self._block):
             if allowed < 0:
                 scores += [skipped(self._block.max_unscored)] * len(batch)
             else:
@@ -87,14 +93,16 @@ class ScorerClient:
 
     def tend(self) -> None:
         """Replace a dead actor while nobody asks anything of it, and say when its successor has loaded."""
-        if self._starting:
-            if ray.wait(self._starting, timeout=0)[0]:
+        try:
+            if self._starting and ray.wait(self._starting, timeout=0)[0]:
                 self._finish_replacing()
-        elif is_dead(self._handle):
+        except _LostActor as loss:
+            self._replace(str(loss))
+        if not self._starting and is_dead(self._handle):
             self._replace(GONE)
 
     def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
-        deadline = self._restarts_s + 2 * self._block.timeout_s * len(batch)
+        deadline = self._restarts_s + longest_s(batch, self._block)
         cause = ""
         for _ in range(TRIES):
             try:
@@ -102,9 +110,15 @@ class ScorerClient:
                 scores: list[Score] = _result(self._handle.score.remote(batch, allowed), deadline)
                 return scores
             except _LostActor as loss:
-                cause = str(loss)
+                cause = self._diagnosed(loss)
                 self._replace(cause)
         return [Score(None, reason=f"{TRIES} scorer actors in turn were lost with this batch: {cause}")] * len(batch)
+
+    def _diagnosed(self, loss: _LostActor) -> str:
+        """The cause; of an actor that hangs also where its stacks are."""
+        if not isinstance(loss, _SilentActor):
+            return str(loss)
+        return f"{loss}; {dump_stacks(self._handle, self._stacks, ACTOR)}"
 
     def _replace(self, cause: str) -> None:
         """Start another actor. Raises ScorerError past the cap of restarts."""
@@ -126,7 +140,7 @@ def _result(ref: Any, timeout_s: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError as cause:
-        raise _LostActor(f"no answer within {timeout_s:g} s") from cause
+        raise _SilentActor(f"no answer within {timeout_s:g} s") from cause
     except RayTaskError as cause:
         raise ScorerError(f"scoring: {root_cause(cause)}") from cause
     except RayActorError as cause:

@@ -19,6 +19,7 @@ from actors.incidents import Incidents
 from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
 from actors.processes import kill
 from actors.scorer import Scorer
+from actors.scorer_client import ACTOR as SCORER_NAME
 from actors.scorer_client import ScorerClient
 from actors.stacks import FOLDER as STACKS
 from actors.stacks import remove_empty
@@ -102,7 +103,7 @@ def team(
         )
         stack.callback(lambda: kill(generators.handles))
         stack.callback(lambda: _shut_down(generators.handles))
-        scorer = _start_scorer(config, incidents, actors)
+        scorer = _start_scorer(config, incidents, actors, stacks)
         trainers = SupervisedTrainers(
             lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
             block=config.trainer,
@@ -136,13 +137,18 @@ def _ready_team(
     return Team(generators, trainers, scorer, publisher)
 
 
-def _start_scorer(config: RunConfig, incidents: Incidents, actors: list[ActorHandle[Any]]) -> ScorerClient:
+def _start_scorer(
+    config: RunConfig, incidents: Incidents, actors: list[ActorHandle[Any]], stacks: Path
+) -> ScorerClient:
     def spawn() -> ActorHandle[Any]:
-        handle: ActorHandle[Any] = Scorer.options(num_cpus=config.placement.scorer_cpus).remote(config.scoring)
+        options = Scorer.options(num_cpus=config.placement.scorer_cpus)
+        handle: ActorHandle[Any] = options.remote(config.scoring, str(stacks), SCORER_NAME)
         actors.append(handle)
         return handle
 
-    return ScorerClient(spawn, config.scoring, incidents, start_timeout_s=config.generators.start_timeout_s)
+    return ScorerClient(
+        spawn, config.scoring, incidents, stacks=stacks, start_timeout_s=config.generators.start_timeout_s
+    )
 
 
 def _spawner(

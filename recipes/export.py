@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raylign.config import RunConfig
 from raylign.config.losses import LossBlock
+from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
 from raylign.model_card import ModelFacts, framework_versions
@@ -71,13 +72,21 @@ def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) 
         name=config.run.name,
         base_model=public_name(config.model.path),
         prompts=public_name(config.prompts.source),
-        scorer=config.scoring.function,
+        scorer=_scorer_name(config.scoring),
         loss=_loss_name(config.loss),
         rounds=report.index,
         evaluation=report.evaluation,
         confidence=config.evaluation.confidence,
         versions=training_versions(directory),
     )
+
+
+def _scorer_name(block: ScoringBlock) -> str:
+    match block:
+        case FunctionScoringBlock():
+            return block.function
+        case JudgeScoringBlock():
+            return f"judge {public_name(block.model)}"
 
 
 def _loss_name(block: LossBlock) -> str:

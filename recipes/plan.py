@@ -23,7 +23,7 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
-from raylign.scoring import FunctionInfo, describe_function
+from raylign.scoring import describe_scorer
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
@@ -73,15 +73,15 @@ class Amounts:
 class RunPlan:
     """All that `raylign plan` shows. Made by `make_plan`, read by `recipes.plan_view`.
 
-    `push_bytes` is the size of one weight file in shared memory, 0 for transports without one; `free_bytes` is the room
-    for it, 0 when that is on another machine.
+    `scorer` is its name, then facts about it. `push_bytes` is the size of one weight file in shared memory, 0 for
+    transports without one; `free_bytes` is the room for it, 0 when that is on another machine.
     """
 
     config: RunConfig
     model: ModelFacts
     reference: ReferenceFacts
     prompts: PromptFacts
-    scorer: FunctionInfo
+    scorer: tuple[str, ...]
     amounts: Amounts
     placement: PlacementPlan
     available: Mapping[str, float]
@@ -93,7 +93,7 @@ class RunPlan:
 
 def make_plan(config: RunConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
-    scorer = describe_function(config.scoring.function, allow_outside=config.scoring.allow_outside)
+    scorer = describe_scorer(config.scoring)
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.placement import ActorPlace
+from raylign.config.scoring import JudgeScoringBlock
 from raylign.text import escape_control
 from raylign.tracking.uri import default_uri
 from recipes.checks.machine import megabytes
@@ -41,10 +42,17 @@ def _inputs(plan: RunPlan) -> list[Line]:
             f"{prompts.shortest} to {prompts.longest} tokens, median {prompts.middle:g}; "
             f"at most {config.max_prompt_tokens} (max_model_len less max_new_tokens)",
         ),
-        ("scorer", config.scoring.function),
-        ("", f"{plan.scorer.file}:{plan.scorer.line}"),
-        ("", f"sha256 {plan.scorer.sha256}"),
+        *_scorer(plan),
     ]
+
+
+def _scorer(plan: RunPlan) -> list[Line]:
+    config, (name, *facts) = plan.config, plan.scorer
+    if isinstance(config.scoring, JudgeScoringBlock):
+        count = config.sampling.num_generations
+        asked = config.schedule.prompts_per_round * count * (count - 1)
+        facts.append(f"at most {asked:,} questions a round, {plan.prompts.held_out:,} an evaluation, without retries")
+    return [("scorer", name), *(("", fact) for fact in facts)]
 
 
 def _base(plan: RunPlan) -> str:

@@ -17,8 +17,9 @@ from actors.scorer_client import ScorerClient
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Metrics
 from raylign.config import RunConfig
-from raylign.config.blocks import FunctionScoringBlock, GeneratorsBlock, RecoveryBlock
+from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
+from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
@@ -133,10 +134,10 @@ class FakeScorer(ScorerClient):
     def __init__(
         self,
         events: list[str],
-        block: FunctionScoringBlock,
+        block: ScoringBlock,
         value: Callable[[Prompt, str], float | None] = count_good,
     ) -> None:
-        super().__init__(_no_actor, block, quiet_incidents(), start_timeout_s=1.0)
+        super().__init__(_no_actor, block, quiet_incidents(), stacks=Path(), start_timeout_s=1.0)
         self._events, self._limit, self._value = events, block.max_unscored, value
 
     def score(

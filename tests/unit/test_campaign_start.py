@@ -9,6 +9,7 @@ import pytest
 from raylign.config import load_config
 from raylign.errors import PromptError, ScorerError
 from recipes.campaign import campaign
+from tests.judges import Judged, Reply, honest
 from tests.unit.tiny_policy import save_recipe
 
 
@@ -44,6 +45,20 @@ def test_a_scorer_from_outside_needs_to_be_allowed(recipe: Path) -> None:
         start(recipe)
     with pytest.raises(Reached):
         start(recipe, "scoring.allow_outside=true")
+
+
+def test_a_judge_is_asked_before_anything_starts(recipe: Path, judged: Judged) -> None:
+    _, server = judged(honest)
+    settings = f"scoring={{type: judge, base_url: '{server.base_url}', model: m, retries: 0}}"
+    with pytest.raises(Reached), campaign(load_config(recipe, [settings])):
+        raise AssertionError("started without a cluster")
+    assert len(server.asked) == 1
+    _, refusing = judged(lambda asked: Reply(status=401))
+    with (
+        pytest.raises(ScorerError, match="HTTP 401: no key was sent"),
+        campaign(load_config(recipe, [settings, f"scoring.base_url={refusing.base_url}"])),
+    ):
+        raise AssertionError("started without a judge")
 
 
 def test_a_run_refused_for_its_prompts_has_them_listed_beside_where_it_would_stand(recipe: Path) -> None:

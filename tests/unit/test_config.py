@@ -10,6 +10,7 @@ from raylign.config import RunConfig, dump_config, load_config, parse_config
 from raylign.config.blocks import LoraBlock, TrainerBlock
 from raylign.config.losses import IpoLossBlock, SigmoidLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock
+from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -37,6 +38,7 @@ def test_an_empty_recipe_is_the_defaults() -> None:
         ("model.lora.r=8", "model.lora.target_modules=[q_proj, v_proj]", "trainer.learning_rate=3e-4"),
         ("trainer.save_total_limit=null", "tracking.uri=http://127.0.0.1:5000", "run.dir=/data/runs", "model.lora={}"),
         ("trainer.zero_stage=3", "trainer.offload.param=true", "prompts.system='line one\n\n  line two'"),
+        ("scoring.type=judge", "scoring.base_url=http://127.0.0.1:8000/v1", "scoring.model=org/judge"),
         ("loss.loss_type=apo_down", "loss.ld_alpha=0.5", "reference.policy=every", "reference.n=3"),
         (
             "loss={loss_type: mix, losses: [{loss_type: ipo, beta: 1}, {loss_type: sft}], loss_weights: [1, 0.2]}",
@@ -70,6 +72,7 @@ def test_a_block_of_several_kinds_is_of_the_default_kind_unless_it_says_so() -> 
     assert override("loss.beta=0.3").loss == SigmoidLossBlock(beta=0.3)
     assert override(loss={"beta": 0.3, "loss_type": "ipo"}).loss == IpoLossBlock(beta=0.3)
     assert override("loss.loss_type=ipo", loss={"beta": 0.3}).loss == IpoLossBlock(beta=0.3)
+    assert override("scoring.function=a:b").scoring == FunctionScoringBlock(function="a:b")
     assert override("reference={}").reference == InitialReferenceBlock()
     assert override("reference.policy=ema").reference == EmaReferenceBlock(alpha=0.6)
 
@@ -109,6 +112,16 @@ def test_a_value_may_hold_an_equals_sign_and_a_list() -> None:
             "loss.zzz: unknown key; known keys: loss_type, beta, ld_alpha, use_weighting, f_divergence_type, "
             "f_alpha_divergence_coef, label_smoothing, soft_label_scale",
         ),
+        ("scoring.functio=a:b", "scoring.functio: unknown key; did you mean 'function'?"),
+        (
+            "scoring.base_url=x",
+            "scoring.base_url: unknown key; known keys: type, function, allow_outside, batch_size, timeout_s, "
+            "max_unscored",
+        ),
+        (
+            "scoring={type: judge, base_url: 'http://h/v1', model: m, critrion: x}",
+            "scoring.critrion: unknown key; did you mean 'criterion'?",
+        ),
         ("reference.n=3", "reference.n: unknown key; known keys: policy"),
         (
             "loss={loss_type: mix, losses: [{loss_type: sft}, {loss_type: ipo, bta: 1}]}",
@@ -129,6 +142,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one(wrong: str, message: str) 
         ("loss.beta=0", "loss.beta: Input should be greater than 0 (got 0)"),
         ("loss.loss_type=ippo", "loss.loss_type: unknown value 'ippo'; did you mean 'ipo'?"),
         ("loss.loss_type=3", "loss.loss_type: unknown value '3'; known values: sigmoid, sigmoid_norm, probit, "),
+        ("scoring.type=jugde", "scoring.type: unknown value 'jugde'; did you mean 'judge'?"),
         ("reference.policy=previous", "reference.policy: unknown value 'previous'; did you mean 'previous_round'?"),
         (
             "loss={loss_type: mix, losses: [{loss_type: simpo}, {loss_type: kll}]}",
@@ -146,6 +160,11 @@ def test_an_unknown_key_is_named_with_the_nearest_one(wrong: str, message: str) 
         ("pairing.min_margin=.nan", "pairing.min_margin: Input should be a finite number (got nan)"),
         ("scoring.max_unscored=2", "scoring.max_unscored: Input should be less than or equal to 1 (got 2)"),
         ("scoring.function=os.system", "scoring.function: String should match pattern"),
+        ("scoring={type: judge, base_url: 'http://h/v1'}", "scoring.model: Field required"),
+        (
+            "scoring={type: judge, base_url: 'http://h/v1', model: m, concurrency: 0}",
+            "scoring.concurrency: Input should be greater than 0 (got 0)",
+        ),
         ("run.name=../elsewhere", "run.name: String should match pattern"),
         ("run.seed=-1", "run.seed: Input should be greater than or equal to 0 (got -1)"),
         ("run.seed.x=1", "run.seed: Input should be a valid integer (got {'x': 1})"),

@@ -277,6 +277,20 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
     assert (facts.name, facts.loss) == ("mine", named)
 
 
+@pytest.mark.parametrize(
+    ("scoring", "named"),
+    [
+        ("{function: 'mine:score'}", "mine:score"),
+        ("{type: judge, base_url: 'http://10.0.0.7:8000/v1', model: org/judge}", "judge org/judge"),
+        ("{type: judge, base_url: 'http://10.0.0.7:8000/v1', model: /data/private/judge}", "judge judge"),
+    ],
+)
+def test_the_card_names_the_scorer_without_addresses(scoring: str, named: str, tmp_path: Path) -> None:
+    report = RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {})
+    facts = card_facts(RunDirectory(tmp_path), parse_config({}, [f"scoring={scoring}"]), report)
+    assert facts.scorer == named
+
+
 def test_framework_versions_are_those_installed() -> None:
     versions = framework_versions()
     assert versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]

@@ -13,6 +13,7 @@ from raylign.errors import ModelError, PlacementError, PromptError, RaylignError
 from raylign.models import DTYPES
 from recipes.plan import RunPlan, make_plan, notes
 from recipes.plan_view import show_plan
+from tests.judges import Judged, honest
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
 TWO_CORES_EACH = ("placement.generator_cpus=2", "placement.trainer_cpus=2")
@@ -34,7 +35,8 @@ def test_the_facts_of_the_tiny_recipe(plan: Plan, tmp_path: Path) -> None:
     assert found.model.folder == tmp_path / "policy"
     assert (found.prompts.train, found.prompts.held_out) == (7, 3)
     assert (found.prompts.shortest, found.prompts.middle, found.prompts.longest) == (1, 3, 5)
-    assert found.scorer.file == Path(__file__).with_name("user_scores.py")
+    assert found.scorer[0] == "user_scores:length"
+    assert found.scorer[1].startswith(f"{Path(__file__).with_name('user_scores.py')}:")
     assert (found.transport, found.push_bytes) == ("shm", 2 * PARAMETERS)
 
 
@@ -91,6 +93,15 @@ def test_what_a_run_would_refuse_a_plan_refuses(
         plan(override)
 
 
+def test_a_judge_is_shown_with_what_it_is_asked(plan: Plan, judged: Judged, tmp_path: Path) -> None:
+    _, server = judged(honest)
+    console = Console(width=300, record=True, quiet=False, file=(tmp_path / "page.txt").open("w"))
+    show_plan(plan(f"scoring={{type: judge, base_url: '{server.base_url}', model: org/judge}}"), console)
+    page = console.export_text()
+    assert "judge org/judge" in page and f"at {server.base_url}" in page and "criterion: The better answer" in page
+    assert f"at most {5 * 4 * 3} questions a round, 3 an evaluation" in page
+
+
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
     with pytest.raises(WeightSyncError, match="free, a weight push needs"):
@@ -136,7 +147,7 @@ def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
         "LoRA adapter of rank 4: 928 parameters (82.3%)",
         "7 to train on, 3 held out",
         "1 to 5 tokens, median 3; at most 22",
-        f"sha256 {found.scorer.sha256}",
+        *found.scorer,
         "5 prompts x 4 candidates x at most 10 tokens = at most 200 sampled tokens",
         "at most 4 optimizer steps of 4 preferences (1 rank x 2 per device x 2 accumulated), 2 epochs",
         "at most 400 sampled tokens, 90 more in 3 evaluations, 8 optimizer steps",

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
@@ -166,7 +166,7 @@ def test_no_process_outlives_a_killed_parent(make: Make, tmp_path: Path) -> None
     script = textwrap.dedent(f"""\
         import sys
         sys.path[:0] = {sys.path!r}
-        from raylign.config.blocks import FunctionScoringBlock
+        from raylign.config.scoring import FunctionScoringBlock
         from raylign.records import Prompt
         from raylign.scoring import FunctionScorer, ScoringItem
         scorer = FunctionScorer(FunctionScoringBlock(function="user_scores:spawning"))

@@ -239,9 +239,13 @@ def test_other_addresses_stay_as_they_are() -> None:
 
 
 def test_what_is_published_has_no_secrets_by_name_or_in_addresses() -> None:
-    tree = {"judge": {"api_key": SECRET, "url": f"https://me:{SECRET}@host/v1"}, "list": [{"token": SECRET}]}
+    tree = {
+        "judge": {"api_key": SECRET, "api_key_env": "JUDGE_KEY", "url": f"https://me:{SECRET}@host/v1"},
+        "list": [{"token": SECRET}],
+    }
     for published in (publishable(tree), redacted(tree)):
         assert SECRET not in json.dumps(published) and REDACTED in json.dumps(published)
+        assert "JUDGE_KEY" in json.dumps(published)
 
 
 def test_no_secret_reaches_the_scoring_process() -> None:

@@ -95,6 +95,14 @@ def test_what_the_job_would_refuse_is_refused_here(settings: tuple[str, ...], me
     assert message in result.stderr and "Traceback" not in result.output
 
 
+def test_the_name_of_a_variable_with_a_key_may_be_part_of_a_command() -> None:
+    judge = ("scoring={type: judge, base_url: 'http://judge:8000/v1', model: m}", "scoring.api_key_env=JUDGE_KEY")
+    assert prepare(RECIPE, [SHARED, *judge], ROOT).entrypoint.endswith(" scoring.api_key_env=JUDGE_KEY")
+    with pytest.raises(ConfigError, match="not the name of an environment variable") as caught:
+        prepare(RECIPE, [SHARED, judge[0], "scoring.api_key_env=hush-1234"], ROOT)
+    assert "hush-1234" not in str(caught.value)
+
+
 def test_a_recipe_outside_the_uploaded_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not in .*, the folder that is uploaded; copy it there"):
         prepare(RECIPE, [SHARED], tmp_path)

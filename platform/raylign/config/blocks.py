@@ -92,22 +92,6 @@ class SamplingBlock(Block):
     """Keep only the k likeliest tokens; 0 keeps all."""
 
 
-class FunctionScoringBlock(Block):
-    """Scores from a Python function `(prompts, completions) -> list[float | None]`."""
-
-    type: Literal["function"] = "function"
-    function: str = Field("raylign.scoring.vader:compound", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """`module:function`; runs in the scorer actor. `plan` shows its file and hash."""
-    allow_outside: bool = False
-    """Take the function from a file outside the working directory and the installed packages."""
-    batch_size: PositiveInt = 64
-    """Completions per call."""
-    timeout_s: PositiveFloat = 10.0
-    """Deadline per item in seconds; an item past it is unscored."""
-    max_unscored: Fraction = 0.2
-    """The round stops when more than this share of candidates is unscored."""
-
-
 class BestWorstPairingBlock(Block):
     """The best against the worst candidate of each prompt."""
 

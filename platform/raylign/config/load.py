@@ -123,7 +123,7 @@ def _place(location: Sequence[int | str]) -> tuple[list[str], list[type[BaseMode
     for part in map(str, location):
         fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
         of_kind = [block for block in blocks if part in _kinds(block)]
-        if of_kind and not fields:
+        if of_kind and (len(blocks) > 1 or not fields):
             blocks = of_kind
             continue
         keys.append(part)
@@ -143,7 +143,7 @@ def _kinds(block: type[BaseModel]) -> set[Any]:
     """What the block's discriminator may be."""
     return {
         kind
-        for name in ("loss_type", "policy")
+        for name in ("loss_type", "policy", "type")
         if name in block.model_fields
         for kind in _members(block.model_fields[name].annotation)
     }

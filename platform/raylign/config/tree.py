@@ -8,7 +8,6 @@ from raylign.config.base import Block
 from raylign.config.blocks import (
     BestWorstPairingBlock,
     EvaluationBlock,
-    FunctionScoringBlock,
     GeneratorsBlock,
     ModelBlock,
     PlacementBlock,
@@ -22,6 +21,7 @@ from raylign.config.blocks import (
 )
 from raylign.config.losses import LossUnion, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
+from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion
 
 
 class RunConfig(Block):
@@ -31,7 +31,7 @@ class RunConfig(Block):
     model: ModelBlock = ModelBlock()
     prompts: PromptsBlock = PromptsBlock()
     sampling: SamplingBlock = SamplingBlock()
-    scoring: FunctionScoringBlock = FunctionScoringBlock()
+    scoring: ScoringUnion = FunctionScoringBlock()
     pairing: BestWorstPairingBlock = BestWorstPairingBlock()
     loss: LossUnion = SigmoidLossBlock()
     reference: ReferenceUnion = InitialReferenceBlock()
@@ -101,6 +101,16 @@ class RunConfig(Block):
             raise ValueError(f"trainer.offload.param needs trainer.zero_stage=3, not {stage}")
         if offload.optimizer and stage == 0:
             raise ValueError("trainer.offload.optimizer needs trainer.zero_stage 1, 2 or 3, not 0")
+        return self
+
+    @model_validator(mode="after")
+    def a_judge_rates_held_out_completions_alone(self) -> Self:
+        count = self.evaluation.num_generations
+        if isinstance(self.scoring, JudgeScoringBlock) and count > 1:
+            raise ValueError(
+                f"evaluation.num_generations={count} with scoring.type=judge: completions of one prompt are compared "
+                "with each other, and their mean is 1/2 however good they are; set evaluation.num_generations=1"
+            )
         return self
 
     @property

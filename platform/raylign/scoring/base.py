@@ -23,8 +23,11 @@ class ScoringItem:
 class Scorer(Protocol):
     """Judges completions."""
 
-    def score(self, items: Sequence[ScoringItem]) -> list[Score]:
-        """One score per item, in the items' order. What cannot be judged has value None and a reason."""
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in the items' order. What cannot be judged has value None and a reason.
+
+        Nothing is asked any more once more than `allowed` items are unscored; None takes the scorer's own limit.
+        """
         ...
 
 
@@ -48,5 +51,6 @@ def check_unscored(scores: Sequence[Score], limit: float) -> None:
     raise ScorerError(
         f"{unscored} of {len(scores)} completions ({unscored / len(scores):.0%}) are unscored; "
         f"scoring.max_unscored={limit:g} allows {limit:.0%}. Most frequent reasons:{shown}\n"
-        "Fix the scoring function (its traceback is on stderr), or raise scoring.timeout_s or scoring.max_unscored."
+        "Fix what they name (a scoring function's traceback is on stderr), or raise scoring.timeout_s or "
+        "scoring.max_unscored."
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylign.config.blocks import FunctionScoringBlock
+from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring.base import RETURNED_NONE, ScoringItem, most_unscored, skipped

@@ -53,8 +53,11 @@ def _redacted(name: str, value: Any) -> Any:
 
 
 def names_secret(name: str) -> bool:
-    """Whether `name` is a secret's: it has a whole word such as `token`, which `max_new_tokens` has not."""
-    return bool({word.lower() for word in _WORD_BREAK.split(name)} & _SECRET_WORDS)
+    """Whether `name` is a secret's: it has a whole word such as `token`, which `max_new_tokens` has not.
+
+    An option `..._env` holds no secret but the name of the variable with it.
+    """
+    return not name.endswith("_env") and bool({word.lower() for word in _WORD_BREAK.split(name)} & _SECRET_WORDS)
 
 
 def _hides(name: str, value: Any) -> bool:

@@ -1,0 +1,177 @@
+"""Scores from a language model: candidates of one prompt are compared in pairs, one that stands alone is rated."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, groupby
+
+from raylign.config.scoring import JudgeScoringBlock
+from raylign.records import Prompt, Score
+from raylign.scoring.base import ScoringItem, most_unscored, skipped
+from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
+from raylign.scoring.judge_client import JudgeClient, Ledger, NoVerdict, api_key, connected
+from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, how_good, which_is_better
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two verdicts on one pair. `share` of the win goes to the first (1, 1/2 or 0); without verdicts there is none."""
+
+    share: float
+    disagreed: bool
+
+    @property
+    def reversed(self) -> "Comparison":
+        return Comparison(1.0 - self.share, self.disagreed)
+
+
+EQUAL = Comparison(0.5, disagreed=False)
+"""Answers with the same text, which nobody is asked about."""
+Outcome = Comparison | NoVerdict
+
+
+class JudgeScorer:
+    """Asks a judge about the items of one prompt that stand together.
+
+    Two or more are compared, each with each, in both orders. The two verdicts must agree, else the comparison is a
+    tie, so that a judge who prefers a position, or is told to take "A", decides nothing. A score is the mean share of
+    wins (a tie is half a win) over the comparisons that have both verdicts, in 0..1, and only means something beside
+    the other candidates of its prompt; without any comparison the candidate is unscored. `parts` has `comparisons`,
+    `disagreements` and `missing`.
+
+    One item alone is rated from 1 to 10; its score is (rating - 1) / 9, and `parts` has `rating`. No second order
+    protects a rating: what it serves (held-out evaluation) is never trained on.
+    """
+
+    def __init__(self, block: JudgeScoringBlock) -> None:
+        """Asks nothing yet. Raises ScorerError when the key cannot be sent."""
+        self.spent = Ledger()
+        self._block, self._key = block, api_key(block)
+        self._met = False
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored.
+
+        By default that is a share of `max_unscored`. The first call meets the judge before it scores anything, and
+        raises ScorerError: not reached, key refused, model not known, canaries failed.
+        """
+        if not items:
+            return []
+        limit = most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed
+        before = self.spent.copy()
+        try:
+            return asyncio.run(self._score(items, limit))
+        finally:
+            self._log_cost(self.spent.since(before))
+
+    def close(self) -> None:
+        """Nothing is kept open between calls."""
+
+    async def _score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
+        async with connected(self._block, self._key, self.spent) as client:
+            await self._meet(client)
+            hearing = _Hearing(self._block, client, allowed)
+            found = await asyncio.gather(*(hearing.judge(group) for group in groups(items)))
+        return [score for scores in found for score in scores]
+
+    async def _meet(self, client: JudgeClient) -> None:
+        if self._met:
+            return
+        await (require_sound_judge if self._block.canaries else require_answering_judge)(client, self._block)
+        self._met = True
+
+    def _log_cost(self, spent: Ledger) -> None:
+        log.info(
+            "judge %s: %d requests, %d of them without a verdict; %d comparisons, %d of them disagreed; "
+            "%d tokens (%d answers without usage)",
+            self._block.model,
+            spent.requests,
+            spent.failures,
+            spent.comparisons,
+            spent.disagreements,
+            spent.tokens,
+            spent.unmetered,
+        )
+
+
+def groups(items: Sequence[ScoringItem]) -> list[list[ScoringItem]]:
+    """Items of one prompt that stand together."""
+    return [list(group) for _, group in groupby(items, key=lambda item: item.prompt.id)]
+
+
+class _Hearing:
+    """One call's groups, of whose items `allowed` may stay unscored before nothing is asked any more."""
+
+    def __init__(self, block: JudgeScoringBlock, client: JudgeClient, allowed: int) -> None:
+        self._block, self._client, self._allowed = block, client, allowed
+        self._unscored = 0
+
+    async def judge(self, group: Sequence[ScoringItem]) -> list[Score]:
+        prompt, texts = group[0].prompt, [item.completion for item in group]
+        scores = [await self._rate(prompt, texts[0])] if len(texts) == 1 else await self._compare_all(prompt, texts)
+        self._unscored += sum(score.value is None for score in scores)
+        if self._unscored > self._allowed:
+            self._client.stop(skipped(self._block.max_unscored).reason)
+        return scores
+
+    async def _rate(self, prompt: Prompt, text: str) -> Score:
+        try:
+            verdict = await self._client.ask(partial(how_good, prompt.messages, text, self._block.criterion))
+        except NoVerdict as failure:
+            return Score(None, reason=str(failure))
+        rating = int(verdict)
+        return Score((rating - 1) / (len(RATINGS) - 1), {"rating": float(rating)})
+
+    async def _compare_all(self, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
+        pairs = list(combinations(dict.fromkeys(texts), 2))
+        outcomes = await asyncio.gather(*(self._compare(prompt, first, second) for first, second in pairs))
+        table: dict[tuple[str, str], Outcome] = {}
+        for (first, second), outcome in zip(pairs, outcomes, strict=True):
+            table[first, second] = outcome
+            table[second, first] = outcome.reversed if isinstance(outcome, Comparison) else outcome
+        return [
+            _score_of([table.get((text, other), EQUAL) for at, other in enumerate(texts) if at != place])
+            for place, text in enumerate(texts)
+        ]
+
+    async def _compare(self, prompt: Prompt, first: str, second: str) -> Outcome:
+        """Both orders; the comparison is missing when either has no verdict."""
+        one, other = await asyncio.gather(
+            self._share_of_first(prompt, first, second), self._share_of_first(prompt, second, first)
+        )
+        if isinstance(one, NoVerdict):
+            return one
+        if isinstance(other, NoVerdict):
+            return other
+        disagreed = one != 1.0 - other
+        self._client.ledger.comparisons += 1
+        self._client.ledger.disagreements += disagreed
+        return Comparison(0.5 if disagreed else one, disagreed)
+
+    async def _share_of_first(self, prompt: Prompt, first: str, second: str) -> float | NoVerdict:
+        """1, 1/2 or 0 by one verdict."""
+        try:
+            verdict = await self._client.ask(
+                partial(which_is_better, prompt.messages, first, second, self._block.criterion)
+            )
+        except NoVerdict as failure:
+            return failure
+        return 0.5 if verdict == TIE else float(verdict == FIRST)
+
+
+def _score_of(outcomes: Sequence[Outcome]) -> Score:
+    """The score of one candidate from its comparisons with every other one."""
+    missing = [outcome for outcome in outcomes if isinstance(outcome, NoVerdict)]
+    made = [outcome for outcome in outcomes if isinstance(outcome, Comparison)]
+    if missing and all(outcome is EQUAL for outcome in made):
+        return Score(None, reason=str(missing[0]))
+    parts = {
+        "comparisons": float(len(made)),
+        "disagreements": float(sum(outcome.disagreed for outcome in made)),
+        "missing": float(len(missing)),
+    }
+    return Score(sum(outcome.share for outcome in made) / len(made), parts)
