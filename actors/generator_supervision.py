@@ -12,9 +12,10 @@ from ray.actor import ActorHandle
 from actors.generator_pool import GeneratorPool
 from actors.in_flight import InFlight
 from actors.incidents import Incidents
-from actors.processes import kill
+from actors.processes import is_dead, kill
 from actors.stacks import dump_stacks
 from actors.waiting import get_together
+from actors.watch import GONE, Guard, attended
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError
 from raylign.records import Candidate, Prompt
@@ -52,9 +53,11 @@ class SupervisedGenerators(GeneratorPool):
         super().__init__([spawn(slot) for slot in range(block.count)])
         self._spawn, self._catch_up, self._incidents, self._stacks = spawn, catch_up, incidents, stacks
         self._block, self._heartbeat_s = block, recovery.heartbeat_s
+        self.guard = Guard()
         self._starting: dict[Any, tuple[int, float]] = {}
         """Replacements that have not answered yet: slot, and until when they are waited for."""
 
+    @attended
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -95,6 +98,7 @@ class SupervisedGenerators(GeneratorPool):
             self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
+    @attended
     def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
         """As of `GeneratorPool`; a generator that is lost meanwhile is replaced and its successor asked.
 
@@ -114,8 +118,10 @@ class SupervisedGenerators(GeneratorPool):
             self.settle()
         return [answers[slot] for slot in sorted(answers)]
 
+    @attended
     def settle(self) -> None:
         """Wait until every generator has started, or those that have not are late."""
+        self.look_after_starting()
         while any(time.monotonic() < deadline for _, deadline in self._starting.values()):
             ray.wait(list(self._starting), timeout=self._heartbeat_s)
             self.look_after_starting()
@@ -130,6 +136,12 @@ class SupervisedGenerators(GeneratorPool):
             f"(generators.start_timeout_s); free in the cluster: {free}. Give it the node back that it lost, or lower "
             "generators.count, then run the same command again: it goes on where it stopped"
         )
+
+    def tend(self) -> None:
+        """Replace dead generators while nobody asks anything of them."""
+        for slot in self._ready_slots():
+            if is_dead(self.handles[slot]):
+                self._replace(slot, GONE)
 
     def _ready_slots(self) -> list[int]:
         starting = {slot for slot, _ in self._starting.values()}

@@ -1,6 +1,7 @@
 """Lost and replaced actors: counted, capped, and put on record."""
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ Record = Callable[[str, Happened, Mapping[str, Any]], None]
 
 
 class Incidents:
-    """One for all roles of a run. `begin_round` tells it where the run is."""
+    """One for all roles of a run, in whatever thread a loss is noticed. `begin_round` tells it where the run is."""
 
     def __init__(self, block: RecoveryBlock, record: Record) -> None:
         self._block, self._record = block, record
@@ -25,31 +26,35 @@ class Incidents:
         self._lost_at: deque[float] = deque()
         self._since: dict[str, float] = {}
         self._counts: Counter[tuple[str, Happened]] = Counter()
+        self._lock = threading.Lock()
 
     def begin_round(self, index: int) -> None:
         self._round = index
 
     def lost(self, role: str, actor: str, cause: str, error: type[RaylignError]) -> None:
         """Record that `actor` (unique name) of `role` is gone. Raises `error` past the cap of restarts."""
-        now = time.monotonic()
-        self._since.setdefault(actor, now)
         log.warning("%s is lost (%s); replacing it", actor, cause)
-        self._put(role, "lost", {"actor": actor, "cause": cause})
-        self._lost_at.append(now)
-        while now - self._lost_at[0] > self._block.window_s:
-            self._lost_at.popleft()
-        if len(self._lost_at) > self._block.max_restarts:
+        with self._lock:
+            now = time.monotonic()
+            self._since.setdefault(actor, now)
+            self._put(role, "lost", {"actor": actor, "cause": cause})
+            self._lost_at.append(now)
+            while now - self._lost_at[0] > self._block.window_s:
+                self._lost_at.popleft()
+            losses = len(self._lost_at)
+        if losses > self._block.max_restarts:
             raise error(
-                f"{actor} is lost ({cause}), loss number {len(self._lost_at)} within {self._block.window_s:g} s, and "
+                f"{actor} is lost ({cause}), loss number {losses} within {self._block.window_s:g} s, and "
                 f"recovery.max_restarts={self._block.max_restarts}; everything finished is saved. Find what ends the "
                 "actors (out of memory? see the actor logs), then run the same command again"
             )
 
     def recovered(self, role: str, actor: str) -> None:
         """Record that a replacement of `actor` is at work."""
-        seconds = time.monotonic() - self._since.pop(actor)
+        with self._lock:
+            seconds = time.monotonic() - self._since.pop(actor)
+            self._put(role, "recovered", {"actor": actor, "seconds": seconds})
         log.warning("%s is replaced after %.1f s", actor, seconds)
-        self._put(role, "recovered", {"actor": actor, "seconds": seconds})
 
     def _put(self, role: str, happened: Happened, detail: Mapping[str, Any]) -> None:
         self._counts[role, happened] += 1

@@ -9,7 +9,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.incidents import Incidents
+from actors.processes import is_dead
 from actors.waiting import get_all, root_cause
+from actors.watch import GONE, Guard, attended
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
@@ -48,12 +50,15 @@ class ScorerClient:
         self._spawn, self._block, self._incidents = spawn, block, incidents
         self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
         self._handle = spawn()
-        self._replacing = False
+        self._starting: list[Any] = []
+        """The answer that a replacement has loaded, while it is waited for."""
+        self.guard = Guard()
 
     def wait_ready(self) -> None:
         """Wait until the first actor has loaded. Raises ScorerError when it cannot."""
         get_all([self._handle.ready.remote()], self._start_timeout_s, "starting the scorer", ScorerError)
 
+    @attended
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -79,6 +84,14 @@ class ScorerClient:
             advance(len(batch))
         return scores
 
+    def tend(self) -> None:
+        """Replace a dead actor while nobody asks anything of it, and say when its successor has loaded."""
+        if self._starting:
+            if ray.wait(self._starting, timeout=0)[0]:
+                self._finish_replacing()
+        elif is_dead(self._handle):
+            self._replace(GONE)
+
     def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
         deadline = self._restarts_s + longest_s(batch, self._block)
         cause = ""
@@ -98,13 +111,13 @@ class ScorerClient:
             ray.kill(self._handle)
         self._incidents.lost(ROLE, ACTOR, cause, ScorerError)
         self._handle = self._spawn()
-        self._replacing = True
+        self._starting = [self._handle.ready.remote()]
 
     def _finish_replacing(self) -> None:
-        if self._replacing:
-            _result(self._handle.ready.remote(), self._start_timeout_s)
+        for ready in self._starting:
+            self._starting = []
+            _result(ready, self._start_timeout_s)
             self._incidents.recovered(ROLE, ACTOR)
-            self._replacing = False
 
 
 def _result(ref: Any, timeout_s: float) -> Any:

@@ -25,6 +25,7 @@ from actors.stacks import remove_empty
 from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
 from actors.waiting import get_all
+from actors.watch import watched
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.manifest import checkpoint_manifest
@@ -36,6 +37,7 @@ from actors.weight_sync.transports import (
     Transport,
     WeightTransport,
     choose_transport,
+    require_room,
 )
 from raylign.config import RunConfig
 from raylign.errors import GeneratorError
@@ -85,6 +87,7 @@ def team(
             adapter=config.model.adapter_fits_checkpoint,
             own_devices=config.placement.mode == "disaggregated",
         )
+        mover = _transport(config, folder, transport, directory)
         actors: list[ActorHandle[Any]] = []
         stack.callback(kill, actors)
         stacks = (config.run.dir / config.run.name).absolute() / STACKS
@@ -110,15 +113,9 @@ def team(
             stacks=stacks,
         )
         stack.callback(lambda: kill(trainers.handles))
-        roles = _ready_team(
-            config,
-            generators,
-            trainers,
-            scorer,
-            _transport(config, folder, transport, directory),
-            canary_ids,
-        )
-        yield roles
+        roles = _ready_team(config, generators, trainers, scorer, mover, canary_ids)
+        with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
+            yield roles
 
 
 def _ready_team(
@@ -207,9 +204,12 @@ def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
 
 
 def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
+    """Raises WeightSyncError when a push would not fit, before anything is started."""
     match transport:
         case "shm":
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+            made = ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+            require_room(directory, made.needed_bytes)
+            return made
         case "lora":
             return LoraTransport(directory)
         case "nccl":

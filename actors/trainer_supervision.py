@@ -11,11 +11,12 @@ from ray.actor import ActorHandle
 
 from actors.incidents import Incidents
 from actors.network import free_address
-from actors.processes import kill
+from actors.processes import is_dead, kill
 from actors.stacks import dump_stacks
 from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
 from actors.waiting import get_all, get_together
+from actors.watch import GONE, Guard, attended
 from raylign.checkpoints import PARTIAL, Checkpoint, Metrics
 from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import LossBlock
@@ -81,13 +82,16 @@ class SupervisedTrainers(TrainerGroup):
             stacks,
         )
         self._newest: tuple[Checkpoint, ...] = ()
+        self.guard = Guard()
 
+    @attended
     def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Go on from the checkpoint, now and whenever ranks are lost; [] is the model as it was loaded."""
         self._newest = tuple(checkpoints)
         for checkpoint in checkpoints:
             self.load_state(str(checkpoint.folder / STATE))
 
+    @attended
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
     ) -> list[Metrics]:
@@ -105,7 +109,7 @@ class SupervisedTrainers(TrainerGroup):
                     shown = max(shown, number)
                 return self._save(record, complete=True)
             except ActorsLost as lost:
-                self._replace(lost)
+                self._replace(self._diagnosed(lost))
             except KeyboardInterrupt:
                 log.warning("saving what is trained of round %d", record.index)
                 self._save(record, complete=False)
@@ -150,17 +154,19 @@ class SupervisedTrainers(TrainerGroup):
         self._newest = (Checkpoint(folder.with_name(name), record.index, complete, tuple(steps)),)
         return steps
 
+    @attended
     def once(self, method: str, *args: object) -> Any:
         """Rank 0's answer, or ActorsLost: for calls that a replaced group must not simply repeat."""
         return self._ask(method, *args, what=method.replace("_", " "), steps=1)[0]
 
+    @attended
     def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
         """Between rounds the newest checkpoint is what the ranks hold, so that a new group can answer as well."""
         while True:
             try:
                 return self._ask(method, *args, what=what, steps=steps)
             except ActorsLost as lost:
-                self._replace(lost)
+                self._replace(self._diagnosed(lost))
 
     def _diagnosed(self, lost: ActorsLost) -> str:
         """The cause; of ranks that did not answer also where their stacks are."""
@@ -169,13 +175,18 @@ class SupervisedTrainers(TrainerGroup):
         where = [dump_stacks(handle, self._stacks, f"trainer-{rank}") for rank, handle in enumerate(self.handles)]
         return "; ".join([str(lost), *where])
 
-    def _replace(self, lost: ActorsLost) -> None:
+    def tend(self) -> None:
+        """New ranks when one is dead; between rounds the newest checkpoint is what they hold."""
+        if any(is_dead(handle) for handle in self.handles):
+            self._replace(GONE)
+
+    def _replace(self, cause: str) -> None:
         """New ranks that go on from the newest checkpoint.
 
         Raises TrainerError past the cap of restarts, and when they do not start in time, as where a node is gone.
         """
         while True:
-            self._incidents.lost("trainer", _NAME, self._diagnosed(lost), TrainerError)
+            self._incidents.lost("trainer", _NAME, cause, TrainerError)
             kill(self.handles)
             try:
                 self.handles = tuple(self._start())
@@ -184,7 +195,7 @@ class SupervisedTrainers(TrainerGroup):
             except ActorsLost as again:
                 if again.__cause__ is None:
                     raise TrainerError(f"{again}; {_TOO_SMALL}") from again
-                lost = again
+                cause = self._diagnosed(again)
                 continue
             self._incidents.recovered("trainer", _NAME)
             return

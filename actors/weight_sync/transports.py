@@ -56,8 +56,13 @@ class ShmTransport:
     manifest: Manifest
     bytes_per_weight: int
 
+    @property
+    def needed_bytes(self) -> int:
+        """Room that a push takes."""
+        return self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values())
+
     def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
-        require_room(self.directory, self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values()))
+        require_room(self.directory, self.needed_bytes)
         with _own_folder(self.directory) as folder:
             path = folder / "model.safetensors"
             trainers.save_weights(str(path))

@@ -100,7 +100,7 @@ class Soak:
                 if self._reports() > known:
                     known = self._reports()
                     self._say(f"{known} of {self._rounds} rounds, {len(self._chaos.injected)} faults")
-                if "team ready" in self._output() and self._reports() < self._rounds:
+                if "team ready" in self._output() and self._reports() < self._rounds - 2:
                     self._injure(driver)
                 self._chaos.follow(self.journal)
         if driver.returncode not in (0, -signal.SIGKILL):

@@ -131,6 +131,7 @@ def test_a_missing_recipe_is_named(files: Path, ray_folder: Path) -> None:
     [
         ("placement.generator_cpus=64", ["the roles need 64 CPU (available", "lower placement.generator_cpus"]),
         ("run.dir=empty.jsonl", ["empty.jsonl", "cannot be written", "run.dir"]),
+        ("run.dir=/proc/raylign", ["/proc/raylign", "cannot be written", "run.dir"]),
         ("run.name=finished", ["runs/finished exists already", "run.name="]),
     ],
 )

@@ -21,12 +21,13 @@ from raylign.errors import GeneratorError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
 from tests.faults import record
+from tests.integration.tiny import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 DECODING = Decoding(num_generations=4, max_new_tokens=160, temperature=1.0, top_p=1.0, top_k=0)
 LOST = "nothing: same candidates"
-MOST_RESTARTS = 6
+MOST_RESTARTS = 9
 
 
 def _config(folder: Path) -> RunConfig:
@@ -168,7 +169,7 @@ def test_one_goes_silent_while_it_samples(part: str, stage: Stage) -> None:
         assert "it is stopped" in cause
     else:
         assert "its stacks are in" in cause
-        assert any("asyncio" in path.read_text() for path in stage.stacks.glob("generator-1-*.txt"))
+        assert any("most recent call first" in path.read_text() for path in stage.stacks.glob("generator-1-*.txt"))
     record(
         f"generator's {part} stopped while it samples (deadline 30 s)",
         "SIGSTOP",
@@ -192,6 +193,36 @@ def test_one_is_killed_before_a_publish(stage: Stage) -> None:
         detected_s=detected,
         recovered_s=recovered,
         lost="nothing: the other keeps its engine, the replacement gets the version and passes the canary",
+    )
+
+
+@pytest.mark.long_fault
+def test_actors_that_nobody_uses_are_missed(stage: Stage) -> None:
+    """A generator, the trainer and the scorer, all idle."""
+    stage.roles.generators.settle()
+    moment = time.monotonic()
+    (scorer,) = [
+        p for p in psutil.Process().children(recursive=True) if " ".join(p.cmdline()).startswith("ray::_Scorer")
+    ]
+    trainer = process_of(stage.roles.trainers.handles[0]).pid
+    for pid in (stage.process(1).pid, trainer, scorer.pid):
+        os.kill(pid, signal.SIGKILL)
+
+    def entries(happened: str) -> dict[str, tuple[float, dict[str, Any]]]:
+        return {e[2]["actor"]: (e[0] - moment, e[2]) for e in stage.seen.since(moment) if e[1] == happened}
+
+    wait_until(lambda: len(entries("lost")) == 3, 20, lambda: f"three losses in {entries('lost')}")
+    detected = max(seconds for seconds, _ in entries("lost").values())
+    assert detected < 10
+    stage.roles.generators.settle()
+    assert stage.roles.trainers.token_logps([(1, 2, 3)])
+    wait_until(lambda: len(entries("recovered")) == 3, 120, lambda: f"three recoveries in {entries('recovered')}")
+    record(
+        "generator, trainer and scorer killed while idle",
+        "kill -9",
+        detected_s=detected,
+        recovered_s=max(detail["seconds"] for _, detail in entries("recovered").values()),
+        lost="nothing",
     )
 
 

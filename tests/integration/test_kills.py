@@ -150,8 +150,8 @@ def disturbed(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> It
             time.sleep(0.4)
             victims = processes(run, title)
             assert victims, f"no {title} among {run.processes()}"
-            os.kill(victims[0], signal.SIGKILL)
             moments[role] = time.time()
+            os.kill(victims[0], signal.SIGKILL)
         status, _ = run.finish(START_S)
         assert status == 0, run.output
     yield folder, moments

@@ -72,7 +72,14 @@ class Chaos:
             if fault.name in KILLED:
                 _follow_loss(fault, KILLED[fault.name][0], events)
             elif fault.name == DRIVER:
-                fault.recovered_s += [e.time - fault.at for e in events if e.time > fault.at and _is_work(e)][:1]
+                self._restarted(fault, [e.time for e in events if e.time > fault.at and _is_work(e)][:1])
+
+    def _restarted(self, driver: Injected, again: Sequence[float]) -> None:
+        """A new driver brings new actors: with it the faults before are over, noticed or not."""
+        for moment in again:
+            for fault in self.injected:
+                if not fault.over and fault.at <= driver.at and (fault is driver or fault.name in KILLED):
+                    fault.recovered_s.append(moment - fault.at)
 
     def end(self, name: str, seconds: float) -> None:
         """The fault `name` that is not over took `seconds`."""

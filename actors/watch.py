@@ -1,0 +1,92 @@
+"""A look at the actors that nobody is using: a dead one is noticed and replaced before it is needed."""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from ray.exceptions import RayError
+
+from raylign.errors import RaylignError
+
+log = logging.getLogger(__name__)
+
+GONE = "its process is gone"
+_JOIN_S = 10.0
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Guard:
+    """Held by whoever works with a role's actors, who sees for himself when one dies; the watch takes what is free."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._failures: list[RaylignError] = []
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Raises what the watch could not put right."""
+        with self._lock:
+            if self._failures:
+                raise self._failures.pop()
+            yield
+
+    def tend(self, look: Callable[[], None]) -> None:
+        """Call `look` unless somebody is at work."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            look()
+        except RaylignError as error:
+            self._failures.append(error)
+        except RayError as error:
+            log.warning("the watch over idle actors: %s: %s", type(error).__name__, error)
+        finally:
+            self._lock.release()
+
+
+class Role(Protocol):
+    """Actors that can be replaced."""
+
+    @property
+    def guard(self) -> Guard: ...
+
+    def tend(self) -> None:
+        """Replace the actors that are dead; called while nobody uses any."""
+        ...
+
+
+R = TypeVar("R", bound=Role)
+
+
+def attended(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
+    """A method of a role that works with its actors."""
+
+    @functools.wraps(method)
+    def call(self: R, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.guard.in_use():
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def watched(roles: Sequence[Role], every_s: float) -> Iterator[None]:
+    """Look at every role each `every_s` seconds, from a thread of its own."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(roles, every_s, stop), name="watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(_JOIN_S)
+
+
+def _watch(roles: Sequence[Role], every_s: float, stop: threading.Event) -> None:
+    while not stop.wait(every_s):
+        for role in roles:
+            role.guard.tend(role.tend)
