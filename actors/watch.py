@@ -75,18 +75,19 @@ def attended(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, 
 
 @contextmanager
 def watched(roles: Sequence[Role], every_s: float) -> Iterator[None]:
-    """Look at every role each `every_s` seconds, from a thread of its own."""
+    """Look at every role each `every_s` seconds, in a thread of its own: replacing one may take a while."""
     stop = threading.Event()
-    thread = threading.Thread(target=_watch, args=(roles, every_s, stop), name="watch", daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=_watch, args=(role, every_s, stop), name="watch", daemon=True) for role in roles]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join(_JOIN_S)
+        for thread in threads:
+            thread.join(_JOIN_S)
 
 
-def _watch(roles: Sequence[Role], every_s: float, stop: threading.Event) -> None:
+def _watch(role: Role, every_s: float, stop: threading.Event) -> None:
     while not stop.wait(every_s):
-        for role in roles:
-            role.guard.tend(role.tend)
+        role.guard.tend(role.tend)

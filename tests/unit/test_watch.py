@@ -13,11 +13,12 @@ from raylign.errors import TrainerError
 class Role:
     """Counts looks; `work` takes as long as it is told."""
 
-    def __init__(self, fails: bool = False) -> None:
-        self.guard, self.looks, self._fails = Guard(), 0, fails
+    def __init__(self, fails: bool = False, look: Callable[[], object] = lambda: None) -> None:
+        self.guard, self.looks, self._fails, self._look = Guard(), 0, fails, look
 
     def tend(self) -> None:
         self.looks += 1
+        self._look()
         if self._fails:
             raise TrainerError("past the cap")
 
@@ -65,3 +66,14 @@ def test_a_failure_is_raised_where_the_role_is_used_next() -> None:
         until(lambda: role.looks > 0)
     with pytest.raises(TrainerError, match="past the cap"):
         role.work(lambda: None)
+
+
+def test_a_role_that_takes_long_to_put_right_holds_up_no_other() -> None:
+    ended = threading.Event()
+    slow, other = Role(look=lambda: ended.wait(10)), Role()
+    with watched((slow, other), 0.01):
+        until(lambda: slow.looks == 1)
+        looks = other.looks
+        until(lambda: other.looks > looks + 3)
+        assert slow.looks == 1
+        ended.set()
