@@ -1,5 +1,6 @@
 """Generators that outlive their engines: a lost one is replaced, brought up to date, and only its prompts wait."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from actors.in_flight import InFlight
 from actors.incidents import Incidents
 from actors.processes import is_dead, kill
 from actors.stacks import dump_stacks
-from actors.waiting import get_together
+from actors.waiting import get_all, get_together
 from actors.watch import GONE, Guard, attended
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError
@@ -54,8 +55,25 @@ class SupervisedGenerators(GeneratorPool):
         self._spawn, self._catch_up, self._incidents, self._stacks = spawn, catch_up, incidents, stacks
         self._block, self._heartbeat_s = block, recovery.heartbeat_s
         self.guard = Guard()
+        self._loaded = False
         self._starting: dict[Any, tuple[int, float]] = {}
         """Replacements that have not answered yet: slot, and until when they are waited for."""
+
+    def wait_ready(self) -> None:
+        """Wait until the first generators have loaded. Raises GeneratorError when one cannot."""
+        ready = [handle.ready.remote() for handle in self.handles]
+        get_all(ready, self._block.start_timeout_s, "starting the generators", GeneratorError)
+        self._loaded = True
+
+    def shut_down(self, timeout_s: float) -> None:
+        """Let engines that have started end their processes themselves: killed ones leave their shared memory behind.
+
+        One that still loads would not answer; what it leaves, its janitor removes.
+        """
+        started = self._ready_slots() if self._loaded else []
+        refs = [self.handles[slot].shutdown.remote() for slot in started]
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(refs, timeout=timeout_s)
 
     @attended
     def sample(

@@ -1,14 +1,12 @@
 """All actors of a run, started from the config and taken down together."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -25,7 +23,6 @@ from actors.stacks import FOLDER as STACKS
 from actors.stacks import remove_empty
 from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
-from actors.waiting import get_all
 from actors.watch import watched
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
@@ -41,7 +38,6 @@ from actors.weight_sync.transports import (
     require_room,
 )
 from raylign.config import RunConfig
-from raylign.errors import GeneratorError
 from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
@@ -102,7 +98,7 @@ def team(
             stacks=stacks,
         )
         stack.callback(lambda: kill(generators.handles))
-        stack.callback(lambda: _shut_down(generators.handles))
+        stack.callback(lambda: generators.shut_down(_SHUTDOWN_S))
         scorer = _start_scorer(config, incidents, actors, stacks)
         trainers = SupervisedTrainers(
             lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
@@ -130,8 +126,7 @@ def _ready_team(
     """Wait until every actor has loaded; they load at the same time."""
     sync = config.generators.weight_sync
     scorer.wait_ready()
-    ready = [handle.ready.remote() for handle in generators.handles]
-    get_all(ready, config.generators.start_timeout_s, "starting the generators", GeneratorError)
+    generators.wait_ready()
     canary = Canary(canary_ids, sync.canary_max_gap)
     publisher = Publisher(trainers, generators, transport, canary, sync.timeout_s)
     return Team(generators, trainers, scorer, publisher)
@@ -220,9 +215,3 @@ def _transport(config: RunConfig, folder: str, transport: Transport, directory: 
             return LoraTransport(directory)
         case "nccl":
             return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
-
-
-def _shut_down(generators: Sequence[ActorHandle[Any]]) -> None:
-    """Let vLLM end its processes itself: killed ones leave their shared memory behind."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.wait([handle.shutdown.remote() for handle in generators], num_returns=len(generators), timeout=_SHUTDOWN_S)
