@@ -140,7 +140,7 @@ def _hit(process: psutil.Process, number: signal.Signals, moments: list[float]) 
     return hit
 
 
-@pytest.mark.fault
+@pytest.mark.long_fault
 @pytest.mark.parametrize("part", ["actor", "engine core"])
 def test_one_is_killed_while_it_samples(part: str, stage: Stage) -> None:
     victim = stage.process(1) if part == "actor" else stage.engine(0)

@@ -1,5 +1,6 @@
 """The adapter alone travels: vLLM's hot swap follows the trainer, and old prefixes are forgotten."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
 from tests.fakes import quiet_incidents
+from tests.faults import record
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +84,16 @@ def test_adapter_swap_follows_the_trainer(roles: Team, prompt: Prompt, smollm2: 
         assert logprob == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.long_fault
 def test_a_dead_generator_is_replaced_and_serves_the_adapter(roles: Team, prompt: Prompt) -> None:
+    roles.publisher.publish(2)
     before = _first_logprob(roles, prompt, version=2)
+    killed = time.monotonic()
     ray.kill(roles.generators.handles[0])
     assert _first_logprob(roles, prompt, version=2) == pytest.approx(before)
+    record(
+        "the only generator dies, with an adapter served",
+        "its actor killed",
+        recovered_s=time.monotonic() - killed,
+        lost="nothing: the replacement gets the adapter of that version and answers the same",
+    )
