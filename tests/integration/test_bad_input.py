@@ -143,7 +143,11 @@ def test_what_only_the_cluster_can_tell_leaves_no_run(
     assert [part for part in parts if part not in message] == [], message
     assert tree(files) == before
     assert not ray.is_initialized()
-    record(f"{parts[0].split(' (')[0]}...", setting, lost="nothing: refused before any actor starts, no run directory")
+    record(
+        f"refused: {parts[0].split(' (')[0]}",
+        setting,
+        lost="nothing: refused before any actor starts, no run directory",
+    )
 
 
 def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

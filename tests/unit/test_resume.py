@@ -304,6 +304,6 @@ def test_a_full_disk_stops_the_run_and_corrupts_nothing(
     assert tables(directory.path) == tables(whole[1].path)
     record(
         "disk full in the driver",
-        "no file of the process may grow beyond 0 to 6,000 bytes",
+        f"no file of the process may grow beyond {size:,} bytes",
         lost="nothing: stops and says so; the same command goes on",
     )
