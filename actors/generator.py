@@ -69,6 +69,9 @@ class EngineSpec:
 def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     """vLLM's arguments for `spec`."""
     options: dict[str, Any] = {}
+    if spec.tensor_parallel_size > 1:
+        # Inside a placement group vLLM would ask Ray for its workers; the actor has all their devices itself.
+        options |= {"distributed_executor_backend": "mp"}
     if spec.device == "cpu":
         # A per-request seed kills the CPU engine when a prefill is chunked.
         options |= {"enable_chunked_prefill": False, "kv_cache_memory_bytes": int(spec.kv_cache_gb * _GIB)}
@@ -149,6 +152,10 @@ class _Generator:
         clean_up_family(os.getpid(), _own_sockets())
         if spec.one_process:
             _compute_in_the_engine(spec.threads)
+        elif spec.device == "cpu":
+            # Else vLLM gives each worker a memory node of its own and refuses where there are fewer.
+            threads = max(1, spec.threads // spec.tensor_parallel_size)
+            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []
         self._requests = 0

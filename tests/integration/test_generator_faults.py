@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Stage:
     seen: Seen
     expected: Sequence[Candidate]
     stacks: Path
+    version: int = 1
 
     def process(self, slot: int) -> psutil.Process:
         return psutil.Process(process_of(self.roles.generators.handles[slot]).pid)
@@ -89,7 +90,13 @@ class Stage:
                 on_first()
 
         return self.roles.generators.sample(
-            self.prompts, DECODING, seed=3, round_index=1, version=1, advance=lambda n: None, on_finished=count
+            self.prompts,
+            DECODING,
+            seed=3,
+            round_index=1,
+            version=self.version,
+            advance=lambda n: None,
+            on_finished=count,
         )
 
 
@@ -238,3 +245,39 @@ def test_past_the_cap_the_run_stops(stage: Stage) -> None:
         while True:
             stage.sample(kill_all)
     record("actors die again and again", "kill -9 past recovery.max_restarts", lost="nothing: stops, all stages saved")
+
+
+@pytest.mark.long_fault
+def test_a_worker_of_the_only_generator_is_killed(
+    served_llama: str, resources: dict[str, float], tmp_path: Path
+) -> None:
+    """Two workers hold half of the model each; without one the engine is of no use."""
+    seen, prompts = Seen(), film_prompts(served_llama)[:4]
+    config = parse_config(
+        {
+            "run": {"dir": str(tmp_path), "name": "workers"},
+            "model": {"dtype": "float32"},
+            "generators": {"count": 1, "tensor_parallel_size": 2, "max_model_len": 512, "max_num_seqs": 8}
+            | {"kv_cache_gb": 0.1},
+            "placement": {"mode": "disaggregated", "generator_cpus": 2, "trainer_cpus": 1},
+        }
+    )
+    with team(
+        config,
+        folder=served_llama,
+        pad_id=2,
+        canary_ids=(prompts[0].token_ids,),
+        plan=plan_team(config, resources),
+        incidents=Incidents(RecoveryBlock(), seen.record),
+    ) as roles:
+        two = Stage(roles, prompts, seen, [], tmp_path / "workers/stacks", version=0)
+        expected = two.sample()
+        workers = [p for p in two.process(0).children(recursive=True) if "Worker" in " ".join(p.cmdline())]
+        assert len(workers) == 2, [" ".join(p.cmdline()) for p in two.process(0).children(recursive=True)]
+        moments: list[float] = []
+        found = two.sample(_hit(workers[1], signal.SIGKILL, moments))
+        detected, recovered, _ = _assert_recovered(replace(two, expected=expected), moments[0], found)
+    assert detected < 10
+    record(
+        "generator's worker killed while it samples", "kill -9", detected_s=detected, recovered_s=recovered, lost=LOST
+    )
