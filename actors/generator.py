@@ -105,13 +105,16 @@ def _supported_rank(rank: int) -> int:
     return max(8, 1 << (rank - 1).bit_length())
 
 
-def _compute_in_the_engine(threads: int) -> None:
-    """Let a CPU engine compute in its own process, on `threads` threads.
+def _use_cores(spec: EngineSpec) -> None:
+    """Let a CPU engine compute in its own process, or in a worker a part of the model, on its share of the cores.
 
-    A worker process of its own would leave one core to an engine that spins while it waits. vLLM takes "uni" on CPUs
-    from those only who set its threads themselves.
+    A single worker process would leave one core to an engine that spins while it waits; vLLM takes "uni" on CPUs from
+    those only who set its threads themselves. Several workers would each get a memory node of their own, and be refused
+    where there are fewer.
     """
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+    threads = max(1, spec.threads // spec.tensor_parallel_size)
+    placed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if spec.one_process else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ |= {**placed, "OMP_NUM_THREADS": str(threads)}
 
 
 def _own_sockets() -> Path:
@@ -150,12 +153,8 @@ class _Generator:
         self._spec = spec
         enable_stack_dumps(spec.stacks, name)
         clean_up_family(os.getpid(), _own_sockets())
-        if spec.one_process:
-            _compute_in_the_engine(spec.threads)
-        elif spec.device == "cpu":
-            # Else vLLM gives each worker a memory node of its own and refuses where there are fewer.
-            threads = max(1, spec.threads // spec.tensor_parallel_size)
-            os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        if spec.device == "cpu":
+            _use_cores(spec)
         self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         self._adapters: list[LoRARequest] = []
         self._requests = 0

@@ -1,6 +1,5 @@
 """The scorer actor as the driver sees it: candidates in, scores out, in order, through the deaths of actors."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.incidents import Incidents
-from actors.processes import is_dead
+from actors.processes import is_dead, kill
 from actors.stacks import dump_stacks
 from actors.waiting import get_all, root_cause
 from actors.watch import GONE, Guard, attended
@@ -122,8 +121,7 @@ class ScorerClient:
 
     def _replace(self, cause: str) -> None:
         """Start another actor. Raises ScorerError past the cap of restarts."""
-        with contextlib.suppress(RayError):
-            ray.kill(self._handle)
+        kill([self._handle])
         self._incidents.lost(ROLE, ACTOR, cause, ScorerError)
         self._handle = self._spawn()
         self._starting = [self._handle.ready.remote()]

@@ -120,12 +120,11 @@ class Soak:
             *("run.dir=runs", f"run.name={NAME}"),
         )
         command = [sys.executable, str(ROOT / "recipes/online_dpo.py"), str(ROOT / "recipes/sentiment_smollm2.yaml")]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
         with self._log.open("wb") as log:
             process = subprocess.Popen(
                 [*command, *settings],
                 cwd=self._folder,
-                env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -195,8 +194,7 @@ class Soak:
             self._timers[OUTAGE] = 0.0
         self._end_timed()
         sync = [sys.executable, "-m", "recipes.cli", "sync", str(self.directory.path)]
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-        subprocess.run(sync, cwd=self._folder, env=os.environ | {"PYTHONPATH": paths}, check=True, timeout=300)
+        subprocess.run(sync, cwd=self._folder, env=_environment(), check=True, timeout=300)
         self._end_timed()
 
     def recorded(self) -> tuple[int, int]:
@@ -214,6 +212,12 @@ class Soak:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False)
+
+
+def _environment() -> dict[str, str]:
+    """This checkout's code, and no GPU."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    return {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def main(
