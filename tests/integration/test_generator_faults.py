@@ -139,21 +139,23 @@ def _assert_recovered(stage: Stage, moment: float, found: Sequence[Candidate]) -
     return lost[0] - moment, recovered[2]["seconds"], lost[2]["cause"]
 
 
-def _hit(process: psutil.Process, number: signal.Signals, moments: list[float]) -> Callable[[], None]:
-    def hit() -> None:
-        moments.append(time.monotonic())
-        os.kill(process.pid, number)
+def _struck(stage: Stage, victim: psutil.Process, number: signal.Signals) -> tuple[float, float, str]:
+    """Signal `victim` once the first prompt is finished; as `_assert_recovered`."""
+    moments: list[float] = []
 
-    return hit
+    def strike() -> None:
+        moments.append(time.monotonic())
+        os.kill(victim.pid, number)
+
+    found = stage.sample(strike)
+    return _assert_recovered(stage, moments[0], found)
 
 
 @pytest.mark.long_fault
 @pytest.mark.parametrize("part", ["actor", "engine core"])
 def test_one_is_killed_while_it_samples(part: str, stage: Stage) -> None:
     victim = stage.process(1) if part == "actor" else stage.engine(0)
-    moments: list[float] = []
-    found = stage.sample(_hit(victim, signal.SIGKILL, moments))
-    detected, recovered, _ = _assert_recovered(stage, moments[0], found)
+    detected, recovered, _ = _struck(stage, victim, signal.SIGKILL)
     assert detected < 10
     record(
         f"generator's {part} killed while it samples",
@@ -168,9 +170,7 @@ def test_one_is_killed_while_it_samples(part: str, stage: Stage) -> None:
 @pytest.mark.parametrize("part", ["actor", "engine core"])
 def test_one_goes_silent_while_it_samples(part: str, stage: Stage) -> None:
     victim = stage.process(0) if part == "actor" else stage.engine(1)
-    moments: list[float] = []
-    found = stage.sample(_hit(victim, signal.SIGSTOP, moments))
-    detected, recovered, cause = _assert_recovered(stage, moments[0], found)
+    detected, recovered, cause = _struck(stage, victim, signal.SIGSTOP)
     assert "no prompt finished within 30 s (generators.request_timeout_s)" in cause
     if part == "actor":
         assert "it is stopped" in cause
@@ -274,9 +274,7 @@ def test_a_worker_of_the_only_generator_is_killed(
         expected = two.sample()
         workers = [p for p in two.process(0).children(recursive=True) if "Worker" in " ".join(p.cmdline())]
         assert len(workers) == 2, [" ".join(p.cmdline()) for p in two.process(0).children(recursive=True)]
-        moments: list[float] = []
-        found = two.sample(_hit(workers[1], signal.SIGKILL, moments))
-        detected, recovered, _ = _assert_recovered(replace(two, expected=expected), moments[0], found)
+        detected, recovered, _ = _struck(replace(two, expected=expected), workers[1], signal.SIGKILL)
     assert detected < 10
     record(
         "generator's worker killed while it samples", "kill -9", detected_s=detected, recovered_s=recovered, lost=LOST
