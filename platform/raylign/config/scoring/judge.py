@@ -1,6 +1,6 @@
-"""Who scores the candidates, in one union on `type`."""
+"""Scores from a language model that judges."""
 
-from typing import Annotated, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
@@ -9,22 +9,6 @@ from raylign.config.base import Block
 from raylign.config.blocks import Fraction
 
 _VARIABLE_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
-
-
-class FunctionScoringBlock(Block):
-    """Scores from a Python function `(prompts, completions) -> list[float | None]`."""
-
-    type: Literal["function"] = "function"
-    function: str = Field("raylign.scoring.vader:compound", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """`module:function`; runs in the scorer actor. `plan` shows its file and hash."""
-    allow_outside: bool = False
-    """Take the function from a file outside the working directory and the installed packages."""
-    batch_size: PositiveInt = 64
-    """Completions per call."""
-    timeout_s: PositiveFloat = 10.0
-    """Deadline per item in seconds; an item past it is unscored."""
-    max_unscored: Fraction = 0.2
-    """The round stops when more than this share of candidates is unscored."""
 
 
 class JudgeScoringBlock(Block):
@@ -91,7 +75,3 @@ def _is_http(address: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-ScoringBlock = FunctionScoringBlock | JudgeScoringBlock
-ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
