@@ -30,7 +30,8 @@ class Candidate:
     """One sampled completion. Made by a generator, read by scorers, pairing and the trainer.
 
     `logprobs[t]` is the sampler's log-probability (nats, temperature 1) of `token_ids[t]`; the two have equal
-    length. `index` is 0..K-1 within its prompt. `finish_reason` "length" means truncated: no EOS is in
+    length. An answer from a data set (made by `raylign.data.tokens`) has no `logprobs`, version 0 and seed 0.
+    `index` is 0..K-1 within its prompt. `finish_reason` "length" means truncated: no EOS is in
     `token_ids`, and none is ever added. `policy_version` is the version that sampled every token.
     """
 

@@ -1,0 +1,40 @@
+"""Where judged text comes from, and how it becomes training data."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from raylign.config.base import Block
+from raylign.config.blocks import Fraction
+
+Format = Literal["auto", "trl", "sharegpt", "alpaca", "hh", "helpsteer2", "ultrafeedback", "ultrafeedback_zh"]
+
+
+class SourceBlock(Block):
+    """One source of judged text."""
+
+    source: str
+    """A .jsonl, .json or .parquet file, a `save_to_disk` folder, or a hub data set id."""
+    format: Format = "auto"
+    """`auto` tells it from the columns; see `raylign.data.formats`."""
+    split: str = "train"
+    """Split to read, for `datasets` sources."""
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
+    """ISO 639 code of every row; null reads the row's own, or detects it where it matters."""
+
+
+class DataBlock(SourceBlock):
+    """Preferences or demonstrations to train on. Held-out rows are never trained on."""
+
+    held_out: PositiveInt = 64
+    """Rows kept for evaluation, drawn by seed."""
+    limit: PositiveInt | None = None
+    """Rows to use at most, from the start; null uses all."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+    max_length: PositiveInt = 1024
+    """Longest prompt with one completion, in tokens."""
+    truncation_mode: Literal["keep_start"] = "keep_start"
+    """What stays of a longer one: its start. A row whose prompt alone is too long is left out, and counted."""
+    max_invalid: Fraction = 0.0
+    """Share of rows that may be bad and are then left out, listed in quarantine.jsonl; past it, no start."""
