@@ -148,9 +148,9 @@ def test_code_that_ships_with_a_data_set_is_never_run(tmp_path: Path) -> None:
         ("a.json", ROW[:-1] + ', "x": 1}', "no split 'train'; known: chosen, rejected|neither a list of rows nor"),
         ("a.json", '{"prompt": "a", "completion": "b"}', "neither a list of rows nor an object of splits"),
         ("a.json", f'{{"trian": [{ROW}]}}', "no split 'train'; did you mean 'trian'"),
-        ("a.json", f"[{ROW}, {ROW}, {ROW[:30]}", "it ends inside row 2; the 2 rows before it are whole"),
-        ("a.json", f"[{ROW}, {ROW}", "it ends inside row 2; the 2 rows before it are whole"),
-        ("a.json", f"[{ROW},", "it ends inside row 1; the 1 rows before it are whole"),
+        ("a.json", f"[{ROW}, {ROW}, {ROW[:30]}", "it ends inside row 2; whole rows before it: 2"),
+        ("a.json", f"[{ROW}, {ROW}", "it ends inside row 2; whole rows before it: 2"),
+        ("a.json", f"[{ROW},", "it ends inside row 1; whole rows before it: 1"),
         ("a.json", f'[{ROW}, {{"a": tru', "it ends inside row 1"),
         ("a.json", f'[{ROW}, {{"a": "\\u00', "it ends inside row 1"),
         ("a.json", f"[{ROW}, {ROW},]", "row 2 cannot be read .Expecting value at character"),
@@ -171,16 +171,17 @@ def test_broken_files_are_refused_with_the_place_and_a_cure(
         list(open_source(tmp_path / name))
 
 
-def test_a_syntax_error_is_found_where_it_is_and_not_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_syntax_error_is_found_without_reading_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_array, "CHUNK", 64)
-    text = f"[{ROW}, {{'chosen': 1}}, {', '.join([ROW] * 50)}]"
-    (tmp_path / "a.json").write_text(text)
-    at = len(ROW) + 4
-    assert f"row 1 cannot be read (Expecting property name enclosed in double quotes at character {at})" in refused(
-        tmp_path / "a.json"
-    )
+    (tmp_path / "a.json").write_text(f"[{ROW}, {{'chosen': 1}}, {', '.join([ROW] * 50)}]")
+    problem = f"Expecting property name enclosed in double quotes at character {len(ROW) + 4}"
+    with (tmp_path / "a.json").open("rb") as file:
+        values = json_array.array_values(file, "here", "train")
+        assert next(values) == ROWS[0]
+        with pytest.raises(ValueError, match=problem):
+            next(values)
+        assert file.tell() < 2 * len(ROW) + 128
+    assert f"row 1 cannot be read ({problem}); whole rows before it: 1;" in refused(tmp_path / "a.json")
 
 
 def test_values_are_whole_wherever_the_file_is_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_a_torn_gzip_names_how_many_rows_are_whole(tmp_path: Path, name: str) ->
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     message = refused(tmp_path / name)
     count = int(message.split("it ends inside row ")[1].split(";")[0])
-    assert 0 < count < 2000 and f"the {count} rows before it are whole" in message
+    assert 0 < count < 2000 and f"whole rows before it: {count};" in message
     (tmp_path / name).write_bytes(b"no gzip at all")
     assert "Not a gzipped file" in refused(tmp_path / name)
 
