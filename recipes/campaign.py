@@ -14,7 +14,7 @@ from actors.incidents import Incidents
 from actors.team import Team, plan_team, team
 from actors.weight_sync.publish import Publisher
 from raylign.checkpoints import Checkpoint
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError
 from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
@@ -40,7 +40,7 @@ _CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0
 class Campaign:
     """The driver's desk: it knows what is done, writes every record of the run and prints the summary."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
+    def __init__(self, config: OnlineDpoConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
         self.directory = directory
         self._config, self._tracker, self._console = config, tracker, console
         self.incidents = Incidents(config.recovery, tracker.incident)
@@ -149,7 +149,7 @@ class Campaign:
         self._console.print(Text(escape_control(line)), soft_wrap=True)
 
 
-def finished_before(config: RunConfig) -> list[RunDirectory]:
+def finished_before(config: OnlineDpoConfig) -> list[RunDirectory]:
     """The run directory of `config` if all its rounds are done; says so. [] when there is something to do."""
     require_continuable(config)
     directory = RunDirectory((config.run.dir / config.run.name).absolute())
@@ -162,7 +162,7 @@ def finished_before(config: RunConfig) -> list[RunDirectory]:
 
 
 @contextmanager
-def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
+def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
     resolve_reference(config.reference, config.model, folder)
@@ -202,7 +202,7 @@ def agree_on_weights(publisher: Publisher, block: ModelBlock, newest: Checkpoint
     return publisher.publish(version) if version or block.load_in_4bit else publisher.verify()
 
 
-def _require_context(config: RunConfig, limit: int) -> None:
+def _require_context(config: OnlineDpoConfig, limit: int) -> None:
     asked = config.generators.max_model_len
     if asked > limit:
         raise ConfigError(

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
@@ -66,7 +66,7 @@ def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:
     return reports[wanted]
 
 
-def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> ModelFacts:
+def card_facts(directory: RunDirectory, config: OnlineDpoConfig, report: RoundReport) -> ModelFacts:
     """What the model card tells of the run up to `report`."""
     return ModelFacts(
         name=config.run.name,
@@ -112,7 +112,7 @@ def training_versions(directory: RunDirectory) -> dict[str, str]:
     return {name.removeprefix(_VERSION): value for name, value in tags.items() if name.startswith(_VERSION)}
 
 
-def usage(folder: Path, base: str | None, config: RunConfig) -> str:
+def usage(folder: Path, base: str | None, config: OnlineDpoConfig) -> str:
     """`base` is the folder that an exported adapter needs, None for a whole model."""
     if base is None or config.model.lora is None:
         return shlex.join(["vllm", "serve", str(folder)])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.team import Team
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation import evaluate
 from raylign.pairing import PairingResult, build_preferences, require_preferences
 from raylign.prompts import PromptSet, draw
@@ -24,7 +24,7 @@ from recipes.campaign import Campaign, campaign, finished_before
 
 
 def run_round(
-    log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: RunConfig
+    log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
 ) -> tuple[RoundReport, list[Sample]]:
     """Round `index` trains policy version `index` from samples of version `index - 1`."""
     candidates = sample(log, prompts, team, config)
@@ -37,7 +37,7 @@ def run_round(
     return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
 
 
-def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: RunConfig) -> list[Candidate]:
+def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineDpoConfig) -> list[Candidate]:
     """K candidates per prompt from the policy as it was when the round began."""
     decoding, version = training_decoding(config.sampling), log.index - 1
     with (
@@ -57,7 +57,7 @@ def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: RunConf
 
 
 def score(
-    log: RoundLog, prompts: Sequence[Prompt], candidates: Sequence[Candidate], team: Team, config: RunConfig
+    log: RoundLog, prompts: Sequence[Prompt], candidates: Sequence[Candidate], team: Team, config: OnlineDpoConfig
 ) -> list[Score]:
     """What the scorer says of every candidate; too many that it cannot judge stop the round."""
     with log.stage("score", len(candidates), "candidates") as stage:
@@ -74,7 +74,7 @@ def prefer(
     prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
     scores: Sequence[Score],
-    config: RunConfig,
+    config: OnlineDpoConfig,
 ) -> PairingResult:
     """Pairs from the scores: a pure function of candidates.parquet, so that it leaves no file of its own."""
     with log.stage("prefer", len(prompts), "prompts", again=True):
@@ -89,7 +89,7 @@ def reference(
     candidates: Sequence[Candidate],
     pairing: PairingResult,
     team: Team,
-    config: RunConfig,
+    config: OnlineDpoConfig,
 ) -> tuple[Preference, ...]:
     """Reference log-probs, once for all epochs."""
     with log.stage("reference", len(pairing.preferences), "preferences") as stage:
@@ -101,7 +101,7 @@ def reference(
 
 
 def train_policy(
-    log: RoundLog, preferences: Sequence[Preference], team: Team, config: RunConfig
+    log: RoundLog, preferences: Sequence[Preference], team: Team, config: OnlineDpoConfig
 ) -> list[Mapping[str, float]]:
     """Every optimizer step of the round, then its checkpoint."""
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
@@ -117,7 +117,7 @@ def publish(log: RoundLog, team: Team) -> Mapping[str, float]:
 
 
 def evaluate_policy(
-    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: RunConfig
+    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
 ) -> tuple[Evaluation, list[Sample]]:
     """Held-out score, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
@@ -140,7 +140,7 @@ def evaluate_policy(
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
 
 
-def train(run: Campaign, prompts: PromptSet, team: Team, config: RunConfig) -> None:
+def train(run: Campaign, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round that is not finished."""
     baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config)
     run.finish_baseline(baseline, before)
@@ -150,7 +150,7 @@ def train(run: Campaign, prompts: PromptSet, team: Team, config: RunConfig) -> N
         run.finish_round(report, after)
 
 
-def main(config: RunConfig) -> Path:
+def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done[0].path

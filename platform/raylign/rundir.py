@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raylign.checkpoints import Checkpoints
-from raylign.config import RunConfig, dump_config, load_config
+from raylign.config import RunConfig, dump_config, load_recipe
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError
 from raylign.files import publish_text
@@ -47,7 +47,7 @@ class RunDirectory:
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with."""
-        return load_config(self.path / CONFIG_NAME)
+        return load_recipe(self.path / CONFIG_NAME)
 
     @contextmanager
     def locked(self, cure: str = "wait for it, or give this run another name (run.name=...)") -> Iterator[None]:

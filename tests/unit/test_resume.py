@@ -18,7 +18,7 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError
 from raylign.prompts import InvalidRows, PromptSet
 from raylign.prompts.tables import Fault
@@ -69,12 +69,12 @@ class CountingTrainers(FakeTrainers):
         return super()._train_step()
 
 
-def config_in(folder: Path, **options: Any) -> RunConfig:
+def config_in(folder: Path, **options: Any) -> OnlineDpoConfig:
     return parse_config({**SETTINGS, **options}, [f"run.dir={folder}/runs"])
 
 
 def run_once(
-    config: RunConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
+    config: OnlineDpoConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
 ) -> Deadly:
     """One process with fresh roles on the run directory of `config`; it lives for `last` events."""
     events = Deadly(last)

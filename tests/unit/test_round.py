@@ -16,7 +16,7 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
-from raylign.config import RunConfig, load_config, parse_config
+from raylign.config import OnlineDpoConfig, load_config, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
@@ -50,7 +50,7 @@ def moody(prompt: Prompt, completion: str) -> float | None:
 class Desk:
     """A run directory with its journal, and a team of fakes."""
 
-    config: RunConfig
+    config: OnlineDpoConfig
     run: Campaign
     team: Team
     trainers: FakeTrainers
@@ -87,7 +87,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
     journals: list[Journal] = []
 
     def make(
-        config: RunConfig | None = None,
+        config: OnlineDpoConfig | None = None,
         value: Callable[[Prompt, str], float | None] = moody,
         trainers: type[FakeTrainers] = FakeTrainers,
         engine: type[FakeEngine] = FakeEngine,

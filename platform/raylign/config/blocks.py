@@ -11,12 +11,13 @@ from raylign.config.base import Block
 Dtype = Literal["bfloat16", "float16", "float32"]
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 
 class RunBlock(Block):
     """Who this run is and where its directory stands."""
 
-    name: str = Field("online-dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    name: RunName = "online-dpo"
     """Directory name under `dir`; at most 128 letters, digits, dots, dashes and underscores."""
     dir: Path = Path("runs")
     """Parent of the run directory; shared storage on a cluster of several nodes."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
 from raylign.errors import NoPreferencesError
 from raylign.prompts import draw
 from recipes.campaign import campaign
@@ -53,7 +53,7 @@ def run(job: OnlineJob) -> OnlineResult:
     )
 
 
-def _settings(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+def _settings(config: OnlineDpoConfig) -> dict[str, str | int | float | bool | None]:
     return {
         "num_generations": config.sampling.num_generations,
         "max_new_tokens": config.sampling.max_new_tokens,
