@@ -170,7 +170,7 @@ def _spawner(
     )
 
     def spawn(slot: int) -> ActorHandle[Any]:
-        handle: ActorHandle[Any] = Generator.options(**_options(plan.generators[slot], group)).remote(
+        handle: ActorHandle[Any] = Generator.options(**placed(plan.generators[slot], group)).remote(
             spec, actor_name(slot)
         )
         return handle
@@ -196,10 +196,11 @@ def _start_trainers(
         on_gpu=plan.device == "gpu",
         stacks=str(stacks),
     )
-    return start_ranks(spec, [_options(place, group) for place in plan.trainers])
+    return start_ranks(spec, [placed(place, group) for place in plan.trainers])
 
 
-def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
+def placed(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
+    """Ray's options of an actor at its place."""
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle)
     return {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": strategy}
 

@@ -13,14 +13,15 @@ from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation import evaluate
 from raylign.pairing import PairingResult, build_preferences, require_preferences
 from raylign.prompts import PromptSet, draw
-from raylign.records import Candidate, Evaluation, Preference, Prompt, RoundReport, Score
+from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
 from raylign.reporting import Sample
 from raylign.rounds import RoundLog
 from raylign.sampling import evaluation_decoding, training_decoding
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
-from recipes.campaign import Campaign, campaign, finished_before
+from recipes.campaign import Campaign, finished_before
+from recipes.online_campaign import campaign
 
 
 def run_round(
@@ -118,7 +119,7 @@ def publish(log: RoundLog, team: Team) -> Mapping[str, float]:
 
 def evaluate_policy(
     log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
-) -> tuple[Evaluation, list[Sample]]:
+) -> tuple[AnyEvaluation, list[Sample]]:
     """Held-out score, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
     by_id = {prompt.id: prompt for prompt in held_out}
@@ -136,7 +137,7 @@ def evaluate_policy(
             log.save_held_out(stage, held_out, candidates, scores)
             evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed)
             log.save_evaluation(stage, evaluation)
-    first = range(0, len(candidates), decoding.num_generations)
+    first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
 
 

@@ -18,7 +18,7 @@ from actors.placement import PlacementPlan, choose_device, plan_placement, requi
 from actors.weight_sync.folder import shared_folder
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import Transport, choose_transport, require_room
-from raylign.config import OnlineDpoConfig
+from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
@@ -223,5 +223,5 @@ def notes(plan: RunPlan) -> list[str]:
     return found
 
 
-def run_directory(config: OnlineDpoConfig) -> Path:
+def run_directory(config: RunConfig) -> Path:
     return (config.run.dir / config.run.name).absolute()

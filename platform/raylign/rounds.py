@@ -20,8 +20,8 @@ from raylign.errors import RaylignError
 from raylign.files import publish_text
 from raylign.fingerprints import damage, fingerprints
 from raylign.progress import Advance, stage_progress
-from raylign.records import Candidate, Evaluation, Preference, Prompt, Score
-from raylign.rundir import RunDirectory
+from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
+from raylign.rundir import RunDirectory, read_evaluation
 from raylign.sampled import SampledSheet, sampled_sheet
 from raylign.store import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
@@ -169,13 +169,13 @@ class RoundLog:
     def read_held_out(self) -> tuple[list[Candidate], list[Score]]:
         return read_candidates(self._folder / HELD_OUT)
 
-    def save_evaluation(self, stage: Stage, evaluation: Evaluation) -> None:
-        """evaluation.json: what the held-out completions came to."""
+    def save_evaluation(self, stage: Stage, evaluation: AnyEvaluation) -> None:
+        """evaluation.json: what the held-out rows or completions came to."""
         publish_text(self._folder / EVALUATION, json.dumps(asdict(evaluation), indent=1))
         stage.files.append(EVALUATION)
 
-    def read_evaluation(self) -> Evaluation:
-        return Evaluation(**json.loads((self._folder / EVALUATION).read_text()))
+    def read_evaluation(self) -> AnyEvaluation:
+        return read_evaluation(json.loads((self._folder / EVALUATION).read_text()))
 
 
 def finished_stages(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
 from raylign.export import export_model
 from raylign.records import Candidate, Preference, Prompt
-from recipes.campaign import agree_on_weights
+from recipes.online_campaign import agree_on_weights
 from tests.fakes import quiet_incidents
 from tests.unit.test_export import FACTS
 

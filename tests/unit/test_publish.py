@@ -12,7 +12,7 @@ from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTrans
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
-from recipes.campaign import agree_on_weights
+from recipes.online_campaign import agree_on_weights
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
 from tests.faults import record
 

@@ -27,6 +27,7 @@ from raylign.rundir import RunDirectory, continue_or_create, differences, requir
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
+from recipes.online_campaign import bring_up
 from recipes.online_dpo import train
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed
 from tests.faults import record
@@ -81,7 +82,7 @@ def run_once(
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
         run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
-        run.open_record(PROMPTS)
+        run.open_record(PROMPTS, "train")
         group, engine = trainers(events, config), FakeEngine(events)
         generators = FakeGenerators([engine])
         publisher = Publisher(
@@ -89,7 +90,7 @@ def run_once(
         )
         team = Team(generators, group, FakeScorer(events, config.scoring), publisher)
         try:
-            run.bring_up(team)
+            bring_up(run, team, config.model)
             train(run, PROMPTS, team, config)
         except Killed:
             return events
@@ -150,7 +151,7 @@ def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_pat
         console = Console(file=(out := io.StringIO()), width=400)
         with Journal(directory.path / JOURNAL_NAME) as journal:
             run = Campaign(config, directory, Tracker(journal, NoFeed()), console)
-            run.open_record(replace(PROMPTS, invalid=(left_out,)))
+            run.open_record(replace(PROMPTS, invalid=(left_out,)), "train")
         file = directory.path / "quarantine.jsonl"
         assert out.getvalue() == f"here: 1 of 5 rows left out (line 3): see {file}\n"
         assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == [3]

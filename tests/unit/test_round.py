@@ -20,7 +20,7 @@ from raylign.config import OnlineDpoConfig, load_config, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
-from raylign.reporting import STAGES, Sample
+from raylign.reporting import STAGES, Sample, sampled
 from raylign.rounds import RoundLog
 from raylign.rundir import continue_or_create
 from raylign.sampling import prompt_seed
@@ -167,7 +167,7 @@ def test_round_2_trains_on_what_version_1_sampled(open_desk: Open) -> None:
     assert [step["loss"] for step in report.steps] == pytest.approx([0.6443967] * 2)
     assert {row["policy_version"] for row in desk.rows(2, "candidates")} == {1}
     assert {row["policy_version"] for row in desk.rows(2, "samples")} == {2} and desk.engine.weights == 2
-    assert report.evaluation.kl == pytest.approx(3 * (1 - 1 / 3))
+    assert sampled(report.evaluation).kl == pytest.approx(3 * (1 - 1 / 3))
     stages = [event for event in desk.events if event.startswith(("reference", "train"))]
     assert stages == [
         *["reference 2 seed 8 after 0 rounds", "train 2 seed 8"],
@@ -180,7 +180,7 @@ def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tm
     loss = "loss={loss_type: simpo, beta: 1, simpo_gamma: 0.5}"
     desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", loss, "reference.policy=none"]))
     report, _ = desk.round(1)
-    assert report.evaluation.kl is None
+    assert sampled(report.evaluation).kl is None
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log1p(math.exp(0.5))] * 2)
     assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
     desk.run.finish_round(report, [])
@@ -216,7 +216,7 @@ def test_held_out_prompts_get_the_same_seeds_from_every_version(open_desk: Open)
     evaluation, _ = evaluate_policy(desk.log(0), HELD_OUT, desk.team, desk.config)
     assert [event.name for event in read_events(desk.folder / JOURNAL_NAME)] == ["artifact"]
     desk.round(1)
-    assert evaluation.score == 0.0 and evaluation.kl == 0.0
+    assert sampled(evaluation).score == 0.0 and sampled(evaluation).kl == 0.0
     assert [row["seed"] for row in desk.rows(0, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
     assert [row["seed"] for row in desk.rows(1, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
     assert [row["policy_version"] for row in desk.rows(0, "samples")] == [0, 0]
@@ -226,7 +226,7 @@ def test_samples_are_the_first_completion_of_each_held_out_prompt(open_desk: Ope
     config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "evaluation.num_generations=3"])
     desk = open_desk(config)
     evaluation, samples = evaluate_policy(desk.log(0), HELD_OUT, desk.team, config)
-    assert evaluation.completions == 6 and evaluation.score == 1.0
+    assert sampled(evaluation).completions == 6 and sampled(evaluation).score == 1.0
     assert [(s.prompt.id, s.completion, s.score.value) for s in samples] == [("x", "end", 0.0), ("y", "end", 0.0)]
 
 
@@ -310,7 +310,7 @@ def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open,
     desk.run.summary()
     reports = desk.run.directory.reports()
     assert [report.policy_version for report in reports] == [1, 2, 3]
-    assert [report.evaluation.score for report in reports] == [1.0, 2.0, 3.0]
+    assert [sampled(report.evaluation).score for report in reports] == [1.0, 2.0, 3.0]
     assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]

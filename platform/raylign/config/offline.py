@@ -1,5 +1,6 @@
 """The trees of the recipes that train on a data set: no generators, no scorer."""
 
+from abc import abstractmethod
 from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
@@ -15,6 +16,8 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.config.tree import RunConfig
+
+Rows = Literal["pairs", "rankings", "demonstrations"]
 
 
 class OfflineScheduleBlock(Block):
@@ -40,6 +43,11 @@ class OfflineConfig(RunConfig):
     data: DataBlock
     schedule: OfflineScheduleBlock = OfflineScheduleBlock()
     evaluation: HeldOutBlock = HeldOutBlock()
+
+    @property
+    @abstractmethod
+    def rows(self) -> Rows:
+        """What a row of the data set is to this recipe."""
 
     @property
     def rounds(self) -> int:
@@ -68,6 +76,10 @@ class OfflineDpoConfig(OfflineConfig):
     run: OfflineDpoRunBlock = OfflineDpoRunBlock()
     loss: LossUnion = SigmoidLossBlock()
     reference: ReferenceUnion = InitialReferenceBlock()
+
+    @property
+    def rows(self) -> Rows:
+        return "pairs" if self.loss.pairs_only else "rankings"
 
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
@@ -100,3 +112,7 @@ class SftConfig(OfflineConfig):
     recipe: Literal["sft"] = "sft"
     run: SftRunBlock = SftRunBlock()
     loss: SftLossBlock = SftLossBlock()
+
+    @property
+    def rows(self) -> Rows:
+        return "demonstrations"
