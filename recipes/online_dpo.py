@@ -11,11 +11,12 @@ from pathlib import Path
 from actors.team import Team
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation import evaluate
-from raylign.pairing import PairingResult, build_preferences, require_preferences
+from raylign.pairing import PairingResult, build_preferences, require_preferences, without_pair
 from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
 from raylign.reporting import Sample
-from raylign.rounds import RoundLog
+from raylign.resampling import attempt_seed, joined
+from raylign.rounds import RoundLog, numbered
 from raylign.sampling import evaluation_decoding, training_decoding
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
@@ -30,6 +31,7 @@ def run_round(
     """Round `index` trains policy version `index` from samples of version `index - 1`."""
     candidates = sample(log, prompts, team, config)
     scores = score(log, prompts, candidates, team, config)
+    candidates, scores = sample_again(log, prompts, candidates, scores, team, config)
     pairing = prefer(log, prompts, candidates, scores, config)
     preferences = reference(log, prompts, candidates, pairing, team, config)
     steps = train_policy(log, preferences, team, config)
@@ -38,17 +40,19 @@ def run_round(
     return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
 
 
-def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineDpoConfig) -> list[Candidate]:
+def sample(
+    log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineDpoConfig, attempt: int = 0
+) -> list[Candidate]:
     """K candidates per prompt from the policy as it was when the round began."""
     decoding, version = training_decoding(config.sampling), log.index - 1
     with (
-        log.stage("sample", len(prompts), "prompts") as stage,
-        log.sampled(stage, prompts, decoding.num_generations, version) as sheet,
+        log.stage(f"sample{numbered(attempt)}", len(prompts), "prompts") as stage,
+        log.sampled(stage, prompts, decoding.num_generations, version, attempt) as sheet,
     ):
         team.generators.sample(
             sheet.missing,
             decoding,
-            seed=config.run.seed,
+            seed=attempt_seed(config.run.seed, attempt),
             round_index=log.index,
             version=version,
             advance=stage.advance,
@@ -58,16 +62,40 @@ def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineD
 
 
 def score(
-    log: RoundLog, prompts: Sequence[Prompt], candidates: Sequence[Candidate], team: Team, config: OnlineDpoConfig
+    log: RoundLog,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    team: Team,
+    config: OnlineDpoConfig,
+    attempt: int = 0,
 ) -> list[Score]:
     """What the scorer says of every candidate; too many that it cannot judge stop the round."""
-    with log.stage("score", len(candidates), "candidates") as stage:
+    with log.stage(f"score{numbered(attempt)}", len(candidates), "candidates") as stage:
         if stage.done:
-            return log.read_scores()
+            return log.read_scores(attempt)
         scores = team.scorer.score(prompts, candidates, stage.advance)
-        log.save_candidates(stage, prompts, candidates, scores)
+        log.save_candidates(stage, prompts, candidates, scores, attempt)
         check_unscored(scores, config.scoring.max_unscored)
     return scores
+
+
+def sample_again(
+    log: RoundLog,
+    prompts: Sequence[Prompt],
+    candidates: list[Candidate],
+    scores: list[Score],
+    team: Team,
+    config: OnlineDpoConfig,
+) -> tuple[list[Candidate], list[Score]]:
+    """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have."""
+    for attempt in range(1, config.sampling.max_resamples + 1):
+        again = without_pair(prompts, build_preferences(prompts, candidates, scores, config.pairing))
+        if not again:
+            break
+        more = sample(log, again, team, config, attempt)
+        found = score(log, again, more, team, config, attempt)
+        candidates, scores = joined(prompts, (candidates, scores), (more, found))
+    return candidates, scores
 
 
 def prefer(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raylign.config import OnlineDpoConfig, dump_config, load_config, parse_config
+from raylign.config import OnlineDpoConfig, dump_config, load_config, load_recipe, parse_config
 from raylign.config.blocks import LoraBlock, TrainerBlock
 from raylign.config.losses import IpoLossBlock, SigmoidLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock
@@ -313,12 +313,12 @@ def test_a_step_trains_on_all_ranks_and_micro_batches() -> None:
 
 
 def test_the_recipes_are_those_listed_here() -> None:
-    assert [path.stem for path in RECIPES] == ["sentiment_smollm2"]
+    assert [path.stem for path in RECIPES] == ["offline_dpo_smollm2", "sentiment_smollm2", "sft_smollm2"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_is_named_after_its_file(path: Path) -> None:
-    assert load_config(path).run.name == path.stem.replace("_", "-")
+    assert load_recipe(path).run.name == path.stem.replace("_", "-")
 
 
 def test_colocated_tensor_parallelism_is_refused() -> None:

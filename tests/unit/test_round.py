@@ -16,7 +16,7 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
-from raylign.config import OnlineDpoConfig, load_config, parse_config
+from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
@@ -30,7 +30,11 @@ from recipes.campaign import Campaign
 from recipes.online_dpo import evaluate_policy, run_round, train
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed, count_good
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    path
+    for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")
+    if isinstance(load_recipe(path), OnlineDpoConfig)
+)
 
 
 def prompts(*names: str) -> tuple[Prompt, ...]:
@@ -301,7 +305,7 @@ def test_a_round_whose_weights_did_not_arrive_is_no_round(open_desk: Open) -> No
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open, tmp_path: Path) -> None:
+def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open, tmp_path: Path) -> None:
     small = ["schedule.rounds=3", "schedule.prompts_per_round=2", f"run.dir={tmp_path}/runs", "pairing.min_margin=0"]
     config = load_config(path, [*small, "trainer.save_total_limit=2"])
     desk = open_desk(config, value=count_good)
@@ -320,3 +324,32 @@ def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open,
     text = desk.output.getvalue()
     assert "round 0: held-out score 0.000" in text and "round 3: held-out score 3.000" in text
     assert f"results: {desk.folder}" in text
+
+
+def test_prompts_without_a_pair_are_sampled_again(open_desk: Open, tmp_path: Path) -> None:
+    """`tie` and `mute` give no pair however often they are asked."""
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "sampling.max_resamples=2"]))
+    report, _ = desk.round(1)
+    asked = [event for event in desk.events if event.startswith(("sample", "score"))]
+    again = ["sample tie", "sample mute", "score 6"]
+    assert asked[:11] == [*[f"sample {prompt.id}" for prompt in TRAIN], "score 12", *again, *again]
+    assert report.counts["candidates"] == 12 + 6 + 6 and report.counts["preferences"] == 2
+    assert {"sample-1", "score-1", "sample-2", "score-2"} <= report.seconds.keys()
+    seeds = [{row["seed"] for row in desk.rows(1, name)} for name in ("candidates", "candidates-1", "candidates-2")]
+    assert len(seeds[0] | seeds[1] | seeds[2]) == 12 + 6 + 6
+
+
+def test_a_pair_may_have_a_candidate_of_a_further_attempt(open_desk: Open, tmp_path: Path) -> None:
+    """The scorer has no opinion of the first candidates of `mute`; of the later ones it has."""
+    seen = []
+
+    def late(prompt: Prompt, text: str) -> float | None:
+        seen.append(prompt.id)
+        return None if prompt.id == "mute" and seen.count("mute") <= 3 else float(text.count("good"))
+
+    config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "sampling.max_resamples=1"])
+    desk = open_desk(config, value=late)
+    report, _ = desk.round(1)
+    assert report.counts["preferences"] == 4 and report.counts["candidates"] == 12 + 3
+    (of_mute,) = [row for row in desk.rows(1, "preferences") if row["prompt_id"] == "mute"]
+    assert of_mute["indices"] == [5, 3] and of_mute["scores"] == [2.0, 0.0]

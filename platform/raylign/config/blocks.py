@@ -83,6 +83,8 @@ class SamplingBlock(Block):
 
     num_generations: int = Field(4, ge=2)
     """K, candidates per prompt; a preference needs at least two."""
+    max_resamples: NonNegativeInt = 0
+    """How often prompts whose candidates gave no pair get `num_generations` more in the same round."""
     max_new_tokens: PositiveInt = 64
     """Completion length limit in tokens; longer completions are marked truncated."""
     temperature: PositiveFloat = 1.0
