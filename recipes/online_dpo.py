@@ -10,6 +10,7 @@ from pathlib import Path
 
 from actors.team import Team
 from raylign.config import OnlineDpoConfig, load_config
+from raylign.curriculum import History, draw_open
 from raylign.evaluation import evaluate
 from raylign.pairing import PairingResult, build_preferences, require_preferences, without_pair
 from raylign.prompts import PromptSet, draw
@@ -169,12 +170,25 @@ def evaluate_policy(
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
 
 
+def draw_prompts(
+    run: Campaign, history: History, prompts: Sequence[Prompt], index: int, config: OnlineDpoConfig
+) -> tuple[Prompt, ...]:
+    """The prompts of round `index`; with a curriculum, of those that may still teach something."""
+    count, curriculum = config.schedule.prompts_per_round, config.schedule.curriculum
+    if curriculum is None:
+        return draw(prompts, index, count, config.run.seed)
+    drawn = draw_open(prompts, history.before(index), count, curriculum, config.run.seed)
+    run.say(f"round {index}: left out are {drawn.right} prompts that are always right, {drawn.wrong} always wrong")
+    return drawn.prompts
+
+
 def train(run: Campaign, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round that is not finished."""
     baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config)
     run.finish_baseline(baseline, before)
+    history = History(run.directory)
     for index in run.rounds_to_do():
-        batch = draw(prompts.train, index, config.schedule.prompts_per_round, config.run.seed)
+        batch = draw_prompts(run, history, prompts.train, index, config)
         report, after = run_round(run.round_log(index), batch, prompts.held_out, team, config)
         run.finish_round(report, after)
 

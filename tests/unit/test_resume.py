@@ -33,7 +33,7 @@ from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrai
 from tests.faults import record
 
 SETTINGS: dict[str, Any] = {
-    "sampling": {"num_generations": 3},
+    "sampling": {"num_generations": 3, "max_resamples": 1},
     "trainer": {"per_device_train_batch_size": 1, "num_train_epochs": 2},
     "schedule": {"rounds": 2, "prompts_per_round": 2},
     "run": {"seed": 7},
@@ -262,7 +262,7 @@ def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_pat
 
 def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
     run_once(config_in(tmp_path), tmp_path, last=3)
-    other = config_in(tmp_path, sampling={"num_generations": 5})
+    other = config_in(tmp_path, sampling={"num_generations": 5, "max_resamples": 1})
     assert differences(config_in(tmp_path), other) == ["sampling.num_generations: 3 -> 5"]
     with pytest.raises(ConfigError, match=r"other settings:\n  sampling.num_generations: 3 -> 5\n.*raylign resume"):
         require_continuable(other)

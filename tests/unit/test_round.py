@@ -353,3 +353,13 @@ def test_a_pair_may_have_a_candidate_of_a_further_attempt(open_desk: Open, tmp_p
     assert report.counts["preferences"] == 4 and report.counts["candidates"] == 12 + 3
     (of_mute,) = [row for row in desk.rows(1, "preferences") if row["prompt_id"] == "mute"]
     assert of_mute["indices"] == [5, 3] and of_mute["scores"] == [2.0, 0.0]
+
+
+def test_prompts_that_are_always_wrong_are_drawn_no_more(open_desk: Open, tmp_path: Path) -> None:
+    """`tie` scores 0 in round 1; `mute` is never scored, which settles nothing."""
+    curriculum = "schedule={rounds: 2, prompts_per_round: 4, curriculum: {wrong_to: 0}}"
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", curriculum]))
+    train(desk.run, PromptSet(TRAIN, HELD_OUT, "here", "00"), desk.team, desk.config)
+    drawn = [{row["prompt_id"] for row in desk.rows(index, "candidates")} for index in (1, 2)]
+    assert drawn == [{"a", "tie", "b", "mute"}, {"a", "b", "mute"}]
+    assert "left out are 0 prompts that are always right, 1 always wrong" in desk.output.getvalue()

@@ -2,9 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from raylign.config.base import Block
 
@@ -226,6 +234,25 @@ class RecoveryBlock(Block):
     """Time to save what is trained after SIGTERM, in seconds; keep it below the cluster's own grace time."""
 
 
+class CurriculumBlock(Block):
+    """Leaves out prompts that teach nothing any more: every candidate is right, or every one is wrong."""
+
+    right_from: float | None = None
+    """A prompt is right when all its candidates score at least this; null never leaves out what is right."""
+    wrong_to: float | None = None
+    """A prompt is wrong when all its candidates score at most this; null never leaves out what is wrong."""
+    patience: PositiveInt = 1
+    """Times in a row that a drawn prompt must be right, or wrong, before it is left out."""
+
+    @model_validator(mode="after")
+    def the_bounds_are_apart(self) -> Self:
+        if self.right_from is None and self.wrong_to is None:
+            raise ValueError("neither right_from nor wrong_to is set; set one, or leave the curriculum out")
+        if self.right_from is not None and self.wrong_to is not None and self.wrong_to >= self.right_from:
+            raise ValueError(f"wrong_to={self.wrong_to:g} is not below right_from={self.right_from:g}; lower it")
+        return self
+
+
 class ScheduleBlock(Block):
     """How long the campaign is."""
 
@@ -233,6 +260,8 @@ class ScheduleBlock(Block):
     """Rounds of sample, score, prefer, train, publish."""
     prompts_per_round: PositiveInt = 48
     """Prompts drawn per round without replacement, reshuffled when the source is used up."""
+    curriculum: CurriculumBlock | None = None
+    """Which prompts are no longer drawn; null draws all. With it, those drawn least often come first."""
 
 
 class EvaluationBlock(Block):
