@@ -97,7 +97,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)
-    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     where, available = present_resources()

@@ -60,6 +60,8 @@ class ModelBlock(Block):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     use_bnb_nested_quant: bool = True
     """Quantise the quantisation constants too (double quantisation)."""
+    chat_template: Path | None = None
+    """A Jinja file in place of the model's own chat template; null takes the model's."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
