@@ -72,6 +72,13 @@ def plan_placement(
     return PlacementPlan(device, tuple(bundles), own, places, block.scorer_cpus)
 
 
+def plan_trainers(block: PlacementBlock, trainer: TrainerBlock, device: Device) -> PlacementPlan:
+    """A bundle for each rank, and no other role."""
+    cpus, gpus = float(block.trainer_cpus), 1.0 if device == "gpu" else 0.0
+    places = tuple(ActorPlace(rank, cpus, gpus) for rank in range(trainer.ranks))
+    return PlacementPlan(device, tuple(_bundle(cpus, gpus) for _ in places), (), places)
+
+
 def _homes(ranks: int, generators: int, beside: int) -> list[int]:
     """The bundle of each rank: `beside` of them (at least one) with each generator, the others alone."""
     homes = [rank // max(1, beside) for rank in range(ranks)]

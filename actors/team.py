@@ -37,7 +37,7 @@ from actors.weight_sync.transports import (
     choose_transport,
     require_room,
 )
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
 from raylign.training.schedule import planned_steps
 
@@ -55,7 +55,7 @@ class Team:
     publisher: Publisher
 
 
-def plan_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:
+def plan_team(config: OnlineDpoConfig, available: Mapping[str, float]) -> PlacementPlan:
     """Where every role goes. Raises PlacementError when `available`, the cluster's totals, is too little."""
     device = choose_device(config.placement, available)
     plan = plan_placement(config.placement, config.generators, config.trainer, device)
@@ -65,7 +65,7 @@ def plan_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPla
 
 @contextmanager
 def team(
-    config: RunConfig,
+    config: OnlineDpoConfig,
     *,
     folder: str,
     pad_id: int,
@@ -116,7 +116,7 @@ def team(
 
 
 def _ready_team(
-    config: RunConfig,
+    config: OnlineDpoConfig,
     generators: SupervisedGenerators,
     trainers: SupervisedTrainers,
     scorer: ScorerClient,
@@ -133,7 +133,7 @@ def _ready_team(
 
 
 def _start_scorer(
-    config: RunConfig, incidents: Incidents, actors: list[ActorHandle[Any]], stacks: Path
+    config: OnlineDpoConfig, incidents: Incidents, actors: list[ActorHandle[Any]], stacks: Path
 ) -> ScorerClient:
     def spawn() -> ActorHandle[Any]:
         options = Scorer.options(num_cpus=config.placement.scorer_cpus)
@@ -147,7 +147,7 @@ def _start_scorer(
 
 
 def _spawner(
-    config: RunConfig, folder: str, plan: PlacementPlan, group: PlacementGroup, transport: Transport, stacks: Path
+    config: OnlineDpoConfig, folder: str, plan: PlacementPlan, group: PlacementGroup, transport: Transport, stacks: Path
 ) -> Spawn:
     """Starts the generator of a slot where the plan puts it."""
     block = config.generators
@@ -170,7 +170,7 @@ def _spawner(
     )
 
     def spawn(slot: int) -> ActorHandle[Any]:
-        handle: ActorHandle[Any] = Generator.options(**_options(plan.generators[slot], group)).remote(
+        handle: ActorHandle[Any] = Generator.options(**placed(plan.generators[slot], group)).remote(
             spec, actor_name(slot)
         )
         return handle
@@ -179,7 +179,7 @@ def _spawner(
 
 
 def _start_trainers(
-    config: RunConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup, stacks: Path
+    config: OnlineDpoConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup, stacks: Path
 ) -> list[ActorHandle[Any]]:
     """Every rank, once the group has formed. Raises ActorsLost; a port that was taken meanwhile is tried again."""
     spec = TrainerSpec(
@@ -196,15 +196,16 @@ def _start_trainers(
         on_gpu=plan.device == "gpu",
         stacks=str(stacks),
     )
-    return start_ranks(spec, [_options(place, group) for place in plan.trainers])
+    return start_ranks(spec, [placed(place, group) for place in plan.trainers])
 
 
-def _options(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
+def placed(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
+    """Ray's options of an actor at its place."""
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle)
     return {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": strategy}
 
 
-def _transport(config: RunConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
+def _transport(config: OnlineDpoConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
     """Raises WeightSyncError when a push would not fit, before anything is started."""
     match transport:
         case "shm":

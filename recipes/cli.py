@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from raylign.config import load_config
+from raylign.config import load_recipe
 from raylign.errors import RaylignError
 from raylign.text import escape_control
 from raylign.tracking.params import without_credentials
@@ -127,15 +127,15 @@ def _version() -> str:
 
 @app.command(context_settings=SETTINGS_CONTEXT)
 def run(recipe: Recipe, settings: Settings = None) -> None:
-    """Run a recipe: rounds of sampling, scoring and training until the schedule is done.
+    """Run a recipe, until its schedule is done: online DPO, offline DPO, SFT or a reward model.
 
     Example: raylign run recipes/sentiment_smollm2.yaml run.name=second schedule.rounds=3
     """
-    config = load_config(recipe, settings or ())
+    config = load_recipe(recipe, settings or ())
     require_named_cluster()
-    from recipes import online_dpo  # noqa: PLC0415 - torch, Ray and vLLM
+    from recipes.start import start  # noqa: PLC0415 - torch, Ray and vLLM
 
-    online_dpo.main(config)
+    start(config)
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
@@ -154,9 +154,9 @@ def resume(
 
     config = resumed_config(run_directory, settings or ())
     require_named_cluster()
-    from recipes import online_dpo  # noqa: PLC0415 - torch, Ray and vLLM
+    from recipes.start import start  # noqa: PLC0415 - torch, Ray and vLLM
 
-    online_dpo.main(config)
+    start(config)
 
 
 @app.command()
@@ -216,12 +216,11 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
 
     Example: raylign plan recipes/sentiment_smollm2.yaml trainer.ranks=2
     """
-    config = load_config(recipe, settings or ())
+    config = load_recipe(recipe, settings or ())
     from raylign.reporting import report_console  # noqa: PLC0415
-    from recipes.plan import make_plan  # noqa: PLC0415 - torch and Ray
-    from recipes.plan_view import show_plan  # noqa: PLC0415
+    from recipes.start import show  # noqa: PLC0415 - torch and Ray
 
-    show_plan(make_plan(config), report_console())
+    show(config, report_console())
 
 
 @app.command()

@@ -4,12 +4,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylign.config import RunConfig
+from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RunConfig, SftConfig
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
-from raylign.model_card import ModelFacts, framework_versions
+from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.models import resolve_model
 from raylign.records import RoundReport
 from raylign.rundir import RunDirectory, open_run
@@ -41,7 +41,8 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     checkpoint = directory.checkpoint(report.policy_version)
     base = resolve_model(config.model.path, config.model.revision)
     in_4bit = config.model if config.model.load_in_4bit else None
-    folder = export_model(checkpoint, base, to.absolute(), merge, card_facts(directory, config, report), in_4bit)
+    facts = card_facts(directory, config, report)
+    folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, config.model.chat_template)
     stays_adapter = (folder / ADAPTER_CONFIG).is_file()
     if stays_adapter and in_4bit:
         use = f"{shlex.join(['raylign', 'export', str(run), '--to', f'{folder}-merged', '--merge'])}{_NO_4_BITS}"
@@ -71,14 +72,47 @@ def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) 
     return ModelFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),
-        prompts=public_name(config.prompts.source),
-        scorer=_scorer_name(config.scoring),
-        loss=_loss_name(config.loss),
+        dataset=public_name(_source(config)),
+        method=_method(config),
         rounds=report.index,
         evaluation=report.evaluation,
-        confidence=config.evaluation.confidence,
+        confidence=_confidence(config),
         versions=training_versions(directory),
     )
+
+
+def _source(config: RunConfig) -> str:
+    match config:
+        case OnlineDpoConfig():
+            return config.prompts.source
+        case OfflineConfig():
+            return config.data.source
+        case _:
+            raise AssertionError(f"recipe {config.recipe!r} has no source")
+
+
+def _confidence(config: RunConfig) -> float:
+    assert isinstance(config, OnlineDpoConfig | OfflineConfig)
+    return config.evaluation.confidence
+
+
+def _method(config: RunConfig) -> Method:
+    source = public_name(_source(config))
+    match config:
+        case OnlineDpoConfig():
+            told = (
+                "iterative online\ndirect preference optimisation: in each round the current policy answers prompts, a "
+                "scorer judges the answers, and the\nbest and worst answer of a prompt become a preference pair"
+            )
+            name, scorer = f"iterative online DPO, loss {_loss_name(config.loss)}", _scorer_name(config.scoring)
+            return Method(told, name, ("dpo", "online-dpo"), {"Prompts": source, "Scorer": scorer})
+        case OfflineDpoConfig():
+            told = "direct\npreference optimisation on a data set of preferences"
+            return Method(told, f"offline DPO, loss {_loss_name(config.loss)}", ("dpo",), {"Preferences": source})
+        case SftConfig():
+            return Method("supervised\nfine-tuning on answers", "SFT on the answers", ("sft",), {"Examples": source})
+        case _:
+            raise AssertionError(f"recipe {config.recipe!r} has no method")
 
 
 def _scorer_name(block: ScoringBlock) -> str:

@@ -9,26 +9,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from actors.team import Team
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
+from raylign.curriculum import History, draw_open
 from raylign.evaluation import evaluate
-from raylign.pairing import PairingResult, build_preferences, require_preferences
+from raylign.pairing import PairingResult, build_preferences, require_preferences, without_pair
 from raylign.prompts import PromptSet, draw
-from raylign.records import Candidate, Evaluation, Preference, Prompt, RoundReport, Score
+from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
 from raylign.reporting import Sample
-from raylign.rounds import RoundLog
+from raylign.resampling import attempt_seed, joined
+from raylign.rounds import RoundLog, numbered
 from raylign.sampling import evaluation_decoding, training_decoding
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
-from recipes.campaign import Campaign, campaign, finished_before
+from recipes.campaign import Campaign, finished_before
+from recipes.online_campaign import campaign
 
 
 def run_round(
-    log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: RunConfig
+    log: RoundLog, prompts: Sequence[Prompt], held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
 ) -> tuple[RoundReport, list[Sample]]:
     """Round `index` trains policy version `index` from samples of version `index - 1`."""
     candidates = sample(log, prompts, team, config)
     scores = score(log, prompts, candidates, team, config)
+    candidates, scores = sample_again(log, prompts, candidates, scores, team, config)
     pairing = prefer(log, prompts, candidates, scores, config)
     preferences = reference(log, prompts, candidates, pairing, team, config)
     steps = train_policy(log, preferences, team, config)
@@ -37,17 +41,19 @@ def run_round(
     return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
 
 
-def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: RunConfig) -> list[Candidate]:
+def sample(
+    log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineDpoConfig, attempt: int = 0
+) -> list[Candidate]:
     """K candidates per prompt from the policy as it was when the round began."""
     decoding, version = training_decoding(config.sampling), log.index - 1
     with (
-        log.stage("sample", len(prompts), "prompts") as stage,
-        log.sampled(stage, prompts, decoding.num_generations, version) as sheet,
+        log.stage(f"sample{numbered(attempt)}", len(prompts), "prompts") as stage,
+        log.sampled(stage, prompts, decoding.num_generations, version, attempt) as sheet,
     ):
         team.generators.sample(
             sheet.missing,
             decoding,
-            seed=config.run.seed,
+            seed=attempt_seed(config.run.seed, attempt),
             round_index=log.index,
             version=version,
             advance=stage.advance,
@@ -57,16 +63,40 @@ def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: RunConf
 
 
 def score(
-    log: RoundLog, prompts: Sequence[Prompt], candidates: Sequence[Candidate], team: Team, config: RunConfig
+    log: RoundLog,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    team: Team,
+    config: OnlineDpoConfig,
+    attempt: int = 0,
 ) -> list[Score]:
     """What the scorer says of every candidate; too many that it cannot judge stop the round."""
-    with log.stage("score", len(candidates), "candidates") as stage:
+    with log.stage(f"score{numbered(attempt)}", len(candidates), "candidates") as stage:
         if stage.done:
-            return log.read_scores()
+            return log.read_scores(attempt)
         scores = team.scorer.score(prompts, candidates, stage.advance)
-        log.save_candidates(stage, prompts, candidates, scores)
+        log.save_candidates(stage, prompts, candidates, scores, attempt)
         check_unscored(scores, config.scoring.max_unscored)
     return scores
+
+
+def sample_again(
+    log: RoundLog,
+    prompts: Sequence[Prompt],
+    candidates: list[Candidate],
+    scores: list[Score],
+    team: Team,
+    config: OnlineDpoConfig,
+) -> tuple[list[Candidate], list[Score]]:
+    """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have."""
+    for attempt in range(1, config.sampling.max_resamples + 1):
+        again = without_pair(prompts, build_preferences(prompts, candidates, scores, config.pairing))
+        if not again:
+            break
+        more = sample(log, again, team, config, attempt)
+        found = score(log, again, more, team, config, attempt)
+        candidates, scores = joined(prompts, (candidates, scores), (more, found))
+    return candidates, scores
 
 
 def prefer(
@@ -74,7 +104,7 @@ def prefer(
     prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
     scores: Sequence[Score],
-    config: RunConfig,
+    config: OnlineDpoConfig,
 ) -> PairingResult:
     """Pairs from the scores: a pure function of candidates.parquet, so that it leaves no file of its own."""
     with log.stage("prefer", len(prompts), "prompts", again=True):
@@ -89,7 +119,7 @@ def reference(
     candidates: Sequence[Candidate],
     pairing: PairingResult,
     team: Team,
-    config: RunConfig,
+    config: OnlineDpoConfig,
 ) -> tuple[Preference, ...]:
     """Reference log-probs, once for all epochs."""
     with log.stage("reference", len(pairing.preferences), "preferences") as stage:
@@ -101,7 +131,7 @@ def reference(
 
 
 def train_policy(
-    log: RoundLog, preferences: Sequence[Preference], team: Team, config: RunConfig
+    log: RoundLog, preferences: Sequence[Preference], team: Team, config: OnlineDpoConfig
 ) -> list[Mapping[str, float]]:
     """Every optimizer step of the round, then its checkpoint."""
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
@@ -117,8 +147,8 @@ def publish(log: RoundLog, team: Team) -> Mapping[str, float]:
 
 
 def evaluate_policy(
-    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: RunConfig
-) -> tuple[Evaluation, list[Sample]]:
+    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
+) -> tuple[AnyEvaluation, list[Sample]]:
     """Held-out score, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
     by_id = {prompt.id: prompt for prompt in held_out}
@@ -136,21 +166,34 @@ def evaluate_policy(
             log.save_held_out(stage, held_out, candidates, scores)
             evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed)
             log.save_evaluation(stage, evaluation)
-    first = range(0, len(candidates), decoding.num_generations)
+    first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
 
 
-def train(run: Campaign, prompts: PromptSet, team: Team, config: RunConfig) -> None:
+def draw_prompts(
+    run: Campaign, history: History, prompts: Sequence[Prompt], index: int, config: OnlineDpoConfig
+) -> tuple[Prompt, ...]:
+    """The prompts of round `index`; with a curriculum, of those that may still teach something."""
+    count, curriculum = config.schedule.prompts_per_round, config.schedule.curriculum
+    if curriculum is None:
+        return draw(prompts, index, count, config.run.seed)
+    drawn = draw_open(prompts, history.before(index), count, curriculum, config.run.seed)
+    run.say(f"round {index}: left out are {drawn.right} prompts that are always right, {drawn.wrong} always wrong")
+    return drawn.prompts
+
+
+def train(run: Campaign, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round that is not finished."""
     baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config)
     run.finish_baseline(baseline, before)
+    history = History(run.directory)
     for index in run.rounds_to_do():
-        batch = draw(prompts.train, index, config.schedule.prompts_per_round, config.run.seed)
+        batch = draw_prompts(run, history, prompts.train, index, config)
         report, after = run_round(run.round_log(index), batch, prompts.held_out, team, config)
         run.finish_round(report, after)
 
 
-def main(config: RunConfig) -> Path:
+def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done[0].path

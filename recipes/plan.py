@@ -18,7 +18,7 @@ from actors.placement import PlacementPlan, choose_device, plan_placement, requi
 from actors.weight_sync.folder import shared_folder
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import Transport, choose_transport, require_room
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
@@ -77,7 +77,7 @@ class RunPlan:
     transports without one; `free_bytes` is the room for it, 0 when that is on another machine.
     """
 
-    config: RunConfig
+    config: OnlineDpoConfig
     model: ModelFacts
     reference: ReferenceFacts
     prompts: PromptFacts
@@ -91,13 +91,13 @@ class RunPlan:
     free_bytes: int
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_plan(config: OnlineDpoConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
     scorer = describe_scorer(config.scoring)
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)
-    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     where, available = present_resources()
@@ -156,7 +156,7 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _require_context(config: RunConfig, model: ModelFacts) -> None:
+def _require_context(config: OnlineDpoConfig, model: ModelFacts) -> None:
     if config.generators.max_model_len > model.context:
         raise ConfigError(
             f"generators.max_model_len={config.generators.max_model_len} exceeds the {model.context} positions of "
@@ -176,7 +176,7 @@ def prompt_facts(prompts: PromptSet) -> PromptFacts:
     )
 
 
-def amounts(config: RunConfig, held_out: int) -> Amounts:
+def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
     """Evaluation runs before round 1 and after each of the `schedule.rounds` rounds."""
     schedule, sampling = config.schedule, config.sampling
     per_round = schedule.prompts_per_round * sampling.num_generations * sampling.max_new_tokens

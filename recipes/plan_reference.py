@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from actors.weight_sync.manifest import checkpoint_manifest
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import (
     EmaReferenceBlock,
@@ -35,7 +35,7 @@ class ReferenceFacts:
     bytes_per_rank: int
 
 
-def reference_facts(config: RunConfig, folder: Path, trained: int) -> ReferenceFacts:
+def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> ReferenceFacts:
     """`folder` is the policy's and `trained` its parameters with gradients. Raises ModelError as a run would."""
     reference, adapter = config.reference, config.model.lora is not None
     whole = stored_bytes(Path(resolve_reference(reference, config.model, str(folder))), config.model)

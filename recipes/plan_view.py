@@ -21,7 +21,7 @@ Line = tuple[str, str]
 def show_plan(plan: RunPlan, console: Console) -> None:
     """Sections of `name value` lines, the table of roles, then notes."""
     lines = [*_inputs(plan), *_work(plan)]
-    console.print(_grid(lines), "", _roles(plan), "", _grid(_outside(plan)), sep="\n")
+    console.print(grid(lines), "", _roles(plan), "", grid(_outside(plan)), sep="\n")
     for note in notes(plan):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
@@ -76,20 +76,20 @@ def _work(plan: RunPlan) -> list[Line]:
         ),
         (
             "",
-            f"at most {_many(amounts.steps_per_round, 'optimizer step')} of "
-            f"{_many(trainer.train_batch_size, 'preference')} ({_many(trainer.ranks, 'rank')} x "
+            f"at most {many(amounts.steps_per_round, 'optimizer step')} of "
+            f"{many(trainer.train_batch_size, 'preference')} ({many(trainer.ranks, 'rank')} x "
             f"{trainer.per_device_train_batch_size} per device x {trainer.gradient_accumulation_steps} accumulated), "
-            f"{_many(trainer.num_train_epochs, 'epoch')}",
+            f"{many(trainer.num_train_epochs, 'epoch')}",
         ),
         (
             "",
-            f"evaluation: {plan.prompts.held_out} prompts x {_many(config.evaluation.num_generations, 'completion')} "
+            f"evaluation: {plan.prompts.held_out} prompts x {many(config.evaluation.num_generations, 'completion')} "
             f"= at most {amounts.evaluated_per_round:,} tokens",
         ),
         (
-            f"{_many(schedule.rounds, 'round')}",
+            f"{many(schedule.rounds, 'round')}",
             f"at most {amounts.sampled:,} sampled tokens, {amounts.evaluated:,} more in "
-            f"{schedule.rounds + 1} evaluations, {_many(amounts.steps, 'optimizer step')}",
+            f"{schedule.rounds + 1} evaluations, {many(amounts.steps, 'optimizer step')}",
         ),
     ]
 
@@ -128,13 +128,14 @@ def _outside(plan: RunPlan) -> list[Line]:
     ]
 
 
-def _grid(lines: Iterable[Line]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(min_width=13)
-    grid.add_column(overflow="fold")
+def grid(lines: Iterable[Line]) -> Table:
+    """`name value` lines, the names in bold."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=13)
+    table.add_column(overflow="fold")
     for name, value in lines:
-        grid.add_row(Text(name, style="bold"), Text(escape_control(value)))
-    return grid
+        table.add_row(Text(name, style="bold"), Text(escape_control(value)))
+    return table
 
 
 def _each(amounts: Iterable[float]) -> str:
@@ -143,5 +144,6 @@ def _each(amounts: Iterable[float]) -> str:
     return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

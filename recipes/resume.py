@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylign.config import RunConfig, load_config
+from raylign.config import RunConfig, load_recipe
 from raylign.errors import ConfigError
 from raylign.rundir import CONFIG_NAME, differences, open_run
 
-FIXED = ("run.name", "run.seed", "model.", "prompts.")
+FIXED = ("recipe", "run.name", "run.seed", "model.", "prompts.", "data.")
 """What the finished part of a run was made of."""
 
 
@@ -18,17 +18,16 @@ def resumed_config(run: Path, settings: Sequence[str]) -> RunConfig:
     """
     directory = open_run(run)
     place = (f"run.dir={directory.path.parent}",)
-    old = load_config(directory.path / CONFIG_NAME, place)
-    new = load_config(directory.path / CONFIG_NAME, (*settings, *place))
+    old = load_recipe(directory.path / CONFIG_NAME, place)
+    new = load_recipe(directory.path / CONFIG_NAME, (*settings, *place))
     changed = differences(old, new)
     if fixed := [line for line in changed if line.startswith(FIXED)]:
         raise ConfigError(
             f"{directory.path}: {fixed[0]}: what this run has done depends on that; start another run (run.name=...)"
         )
-    if new.reference.policy != old.reference.policy:
+    if moved := [line for line in changed if line.startswith("reference.policy")]:
         raise ConfigError(
-            f"{directory.path}: reference.policy: {old.reference.policy} -> {new.reference.policy}: its checkpoints "
-            "hold the former; start another run (run.name=...)"
+            f"{directory.path}: {moved[0]}: its checkpoints hold the former; start another run (run.name=...)"
         )
     if changed:
         with directory.locked():

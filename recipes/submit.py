@@ -19,7 +19,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.text import Text
 
-from raylign.config import RunConfig, load_config
+from raylign.config import RunConfig, load_recipe
 from raylign.errors import ConfigError, PlacementError
 from raylign.text import escape_control
 from raylign.tracking.params import names_secret, without_credentials
@@ -80,7 +80,7 @@ def prepare(recipe: Path, settings: Sequence[str], working_dir: Path) -> Job:
     Raises ConfigError for whatever the run would refuse at once, for secrets, and for paths the job would not have.
     """
     _refuse_secrets(settings)
-    config = load_config(recipe, settings)
+    config = load_recipe(recipe, settings)
     _require_lasting(config)
     root = working_dir.resolve()
     if not recipe.resolve().is_relative_to(root):

@@ -16,7 +16,7 @@ from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Metrics
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
@@ -158,7 +158,7 @@ class FakeScorer(ScorerClient):
 class FakeTrainers(SupervisedTrainers):
     """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
 
-    def __init__(self, events: list[str], config: RunConfig) -> None:
+    def __init__(self, events: list[str], config: OnlineDpoConfig) -> None:
         super().__init__(
             lambda: [_no_actor()],
             block=config.trainer,

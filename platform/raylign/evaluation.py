@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -10,6 +11,8 @@ from raylign.config.blocks import EvaluationBlock
 from raylign.errors import ScorerError
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, Prompt, Score
+
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 def evaluate(
@@ -33,7 +36,7 @@ def evaluate(
     Raises ScorerError when every completion is unscored, ValueError when the sequences do not fit together.
     """
     means = _prompt_means(prompts, candidates, scores)
-    low, high = _interval(means, block, seed)
+    low, high = mean_interval(means, block, seed)
     return Evaluation(
         score=float(means.mean()),
         score_low=low,
@@ -47,9 +50,7 @@ def evaluate(
     )
 
 
-def _prompt_means(
-    prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _prompt_means(prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]) -> Values:
     """[prompts with a scored completion] mean scores."""
     groups = group_by_prompt(prompts, candidates, scores)
     values = [[score.value for score in group.scores if score.value is not None] for group in groups]
@@ -67,14 +68,21 @@ def _kl(candidates: Sequence[Candidate], reference_logps: Sequence[float]) -> fl
     return float(np.mean([sum(c.logprobs) - logp for c, logp in zip(candidates, reference_logps, strict=True)]))
 
 
-def _interval(
-    means: np.ndarray[tuple[int], np.dtype[np.float64]], block: EvaluationBlock, seed: int
-) -> tuple[float, float]:
-    """Bounds of the mean at `confidence`; both are the mean when the prompts do not differ."""
-    if np.ptp(means) == 0:
-        return float(means.mean()), float(means.mean())
+class Resampling(Protocol):
+    """How an interval is drawn; a block of either kind of evaluation has both."""
+
+    @property
+    def bootstrap_samples(self) -> int: ...
+    @property
+    def confidence(self) -> float: ...
+
+
+def mean_interval(values: Values, block: Resampling, seed: int) -> tuple[float, float]:
+    """Bounds of the mean at `confidence`, by percentile bootstrap; both are the mean when the values do not differ."""
+    if np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
     result = bootstrap(
-        (means,),
+        (values,),
         np.mean,
         n_resamples=block.bootstrap_samples,
         confidence_level=block.confidence,

@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import assert_never
 
 from huggingface_hub import ModelCardData
 
 from raylign.config.blocks import ModelBlock
-from raylign.records import Evaluation
+from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation
 from raylign.text import escape_control, optional
 
 FRAMEWORKS = (
@@ -41,20 +42,33 @@ _CITATION = """\
 
 
 @dataclass(frozen=True, slots=True)
+class Method:
+    """How a model was trained. Made by the recipe.
+
+    `told` ends the sentence "trained with raylign by ...", `name` stands in the table, `tags` are the hub's, and
+    `facts` are further lines of the table: names to values, which are shown as code.
+    """
+
+    told: str
+    name: str
+    tags: tuple[str, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a model card tells. Made by the recipe from its config and last report, read by `raylign.export`.
 
-    `base_model` and `prompts` are names people can look up (hub ids where there are any), never local paths.
+    `base_model` and `dataset` are names people can look up (hub ids where there are any), never local paths.
     `confidence` is that of the evaluation's interval. `versions` are the frameworks of the training run.
     """
 
     name: str
     base_model: str
-    prompts: str
-    scorer: str
-    loss: str
+    dataset: str
+    method: Method
     rounds: int
-    evaluation: Evaluation
+    evaluation: AnyEvaluation
     confidence: float
     versions: Mapping[str, str]
     license: str | None = None
@@ -75,11 +89,11 @@ def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = 
     """README.md with front matter; hub ids are linked, other names only told. `in_4bit` says how the base was kept."""
     metadata = ModelCardData(
         base_model=_hub_id(facts.base_model),
-        datasets=_hub_id(facts.prompts),
+        datasets=_hub_id(facts.dataset),
         library_name="peft" if is_adapter else "transformers",
         license=facts.license,
         pipeline_tag="text-generation",
-        tags=["dpo", "online-dpo", "raylign", *(["lora"] if is_adapter else []), *(["qlora"] if in_4bit else [])],
+        tags=[*facts.method.tags, "raylign", *(["lora"] if is_adapter else []), *(["qlora"] if in_4bit else [])],
     )
     return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter, in_4bit)}"
 
@@ -92,20 +106,18 @@ def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> st
     kind = "LoRA adapter for" if is_adapter else "fine-tuned version of"
     base = "" if in_4bit is None else _base_text(facts, is_adapter, in_4bit)
     versions = "\n".join(f"- {name} {number}" for name, number in facts.versions.items())
+    lines = "".join(f"\n| {name} | {_code(value)} |" for name, value in facts.method.facts.items())
+    citation = f"\n## Citation\n\n{_CITATION}\n" if "dpo" in facts.method.tags else ""
     return f"""\
 # {facts.name}
 
-This is a {kind} {_code(facts.base_model)}, trained with raylign by iterative online
-direct preference optimisation: in each round the current policy answers prompts, a scorer judges the answers, and the
-best and worst answer of a prompt become a preference pair.
+This is a {kind} {_code(facts.base_model)}, trained with raylign by {facts.method.told}.
 
 | | |
 |---|---|
 | Base model | {_code(facts.base_model)} |
-| Method | iterative online DPO, loss {facts.loss} |
-| Rounds | {facts.rounds} |
-| Prompts | {_code(facts.prompts)} |
-| Scorer | {_code(facts.scorer)} |
+| Method | {facts.method.name} |
+| Rounds | {facts.rounds} |{lines}
 
 {base}## Evaluation
 
@@ -114,11 +126,7 @@ best and worst answer of a prompt become a preference pair.
 ## Framework versions
 
 {versions}
-
-## Citation
-
-{_CITATION}
-"""
+{citation}"""
 
 
 def _code(name: str) -> str:
@@ -155,14 +163,36 @@ AutoModelForCausalLM.from_pretrained(
 
 
 def _evaluation_text(facts: ModelFacts) -> str:
-    result = facts.evaluation
+    match facts.evaluation:
+        case Evaluation():
+            return _sampled_text(facts.evaluation, facts.confidence)
+        case HeldOutEvaluation():
+            return _held_out_text(facts.evaluation, facts.confidence)
+        case _:
+            assert_never(facts.evaluation)
+
+
+def _held_out_text(result: HeldOutEvaluation, confidence: float) -> str:
+    others = "".join(
+        f"\n| `{name}` | {value:.4g} |" for name, value in sorted(result.metrics.items()) if name != result.metric
+    )
+    return f"""\
+On {result.rows} held-out rows after the last round:
+
+| Metric | Value |
+|---|---|
+| `{result.metric}` | {result.value:.3f} |
+| {confidence:.0%} interval of `{result.metric}` | {result.low:.3f} to {result.high:.3f} |{others}"""
+
+
+def _sampled_text(result: Evaluation, confidence: float) -> str:
     return f"""\
 On held-out prompts after the last round ({result.completions} completions, {result.unscored} of them unscored):
 
 | Metric | Value |
 |---|---|
 | Score by the scorer above | {result.score:.3f} |
-| {facts.confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
+| {confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
 | KL to the reference, nats per completion | {optional(result.kl)} |
 | Mean completion length, tokens | {result.length:.1f} |
 | Distinct bigrams | {result.distinct_2:.3f} |

@@ -95,6 +95,12 @@ def build_preferences(
     return PairingResult(preferences, counts)
 
 
+def without_pair(prompts: Sequence[Prompt], result: PairingResult) -> list[Prompt]:
+    """The prompts that gave nothing to train on, in order."""
+    paired = {preference.prompt.id for preference in result.preferences}
+    return [prompt for prompt in prompts if prompt.id not in paired]
+
+
 def require_preferences(result: PairingResult, round_index: int) -> None:
     """Raise NoPreferencesError, with the reasons and their cures, when a round gave nothing to train on."""
     if result.preferences:

@@ -94,11 +94,31 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutEvaluation:
+    """Held-out rows of a data set under one policy version; nothing is sampled. Made by `raylign.held_out`.
+
+    `metric` names the value that sums it up, `low`/`high` bound it (bootstrap over rows). `metrics` has TRL's metrics,
+    means over the rows or their tokens.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    rows: int
+    metrics: Mapping[str, float]
+
+
+AnyEvaluation = Evaluation | HeldOutEvaluation
+
+
+@dataclass(frozen=True, slots=True)
 class RoundReport:
     """What one round did. Made by the recipe, written as `report.json`, read by tracking and `review`.
 
-    `counts` has candidates, unscored, ties, identical, below_margin, preferences. `steps` has one mapping of TRL metric
-    names to values per optimizer step. `seconds` is wall time per stage. `sync` has the canary's gaps.
+    `counts` has preferences, and of a round with samples what became of the others (`raylign.pairing`).
+    `steps` has one mapping of TRL metric names to values per optimizer step. `seconds` is wall time per stage. `sync`
+    has the canary's gaps, if weights were published.
     """
 
     index: int
@@ -106,5 +126,5 @@ class RoundReport:
     counts: Mapping[str, int]
     steps: tuple[Mapping[str, float], ...]
     sync: Mapping[str, float]
-    evaluation: Evaluation
+    evaluation: AnyEvaluation
     seconds: Mapping[str, float]

@@ -1,4 +1,4 @@
-"""What a campaign shows to people: a table of rounds, samples to read, and notes that point at reward hacking."""
+"""What a campaign with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from raylign.records import Evaluation, Prompt, RoundReport, Score
+from raylign.records import AnyEvaluation, Evaluation, Prompt, RoundReport, Score
 from raylign.text import escape_control, optional
 
 STAGES = ("sample", "score", "prefer", "reference", "train", "publish", "evaluate")
@@ -51,7 +51,7 @@ def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
         table.add_column(f"{stage}\ns", justify="right", overflow="fold")
     table.add_row("0", *_evaluation_cells(baseline), *[NOTHING] * (4 + len(STAGES)))
     for report in reports:
-        table.add_row(str(report.index), *_evaluation_cells(report.evaluation), *_training_cells(report))
+        table.add_row(str(report.index), *_evaluation_cells(sampled(report.evaluation)), *_training_cells(report))
     return table
 
 
@@ -75,7 +75,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
     """Plain notes, with numbers, on what may be reward hacking or training without effect; empty when all is well."""
     if not reports:
         return []
-    last = reports[-1].evaluation
+    last = sampled(reports[-1].evaluation)
     notes = [
         *_fall_note("distinct-2", baseline.distinct_2, last.distinct_2, "completions repeat themselves"),
         *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
@@ -115,7 +115,7 @@ def _length_notes(before: float, after: float) -> list[str]:
 
 def _accuracy_notes(reports: Sequence[RoundReport]) -> list[str]:
     """Round 1 starts at the reference, where every implicit reward is 0, so one round says nothing."""
-    accuracy = _step_mean(reports[-1], "rewards/accuracies")
+    accuracy = step_mean(reports[-1], "rewards/accuracies")
     if len(reports) < 2 or accuracy is None or accuracy >= ACCURACY_FLOOR:
         return []
     return [
@@ -135,6 +135,12 @@ def _skipped_notes(reports: Sequence[RoundReport]) -> list[str]:
     ]
 
 
+def sampled(evaluation: AnyEvaluation) -> Evaluation:
+    """The evaluation of a campaign with samples."""
+    assert isinstance(evaluation, Evaluation)
+    return evaluation
+
+
 def _evaluation_cells(evaluation: Evaluation) -> list[str]:
     return [
         _interval_text(evaluation),
@@ -150,13 +156,14 @@ def _training_cells(report: RoundReport) -> list[str]:
     return [
         str(report.counts["preferences"]),
         _cell(first_loss, ".3f"),
-        _cell(_step_mean(report, "rewards/accuracies"), ".2f"),
-        _cell(_step_mean(report, "rewards/margins"), ".3f"),
+        _cell(step_mean(report, "rewards/accuracies"), ".2f"),
+        _cell(step_mean(report, "rewards/margins"), ".3f"),
         *[_seconds_cell(report.seconds.get(stage)) for stage in STAGES],
     ]
 
 
-def _step_mean(report: RoundReport, metric: str) -> float | None:
+def step_mean(report: RoundReport, metric: str) -> float | None:
+    """Mean over the round's steps that have the metric."""
     values = [step[metric] for step in report.steps if metric in step]
     return fmean(values) if values else None
 

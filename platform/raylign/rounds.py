@@ -20,8 +20,8 @@ from raylign.errors import RaylignError
 from raylign.files import publish_text
 from raylign.fingerprints import damage, fingerprints
 from raylign.progress import Advance, stage_progress
-from raylign.records import Candidate, Evaluation, Preference, Prompt, Score
-from raylign.rundir import RunDirectory
+from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
+from raylign.rundir import RunDirectory, read_evaluation
 from raylign.sampled import SampledSheet, sampled_sheet
 from raylign.store import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
@@ -29,7 +29,7 @@ from raylign.tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 LEDGER_NAME = "stages.json"
-SAMPLED, CANDIDATES, PREFERENCES = "sampled.jsonl", "candidates.parquet", "preferences.parquet"
+SAMPLED, CANDIDATES, PREFERENCES = "sampled{}.jsonl", "candidates{}.parquet", "preferences.parquet"
 HELD_OUT, EVALUATION = "samples.parquet", "evaluation.json"
 
 
@@ -116,24 +116,34 @@ class RoundLog:
 
     @contextmanager
     def sampled(
-        self, stage: Stage, prompts: Sequence[Prompt], num_generations: int, version: int
+        self, stage: Stage, prompts: Sequence[Prompt], num_generations: int, version: int, attempt: int = 0
     ) -> Iterator[SampledSheet]:
-        """sampled.jsonl: candidates as they come, with those that an earlier attempt got."""
-        with sampled_sheet(self._folder / SAMPLED, prompts, num_generations, version) as sheet:
+        """sampled.jsonl: candidates as they come, with those that an earlier process got.
+
+        Candidates of a further attempt at prompts without a pair are in sampled-1.jsonl and so on.
+        """
+        name = SAMPLED.format(numbered(attempt))
+        with sampled_sheet(self._folder / name, prompts, num_generations, version) as sheet:
             stage.advance(len(prompts) - len(sheet.missing))
             yield sheet
-        stage.files.append(SAMPLED)
+        stage.files.append(name)
 
     def save_candidates(
-        self, stage: Stage, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
+        self,
+        stage: Stage,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        scores: Sequence[Score],
+        attempt: int = 0,
     ) -> None:
-        """candidates.parquet: all K of every prompt, with scores."""
-        write_candidates(self._folder / CANDIDATES, prompts, candidates, scores)
-        stage.files.append(CANDIDATES)
+        """candidates.parquet: all K of every prompt, with scores; of a further attempt candidates-1.parquet."""
+        name = CANDIDATES.format(numbered(attempt))
+        write_candidates(self._folder / name, prompts, candidates, scores)
+        stage.files.append(name)
 
-    def read_scores(self) -> list[Score]:
+    def read_scores(self, attempt: int = 0) -> list[Score]:
         """Of all candidates, in their order."""
-        return read_candidates(self._folder / CANDIDATES)[1]
+        return read_candidates(self._folder / CANDIDATES.format(numbered(attempt)))[1]
 
     def save_preferences(self, stage: Stage, preferences: Sequence[Preference]) -> None:
         """preferences.parquet, also an MLflow artifact and data set."""
@@ -169,13 +179,18 @@ class RoundLog:
     def read_held_out(self) -> tuple[list[Candidate], list[Score]]:
         return read_candidates(self._folder / HELD_OUT)
 
-    def save_evaluation(self, stage: Stage, evaluation: Evaluation) -> None:
-        """evaluation.json: what the held-out completions came to."""
+    def save_evaluation(self, stage: Stage, evaluation: AnyEvaluation) -> None:
+        """evaluation.json: what the held-out rows or completions came to."""
         publish_text(self._folder / EVALUATION, json.dumps(asdict(evaluation), indent=1))
         stage.files.append(EVALUATION)
 
-    def read_evaluation(self) -> Evaluation:
-        return Evaluation(**json.loads((self._folder / EVALUATION).read_text()))
+    def read_evaluation(self) -> AnyEvaluation:
+        return read_evaluation(json.loads((self._folder / EVALUATION).read_text()))
+
+
+def numbered(attempt: int) -> str:
+    """What names of stages and files of a further attempt end in: nothing, -1, -2."""
+    return f"-{attempt}" if attempt else ""
 
 
 def finished_stages(folder: Path) -> dict[str, dict[str, Any]]:

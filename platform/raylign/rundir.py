@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, readable without raylign."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -11,11 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from raylign.checkpoints import Checkpoints
-from raylign.config import RunConfig, dump_config, load_config
+from raylign.config import RunConfig, dump_config, load_recipe
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError
 from raylign.files import publish_text
-from raylign.records import Evaluation, RoundReport
+from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 from raylign.tracking.params import flatten
 
 CONFIG_NAME = "config.yaml"
@@ -47,7 +47,7 @@ class RunDirectory:
 
     def config(self) -> RunConfig:
         """The resolved config the run was started with."""
-        return load_config(self.path / CONFIG_NAME)
+        return load_recipe(self.path / CONFIG_NAME)
 
     @contextmanager
     def locked(self, cure: str = "wait for it, or give this run another name (run.name=...)") -> Iterator[None]:
@@ -63,16 +63,16 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         publish_text(self.path / CONFIG_NAME, dump_config(config))
 
-    def write_baseline(self, evaluation: Evaluation) -> None:
+    def write_baseline(self, evaluation: AnyEvaluation) -> None:
         publish_text(self.round(0) / REPORT_NAME, json.dumps({"evaluation": asdict(evaluation)}, indent=1))
 
     def write_report(self, report: RoundReport) -> None:
         publish_text(self.round(report.index) / REPORT_NAME, json.dumps(asdict(report), indent=1))
 
-    def baseline(self) -> Evaluation:
+    def baseline(self) -> AnyEvaluation:
         """The evaluation before round 1."""
         raw = json.loads((self.round(0) / REPORT_NAME).read_text())
-        return Evaluation(**raw["evaluation"])
+        return read_evaluation(raw["evaluation"])
 
     def reports(self) -> list[RoundReport]:
         """Reports of the finished rounds, in order."""
@@ -89,8 +89,13 @@ class RunDirectory:
         return {int(path.parent.name): path for path in (self.path / "rounds").glob(f"[0-9]*/{REPORT_NAME}")}
 
 
+def read_evaluation(raw: Mapping[str, Any]) -> AnyEvaluation:
+    """An evaluation of either kind from its JSON form."""
+    return HeldOutEvaluation(**raw) if "metric" in raw else Evaluation(**raw)
+
+
 def _report(raw: dict[str, Any]) -> RoundReport:
-    return RoundReport(**raw | {"evaluation": Evaluation(**raw["evaluation"]), "steps": tuple(raw["steps"])})
+    return RoundReport(**raw | {"evaluation": read_evaluation(raw["evaluation"]), "steps": tuple(raw["steps"])})
 
 
 def require_continuable(config: RunConfig) -> None:

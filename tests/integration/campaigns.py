@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from raylign.config import RunConfig, dump_config, parse_config
+from raylign.config import OnlineDpoConfig, dump_config, parse_config
 from raylign.records import Evaluation, RoundReport
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal
@@ -24,7 +24,7 @@ def evaluation(score: float) -> Evaluation:
     return Evaluation(score, score - 0.1, score + 0.1, 0.02, 40.0, 0.8, 0.9, completions=32, unscored=0)
 
 
-def start(tracker: Tracker, run_dir: Path, config: RunConfig = CONFIG) -> None:
+def start(tracker: Tracker, run_dir: Path, config: OnlineDpoConfig = CONFIG) -> None:
     tracker.campaign_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
     (run_dir / "config.yaml").write_text(dump_config(config))
     tracker.artifact(run_dir / "config.yaml", "config")

@@ -10,6 +10,7 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
+from raylign.reporting import sampled
 from raylign.rundir import open_run
 from recipes.cli import app
 from tests.faults import record
@@ -182,7 +183,7 @@ def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Pa
         "unscored_groups": 3,
     }
     assert counts["preferences"] == 3
-    assert (report.evaluation.completions, report.evaluation.unscored) == (2, 1)
+    assert (sampled(report.evaluation).completions, sampled(report.evaluation).unscored) == (2, 1)
     assert reasons(directory.round(1) / "candidates.parquet") == {
         "raises": ["ValueError: cannot judge this"] * 3,
         "hangs": ["no answer within 2 s"] * 3,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator import EngineSpec, _Generator
 from raylign.export import export_model
-from raylign.model_card import ModelFacts, framework_versions
+from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.records import Evaluation, Prompt
 from raylign.sampling import Decoding
 
@@ -28,9 +28,8 @@ def _facts() -> ModelFacts:
     return ModelFacts(
         name="test",
         base_model="embedded:smollm2-135m",
-        prompts="embedded:review-topics",
-        scorer="raylign.scoring.vader:compound",
-        loss="`sigmoid`, beta 0.1",
+        dataset="embedded:review-topics",
+        method=Method("online DPO", "online DPO", ("dpo",)),
         rounds=1,
         evaluation=evaluation,
         confidence=0.95,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from actors.incidents import Incidents
 from actors.processes import process_of
 from actors.team import Team, plan_team, team
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Preference, Prompt
@@ -30,7 +30,7 @@ LOST = "nothing: same candidates"
 MOST_RESTARTS = 9
 
 
-def _config(folder: Path) -> RunConfig:
+def _config(folder: Path) -> OnlineDpoConfig:
     return parse_config(
         {
             "run": {"dir": str(folder), "name": "faults"},

@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.tracking.journal import read_events
 from raylign.tracking.state import load_state
 from recipes.cli import app
@@ -49,7 +49,7 @@ def run_dir(tmp_path: Path) -> Path:
     return path
 
 
-def tracked_at(uri: str) -> RunConfig:
+def tracked_at(uri: str) -> OnlineDpoConfig:
     return parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests", "uri": uri}})
 
 

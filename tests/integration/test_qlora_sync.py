@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from actors.team import Team, plan_team, team
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
 from raylign.export import export_model
 from raylign.records import Candidate, Preference, Prompt
-from recipes.campaign import agree_on_weights
+from recipes.online_campaign import agree_on_weights
 from tests.fakes import quiet_incidents
 from tests.unit.test_export import FACTS
 
@@ -35,7 +35,7 @@ _CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def config() -> RunConfig:
+def config() -> OnlineDpoConfig:
     return parse_config(_CONFIG)
 
 
@@ -47,7 +47,7 @@ def prompt(smollm2: str) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def roles(served_llama: str, config: RunConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+def roles(served_llama: str, config: OnlineDpoConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
     start = team(
         config,
         folder=served_llama,
@@ -61,7 +61,7 @@ def roles(served_llama: str, config: RunConfig, prompt: Prompt, resources: dict[
 
 
 def test_generators_serve_the_4_bit_policy(
-    roles: Team, config: RunConfig, prompt: Prompt, served_llama: str, tmp_path: Path
+    roles: Team, config: OnlineDpoConfig, prompt: Prompt, served_llama: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightSyncError, match="canary"):
         roles.publisher.verify()

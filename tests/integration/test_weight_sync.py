@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.team import Team, plan_team, team
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import load_file as push_file
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
@@ -30,7 +30,7 @@ _LOGP_TOLERANCE = 0.02
 _QUESTIONS = ("What is the capital of France?", "Write one sentence about a film with a quiet ending.")
 
 
-def _config() -> RunConfig:
+def _config() -> OnlineDpoConfig:
     return parse_config(
         {
             "model": {"dtype": "float32"},

@@ -8,7 +8,7 @@ import pytest
 
 from raylign.config import load_config
 from raylign.errors import PromptError, ScorerError
-from recipes.campaign import campaign
+from recipes.online_campaign import campaign
 from tests.judges import Judged, Reply, honest
 from tests.unit.tiny_policy import save_recipe
 
@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "project").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr("recipes.campaign.cluster", no_cluster)
+    monkeypatch.setattr("recipes.online_campaign.cluster", no_cluster)
     return save_recipe(tmp_path / "project")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raylign.config import RunConfig, dump_config, load_config, parse_config
+from raylign.config import OnlineDpoConfig, dump_config, load_config, load_recipe, parse_config
 from raylign.config.blocks import LoraBlock, TrainerBlock
 from raylign.config.losses import IpoLossBlock, SigmoidLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock
@@ -16,7 +16,7 @@ from raylign.errors import ConfigError
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
 
-def override(*overrides: str, **raw: Any) -> RunConfig:
+def override(*overrides: str, **raw: Any) -> OnlineDpoConfig:
     return parse_config(raw, overrides)
 
 
@@ -27,8 +27,8 @@ def refusal(*overrides: str, **raw: Any) -> str:
 
 
 def test_an_empty_recipe_is_the_defaults() -> None:
-    assert override() == RunConfig()
-    assert RunConfig().model.lora is None and RunConfig().max_prompt_tokens == 1024 - 64
+    assert override() == OnlineDpoConfig()
+    assert OnlineDpoConfig().model.lora is None and OnlineDpoConfig().max_prompt_tokens == 1024 - 64
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_missing_recipe_and_a_folder_are_named(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("# nothing but a comment\n")
-    assert load_config(tmp_path / "recipe.yaml") == RunConfig()
+    assert load_config(tmp_path / "recipe.yaml") == OnlineDpoConfig()
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_an_infinite_learning_rate_is_refused() -> None:
 
 
 def test_a_config_is_frozen_at_every_level() -> None:
-    config = RunConfig()
+    config = OnlineDpoConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.run = config.run  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
@@ -313,12 +313,12 @@ def test_a_step_trains_on_all_ranks_and_micro_batches() -> None:
 
 
 def test_the_recipes_are_those_listed_here() -> None:
-    assert [path.stem for path in RECIPES] == ["sentiment_smollm2"]
+    assert [path.stem for path in RECIPES] == ["offline_dpo_smollm2", "sentiment_smollm2", "sft_smollm2"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_is_named_after_its_file(path: Path) -> None:
-    assert load_config(path).run.name == path.stem.replace("_", "-")
+    assert load_recipe(path).run.name == path.stem.replace("_", "-")
 
 
 def test_colocated_tensor_parallelism_is_refused() -> None:

@@ -15,19 +15,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from raylign.config import parse_config
 from raylign.errors import ModelError
 from raylign.export import export_model
-from raylign.model_card import ModelFacts, card_text, framework_versions
+from raylign.model_card import Method, ModelFacts, card_text, framework_versions
 from raylign.records import Evaluation, RoundReport
 from raylign.rundir import RunDirectory
 from recipes.export import card_facts
 
+EVALUATION = Evaluation(0.5, 0.4, 0.6, 2.0, 40.0, 0.8, 0.75, 32, 1)
 FACTS = ModelFacts(
     name="tiny-dpo",
     base_model="someone/tiny",
-    prompts="embedded:review-topics",
-    scorer="raylign.scoring.vader:compound",
-    loss="`sigmoid`, beta 0.1",
+    dataset="embedded:review-topics",
+    method=Method(
+        "online DPO",
+        "online DPO, loss `sigmoid`, beta 0.1",
+        ("dpo", "online-dpo"),
+        {"Prompts": "embedded:review-topics", "Scorer": "raylign.scoring.vader:compound"},
+    ),
     rounds=3,
-    evaluation=Evaluation(0.5, 0.4, 0.6, 2.0, 40.0, 0.8, 0.75, 32, 1),
+    evaluation=EVALUATION,
     confidence=0.95,
     versions={"torch": "2.13.0"},
     license="apache-2.0",
@@ -258,7 +263,7 @@ def test_the_card_has_front_matter_and_the_facts() -> None:
 
 
 def test_the_card_of_a_run_without_a_reference_tells_no_kl() -> None:
-    facts = replace(FACTS, evaluation=replace(FACTS.evaluation, kl=None))
+    facts = replace(FACTS, evaluation=replace(EVALUATION, kl=None))
     assert "| KL to the reference, nats per completion | - |" in card_text(facts, is_adapter=False)
 
 
@@ -274,7 +279,7 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
     report = RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {})
     config = parse_config({"run": {"name": "mine"}}, [f"loss={loss}"])
     facts = card_facts(RunDirectory(tmp_path), config, report)
-    assert (facts.name, facts.loss) == ("mine", named)
+    assert (facts.name, facts.method.name) == ("mine", f"iterative online DPO, loss {named}")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +293,7 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
 def test_the_card_names_the_scorer_without_addresses(scoring: str, named: str, tmp_path: Path) -> None:
     report = RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {})
     facts = card_facts(RunDirectory(tmp_path), parse_config({}, [f"scoring={scoring}"]), report)
-    assert facts.scorer == named
+    assert facts.method.facts["Scorer"] == named
 
 
 def test_framework_versions_are_those_installed() -> None:

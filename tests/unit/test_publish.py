@@ -9,10 +9,10 @@ import pytest
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
-from raylign.config import RunConfig
+from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
-from recipes.campaign import agree_on_weights
+from recipes.online_campaign import agree_on_weights
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
 from tests.faults import record
 
@@ -25,7 +25,7 @@ class Setting:
     def __init__(self, transport: WeightTransport, engines: Sequence[type[FakeEngine]] = (FakeEngine, FakeEngine)):
         self.events: list[str] = []
         self.generators = FakeGenerators([engine(self.events) for engine in engines])
-        self.trainers = FakeTrainers(self.events, RunConfig())
+        self.trainers = FakeTrainers(self.events, OnlineDpoConfig())
         self.trainers.version = 1
         self.publisher = Publisher(self.trainers, self.generators, transport, Canary(IDS, 0.25), 1.0)
 

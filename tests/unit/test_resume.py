@@ -18,7 +18,7 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError
 from raylign.prompts import InvalidRows, PromptSet
 from raylign.prompts.tables import Fault
@@ -27,12 +27,13 @@ from raylign.rundir import RunDirectory, continue_or_create, differences, requir
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
+from recipes.online_campaign import bring_up
 from recipes.online_dpo import train
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed
 from tests.faults import record
 
 SETTINGS: dict[str, Any] = {
-    "sampling": {"num_generations": 3},
+    "sampling": {"num_generations": 3, "max_resamples": 1},
     "trainer": {"per_device_train_batch_size": 1, "num_train_epochs": 2},
     "schedule": {"rounds": 2, "prompts_per_round": 2},
     "run": {"seed": 7},
@@ -69,19 +70,19 @@ class CountingTrainers(FakeTrainers):
         return super()._train_step()
 
 
-def config_in(folder: Path, **options: Any) -> RunConfig:
+def config_in(folder: Path, **options: Any) -> OnlineDpoConfig:
     return parse_config({**SETTINGS, **options}, [f"run.dir={folder}/runs"])
 
 
 def run_once(
-    config: RunConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
+    config: OnlineDpoConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
 ) -> Deadly:
     """One process with fresh roles on the run directory of `config`; it lives for `last` events."""
     events = Deadly(last)
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
         run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
-        run.open_record(PROMPTS)
+        run.open_record(PROMPTS, "train")
         group, engine = trainers(events, config), FakeEngine(events)
         generators = FakeGenerators([engine])
         publisher = Publisher(
@@ -89,7 +90,7 @@ def run_once(
         )
         team = Team(generators, group, FakeScorer(events, config.scoring), publisher)
         try:
-            run.bring_up(team)
+            bring_up(run, team, config.model)
             train(run, PROMPTS, team, config)
         except Killed:
             return events
@@ -150,7 +151,7 @@ def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_pat
         console = Console(file=(out := io.StringIO()), width=400)
         with Journal(directory.path / JOURNAL_NAME) as journal:
             run = Campaign(config, directory, Tracker(journal, NoFeed()), console)
-            run.open_record(replace(PROMPTS, invalid=(left_out,)))
+            run.open_record(replace(PROMPTS, invalid=(left_out,)), "train")
         file = directory.path / "quarantine.jsonl"
         assert out.getvalue() == f"here: 1 of 5 rows left out (line 3): see {file}\n"
         assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == [3]
@@ -261,7 +262,7 @@ def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_pat
 
 def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
     run_once(config_in(tmp_path), tmp_path, last=3)
-    other = config_in(tmp_path, sampling={"num_generations": 5})
+    other = config_in(tmp_path, sampling={"num_generations": 5, "max_resamples": 1})
     assert differences(config_in(tmp_path), other) == ["sampling.num_generations: 3 -> 5"]
     with pytest.raises(ConfigError, match=r"other settings:\n  sampling.num_generations: 3 -> 5\n.*raylign resume"):
         require_continuable(other)

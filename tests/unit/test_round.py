@@ -16,11 +16,11 @@ from actors.weight_sync.canary import Canary
 from actors.weight_sync.publish import Publisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
-from raylign.config import RunConfig, load_config, parse_config
+from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
-from raylign.reporting import STAGES, Sample
+from raylign.reporting import STAGES, Sample, sampled
 from raylign.rounds import RoundLog
 from raylign.rundir import continue_or_create
 from raylign.sampling import prompt_seed
@@ -30,7 +30,11 @@ from recipes.campaign import Campaign
 from recipes.online_dpo import evaluate_policy, run_round, train
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed, count_good
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    path
+    for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")
+    if isinstance(load_recipe(path), OnlineDpoConfig)
+)
 
 
 def prompts(*names: str) -> tuple[Prompt, ...]:
@@ -50,7 +54,7 @@ def moody(prompt: Prompt, completion: str) -> float | None:
 class Desk:
     """A run directory with its journal, and a team of fakes."""
 
-    config: RunConfig
+    config: OnlineDpoConfig
     run: Campaign
     team: Team
     trainers: FakeTrainers
@@ -87,7 +91,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
     journals: list[Journal] = []
 
     def make(
-        config: RunConfig | None = None,
+        config: OnlineDpoConfig | None = None,
         value: Callable[[Prompt, str], float | None] = moody,
         trainers: type[FakeTrainers] = FakeTrainers,
         engine: type[FakeEngine] = FakeEngine,
@@ -167,7 +171,7 @@ def test_round_2_trains_on_what_version_1_sampled(open_desk: Open) -> None:
     assert [step["loss"] for step in report.steps] == pytest.approx([0.6443967] * 2)
     assert {row["policy_version"] for row in desk.rows(2, "candidates")} == {1}
     assert {row["policy_version"] for row in desk.rows(2, "samples")} == {2} and desk.engine.weights == 2
-    assert report.evaluation.kl == pytest.approx(3 * (1 - 1 / 3))
+    assert sampled(report.evaluation).kl == pytest.approx(3 * (1 - 1 / 3))
     stages = [event for event in desk.events if event.startswith(("reference", "train"))]
     assert stages == [
         *["reference 2 seed 8 after 0 rounds", "train 2 seed 8"],
@@ -180,7 +184,7 @@ def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tm
     loss = "loss={loss_type: simpo, beta: 1, simpo_gamma: 0.5}"
     desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", loss, "reference.policy=none"]))
     report, _ = desk.round(1)
-    assert report.evaluation.kl is None
+    assert sampled(report.evaluation).kl is None
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log1p(math.exp(0.5))] * 2)
     assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
     desk.run.finish_round(report, [])
@@ -216,7 +220,7 @@ def test_held_out_prompts_get_the_same_seeds_from_every_version(open_desk: Open)
     evaluation, _ = evaluate_policy(desk.log(0), HELD_OUT, desk.team, desk.config)
     assert [event.name for event in read_events(desk.folder / JOURNAL_NAME)] == ["artifact"]
     desk.round(1)
-    assert evaluation.score == 0.0 and evaluation.kl == 0.0
+    assert sampled(evaluation).score == 0.0 and sampled(evaluation).kl == 0.0
     assert [row["seed"] for row in desk.rows(0, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
     assert [row["seed"] for row in desk.rows(1, "samples")] == [prompt_seed(7, 0, name) for name in "xy"]
     assert [row["policy_version"] for row in desk.rows(0, "samples")] == [0, 0]
@@ -226,7 +230,7 @@ def test_samples_are_the_first_completion_of_each_held_out_prompt(open_desk: Ope
     config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "evaluation.num_generations=3"])
     desk = open_desk(config)
     evaluation, samples = evaluate_policy(desk.log(0), HELD_OUT, desk.team, config)
-    assert evaluation.completions == 6 and evaluation.score == 1.0
+    assert sampled(evaluation).completions == 6 and sampled(evaluation).score == 1.0
     assert [(s.prompt.id, s.completion, s.score.value) for s in samples] == [("x", "end", 0.0), ("y", "end", 0.0)]
 
 
@@ -301,7 +305,7 @@ def test_a_round_whose_weights_did_not_arrive_is_no_round(open_desk: Open) -> No
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open, tmp_path: Path) -> None:
+def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open, tmp_path: Path) -> None:
     small = ["schedule.rounds=3", "schedule.prompts_per_round=2", f"run.dir={tmp_path}/runs", "pairing.min_margin=0"]
     config = load_config(path, [*small, "trainer.save_total_limit=2"])
     desk = open_desk(config, value=count_good)
@@ -310,7 +314,7 @@ def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open,
     desk.run.summary()
     reports = desk.run.directory.reports()
     assert [report.policy_version for report in reports] == [1, 2, 3]
-    assert [report.evaluation.score for report in reports] == [1.0, 2.0, 3.0]
+    assert [sampled(report.evaluation).score for report in reports] == [1.0, 2.0, 3.0]
     assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
@@ -320,3 +324,42 @@ def test_every_recipe_runs_from_baseline_to_summary(path: Path, open_desk: Open,
     text = desk.output.getvalue()
     assert "round 0: held-out score 0.000" in text and "round 3: held-out score 3.000" in text
     assert f"results: {desk.folder}" in text
+
+
+def test_prompts_without_a_pair_are_sampled_again(open_desk: Open, tmp_path: Path) -> None:
+    """`tie` and `mute` give no pair however often they are asked."""
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "sampling.max_resamples=2"]))
+    report, _ = desk.round(1)
+    asked = [event for event in desk.events if event.startswith(("sample", "score"))]
+    again = ["sample tie", "sample mute", "score 6"]
+    assert asked[:11] == [*[f"sample {prompt.id}" for prompt in TRAIN], "score 12", *again, *again]
+    assert report.counts["candidates"] == 12 + 6 + 6 and report.counts["preferences"] == 2
+    assert {"sample-1", "score-1", "sample-2", "score-2"} <= report.seconds.keys()
+    seeds = [{row["seed"] for row in desk.rows(1, name)} for name in ("candidates", "candidates-1", "candidates-2")]
+    assert len(seeds[0] | seeds[1] | seeds[2]) == 12 + 6 + 6
+
+
+def test_a_pair_may_have_a_candidate_of_a_further_attempt(open_desk: Open, tmp_path: Path) -> None:
+    """The scorer has no opinion of the first candidates of `mute`; of the later ones it has."""
+    seen = []
+
+    def late(prompt: Prompt, text: str) -> float | None:
+        seen.append(prompt.id)
+        return None if prompt.id == "mute" and seen.count("mute") <= 3 else float(text.count("good"))
+
+    config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "sampling.max_resamples=1"])
+    desk = open_desk(config, value=late)
+    report, _ = desk.round(1)
+    assert report.counts["preferences"] == 4 and report.counts["candidates"] == 12 + 3
+    (of_mute,) = [row for row in desk.rows(1, "preferences") if row["prompt_id"] == "mute"]
+    assert of_mute["indices"] == [5, 3] and of_mute["scores"] == [2.0, 0.0]
+
+
+def test_prompts_that_are_always_wrong_are_drawn_no_more(open_desk: Open, tmp_path: Path) -> None:
+    """`tie` scores 0 in round 1; `mute` is never scored, which settles nothing."""
+    curriculum = "schedule={rounds: 2, prompts_per_round: 4, curriculum: {wrong_to: 0}}"
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", curriculum]))
+    train(desk.run, PromptSet(TRAIN, HELD_OUT, "here", "00"), desk.team, desk.config)
+    drawn = [{row["prompt_id"] for row in desk.rows(index, "candidates")} for index in (1, 2)]
+    assert drawn == [{"a", "tie", "b", "mute"}, {"a", "b", "mute"}]
+    assert "left out are 0 prompts that are always right, 1 always wrong" in desk.output.getvalue()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylign.config import RunConfig, dump_config, parse_config
+from raylign.config import OnlineDpoConfig, dump_config, parse_config
 from raylign.config.blocks import ModelBlock, PromptsBlock
 from raylign.errors import ConfigError, ModelError, PromptError, RaylignError
 from raylign.models import load_policy, load_tokenizer, resolve_model
@@ -311,7 +311,7 @@ def test_names_in_the_prompts_never_become_names_of_files(tmp_path: Path) -> Non
 
 def test_a_config_survives_being_written_whatever_is_in_it(tmp_path: Path) -> None:
     odd = '!!python/object/apply:os.system ["touch x"]\n---\n\x1b[2J'
-    config: RunConfig = parse_config({"prompts": {"system": odd}, "run": {"dir": str(tmp_path)}})
+    config: OnlineDpoConfig = parse_config({"prompts": {"system": odd}, "run": {"dir": str(tmp_path)}})
     directory = continue_or_create(config)
     assert directory.config() == config and "\x1b" not in dump_config(config)
 

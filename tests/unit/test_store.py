@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raylign.config import RunConfig, parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, DiskError
 from raylign.files import publish_file, publish_folder, publish_text
@@ -160,14 +160,14 @@ def test_a_run_directory_is_created_once(tmp_path: Path) -> None:
 
 def test_a_relative_run_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert create_run(RunBlock(dir=Path("runs")), RunConfig()).path == tmp_path / "runs" / "online-dpo"
+    assert create_run(RunBlock(dir=Path("runs")), OnlineDpoConfig()).path == tmp_path / "runs" / "online-dpo"
     assert open_run(Path("runs/online-dpo")).path == tmp_path / "runs" / "online-dpo"
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written: Not a directory; set run.dir to a writable folder"):
-        create_run(RunBlock(dir=tmp_path / "file"), RunConfig())
+        create_run(RunBlock(dir=tmp_path / "file"), OnlineDpoConfig())
 
 
 def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:

@@ -2,21 +2,30 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from raylign.config.base import Block
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 
 class RunBlock(Block):
     """Who this run is and where its directory stands."""
 
-    name: str = Field("online-dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    name: RunName = "online-dpo"
     """Directory name under `dir`; at most 128 letters, digits, dots, dashes and underscores."""
     dir: Path = Path("runs")
     """Parent of the run directory; shared storage on a cluster of several nodes."""
@@ -51,6 +60,8 @@ class ModelBlock(Block):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     use_bnb_nested_quant: bool = True
     """Quantise the quantisation constants too (double quantisation)."""
+    chat_template: Path | None = None
+    """A Jinja file in place of the model's own chat template; null takes the model's."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
@@ -82,6 +93,8 @@ class SamplingBlock(Block):
 
     num_generations: int = Field(4, ge=2)
     """K, candidates per prompt; a preference needs at least two."""
+    max_resamples: NonNegativeInt = 0
+    """How often prompts whose candidates gave no pair get `num_generations` more in the same round."""
     max_new_tokens: PositiveInt = 64
     """Completion length limit in tokens; longer completions are marked truncated."""
     temperature: PositiveFloat = 1.0
@@ -223,6 +236,25 @@ class RecoveryBlock(Block):
     """Time to save what is trained after SIGTERM, in seconds; keep it below the cluster's own grace time."""
 
 
+class CurriculumBlock(Block):
+    """Leaves out prompts that teach nothing any more: every candidate is right, or every one is wrong."""
+
+    right_from: float | None = None
+    """A prompt is right when all its candidates score at least this; null never leaves out what is right."""
+    wrong_to: float | None = None
+    """A prompt is wrong when all its candidates score at most this; null never leaves out what is wrong."""
+    patience: PositiveInt = 1
+    """Times in a row that a drawn prompt must be right, or wrong, before it is left out."""
+
+    @model_validator(mode="after")
+    def the_bounds_are_apart(self) -> Self:
+        if self.right_from is None and self.wrong_to is None:
+            raise ValueError("neither right_from nor wrong_to is set; set one, or leave the curriculum out")
+        if self.right_from is not None and self.wrong_to is not None and self.wrong_to >= self.right_from:
+            raise ValueError(f"wrong_to={self.wrong_to:g} is not below right_from={self.right_from:g}; lower it")
+        return self
+
+
 class ScheduleBlock(Block):
     """How long the campaign is."""
 
@@ -230,6 +262,8 @@ class ScheduleBlock(Block):
     """Rounds of sample, score, prefer, train, publish."""
     prompts_per_round: PositiveInt = 48
     """Prompts drawn per round without replacement, reshuffled when the source is used up."""
+    curriculum: CurriculumBlock | None = None
+    """Which prompts are no longer drawn; null draws all. With it, those drawn least often come first."""
 
 
 class EvaluationBlock(Block):

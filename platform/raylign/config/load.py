@@ -1,37 +1,74 @@
-"""YAML and dotted overrides in, a checked RunConfig out, and back."""
+"""YAML and dotted overrides in, a checked tree out, and back."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from raylign.config.base import Block
+from raylign.config.offline import OfflineDpoConfig, SftConfig
+from raylign.config.online import OnlineDpoConfig
 from raylign.config.tree import RunConfig
 from raylign.errors import ConfigError
 
+RECIPES: Mapping[str, type[RunConfig]] = {
+    "online_dpo": OnlineDpoConfig,
+    "offline_dpo": OfflineDpoConfig,
+    "sft": SftConfig,
+}
+"""The tree of each `recipe`, which is the name of its script in `recipes/` too."""
+_DEFAULT = "online_dpo"
+Tree = TypeVar("Tree", bound=Block)
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and apply `block.key=value` overrides. Raises ConfigError naming each wrong key."""
-    return parse_config(_read_yaml(path), overrides, where=str(path))
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe of any kind, which its key `recipe` names, and apply `block.key=value` overrides.
+
+    Raises ConfigError naming each wrong key.
+    """
+    raw = overridden(_read_yaml(path), overrides)
+    name = raw.get("recipe", _DEFAULT)
+    if not isinstance(name, str) or name not in RECIPES:
+        raise ConfigError(f"{path}: recipe: unknown value {name!r}; {_hint(str(name), list(RECIPES), 'values')}")
+    return parse_tree(raw, RECIPES[name], str(path))
 
 
-def parse_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
+@overload
+def load_config(path: Path, overrides: Sequence[str] = ()) -> OnlineDpoConfig: ...
+@overload
+def load_config(path: Path, overrides: Sequence[str] = (), *, kind: type[Tree]) -> Tree: ...
+def load_config(path: Path, overrides: Sequence[str] = (), *, kind: type[Block] = OnlineDpoConfig) -> Block:
+    """Read a recipe of `kind` and apply `block.key=value` overrides. Raises ConfigError naming each wrong key."""
+    return parse_tree(overridden(_read_yaml(path), overrides), kind, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> OnlineDpoConfig:
     """Check a raw mapping after overrides. Raises ConfigError naming each wrong key."""
+    return parse_tree(overridden(raw, overrides), OnlineDpoConfig, where)
+
+
+def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `raw` with `block.key=value` overrides in it."""
     tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     for override in overrides:
         _apply(tree, override)
-    _name_defaults(tree)
+    return tree
+
+
+def parse_tree(raw: Mapping[str, Any], kind: type[Tree], where: str) -> Tree:
+    """Check a raw mapping against `kind`. Raises ConfigError naming each wrong key."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(_with_default_kinds(raw, kind))
     except ValidationError as error:
-        lines = [f"  {_describe(detail)}" for detail in error.errors(include_url=False)]
+        lines = [f"  {_describe(detail, kind)}" for detail in error.errors(include_url=False)]
         raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
 
 
-def dump_config(config: RunConfig) -> str:
+def dump_config(config: Block) -> str:
     """The resolved config as YAML; loading it gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -70,19 +107,21 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: value is not valid YAML") from error
 
 
-def _name_defaults(tree: dict[str, Any]) -> None:
+def _with_default_kinds(raw: Mapping[str, Any], kind: type[Block]) -> dict[str, Any]:
     """A block that is one of several kinds and does not say which is of the default kind."""
-    for name, field in RunConfig.model_fields.items():
+    tree = dict(raw)
+    for name, field in kind.model_fields.items():
         if isinstance(field.discriminator, str) and isinstance(tree.get(name), dict):
             tree[name] = {field.discriminator: getattr(field.default, field.discriminator)} | tree[name]
+    return tree
 
 
-def _describe(detail: ErrorDetails) -> str:
-    keys, _ = _place(detail["loc"])
+def _describe(detail: ErrorDetails, tree: type[Block]) -> str:
+    keys, _ = _place(detail["loc"], tree)
     location = ".".join(keys)
     match detail["type"]:
         case "extra_forbidden":
-            known = _known_keys(detail["loc"][:-1])
+            known = _known_keys(detail["loc"][:-1], tree)
             return f"{location}: unknown key; {_hint(str(detail['loc'][-1]), known, 'keys')}"
         case "union_tag_invalid":
             kinds = _quoted(detail["ctx"]["expected_tags"])
@@ -107,19 +146,19 @@ def _quoted(text: str) -> list[str]:
     return [name.strip("'") for name in text.split(", ")]
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
+def _known_keys(location: Sequence[int | str], tree: type[Block]) -> list[str]:
     """Field names of the block at `location`."""
-    _, blocks = _place(location)
+    _, blocks = _place(location, tree)
     return list(blocks[0].model_fields) if blocks else []
 
 
-def _place(location: Sequence[int | str]) -> tuple[list[str], list[type[BaseModel]]]:
+def _place(location: Sequence[int | str], tree: type[Block]) -> tuple[list[str], list[type[BaseModel]]]:
     """Keys as recipes write them, and the blocks that may stand there.
 
     Where a block is one of several kinds, pydantic puts the kind behind its name (loss.ipo.beta); recipes do not.
     """
     keys: list[str] = []
-    blocks: list[type[BaseModel]] = [RunConfig]
+    blocks: list[type[BaseModel]] = [tree]
     for part in map(str, location):
         fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
         of_kind = [block for block in blocks if part in _kinds(block)]

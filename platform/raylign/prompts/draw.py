@@ -21,7 +21,7 @@ def draw(prompts: Sequence[Prompt], round_index: int, count: int, seed: int) -> 
             f"schedule.prompts_per_round={count} exceeds the {size} training prompts; lower it or add prompts"
         )
     turn, offset = divmod((round_index - 1) * count, size)
-    order = _shuffled(size, seed, 0)
+    order = shuffled(size, seed, 0)
     for earlier in range(turn):
         order = _following(order, earlier + 1, count, seed)
     taken = order[offset : offset + count]
@@ -33,7 +33,7 @@ def draw(prompts: Sequence[Prompt], round_index: int, count: int, seed: int) -> 
 def _following(previous: list[int], turn: int, count: int, seed: int) -> list[int]:
     """Permutation number `turn`, begun so that a round which started in the previous one repeats nothing."""
     size = len(previous)
-    order = _shuffled(size, seed, turn)
+    order = shuffled(size, seed, turn)
     started = (turn * size) % count
     if not started:
         return order
@@ -43,8 +43,11 @@ def _following(previous: list[int], turn: int, count: int, seed: int) -> list[in
     return first + [index for index in order if index not in leading]
 
 
-def _shuffled(size: int, seed: int, turn: int) -> list[int]:
-    """Python keeps `random()` the same for a seed across versions; it promises nothing for `shuffle`."""
+def shuffled(size: int, seed: int, turn: int) -> list[int]:
+    """Permutation number `turn` of 0..size-1.
+
+    Python keeps `random()` the same for a seed across versions; it promises nothing for `shuffle`.
+    """
     generator = random.Random(f"{seed}/{turn}")
     keys = [generator.random() for _ in range(size)]
     return sorted(range(size), key=keys.__getitem__)

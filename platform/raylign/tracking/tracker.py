@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
-from raylign.records import Evaluation, RoundReport
+from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 from raylign.tracking.artifacts import inside
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
@@ -53,9 +53,9 @@ class Tracker:
             "prompts", {"source_type": source_type, "source": where, "digest": digest, "counts": dict(counts)}
         )
 
-    def baseline(self, evaluation: Evaluation) -> None:
+    def baseline(self, evaluation: AnyEvaluation) -> None:
         """The evaluation before round 1; becomes round 0 of the campaign's curves."""
-        self._journal.append("evaluation", {"round": 0, "evaluation": asdict(evaluation)})
+        self._journal.append("evaluation", {"round": 0, "evaluation": _measured(evaluation)})
 
     def round_started(self, index: int) -> None:
         """Call at every attempt at round `index` (from 1); in MLflow they share one run, which has everything once."""
@@ -79,7 +79,7 @@ class Tracker:
                 "counts": dict(report.counts),
                 "train": step_means(report.steps),
                 "sync": dict(report.sync),
-                "evaluation": asdict(report.evaluation),
+                "evaluation": _measured(report.evaluation),
                 "seconds": dict(report.seconds),
             },
         )
@@ -118,6 +118,16 @@ def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
             means[name] = math.fsum(values) / len(values)
     non_finite = sum(not math.isfinite(value) for step in steps for value in step.values())
     return {**means, "non_finite": non_finite} if non_finite else means
+
+
+def _measured(evaluation: AnyEvaluation) -> dict[str, float | None]:
+    """Metric names to values."""
+    match evaluation:
+        case Evaluation():
+            return asdict(evaluation)
+        case HeldOutEvaluation():
+            bounds = {f"{evaluation.metric}_low": evaluation.low, f"{evaluation.metric}_high": evaluation.high}
+            return {**evaluation.metrics, evaluation.metric: evaluation.value, **bounds, "rows": evaluation.rows}
 
 
 def _prompt_source(source: str, split: str) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation import evaluate
 from raylign.models import load_tokenizer, resolve_model
 from raylign.prompts import load_prompts
@@ -42,7 +42,7 @@ def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    config: RunConfig,
+    config: OnlineDpoConfig,
     samples: int,
 ) -> list[Candidate]:
     """`samples` completions of each prompt at the evaluation temperature, prompt by prompt."""

@@ -9,10 +9,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
 from raylign.errors import NoPreferencesError
 from raylign.prompts import draw
-from recipes.campaign import campaign
+from raylign.reporting import sampled
+from recipes.online_campaign import campaign
 from recipes.online_dpo import evaluate_policy, run_round
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.online import OnlineJob, OnlineResult, process_age_s
@@ -42,7 +43,7 @@ def run(job: OnlineJob) -> OnlineResult:
             record.finish_round(report, samples)
             durations.append(time.monotonic() - started - report.seconds["evaluate"])
             stages.update(report.seconds)
-            progress(f"round {index}: {durations[-1]:.1f} s, held-out score {report.evaluation.score:.3f}")
+            progress(f"round {index}: {durations[-1]:.1f} s, held-out score {sampled(report.evaluation).score:.3f}")
         shutil.copytree(record.directory.checkpoint(len(durations)), job.adapter)
     return OnlineResult(
         start_s=start_s,
@@ -53,7 +54,7 @@ def run(job: OnlineJob) -> OnlineResult:
     )
 
 
-def _settings(config: RunConfig) -> dict[str, str | int | float | bool | None]:
+def _settings(config: OnlineDpoConfig) -> dict[str, str | int | float | bool | None]:
     return {
         "num_generations": config.sampling.num_generations,
         "max_new_tokens": config.sampling.max_new_tokens,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl.data_utils import maybe_apply_chat_template
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-from raylign.config import RunConfig, load_config
+from raylign.config import OnlineDpoConfig, load_config
 from raylign.models import load_tokenizer, resolve_model
 from raylign.prompts import draw, load_prompts
 from raylign.records import Prompt
@@ -88,7 +88,7 @@ def run(job: OnlineJob) -> OnlineResult:
     )
 
 
-def _dataset(config: RunConfig, tokenizer: PreTrainedTokenizerBase, batch: int) -> Dataset:
+def _dataset(config: OnlineDpoConfig, tokenizer: PreTrainedTokenizerBase, batch: int) -> Dataset:
     """The prompts that raylign draws, round after round; their token ids must be what TRL makes of the messages."""
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed).train
     for prompt in prompts:
@@ -103,7 +103,7 @@ def _row(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": [dict(message) for message in prompt.messages]}
 
 
-def _arguments(config: RunConfig, job: OnlineJob) -> OnlineDPOConfig:
+def _arguments(config: OnlineDpoConfig, job: OnlineJob) -> OnlineDPOConfig:
     return OnlineDPOConfig(
         output_dir=job.work,
         max_steps=_MOST_STEPS,

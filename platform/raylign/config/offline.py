@@ -1,0 +1,118 @@
+"""The trees of the recipes that train on a data set: no generators, no scorer."""
+
+from abc import abstractmethod
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from raylign.config.base import Block
+from raylign.config.blocks import RunBlock, RunName
+from raylign.config.data import DataBlock
+from raylign.config.losses import LossUnion, SftLossBlock, SigmoidLossBlock
+from raylign.config.reference import (
+    InitialReferenceBlock,
+    NoReferenceBlock,
+    ReferenceUnion,
+    SamplerReferenceBlock,
+)
+from raylign.config.tree import RunConfig
+
+Rows = Literal["pairs", "rankings", "demonstrations"]
+
+
+class OfflineScheduleBlock(Block):
+    """How often the data set is gone through."""
+
+    num_train_epochs: PositiveInt = 1
+    """Passes over the training rows, each in a new order."""
+    rounds_per_epoch: PositiveInt = 1
+    """An epoch is cut into so many rounds; each ends with a checkpoint and an evaluation."""
+
+
+class HeldOutBlock(Block):
+    """Evaluation on held-out rows, before round 1 and after every round."""
+
+    bootstrap_samples: PositiveInt = 1000
+    """Resamples for the interval."""
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
+
+
+class OfflineConfig(RunConfig):
+    """What recipes on a data set share."""
+
+    data: DataBlock
+    schedule: OfflineScheduleBlock = OfflineScheduleBlock()
+    evaluation: HeldOutBlock = HeldOutBlock()
+
+    @property
+    @abstractmethod
+    def rows(self) -> Rows:
+        """What a row of the data set is to this recipe."""
+
+    @property
+    def rounds(self) -> int:
+        return self.schedule.num_train_epochs * self.schedule.rounds_per_epoch
+
+    @model_validator(mode="after")
+    def the_schedule_has_the_epochs(self) -> Self:
+        if self.trainer.num_train_epochs != 1:
+            raise ValueError(
+                f"trainer.num_train_epochs={self.trainer.num_train_epochs} would go over each round's rows again; "
+                "set schedule.num_train_epochs for passes over the data set"
+            )
+        return self
+
+
+class OfflineDpoRunBlock(RunBlock):
+    """`RunBlock` with a name of its own."""
+
+    name: RunName = "offline-dpo"
+
+
+class OfflineDpoConfig(OfflineConfig):
+    """Preference losses on a data set."""
+
+    recipe: Literal["offline_dpo"] = "offline_dpo"
+    run: OfflineDpoRunBlock = OfflineDpoRunBlock()
+    loss: LossUnion = SigmoidLossBlock()
+    reference: ReferenceUnion = InitialReferenceBlock()
+
+    @property
+    def rows(self) -> Rows:
+        return "pairs" if self.loss.pairs_only else "rankings"
+
+    @model_validator(mode="after")
+    def the_loss_gets_the_reference_it_reads(self) -> Self:
+        if self.loss.needs_reference and isinstance(self.reference, NoReferenceBlock):
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} reads reference log-probs; "
+                "set reference.policy=initial, or take a loss without reference such as simpo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def nobody_sampled_the_answers(self) -> Self:
+        if isinstance(self.reference, SamplerReferenceBlock):
+            raise ValueError(
+                "reference.policy=sampler needs the log-probs of a sampling policy, which a data set does not have; "
+                "set reference.policy=initial"
+            )
+        return self
+
+
+class SftRunBlock(RunBlock):
+    """`RunBlock` with a name of its own."""
+
+    name: RunName = "sft"
+
+
+class SftConfig(OfflineConfig):
+    """Supervised fine-tuning on demonstrations, or on the chosen answers of preferences."""
+
+    recipe: Literal["sft"] = "sft"
+    run: SftRunBlock = SftRunBlock()
+    loss: SftLossBlock = SftLossBlock()
+
+    @property
+    def rows(self) -> Rows:
+        return "demonstrations"

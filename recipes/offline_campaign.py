@@ -1,0 +1,85 @@
+"""What recipes on a data set need around their loop: its rows in tokens, and the trainers on their cluster."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.text import Text
+
+from actors.cluster import cluster, log_folder
+from actors.trainer_supervision import SupervisedTrainers
+from actors.trainer_team import plan_trainer_team, trainer_team
+from raylign.config import OfflineConfig
+from raylign.config.losses import LossBlock
+from raylign.config.reference import ReferenceBlock
+from raylign.data.epochs import total_steps
+from raylign.data.preferences import PreferenceData, load_preferences
+from raylign.errors import ConfigError
+from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
+from raylign.prompts import refused_path
+from raylign.reporting import report_console
+from raylign.rundir import continue_or_create, require_continuable
+from raylign.tracking.tracker import open_tracker
+from raylign.tracking.uri import default_uri
+from recipes.campaign import Campaign, recorded
+from recipes.signals import terminable
+
+
+@contextmanager
+def offline_campaign(
+    config: OfflineConfig, loss: LossBlock, reference: ReferenceBlock
+) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
+    """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory."""
+    folder = resolve_model(config.model.path, config.model.revision)
+    resolve_reference(reference, config.model, folder)
+    data, pad_id = load_rows(config, folder)
+    default_uri(config.tracking, config.run.dir / config.run.name)
+    require_continuable(config)
+    console = report_console()
+    with terminable(config.recovery.grace_s), cluster() as available:
+        plan = plan_trainer_team(config, available)
+        directory = continue_or_create(config)
+        with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+            run = Campaign(config, directory, tracker, console)
+            run.open_record(data, config.data.split)
+            run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {said(data)}")
+            console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
+            started = time.monotonic()
+            with trainer_team(
+                config,
+                loss,
+                reference,
+                folder=folder,
+                pad_id=pad_id,
+                total_steps=total_steps(len(data.train), config.schedule, config.trainer),
+                plan=plan,
+                incidents=run.incidents,
+            ) as trainers:
+                run.restore(trainers)
+                run.say(f"trainers ready in {time.monotonic() - started:.0f} s")
+                yield run, data, trainers
+        run.summary()
+
+
+def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
+    """The rows in tokens, and the id of the padding token. Raises RaylignError, naming the cure."""
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
+    _require_context(config, context_limit(folder, config.model.trust_remote_code))
+    data = load_preferences(
+        config.data, tokenizer, rows=config.rows, seed=config.run.seed, refused_to=refused_path(config.run)
+    )
+    return data, int(tokenizer.pad_token_id)
+
+
+def said(data: PreferenceData) -> str:
+    """What became of the rows of the source."""
+    left = {name.replace("_", " "): count for name, count in data.counts.items() if count and name not in ("used",)}
+    return ", ".join(f"{count} {name}" for name, count in left.items())
+
+
+def _require_context(config: OfflineConfig, limit: int) -> None:
+    if config.data.max_length > limit:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the {limit} positions of {config.model.path}; "
+            "lower it"
+        )

@@ -1,0 +1,81 @@
+"""Offline DPO (Rafailov et al. 2023): any preference loss on a data set, the whole loop on one screen.
+
+Run it with `raylign run recipes/offline_dpo_smollm2.yaml data.source=FILE`, or copy this file and edit the round.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.trainer_supervision import SupervisedTrainers
+from raylign.config import OfflineDpoConfig, load_config
+from raylign.data.epochs import rows_of_round
+from raylign.data.preferences import PreferenceData
+from raylign.held_out import held_out_evaluation
+from raylign.records import AnyEvaluation, Preference, RoundReport
+from raylign.rounds import RoundLog
+from recipes.campaign import Campaign, finished_before
+from recipes.offline_campaign import offline_campaign
+from recipes.offline_stages import train_rows
+
+
+def run_round(
+    log: RoundLog,
+    rows: Sequence[Preference],
+    held_out: Sequence[Preference],
+    trainers: SupervisedTrainers,
+    config: OfflineDpoConfig,
+) -> RoundReport:
+    """Round `index` trains policy version `index` on its rows of the epoch."""
+    preferences = reference(log, rows, trainers, config)
+    steps = train_rows(log, preferences, trainers, config)
+    evaluation = evaluate_policy(log, held_out, trainers, config)
+    counts = {"preferences": len(preferences)}
+    return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds)
+
+
+def reference(
+    log: RoundLog, rows: Sequence[Preference], trainers: SupervisedTrainers, config: OfflineDpoConfig
+) -> tuple[Preference, ...]:
+    """Reference log-probs of the round's rows, once."""
+    with log.stage("reference", len(rows), "preferences") as stage:
+        if stage.done:
+            return log.read_preferences([row.prompt for row in rows], [c for row in rows for c in row.candidates])
+        preferences = trainers.with_reference(rows, config.run.seed + log.index, log.index - 1)
+        log.save_preferences(stage, preferences)
+    return preferences
+
+
+def evaluate_policy(
+    log: RoundLog, held_out: Sequence[Preference], trainers: SupervisedTrainers, config: OfflineDpoConfig
+) -> AnyEvaluation:
+    """Loss, rewards and the share of held-out pairs ranked rightly, against the reference the round trained with."""
+    with log.stage("evaluate", len(held_out), "rows") as stage:
+        if stage.done:
+            return log.read_evaluation()
+        rows = trainers.with_reference(held_out, config.run.seed, max(0, log.index - 1))
+        measured = trainers.evaluate(rows)
+        evaluation = held_out_evaluation(measured, "rewards/accuracies", config.evaluation, config.run.seed)
+        log.save_evaluation(stage, evaluation)
+    return evaluation
+
+
+def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: OfflineDpoConfig) -> None:
+    """Evaluate, then train and evaluate for every round that is not finished."""
+    run.finish_baseline(evaluate_policy(run.round_log(0), data.held_out, trainers, config))
+    for index in run.rounds_to_do():
+        rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
+        run.finish_round(run_round(run.round_log(index), rows, data.held_out, trainers, config))
+
+
+def main(config: OfflineDpoConfig) -> Path:
+    """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
+    if done := finished_before(config):
+        return done[0].path
+    with offline_campaign(config, config.loss, config.reference) as (run, data, trainers):
+        train(run, data, trainers, config)
+    return run.directory.path
+
+
+if __name__ == "__main__":
+    main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=OfflineDpoConfig))

@@ -1,0 +1,54 @@
+"""Supervised fine-tuning: the loss of the answers alone, packed; the whole loop on one screen.
+
+On preferences it trains on the chosen answers, which makes the reference for DPO that Rafailov et al. 2023 (section 4)
+recommend. Run it with `raylign run recipes/sft_smollm2.yaml data.source=FILE`, or copy this file and edit the round.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.trainer_supervision import SupervisedTrainers
+from raylign.config import SftConfig, load_config
+from raylign.config.reference import NoReferenceBlock
+from raylign.data.epochs import rows_of_round
+from raylign.data.preferences import PreferenceData
+from raylign.records import Preference, RoundReport
+from raylign.rounds import RoundLog
+from recipes.campaign import Campaign, finished_before
+from recipes.offline_campaign import offline_campaign
+from recipes.offline_stages import evaluate_rows, train_rows
+
+
+def run_round(
+    log: RoundLog,
+    rows: Sequence[Preference],
+    held_out: Sequence[Preference],
+    trainers: SupervisedTrainers,
+    config: SftConfig,
+) -> RoundReport:
+    """Round `index` trains policy version `index` on its rows of the epoch."""
+    steps = train_rows(log, rows, trainers, config)
+    evaluation = evaluate_rows(log, held_out, "loss", trainers, config)
+    return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
+
+
+def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: SftConfig) -> None:
+    """Evaluate, then train and evaluate for every round that is not finished."""
+    run.finish_baseline(evaluate_rows(run.round_log(0), data.held_out, "loss", trainers, config))
+    for index in run.rounds_to_do():
+        rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
+        run.finish_round(run_round(run.round_log(index), rows, data.held_out, trainers, config))
+
+
+def main(config: SftConfig) -> Path:
+    """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
+    if done := finished_before(config):
+        return done[0].path
+    with offline_campaign(config, config.loss, NoReferenceBlock()) as (run, data, trainers):
+        train(run, data, trainers, config)
+    return run.directory.path
+
+
+if __name__ == "__main__":
+    main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=SftConfig))
