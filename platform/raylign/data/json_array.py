@@ -12,6 +12,7 @@ CHUNK = 1 << 18
 """Bytes read at a time; a longer value doubles it."""
 SLACK = 16
 """Characters before the end of what is read where an error may only mean that more is to come."""
+DECODER = json.JSONDecoder()
 BEGINNINGS = tuple(word[:size] for word in ("true", "false", "null", "NaN", "-Infinity") for size in range(len(word)))
 
 
@@ -114,7 +115,7 @@ class _Text:
         self.peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended and self._is_torn(error):
                     raise EOFError from error

@@ -57,14 +57,13 @@ class RowStream:
                 yield row
                 count += 1
         except EOFError as error:
-            raise DataError(f"{self.where}: it ends inside row {count}; {self._whole(count)}: {self.cure}") from error
+            raise DataError(
+                f"{self.where}: it ends inside row {count}; whole rows before it: {count}; {self.cure}"
+            ) from error
         except UNREADABLE as error:
             raise DataError(
-                f"{self.where}: row {count} cannot be read ({error}); {self._whole(count)}: {self.cure}"
+                f"{self.where}: row {count} cannot be read ({error}); whole rows before it: {count}; {self.cure}"
             ) from error
-
-    def _whole(self, count: int) -> str:
-        return f"the {count} rows before it are whole" if count else "no row before it is whole"
 
 
 def open_rows(block: SourceBlock) -> RowStream:

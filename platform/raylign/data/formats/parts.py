@@ -89,7 +89,7 @@ def check_text_only(row: Cells) -> None:
     for column in MEDIA:
         if filled(row.get(column)):
             raise BadRow(f"has {column}", row[column], "only text is trained on; remove the row or the column")
-    for column in UNPAIRED:
+    for column in UNPAIRED if row.get("chosen") is None else ():
         if isinstance(row.get(column), bool | list):
             cure = "pair a good with a bad answer, or keep the good ones alone without that column"
             raise BadRow(f"a verdict on a single answer ({column})", row[column], cure)

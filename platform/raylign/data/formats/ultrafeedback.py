@@ -58,7 +58,7 @@ def _completion(name: str, item: object) -> Completion:
         raise BadRow(f"{name} is a {type(item).__name__}", item, "give an object with response and annotations")
     response = item.get("response")
     if not isinstance(response, str):
-        raise BadRow(f"the response of {name} is no string", response, "give a string")
+        raise BadRow(f"the response of {name} is no string", item, "give a string")
     score, ratings = _verdict(name, item.get("annotations"))
     if item.get("overall_score") is not None:
         score = number(f"overall_score of {name}", item["overall_score"])
