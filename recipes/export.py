@@ -6,13 +6,14 @@ from pathlib import Path
 
 from raylign.config import RunConfig
 from raylign.config.losses import LossBlock
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
 from raylign.model_card import ModelFacts, framework_versions
 from raylign.models import resolve_model
 from raylign.records import RoundReport
 from raylign.rundir import RunDirectory, open_run
+from raylign.scoring import scorer_name
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 
 LOCAL_STARTS = (".", "/", "~")
@@ -83,10 +84,13 @@ def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) 
 
 def _scorer_name(block: ScoringBlock) -> str:
     match block:
-        case FunctionScoringBlock():
-            return block.function
+        case CompositionBlock():
+            members = ", ".join(f"{name}: {_scorer_name(member)}" for name, member in block.members.items())
+            return f"{scorer_name(block)} ({members})"
         case JudgeScoringBlock():
             return f"judge {public_name(block.model)}"
+        case _:
+            return scorer_name(block)
 
 
 def _loss_name(block: LossBlock) -> str:

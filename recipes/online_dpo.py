@@ -34,7 +34,8 @@ def run_round(
     steps = train_policy(log, preferences, team, config)
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
-    return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
+    counts, scoring = pairing.counts, log.read_scoring()
+    return RoundReport(log.index, log.index, counts, tuple(steps), sync, evaluation, log.seconds, scoring), samples
 
 
 def sample(log: RoundLog, prompts: Sequence[Prompt], team: Team, config: RunConfig) -> list[Candidate]:
@@ -65,6 +66,7 @@ def score(
             return log.read_scores()
         scores = team.scorer.score(prompts, candidates, stage.advance)
         log.save_candidates(stage, prompts, candidates, scores)
+        log.save_scoring(stage, team.scorer.metrics())
         check_unscored(scores, config.scoring.max_unscored)
     return scores
 

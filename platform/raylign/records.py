@@ -98,7 +98,8 @@ class RoundReport:
     """What one round did. Made by the recipe, written as `report.json`, read by tracking and `review`.
 
     `counts` has candidates, unscored, ties, identical, below_margin, preferences. `steps` has one mapping of TRL metric
-    names to values per optimizer step. `seconds` is wall time per stage. `sync` has the canary's gaps.
+    names to values per optimizer step. `seconds` is wall time per stage. `sync` has the canary's gaps. `scoring` is
+    what scoring the candidates took, as `scorer/metric`.
     """
 
     index: int
@@ -108,3 +109,4 @@ class RoundReport:
     sync: Mapping[str, float]
     evaluation: Evaluation
     seconds: Mapping[str, float]
+    scoring: Mapping[str, float] = field(default_factory=dict)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LEDGER_NAME = "stages.json"
 SAMPLED, CANDIDATES, PREFERENCES = "sampled.jsonl", "candidates.parquet", "preferences.parquet"
-HELD_OUT, EVALUATION = "samples.parquet", "evaluation.json"
+SCORING, HELD_OUT, EVALUATION = "scoring.json", "samples.parquet", "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,17 @@ class RoundLog:
         """candidates.parquet: all K of every prompt, with scores."""
         write_candidates(self._folder / CANDIDATES, prompts, candidates, scores)
         stage.files.append(CANDIDATES)
+
+    def save_scoring(self, stage: Stage, metrics: Metrics) -> None:
+        """scoring.json: what scoring the candidates took."""
+        publish_text(self._folder / SCORING, json.dumps(dict(metrics), indent=1))
+        stage.files.append(SCORING)
+
+    def read_scoring(self) -> Metrics:
+        """What `save_scoring` wrote; nothing where it did not."""
+        path = self._folder / SCORING
+        metrics: Metrics = json.loads(path.read_text()) if path.is_file() else {}
+        return metrics
 
     def read_scores(self) -> list[Score]:
         """Of all candidates, in their order."""

@@ -188,8 +188,8 @@ def test_a_judge_is_described_by_model_address_and_criterion(judged: Judged) -> 
 def test_the_actor_takes_the_scorer_that_the_block_names(judged: Judged, tmp_path: Path) -> None:
     _, server = judged(honest)
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False)
-    actor = _Scorer(block, str(tmp_path), "scorer-0")
-    assert actor.ready() and values(actor.score(group("good", "bad"), 0)) == [1.0, 0.0]
+    actor = _Scorer(block, str(tmp_path / "scores.sqlite"), str(tmp_path), "scorer-0")
+    assert actor.ready() and values(actor.score(group("good", "bad"), 0).scores) == [1.0, 0.0]
 
 
 def test_batches_keep_the_answers_of_a_prompt_together() -> None:

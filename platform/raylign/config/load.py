@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -120,7 +120,13 @@ def _place(location: Sequence[int | str]) -> tuple[list[str], list[type[BaseMode
     """
     keys: list[str] = []
     blocks: list[type[BaseModel]] = [RunConfig]
+    name_follows = False
     for part in map(str, location):
+        if name_follows:
+            # A name of the user's may be that of a kind.
+            keys.append(part)
+            name_follows = False
+            continue
         fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
         of_kind = [block for block in blocks if part in _kinds(block)]
         if of_kind and (len(blocks) > 1 or not fields):
@@ -130,6 +136,7 @@ def _place(location: Sequence[int | str]) -> tuple[list[str], list[type[BaseMode
         if fields:
             options = [option for field in fields for option in _members(field.annotation)]
             blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+            name_follows = any(get_origin(field.annotation) is Mapping for field in fields)
     return keys, blocks
 
 

@@ -1,0 +1,58 @@
+"""Scores from a comparison of completions with reference answers, in a child process that can be ended."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from raylign.config.scoring import VerifierScoringBlock
+from raylign.records import Score
+from raylign.scoring.base import ScoringItem, most_unscored
+from raylign.scoring.process_scorer import ProcessScorer
+
+VERIFY = "raylign.scoring.verify:verify"
+
+
+class VerifierScorer:
+    """1 for the completions that have the reference answer of their prompt's row, else 0.
+
+    An item whose row has no answer, or whose comparison fails or is late, is unscored.
+    """
+
+    def __init__(self, block: VerifierScoringBlock) -> None:
+        """Start the verifying process."""
+        self._block = block
+        self._process = ProcessScorer(VERIFY, block, self._arguments)
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored."""
+        limit = most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed
+        missing = [self._missing(item) for item in items]
+        asked = [item for item, reason in zip(items, missing, strict=True) if not reason]
+        found = iter(self._process.score(asked, limit - (len(items) - len(asked))))
+        return [Score(None, reason=reason) if reason else next(found) for reason in missing]
+
+    def close(self) -> None:
+        """End the child process."""
+        self._process.close()
+
+    def _missing(self, item: ScoringItem) -> str:
+        """Why there is no reference to compare with; "" where there is one, or none is needed."""
+        column, answer = self._block.answer_column, reference_of(item, self._block)
+        if not self._block.needs_answer or (_is_answer(answer) and str(answer).strip()):
+            return ""
+        if answer is None or _is_answer(answer):
+            return f"no reference answer in column {column!r} (prompt {item.prompt.id})"
+        kind = type(answer).__name__
+        return f"the reference answer in column {column!r} is a {kind}, not a text or number (prompt {item.prompt.id})"
+
+    def _arguments(self, items: Sequence[ScoringItem]) -> Sequence[Any]:
+        answers = [str(reference_of(item, self._block)) for item in items]
+        return [answers, [item.completion for item in items], self._block.model_dump(mode="json")]
+
+
+def reference_of(item: ScoringItem, block: VerifierScoringBlock) -> object:
+    """What the prompt's row has as its answer; None without one."""
+    return item.prompt.meta.get(block.answer_column)
+
+
+def _is_answer(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
