@@ -17,6 +17,7 @@ from raylign.scoring.base import ScoringItem
 from raylign.scoring.groups import groups
 from raylign.scoring.http_client import JITTER_S, LONGEST_WAIT_S, RemoteBlock
 from raylign.scoring.judge_check import CANARIES
+from raylign.scoring.verifier import GRACE_S
 
 
 def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[ScoringItem]]:
@@ -49,8 +50,10 @@ def _whole_groups(items: Sequence[ScoringItem], limit: int) -> list[Sequence[Sco
 def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
     """Seconds within which any scorer that works answers, be it with nothing but failures."""
     match block:
-        case FunctionScoringBlock() | VerifierScoringBlock():
+        case FunctionScoringBlock():
             return 2 * block.timeout_s * len(batch)
+        case VerifierScoringBlock():
+            return 2 * (block.timeout_s + GRACE_S) * len(batch)
         case JudgeScoringBlock():
             asked = questions(batch) + (2 * len(CANARIES) + 1 if block.canaries else 1)
             return _asking_s(asked, block)

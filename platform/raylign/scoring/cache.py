@@ -131,7 +131,7 @@ class CachedScorer:
     def _ask(self, units: Sequence[Group], allowed: int | None) -> list[list[Score]]:
         found: list[list[Score]] = []
         left = allowed
-        for run in apart(units) if self._grouped else [units]:
+        for run in apart(units) if self._grouped else [units] * bool(units):
             scores = iter(self._scorer.score([item for unit in run for item in unit], left))
             found += [[next(scores) for _ in unit] for unit in run]
             if left is not None:

@@ -23,12 +23,17 @@ class ProcessScorer:
         function: str,
         block: FunctionScoringBlock | VerifierScoringBlock,
         arguments: Callable[[Sequence[ScoringItem]], Sequence[Any]],
+        *,
+        grace_s: float = 0.0,
     ) -> None:
         """Load the function. `arguments` makes what it is called with, as JSON can hold it.
+
+        A call gets `grace_s` on top of its items' seconds, for a function that keeps the deadlines itself.
 
         Raises ScorerError: no such module, no such function, not callable, failing import.
         """
         self._function, self._block, self._arguments = function, block, arguments
+        self._grace_s = grace_s
         self._process = ScoringProcess(function)
 
     @property
@@ -62,8 +67,8 @@ class ProcessScorer:
         if not self._process.alive:
             self._process = ScoringProcess(self._function)
         try:
-            request = {"arguments": self._arguments(items)}
-            answers = self._process.ask(request, self._block.timeout_s * len(items))["answers"]
+            request, seconds = {"arguments": self._arguments(items)}, self._block.timeout_s * len(items)
+            answers = self._process.ask(request, seconds + self._grace_s)["answers"]
         except NoAnswer as failure:
             return [(Score(None, reason=str(failure)), False)] * len(items)
         if len(answers) != len(items):

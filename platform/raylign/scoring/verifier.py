@@ -8,6 +8,8 @@ from raylign.records import Score
 from raylign.scoring.base import ScoringItem, most_unscored
 from raylign.scoring.process_scorer import ProcessScorer
 
+GRACE_S = 2.0
+"""Within it a comparison that is late must say so, else its process is ended."""
 VERIFY = "raylign.scoring.verify:verify"
 
 
@@ -20,7 +22,7 @@ class VerifierScorer:
     def __init__(self, block: VerifierScoringBlock) -> None:
         """Start the verifying process."""
         self._block = block
-        self._process = ProcessScorer(VERIFY, block, self._arguments)
+        self._process = ProcessScorer(VERIFY, block, self._arguments, grace_s=GRACE_S)
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored."""

@@ -43,7 +43,7 @@ def _comparison(rules: Mapping[str, Any]) -> Compare:
         case "exact_match":
             return _Extracted(rules, _SameText(strip=rules["strip"], casefold=rules["casefold"]))
         case "math":
-            return _Extracted(rules, _same_maths)
+            return _Extracted(rules, _SameMaths(bare=rules["extract"] is not None))
         case method:
             raise ValueError(f"method={method!r}")
 
@@ -90,13 +90,21 @@ class _SameText:
         return spaced.casefold() if self._casefold else spaced
 
 
-def _same_maths(answer: str, completion: str) -> Score:
-    wanted = parse(_as_maths(answer), parsing_timeout=None, raise_on_error=True)
-    if not wanted:
-        return Score(None, reason=f"no mathematics in the reference {_shown(answer)}")
-    # Nothing that reads as mathematics is a wrong answer.
-    found = parse(completion, parsing_timeout=None)
-    return Score(float(same_maths(wanted, found, timeout_seconds=None, raise_on_error=True)))
+class _SameMaths:
+    """Whether two texts are the same mathematics; `bare` completions are answers alone, without words around them."""
+
+    def __init__(self, *, bare: bool) -> None:
+        self._bare = bare
+
+    def __call__(self, answer: str, completion: str) -> Score:
+        if answer.split() == completion.split():
+            return Score(1.0)
+        wanted = parse(_as_maths(answer), parsing_timeout=None, raise_on_error=True)
+        if not wanted:
+            return Score(None, reason=f"no mathematics in the reference {_shown(answer)}")
+        # Nothing that reads as mathematics is a wrong answer.
+        found = parse(_as_maths(completion) if self._bare else completion, parsing_timeout=None)
+        return Score(float(same_maths(wanted, found, timeout_seconds=None, raise_on_error=True)))
 
 
 def _as_maths(answer: str) -> str:

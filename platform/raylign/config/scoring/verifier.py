@@ -16,7 +16,8 @@ class VerifierScoringBlock(Block):
     """1 for a completion that has the reference answer of its prompt's row, else 0. No code is ever run.
 
     `math` compares as mathematics with the Math-Verify library, so that 1/2 is 0.5 and \\frac{1}{2}; it reads the last
-    expression of a completion, a boxed one first. `exact_match` compares text. `regex` looks for `pattern`.
+    expression of a completion, a boxed one first. Letters and words are no mathematics: take `exact_match` for them,
+    which compares text. `regex` looks for `pattern`.
     """
 
     type: Literal["verifier"] = "verifier"
