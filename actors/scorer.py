@@ -11,7 +11,8 @@ import ray
 from actors.stacks import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.records import Score
-from raylign.scoring import ScoringItem, Usages, load_scorer
+from raylign.scoring import ScoringItem, Usages
+from raylign.scoring.load import load_scorer
 
 
 @dataclass(frozen=True, slots=True)

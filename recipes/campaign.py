@@ -23,7 +23,7 @@ from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
 from raylign.rounds import RoundLog, Trained, finished_stages
 from raylign.rundir import CONFIG_NAME, RunDirectory, continue_or_create, require_continuable
-from raylign.scoring import describe_scorer
+from raylign.scoring.describe import describe_scorer
 from raylign.text import escape_control, optional
 from raylign.tracking.facts import run_facts
 from raylign.tracking.journal import JOURNAL_NAME, read_events

@@ -13,7 +13,7 @@ from raylign.model_card import ModelFacts, framework_versions
 from raylign.models import resolve_model
 from raylign.records import RoundReport
 from raylign.rundir import RunDirectory, open_run
-from raylign.scoring import scorer_name
+from raylign.scoring.describe import scorer_name
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 
 LOCAL_STARTS = (".", "/", "~")

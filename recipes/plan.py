@@ -23,7 +23,7 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
-from raylign.scoring import describe_scorer
+from raylign.scoring.describe import describe_scorer
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster

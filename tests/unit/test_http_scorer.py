@@ -15,7 +15,8 @@ from raylign.config import parse_config
 from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import HttpScorer, ScoringItem, batches, describe_scorer, longest_s
+from raylign.scoring import HttpScorer, ScoringItem, batches, longest_s
+from raylign.scoring.describe import describe_scorer
 from tests.reward_services import Answer, Posted, Running, Service, running
 
 SECRET = "hush-1234-hush"

@@ -211,6 +211,19 @@ def test_the_files_of_a_round(open_desk: Open) -> None:
     assert [row["text"] for row in desk.rows(1, "samples")] == ["good end", "good end"]
 
 
+def test_the_report_says_what_scoring_the_candidates_took(open_desk: Open) -> None:
+    desk = open_desk()
+    report, samples = desk.round(1)
+    expected = {"calls": 1, "items": 12, "cache_hits": 0, "failures": 0, "call_mean_s": 2.0, "call_p95_s": 2.0}
+    assert report.scoring == {
+        f"function/{name}": pytest.approx(value) for name, value in (expected | latencies).items()
+    }
+    assert json.loads((desk.folder / "rounds/0001/scoring.json").read_text()) == report.scoring
+    desk.run.finish_round(report, samples)
+    [finished] = [event for event in read_events(desk.folder / JOURNAL_NAME) if event.name == "round_finished"]
+    assert finished.payload["scoring"] == report.scoring
+
+
 def test_held_out_prompts_get_the_same_seeds_from_every_version(open_desk: Open) -> None:
     desk = open_desk()
     evaluation, _ = evaluate_policy(desk.log(0), HELD_OUT, desk.team, desk.config)
@@ -267,6 +280,7 @@ def test_what_was_sampled_and_chosen_is_on_disk_before_training(open_desk: Open)
         "candidates.parquet",
         "preferences.parquet",
         "sampled.jsonl",
+        "scoring.json",
         "stages.json",
     ]
     assert "load weights" not in desk.events and desk.engine.label_now == 0

@@ -11,9 +11,10 @@ import pytest
 from raylign.config.scoring import FunctionScoringBlock, HttpScoringBlock, JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem, load_scorer
+from raylign.scoring import ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.identity import identity
+from raylign.scoring.load import load_scorer
 from raylign.scoring.usage import Usage
 from tests.judges import honest, serving, values
 from tests.scorers import Told, of_prompt, table

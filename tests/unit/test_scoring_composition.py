@@ -23,9 +23,11 @@ from raylign.config.scoring import (
 )
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
-from raylign.scoring import ScoringItem, batches, describe_scorer, load_scorer, longest_s, scorer_name
+from raylign.scoring import ScoringItem, batches, longest_s
 from raylign.scoring.base import Scorer
 from raylign.scoring.composition import composed
+from raylign.scoring.describe import describe_scorer, scorer_name
+from raylign.scoring.load import load_scorer
 from tests.judges import Judged, group, honest, values
 from tests.scorers import Told, of_prompt, table
 

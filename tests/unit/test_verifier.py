@@ -12,7 +12,8 @@ from raylign.config import parse_config
 from raylign.config.scoring import VerifierScoringBlock
 from raylign.errors import ConfigError
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem, VerifierScorer, describe_scorer
+from raylign.scoring import ScoringItem, VerifierScorer
+from raylign.scoring.describe import describe_scorer
 from raylign.scoring.verify import verify
 
 Make = Callable[..., VerifierScorer]

@@ -59,7 +59,7 @@ def add_up(total: dict[str, Usage], more: Usages) -> None:
 def summary(usages: Usages) -> dict[str, float]:
     """Metrics of every scorer as `name/metric`.
 
-    `calls`, `items` (asked about), `cache_hits`, `failures`, `failures/<reason>` for the most frequent ones;
+    `calls`, `items` (asked about), `cache_hits`, `failures`, `failures_<reason>` for the most frequent ones;
     `latency_mean_s` and `latency_p95_s` are seconds per item (an item takes its call's seconds over its items),
     `call_mean_s` and `call_p95_s` seconds per call. Then the scorer's own amounts; a judge's `disagreement_rate` is
     the share of comparisons whose two verdicts differ.
@@ -77,7 +77,7 @@ def _metrics(usage: Usage) -> dict[str, float]:
         "items": items,
         "cache_hits": usage.cache_hits,
         "failures": usage.failures.total(),
-        **{f"failures/{reason}": count for reason, count in reasons.most_common(REASONS_KEPT)},
+        **{f"failures_{reason}": count for reason, count in reasons.most_common(REASONS_KEPT)},
         **usage.amounts,
     }
     if items:
