@@ -23,6 +23,7 @@ from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import Sample, report_console, round_table, samples_block, warnings
 from raylign.rounds import RoundLog, Trained, finished_stages
 from raylign.rundir import CONFIG_NAME, RunDirectory, continue_or_create, require_continuable
+from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.text import escape_control, optional
 from raylign.tracking.facts import run_facts
@@ -172,6 +173,7 @@ def campaign(config: RunConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     )
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
+    require_references((*prompts.train, *prompts.held_out), config.scoring)
     describe_scorer(config.scoring)
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)

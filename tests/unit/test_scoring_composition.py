@@ -1,5 +1,6 @@
 """Scorers made of scorers: values worked out by hand, what is unscored, what is asked, and how a recipe names them."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_a_gate_lets_the_score_count_where_it_is_open() -> None:
     assert members["score"].allowed == [2]
 
 
+def test_an_error_while_scoring_names_the_place_of_the_member() -> None:
+    def refuse(text: str) -> Score:
+        raise ScorerError("the key is refused")
+
+    inner = composed(GATE, {"gate": table(a=1.0), "score": Told(refuse)})
+    with pytest.raises(ScorerError, match="^scoring.scorers.good.score: the key is refused$"):
+        composed(WEIGHTED, {"good": inner, "short": table(a=1.0)}).score(of_prompt("p", "a"))
+
+
 def test_a_gate_keeps_groups_apart_whose_neighbours_it_stops() -> None:
     members = {"gate": table(a=1.0, b=0.0, c=1.0), "score": table(a=1.0, c=3.0)}
     items = [*of_prompt("p", "a"), *of_prompt("q", "b"), *of_prompt("p", "c"), *of_prompt("r", "a")]
@@ -193,7 +203,7 @@ def test_describe_names_every_member_and_the_place_of_one_that_fails() -> None:
         scorers={"inner": MinScoringBlock(scorers={"bad": FunctionScoringBlock(function="none:f")})},
         weights={"inner": 1.0},
     )
-    with pytest.raises(ScorerError, match="^scorers.inner: scorers.bad: scoring.function=none:f cannot be loaded"):
+    with pytest.raises(ScorerError, match="^scoring.scorers.inner.scorers.bad: scoring.function=none:f cannot"):
         describe_scorer(bad)
 
 
@@ -214,5 +224,6 @@ def test_a_composition_is_loaded_from_its_block(tmp_path: Path, monkeypatch: pyt
     finally:
         scorer.close()
     broken = MinScoringBlock(scorers={"one": length, "two": FunctionScoringBlock(function="user_scores:lenght")})
-    with pytest.raises(ScorerError, match="^scorers.two: scoring.function=user_scores:lenght"):
+    with pytest.raises(ScorerError, match="^scoring.scorers.two: scoring.function=user_scores:lenght") as caught:
         load_scorer(broken, tmp_path / "scores.sqlite")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "it comes from another process"

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from raylign.config import parse_config
-from raylign.config.scoring import VerifierScoringBlock
-from raylign.errors import ConfigError
+from raylign.config.scoring import FunctionScoringBlock, GateScoringBlock, VerifierScoringBlock
+from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem, VerifierScorer
+from raylign.scoring import ScoringItem, VerifierScorer, require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.verify import verify
 
@@ -154,6 +154,20 @@ def test_a_process_that_takes_no_alarm_is_ended(make: Make, monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     scores = make(timeout_s=0.2).score([item("1", "1"), item("hang", "1")])
     assert scores == [Score(1.0), Score(None, reason="no answer within 0.4 s")]
+
+
+def test_prompts_without_answers_are_told_before_anything_starts() -> None:
+    items = [item("", "1"), item("", prompt="p1"), item("", "2", prompt="p2"), item("", ["3"], prompt="p3")]
+    prompts, block = [one.prompt for one in items], VerifierScoringBlock(max_unscored=0.5)
+    gate = GateScoringBlock(gate=VerifierScoringBlock(), score=FunctionScoringBlock(), max_unscored=0.25)
+    require_references(prompts, block)
+    require_references(prompts, VerifierScoringBlock(method="regex", pattern="a"))
+    with pytest.raises(ScorerError, match="^2 of 4 prompts cannot be verified, scoring.max_unscored=0.25 allows 25%"):
+        require_references(prompts, gate)
+    with pytest.raises(
+        ScorerError, match="the first: no reference answer in column 'target' .prompt p0.. Give the rows"
+    ):
+        require_references(prompts, VerifierScoringBlock(answer_column="target"))
 
 
 def test_describe_says_how_it_compares() -> None:

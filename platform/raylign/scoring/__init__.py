@@ -9,7 +9,7 @@ from raylign.scoring.function import FunctionInfo, FunctionScorer, describe_func
 from raylign.scoring.http_service import HttpScorer
 from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.usage import Usage, Usages, add_up, summary
-from raylign.scoring.verifier import VerifierScorer
+from raylign.scoring.verifier import VerifierScorer, require_references
 
 __all__ = [
     "FunctionInfo",
@@ -27,6 +27,7 @@ __all__ = [
     "describe_function",
     "longest_s",
     "most_unscored",
+    "require_references",
     "skipped",
     "summary",
 ]

@@ -167,10 +167,23 @@ def parts_of(scores: Mapping[str, Score]) -> dict[str, float]:
     return found
 
 
+class MemberError(ScorerError):
+    """A ScorerError of a member, whose place in the config is below `scoring`."""
+
+    def __init__(self, place: str, cause: str) -> None:
+        super().__init__(place, cause)
+        self.place, self.cause = place, cause
+
+    def __str__(self) -> str:
+        return f"scoring.{self.place}: {self.cause}"
+
+
 @contextmanager
 def named(place: str) -> Iterator[None]:
-    """Say of which member a ScorerError is."""
+    """Say of which member a ScorerError is. Raises MemberError."""
     try:
         yield
+    except MemberError as error:
+        raise MemberError(f"{place}.{error.place}", error.cause) from error
     except ScorerError as error:
-        raise ScorerError(f"{place}: {error}") from error
+        raise MemberError(place, str(error)) from error

@@ -91,7 +91,7 @@ class _Loading:
                 verifier = VerifierScorer(block)
                 self.ending.callback(verifier.close)
                 return self._cached(
-                    block, MeasuredScorer(verifier, usage), usage, context=lambda item: reference_of(item, block)
+                    block, MeasuredScorer(verifier, usage), usage, context=lambda item: reference_of(item.prompt, block)
                 )
             case JudgeScoringBlock():
                 judge = JudgeScorer(block)

@@ -56,7 +56,10 @@ class JudgeScoringBlock(Block):
     price_out: NonNegativeFloat | None = None
     """US dollars per million tokens answered."""
     cache: CacheOption = "run"
-    """Keeps the scores of a prompt's candidates: `run`, a path that runs may share, or null."""
+    """Keeps the scores of a prompt's candidates: `run`, a path that runs may share, or null.
+
+    Above temperature 0 the first verdicts stay.
+    """
 
     @field_validator("base_url")
     @classmethod
