@@ -17,6 +17,7 @@ from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import HttpScorer, ScoringItem, batches, longest_s
 from raylign.scoring.describe import describe_scorer
+from tests.faults import record
 from tests.reward_services import Answer, Posted, Running, Service, running
 
 SECRET = "hush-1234-hush"
@@ -155,6 +156,7 @@ def test_passing_failures_are_tried_again_and_retry_after_is_waited_for(served: 
     assert scorer.amounts() == {"requests": 2, "failed_requests": 1}
 
 
+@pytest.mark.fault
 def test_a_late_service_leaves_its_batch_unscored_without_asking_item_by_item(served: Make) -> None:
     held: list[Running] = []
 
@@ -167,6 +169,12 @@ def test_a_late_service_leaves_its_batch_unscored_without_asking_item_by_item(se
     scores = scorer.score(items("a", "b"))
     assert scores == [Score(None, reason="no answer within 0.2 s; see to the server, or raise scoring.timeout_s")] * 2
     assert len(server.asked) == 1
+    record(
+        "reward service hangs",
+        "a service that answers after the deadline of 0.2 s",
+        detected_s=0.2,
+        lost="its batch stays unscored, with the reason",
+    )
 
 
 def test_a_refused_key_is_told_without_showing_it(served: Make, monkeypatch: pytest.MonkeyPatch) -> None:

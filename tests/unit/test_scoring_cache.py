@@ -16,6 +16,7 @@ from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.identity import identity
 from raylign.scoring.load import load_scorer
 from raylign.scoring.usage import Usage
+from tests.faults import record
 from tests.judges import honest, serving, values
 from tests.scorers import Told, of_prompt, table
 
@@ -91,26 +92,29 @@ def test_groups_of_one_prompt_stay_apart_when_those_between_are_known(tmp_path: 
     assert scorer.asked[1:] == [["c"], ["a"]] and scorer.allowed[1:] == [5, 4]
 
 
-@pytest.mark.parametrize("damage", ["text", "middle"])
-def test_a_damaged_file_is_set_aside_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    scorer, path = Told(lambda text: Score(float(len(text)))), tmp_path / "scores.sqlite"
+@pytest.mark.fault
+def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     items = of_prompt("p", *("x" * n for n in range(300)))
-    cached(scorer, tmp_path).score(items)
-    content = bytearray(path.read_bytes())
-    if damage == "text":
-        content[:] = b"this is no database, but long enough to look at" * 10
-    else:
-        content[4096:] = b"\xff" * (len(content) - 4096)
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        assert values(cached(scorer, tmp_path).score(items)) == [float(n) for n in range(300)]
-    assert "is damaged (" in caplog.text and "scores.sqlite.damaged" in caplog.text
-    assert (tmp_path / "scores.sqlite.damaged").read_bytes() == bytes(content)
-    assert len(scorer.asked) == 2
-    cached(scorer, tmp_path).score(items)
-    assert len(scorer.asked) == 2
+    for damage in ("text", "middle"):
+        scorer, folder = Told(lambda text: Score(float(len(text)))), tmp_path / damage
+        cached(scorer, folder).score(items)
+        content = bytearray((folder / "scores.sqlite").read_bytes())
+        if damage == "text":
+            content[:] = b"this is no database, but long enough to look at" * 10
+        else:
+            content[4096:] = b"\xff" * (len(content) - 4096)
+        (folder / "scores.sqlite").write_bytes(content)
+        with caplog.at_level(logging.WARNING):
+            assert values(cached(scorer, folder).score(items)) == [float(n) for n in range(300)]
+        assert "is damaged (" in caplog.text and f"{folder}/scores.sqlite.damaged" in caplog.text
+        assert (folder / "scores.sqlite.damaged").read_bytes() == bytes(content)
+        cached(scorer, folder).score(items)
+        assert len(scorer.asked) == 2
+    record(
+        "kept scores damaged",
+        "text in place of scores.sqlite; its pages overwritten",
+        lost="the kept scores, which are asked for again; the file is set aside",
+    )
 
 
 def test_a_file_that_cannot_be_used_is_told_with_a_cure(tmp_path: Path) -> None:

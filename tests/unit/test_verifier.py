@@ -15,6 +15,7 @@ from raylign.records import Prompt, Score
 from raylign.scoring import ScoringItem, VerifierScorer, require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.verify import verify
+from tests.faults import record
 
 Make = Callable[..., VerifierScorer]
 RULES = VerifierScoringBlock().model_dump(mode="json")
@@ -133,6 +134,7 @@ def test_missing_references_count_towards_what_may_be_lost(make: Make) -> None:
     assert scores[2].reason.startswith("skipped")
 
 
+@pytest.mark.fault
 def test_backtracking_ends_at_the_deadline_of_its_item(make: Make) -> None:
     scorer = make(method="regex", pattern="(a+)+$", timeout_s=0.3)
     started = time.monotonic()
@@ -140,6 +142,12 @@ def test_backtracking_ends_at_the_deadline_of_its_item(make: Make) -> None:
     assert time.monotonic() - started < 10.0
     assert [score.value for score in scores] == [1.0, None, 0.0, 1.0]
     assert scores[1].reason == "no verdict within 0.3 s"
+    record(
+        "verifier that never ends",
+        "a completion on which a pattern backtracks without end",
+        detected_s=0.3,
+        lost="that candidate stays unscored, with the reason",
+    )
 
 
 @pytest.mark.parametrize("endless", ["$10^{10^{10}}$", "$100000000!$", "$" + "{" * 2000 + "$"])

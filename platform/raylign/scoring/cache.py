@@ -124,7 +124,8 @@ class CachedScorer:
             scores[place] = found
             if all(_can_be_kept(score) for score in found):
                 kept |= zip(keys[place], found, strict=True)
-        self._cache.put(kept)
+        if kept:
+            self._cache.put(kept)
         self._usage.cache_hits += len(items) - sum(len(units[place]) for place in asked)
         return [score for found in scores for score in found]
 

@@ -69,11 +69,11 @@ class _Loading:
         self._run_cache, self._max_unscored = run_cache, max_unscored
 
     def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
+        # The limit is of the whole.
+        block = block.model_copy(update={"max_unscored": self._max_unscored})
         if isinstance(block, CompositionBlock):
             return composed(block, dict(self._members(block, names)))
-        usage = self.usages.setdefault("/".join(names) or block.type, Usage())
-        # The limit is of the whole.
-        return self._leaf(block.model_copy(update={"max_unscored": self._max_unscored}), usage)
+        return self._leaf(block, self.usages.setdefault("/".join(names) or block.type, Usage()))
 
     def _members(self, block: CompositionBlock, names: tuple[str, ...]) -> Iterator[tuple[str, Scorer]]:
         for name, member in block.members.items():
