@@ -38,7 +38,8 @@ def run_round(
     steps = train_policy(log, preferences, team, config)
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
-    return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
+    counts, scoring = pairing.counts, log.read_scoring()
+    return RoundReport(log.index, log.index, counts, tuple(steps), sync, evaluation, log.seconds, scoring), samples
 
 
 def sample(
@@ -76,6 +77,7 @@ def score(
             return log.read_scores(attempt)
         scores = team.scorer.score(prompts, candidates, stage.advance)
         log.save_candidates(stage, prompts, candidates, scores, attempt)
+        log.save_scoring(stage, team.scorer.metrics(), attempt)
         check_unscored(scores, config.scoring.max_unscored)
     return scores
 
@@ -90,7 +92,9 @@ def sample_again(
 ) -> tuple[list[Candidate], list[Score]]:
     """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have."""
     for attempt in range(1, config.sampling.max_resamples + 1):
-        again = without_pair(prompts, build_preferences(prompts, candidates, scores, config.pairing))
+        again = without_pair(
+            prompts, build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
+        )
         if not again:
             break
         more = sample(log, again, team, config, attempt)
@@ -108,7 +112,7 @@ def prefer(
 ) -> PairingResult:
     """Pairs from the scores: a pure function of candidates.parquet, so that it leaves no file of its own."""
     with log.stage("prefer", len(prompts), "prompts", again=True):
-        pairing = build_preferences(prompts, candidates, scores, config.pairing)
+        pairing = build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
         require_preferences(pairing, log.index)
     return pairing
 

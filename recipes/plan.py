@@ -23,7 +23,8 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
-from raylign.scoring import describe_scorer
+from raylign.scoring import require_references
+from raylign.scoring.describe import describe_scorer
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
@@ -100,6 +101,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
+    require_references((*prompts.train, *prompts.held_out), config.scoring)
     where, available = present_resources()
     placement = plan_placement(
         config.placement, config.generators, config.trainer, choose_device(config.placement, available)
@@ -186,8 +188,8 @@ def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
         evaluated_per_round=evaluated,
         sampled=schedule.rounds * per_round,
         evaluated=(schedule.rounds + 1) * evaluated,
-        steps_per_round=steps_per_round(schedule.prompts_per_round, config.trainer),
-        steps=planned_steps(schedule.prompts_per_round, schedule.rounds, config.trainer),
+        steps_per_round=steps_per_round(config.max_preferences_per_round, config.trainer),
+        steps=planned_steps(config.max_preferences_per_round, schedule.rounds, config.trainer),
     )
 
 
@@ -212,10 +214,10 @@ def notes(plan: RunPlan) -> list[str]:
         found.append(plan.prompts.left_out)
     if run.exists():
         found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
-    if config.trainer.train_batch_size > config.schedule.prompts_per_round:
+    if config.trainer.train_batch_size > config.max_preferences_per_round:
         found.append(
             f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
-            f"{config.schedule.prompts_per_round}: every step will be smaller"
+            f"{config.max_preferences_per_round}: every step will be smaller"
         )
     passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
     if passes > 1:

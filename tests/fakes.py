@@ -24,7 +24,7 @@ from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.sampling import Decoding, prompt_seed
-from raylign.scoring import check_unscored
+from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.preferences import completions_of
@@ -147,6 +147,7 @@ class FakeScorer(ScorerClient):
         advance: Callable[[int], None] = lambda items: None,
     ) -> list[Score]:
         self._events.append(f"score {len(candidates)}")
+        self._usages = {"function": Usage([(len(candidates), 2.0)])}
         by_id = {prompt.id: prompt for prompt in prompts}
         values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         scores = [Score(value, reason="late" if value is None else "") for value in values]

@@ -3,12 +3,13 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.dpo_trainer import common_prefix_length
+from trl.trainer.dpo_trainer import common_prefix_length  # type: ignore[attr-defined]
 
 from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
@@ -167,7 +168,7 @@ def test_demonstrations_are_the_best_answers(tokenizer: PreTrainedTokenizerBase,
 
 
 def test_rankings_keep_all_answers_and_their_scores(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "film", "completions": ["one", "two", "three"], "scores": [0.5, 2.0, 1.0]},
         {"prompt": "one", "completions": ["two", "three", "good"]},
     ]
@@ -180,7 +181,13 @@ def test_rankings_keep_all_answers_and_their_scores(tokenizer: PreTrainedTokeniz
 
 
 def test_ties_are_no_pairs(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    tie = {"prompt": "film", "chosen": "good", "rejected": "bad", "score_chosen": 3, "score_rejected": 3}
+    tie: dict[str, Any] = {
+        "prompt": "film",
+        "chosen": "good",
+        "rejected": "bad",
+        "score_chosen": 3,
+        "score_rejected": 3,
+    }
     others = [{"prompt": word, "chosen": "good", "rejected": "bad"} for word in ("one", "two")]
     assert load(write(tmp_path, [tie, *others]), tokenizer).counts["ties"] == 1
 
@@ -213,11 +220,9 @@ def test_smollm2_is_tokenised_as_trl_does_up_to_the_newline_behind_the_end(tmp_p
     for number, (prompt, *answers) in enumerate(rows, start=1):
         row = everything(load(pairs(tmp_path, *rows), smollm2))[number]
         turns = [{"role": "user", "content": prompt}]
-        whole = [
-            smollm2.apply_chat_template([*turns, {"role": "assistant", "content": text}], return_dict=False)
-            for text in answers
-        ]
-        alone = smollm2.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        templated: Any = partial(smollm2.apply_chat_template, return_dict=False)
+        whole = [templated([*turns, {"role": "assistant", "content": text}]) for text in answers]
+        alone = templated(turns, add_generation_prompt=True)
         start = min(common_prefix_length(alone, ids) for ids in whole)
         assert list(row.prompt.token_ids) == alone[:start] == alone
         for candidate, ids in zip(row.candidates, whole, strict=True):

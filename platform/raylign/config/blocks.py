@@ -105,14 +105,6 @@ class SamplingBlock(Block):
     """Keep only the k likeliest tokens; 0 keeps all."""
 
 
-class BestWorstPairingBlock(Block):
-    """The best against the worst candidate of each prompt."""
-
-    type: Literal["best_worst"] = "best_worst"
-    min_margin: NonNegativeFloat = 0.0
-    """Smallest score gap of a pair; ties never become pairs, whatever the value."""
-
-
 class OffloadBlock(Block):
     """What ZeRO keeps in host memory."""
 

@@ -5,7 +5,6 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from raylign.config.blocks import (
-    BestWorstPairingBlock,
     EvaluationBlock,
     GeneratorsBlock,
     PromptsBlock,
@@ -13,8 +12,9 @@ from raylign.config.blocks import (
     ScheduleBlock,
 )
 from raylign.config.losses import LossUnion, SigmoidLossBlock
+from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion
+from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion, leaves
 from raylign.config.tree import RunConfig
 
 
@@ -25,7 +25,7 @@ class OnlineDpoConfig(RunConfig):
     prompts: PromptsBlock = PromptsBlock()
     sampling: SamplingBlock = SamplingBlock()
     scoring: ScoringUnion = FunctionScoringBlock()
-    pairing: BestWorstPairingBlock = BestWorstPairingBlock()
+    pairing: PairingUnion = BestWorstPairingBlock()
     loss: LossUnion = SigmoidLossBlock()
     reference: ReferenceUnion = InitialReferenceBlock()
     generators: GeneratorsBlock = GeneratorsBlock()
@@ -84,12 +84,27 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def a_judge_rates_held_out_completions_alone(self) -> Self:
         count = self.evaluation.num_generations
-        if isinstance(self.scoring, JudgeScoringBlock) and count > 1:
+        if count > 1 and any(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(self.scoring)):
             raise ValueError(
-                f"evaluation.num_generations={count} with scoring.type=judge: completions of one prompt are compared "
-                "with each other, and their mean is 1/2 however good they are; set evaluation.num_generations=1"
+                f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
+                "compared with each other, and their mean is 1/2 however good they are; "
+                "set evaluation.num_generations=1"
             )
         return self
+
+    @model_validator(mode="after")
+    def the_loss_reads_what_is_built(self) -> Self:
+        if self.loss.pairs_only and not self.pairing.pairs:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} compares two candidates, and pairing.type={self.pairing.type} "
+                "gives whole lists; take pairs such as best_worst, or a loss of lists such as plackett_luce"
+            )
+        return self
+
+    @property
+    def max_preferences_per_round(self) -> int:
+        """What a round gives to train on at most."""
+        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.num_generations)
 
     @property
     def max_prompt_tokens(self) -> int:
