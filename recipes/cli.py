@@ -269,7 +269,7 @@ app.add_typer(data)
 def data_prepare(recipe: Recipe, settings: Settings = None) -> None:
     """Make clean, mixed pairs of any sources: ratings weighed, duplicates and templates dropped, shares of languages.
 
-    Example: raylign data prepare recipes/prepare_demo.yaml output=prepared mix.size=7500
+    Example: raylign data prepare recipes/data/prepare_demo.yaml output=prepared mix.size=7500
     """
     from raylign.config.prepare import PrepareConfig  # noqa: PLC0415
 

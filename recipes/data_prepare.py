@@ -1,4 +1,4 @@
-"""Clean and mix preference data: `raylign data prepare recipes/prepare_demo.yaml` or this file with the same words."""
+"""Clean and mix preference data: `raylign data prepare recipes/data/prepare_demo.yaml`, or this file as a script."""
 
 import sys
 from pathlib import Path
