@@ -63,7 +63,7 @@ def _row(kind: str, draw: random.Random, words: list[str], earlier: deque[dict[s
     marks = draw.sample(["1", "2", "3", "4", "5"], 2)
     completions = [{"response": text, "annotations": _ratings(mark)} for text, mark in zip(answers, marks, strict=True)]
     if kind == "bad":
-        completions[0]["response"] = None
+        completions = []
     return {"instruction": _text(language, 25, draw, words), "completions": completions}
 
 
