@@ -81,8 +81,8 @@ def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
 
 
 def adapter_weights(model: PeftModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every LoRA parameter under PEFT's file names."""
+    """(name, tensor) of every trained parameter, a reward model's head among them, under PEFT's file names."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if parameter.requires_grad:
             with gather([parameter]):
                 yield name.replace(f".{_ADAPTER}.", "."), parameter.detach().clone()
