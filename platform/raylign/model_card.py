@@ -74,8 +74,8 @@ def framework_versions() -> dict[str, str]:
 def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:
     """README.md with front matter; hub ids are linked, other names only told. `in_4bit` says how the base was kept."""
     metadata = ModelCardData(
-        base_model=_hub_id(facts.base_model),
-        datasets=_hub_id(facts.prompts),
+        base_model=hub_id(facts.base_model),
+        datasets=hub_id(facts.prompts),
         library_name="peft" if is_adapter else "transformers",
         license=facts.license,
         pipeline_tag="text-generation",
@@ -84,7 +84,8 @@ def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = 
     return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter, in_4bit)}"
 
 
-def _hub_id(name: str) -> str | None:
+def hub_id(name: str) -> str | None:
+    """The name, where it is one on the hub."""
     return name if _HUB_ID.fullmatch(name) else None
 
 
@@ -95,17 +96,17 @@ def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> st
     return f"""\
 # {facts.name}
 
-This is a {kind} {_code(facts.base_model)}, trained with raylign by iterative online
+This is a {kind} {code_span(facts.base_model)}, trained with raylign by iterative online
 direct preference optimisation: in each round the current policy answers prompts, a scorer judges the answers, and the
 best and worst answer of a prompt become a preference pair.
 
 | | |
 |---|---|
-| Base model | {_code(facts.base_model)} |
+| Base model | {code_span(facts.base_model)} |
 | Method | iterative online DPO, loss {facts.loss} |
 | Rounds | {facts.rounds} |
-| Prompts | {_code(facts.prompts)} |
-| Scorer | {_code(facts.scorer)} |
+| Prompts | {code_span(facts.prompts)} |
+| Scorer | {code_span(facts.scorer)} |
 
 {base}## Evaluation
 
@@ -121,7 +122,7 @@ best and worst answer of a prompt become a preference pair.
 """
 
 
-def _code(name: str) -> str:
+def code_span(name: str) -> str:
     """A name in a code span of a table, where it can be nothing but text."""
     return f"`{escape_control(name).translate(_NOT_IN_CODE)}`"
 
