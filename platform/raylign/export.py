@@ -122,7 +122,7 @@ def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
     config: dict[str, Any] = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_model
     (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(_adapter_weights(source), staging / ADAPTER_WEIGHTS)
+    shutil.copyfile(adapter_file(source), staging / ADAPTER_WEIGHTS)
     compare(stored_shapes(source), stored_shapes(staging), staging)
 
 
@@ -146,7 +146,7 @@ def _write_full(source: Path, base: str | None, staging: Path) -> None:
 
 def _write_merged(source: Path, base: Path, staging: Path, in_4bit: ModelBlock | None) -> None:
     """Merge, save and load back; the two models are never in memory together."""
-    _adapter_weights(source)
+    adapter_file(source)
     if in_4bit is None:
         expected = _save_merged(source, base, staging)
         compare(expected, load_back(staging), staging)
@@ -170,14 +170,14 @@ def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     merged = with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
     merged.save_pretrained(staging)
-    return _shapes(merged.state_dict())
+    return shapes(merged.state_dict())
 
 
 def with_adapter(model: nn.Module, source: Path) -> PeftModel:
     """`model` under the adapter in `source`. Raises ModelError when the two do not fit."""
     adapted = PeftModel.from_pretrained(model, source)
     # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
-    compare(stored_shapes(source), _shapes(get_peft_model_state_dict(adapted)), source)
+    compare(stored_shapes(source), shapes(get_peft_model_state_dict(adapted)), source)
     return adapted
 
 
@@ -190,30 +190,32 @@ def load_back(folder: Path, kind: Any = AutoModelForCausalLM) -> Shapes:
     faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if faults:
         raise ModelError(f"{folder}: the weights do not fit {MODEL_CONFIG}: {faults}; give the model's own base folder")
-    return _shapes(model.state_dict())
+    return shapes(model.state_dict())
 
 
-def _adapter_weights(source: Path) -> Path:
+def adapter_file(source: Path) -> Path:
+    """The adapter's weights. Raises ModelError when they are not there as safetensors."""
     file = source / ADAPTER_WEIGHTS
     if not file.is_file():
         raise ModelError(f"{source}: no {ADAPTER_WEIGHTS}; only safetensors are read, save the adapter in that format")
     return file
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Shapes by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def stored_shapes(folder: Path) -> Shapes:
     """Shapes of all tensors in the safetensors files of `folder`, by name."""
-    shapes: Shapes = {}
+    found: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
-    return shapes
+    return found
 
 
 def compare(expected: Shapes, found: Shapes, where: Path) -> None:

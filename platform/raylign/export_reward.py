@@ -23,11 +23,13 @@ from raylign.export import (
     GENERATION_CONFIG,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
+    adapter_file,
     appearing_whole,
     compare,
     load_back,
     refuse_occupied,
     required_base,
+    shapes,
     stored_shapes,
     with_adapter,
 )
@@ -77,6 +79,7 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 
 def _merged(source: Path, base: Path, in_4bit: ModelBlock | None) -> PreTrainedModel:
+    adapter_file(source)
     config = _config(base)
     if in_4bit is not None:
         block = in_4bit.model_copy(update={"lora": None})
@@ -114,12 +117,8 @@ def _filled(
     config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path
 ) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{source}: the weights do not fit {MODEL_CONFIG} ({error}); give its own base model"
-        ) from error
+    compare(shapes(model.state_dict()), shapes(weights), source)
+    model.load_state_dict(weights)
     return model
 
 
