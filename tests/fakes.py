@@ -239,7 +239,7 @@ class FakeTrainers(SupervisedTrainers):
             entropies=torch.zeros_like(policy),
             certainty=torch.zeros_like(policy),
         )
-        return preference_loss(logps, self._loss, LossState()).losses.item()
+        return preference_loss(logps, self._config.loss, LossState()).losses.item()
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]
