@@ -19,7 +19,7 @@ OPERATIONAL = frozenset(
     {"allow_outside", "api_key_env", "batch_size", "cache", "canaries", "concurrency", "max_unscored"}
     | {"price_in", "price_out", "retries", "timeout_s"}
 )
-"""Options of which a score does not depend."""
+"""Options on which no score depends."""
 _HERE = Path(__file__).parent
 
 
