@@ -16,7 +16,7 @@ from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Metrics
-from raylign.config import OnlineDpoConfig
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
@@ -159,7 +159,7 @@ class FakeScorer(ScorerClient):
 class FakeTrainers(SupervisedTrainers):
     """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
 
-    def __init__(self, events: list[str], config: OnlineDpoConfig) -> None:
+    def __init__(self, events: list[str], config: OnlineDpoConfig | OfflineDpoConfig) -> None:
         super().__init__(
             lambda: [_no_actor()],
             block=config.trainer,
@@ -188,6 +188,8 @@ class FakeTrainers(SupervisedTrainers):
                 return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
             case "reference_candidates":
                 return [{index: tuple(_logps(p, version=0)) for index, p in enumerate(args[0])}]
+            case "evaluate":
+                return [self._evaluate(args[0])]
             case "state_bytes":
                 return [0]
             case "save_state":
@@ -210,6 +212,17 @@ class FakeTrainers(SupervisedTrainers):
 
     def put(self, preferences: Sequence[Preference]) -> Any:
         return preferences
+
+    def _evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        self._events.append(f"evaluate {len(preferences)}")
+        found = {}
+        for index, preference in enumerate(preferences):
+            chosen, rejected = (
+                0.1 * (policy - reference)
+                for policy, reference in zip(_logps(preference, self.version), preference.reference_logps, strict=True)
+            )
+            found[index] = (self._loss_of(preference), chosen, rejected)
+        return {"loss": sum(loss for loss, _, _ in found.values()) / len(found)}, found
 
     def _begin(self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]) -> int:
         self._events.append(f"train {len(preferences)} seed {seed}" + (f" from step {len(steps)}" if steps else ""))
