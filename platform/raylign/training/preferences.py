@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class PreferenceBatch:
 
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
     `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates.
-    `weights` [G] is 1 for a real preference, 0 for a filler. `token_weights` [N] scale tokens, 1 when None.
+    `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
+    [N] scale tokens, 1 when None.
     `num_tokens` counts prompts once per candidate, as TRL does, and fillers not at all.
     """
 
@@ -46,7 +48,7 @@ def preference_batch(
     pad_id: int,
     tail_weight: float = 1.0,
 ) -> PreferenceBatch:
-    """`tail_weight` is the loss's; 1 weighs all tokens alike."""
+    """`weights` are 1 for a real preference, 0 for a filler. `tail_weight` is the loss's; 1 weighs all tokens alike."""
     size = max(len(preference.candidates) for preference in preferences)
     groups = [completions_of(preference) for preference in preferences]
     return PreferenceBatch(
@@ -56,7 +58,9 @@ def preference_batch(
         lengths=_grid([[max(1, len(c.token_ids)) for c in p.candidates] for p in preferences], size, 1.0),
         scores=_grid([p.scores for p in preferences], size),
         mask=_grid([[1.0] * len(p.candidates) for p in preferences], size).bool(),
-        weights=torch.tensor(weights),
+        weights=torch.tensor(
+            [weight * fmean(p.weights) for weight, p in zip(weights, preferences, strict=True)], dtype=torch.float32
+        ),
         token_weights=None if tail_weight == 1.0 else torch.cat([_tail_weights(p, tail_weight) for p in preferences]),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
