@@ -23,6 +23,7 @@ TYPES = (
     "all_pairs",
     "top_m",
     "quantile",
+    "sigma",
     "length_matched",
     "ranking",
 )
@@ -79,6 +80,12 @@ def pairs(result: PairingResult) -> list[tuple[int, ...]]:
         ({"type": "quantile", "rejected": 0.25}, [(1, 0)]),
         ({"type": "quantile", "chosen": 0.75, "rejected": 0.5}, [(3, 4)]),
         ({"type": "quantile", "chosen": 0.55, "rejected": 0.5}, [(4, 0)]),
+        ({"type": "quantile", "chosen": 0.05, "rejected": 0.02}, [(0, 2)]),
+        # Mean 0.5, std sqrt(0.08) = 0.283.
+        ({"type": "sigma"}, [(1, 2)]),
+        ({"type": "sigma", "rejected": -0.5}, [(1, 0)]),
+        ({"type": "sigma", "chosen": 0.8, "rejected": 0}, [(3, 4)]),
+        ({"type": "sigma", "chosen": -3, "rejected": -4}, [(0, 2)]),
         ({"type": "ranking"}, [(1, 3, 4, 0, 2)]),
         ({"type": "ranking", "max_candidates": 3}, [(1, 4, 2)]),
         ({"type": "correct_wrong", "max_pairs": 99}, [(1, 0), (1, 2), (1, 4), (3, 0), (3, 2), (3, 4)]),
@@ -173,6 +180,8 @@ def test_margins_bound_the_gap_on_both_sides() -> None:
         ("drop", [1], [(3, 2)]),
         ("drop", [1, 2], [(3, 0)]),
         ("reject_only", [2], [(1, 2)]),
+        ("reject_only", [1], [(3, 2)]),
+        ("reject_only", [1, 3], [(4, 2)]),
     ],
 )
 def test_truncated_candidates_are_kept_dropped_or_only_rejected(
@@ -184,14 +193,36 @@ def test_truncated_candidates_are_kept_dropped_or_only_rejected(
 def test_a_prompt_of_truncated_candidates_is_counted() -> None:
     dropped = build(FIVE, truncated=[0, 1, 2, 3], pairing=block(type="best_worst", truncated="drop"))
     assert dropped.preferences == () and dropped.counts["truncated_groups"] == 1
-    chosen = build(FIVE, truncated=[1], pairing=block(type="best_worst", truncated="reject_only"))
-    assert chosen.preferences == () and chosen.counts["truncated_chosen"] == 1
+    only = block(type="best_worst", truncated="reject_only")
+    for cut in ([0, 1, 2, 3, 4], [0, 1, 3, 4]):
+        chosen = build(FIVE, truncated=cut, pairing=only)
+        assert chosen.preferences == () and chosen.counts["truncated_chosen"] == 1
 
 
 def test_a_truncated_one_in_a_list_may_stand_below_all_that_ended() -> None:
     ranking = block(type="ranking", truncated="reject_only")
     assert pairs(build(FIVE, truncated=[2], pairing=ranking)) == [(1, 3, 4, 0, 2)]
-    assert build(FIVE, truncated=[0], pairing=ranking).counts["truncated_chosen"] == 1
+    assert pairs(build(FIVE, truncated=[0], pairing=ranking)) == [(1, 3, 4, 2)]
+    assert pairs(build(FIVE, truncated=[0, 2], pairing=ranking)) == [(1, 3, 4, 0, 2)]
+
+
+@pytest.mark.parametrize("kind", ["best_random", "random_worst", "correct_wrong", "all_pairs"])
+def test_what_is_drawn_passes_the_filters(kind: str) -> None:
+    """Of FIVE only the best and the worst are 0.8 apart; truncated, candidate 3 is never the better one."""
+    apart = block(type=kind, min_margin=0.75)
+    assert {tuple(pairs(build(FIVE, seed=seed, pairing=apart))) for seed in range(20)} == {((1, 2),)}
+    ended = block(type=kind, truncated="reject_only")
+    found = {pair for seed in range(60) for pair in pairs(build(FIVE, seed=seed, truncated=[3], pairing=ended))}
+    assert found and all(better != 3 for better, _ in found)
+
+
+def test_every_prompt_without_a_pair_has_its_reason() -> None:
+    prompts = [Prompt(name, (), (1,)) for name in "abc"]
+    candidates = [Candidate(name, index, (index,), (-1.0,), "", "stop", 0, 0) for name in "abc" for index in (0, 1)]
+    scores = [score(value) for value in (0.5, 0.5, 0.9, 0.1, None, 0.2)]
+    result = build_preferences(prompts, candidates, scores, block(type="best_worst"), seed=0)
+    assert result.dropped == {"a": "ties", "c": "unscored_groups"}
+    assert without_pair(prompts, result) == [prompts[0], prompts[2]]
 
 
 def test_near_duplicates_count_as_the_first() -> None:
@@ -222,6 +253,10 @@ def test_optimism_selects_and_the_score_decides() -> None:
     assert pairs(build(values, pairing=hopeful)) == [(2, 1)]
     with pytest.raises(ScorerError, match="candidate 0 of prompt a does not have; score with scoring.type=mean_std"):
         build([0.1, 0.2], pairing=hopeful)
+    for std in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ScorerError, match=f"candidate 1 of prompt a has std={std}; a scorer must give a finite"):
+            build([(0.1, 0.0), (0.2, std)], pairing=hopeful)
+    assert pairs(build([(0.1, 0.0), (0.2, float("nan"))], pairing=block(type="best_worst"))) == [(1, 0)]
 
 
 def test_weights_have_a_mean_of_1() -> None:
@@ -246,6 +281,21 @@ def test_the_loss_must_read_what_is_built() -> None:
     parse_config({}, ["pairing.type=all_pairs", "loss={loss_type: plackett_luce}"])
     with pytest.raises(ConfigError, match="chosen=0.1 is not above rejected=0.5"):
         parse_config({}, ["pairing={type: quantile, chosen: 0.1, rejected: 0.5}"])
+    with pytest.raises(ConfigError, match="chosen=-2 is not above rejected=-2"):
+        parse_config({}, ["pairing={type: sigma, chosen: -2}"])
+    with pytest.raises(ConfigError, match="min_margin=1 is above max_margin=0.5"):
+        parse_config({}, ["pairing={min_margin: 1, max_margin: 0.5}"])
+
+
+@pytest.mark.parametrize("pairing", ["{optimism: 1}", "{weights: uncertainty}"])
+def test_the_scorer_must_give_the_std_that_is_read(pairing: str) -> None:
+    member = "{type: verifier}"
+    alone, ensemble = f"scoring={member}", f"scoring={{type: mean_std, scorers: {{a: {member}, b: {member}}}}}"
+    with pytest.raises(ConfigError, match="an ensemble's std, which scoring.type=verifier does not give"):
+        parse_config({}, [f"pairing={pairing}", alone])
+    assert parse_config({}, [f"pairing={pairing}", ensemble]).pairing.needs_std
+    assert parse_config({}, [f"pairing={pairing}"]).pairing.needs_std
+    assert not parse_config({}, [alone]).pairing.needs_std
 
 
 def test_more_pairs_a_prompt_plan_more_steps() -> None:

@@ -1,6 +1,7 @@
 """Preferences as tensors, and a forward pass as what losses read, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_without_reference_log_probs_there_are_zeros() -> None:
 def test_whole_numbers_are_fp32_too() -> None:
     batch = preference_batch([preference((1,), (2, 2), (3,), scores=(1, 0), reference=(-3, -2))], [1.0], "shared", 0)
     assert {t.dtype for t in (batch.reference, batch.scores, batch.lengths, batch.weights)} == {torch.float32}
+
+
+def test_a_preference_weighs_what_its_candidates_do_and_a_filler_nothing() -> None:
+    """The mean of 0.5 and 1.5, of 0.25 and 0.25, and a filler."""
+    pairs = [replace(TWO, weights=(0.5, 1.5)), replace(TWO, weights=(0.25, 0.25)), replace(TWO, weights=(3.0, 3.0))]
+    assert preference_batch(pairs, [1.0, 1.0, 0.0], "shared", 0).weights.tolist() == [1.0, 0.25, 0.0]
 
 
 def test_tokens_beyond_the_shortest_completion_of_a_group_weigh_less() -> None:
