@@ -45,6 +45,7 @@ from raylign.files import disk_errors
 from raylign.losses import LossState, next_state, preference_loss
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
+from raylign.reference_samples import reference_version
 from raylign.tensor_file import save_tensors
 from raylign.training import metrics
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
@@ -189,8 +190,9 @@ class _TrainerRank:
             self._followed = rounds_done
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
+        version = reference_version(self._spec.reference, self._followed)
         batch = preference_batch(
-            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight
+            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight, version
         )
         return to_device(batch, self._device)
 

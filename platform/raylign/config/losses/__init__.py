@@ -44,7 +44,7 @@ from raylign.config.losses.pairwise import (
     SppoHardLossBlock,
 )
 from raylign.config.losses.reference_free import AlphapoLossBlock, CpoLossBlock, OrpoLossBlock, SimpoLossBlock
-from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, XpoLossBlock
 
 __all__ = [
     "AllPairsLossBlock",
@@ -86,4 +86,5 @@ __all__ = [
     "SimpoLossBlock",
     "SppoHardLossBlock",
     "Term",
+    "XpoLossBlock",
 ]
