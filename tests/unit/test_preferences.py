@@ -1,6 +1,7 @@
 """Preferences as tensors, and a forward pass as what losses read, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,24 @@ def test_groups_of_different_sizes_are_filled_at_the_end(layout: Layout) -> None
     assert batch.tokens.input_ids.tolist() == expected.input_ids.tolist()
     assert batch.tokens.labels.tolist() == [7, 8, 9, 4, 3, 2, 2, 3, 4]
     assert batch.tokens.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (0, [[False, True], [True, False]]),
+        (3, [[True, False], [False, False]]),
+        (None, [[False, False], [False, False]]),
+    ],
+)
+def test_samples_of_the_reference_are_those_of_its_version(version: int | None, expected: list[list[bool]]) -> None:
+    """A filler is nobody's."""
+    pair, single = preference((1,), (2,), (3,)), preference((1,), (2,))
+    newer = replace(pair.candidates[0], policy_version=3)
+    mixed = replace(pair, candidates=(newer, pair.candidates[1]))
+    batch = preference_batch([mixed, single], [1.0, 1.0], "shared", 0, reference_version=version)
+    assert batch.from_reference.tolist() == expected
+    assert candidate_logps(batch, scored(batch)).from_reference is batch.from_reference
 
 
 def test_places_skip_the_fillers_of_earlier_groups() -> None:
