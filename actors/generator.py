@@ -81,7 +81,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.transport == "lora":
-        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _supported_rank(spec.lora_rank)}
+        options |= {"enable_lora": True, "max_loras": _slots(spec), "max_lora_rank": _supported_rank(spec.lora_rank)}
     else:
         backend = SHM_BACKEND if spec.transport == "shm" else "nccl"
         options |= {"weight_transfer_config": WeightTransferConfig(backend=backend)}
@@ -98,6 +98,15 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         disable_log_stats=True,
         **options,
     )
+
+
+def _slots(spec: EngineSpec) -> int:
+    """Adapters that the engine has room for: the policy's.
+
+    On CPUs vLLM (pull request 48421) computes requests without an adapter with that in the last slot, which therefore
+    stays empty: its zeros change nothing.
+    """
+    return 2 if spec.device == "cpu" else 1
 
 
 def _supported_rank(rank: int) -> int:
