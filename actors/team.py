@@ -191,7 +191,7 @@ def _start_trainers(
         trainer=config.trainer,
         loss=config.loss,
         reference=config.reference,
-        total_steps=planned_steps(config.schedule.prompts_per_round, config.schedule.rounds, config.trainer),
+        total_steps=planned_steps(config.max_preferences_per_round, config.schedule.rounds, config.trainer),
         seed=config.run.seed,
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",

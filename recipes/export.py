@@ -41,7 +41,8 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     checkpoint = directory.checkpoint(report.policy_version)
     base = resolve_model(config.model.path, config.model.revision)
     in_4bit = config.model if config.model.load_in_4bit else None
-    folder = export_model(checkpoint, base, to.absolute(), merge, card_facts(directory, config, report), in_4bit)
+    facts = card_facts(directory, config, report)
+    folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, config.model.chat_template)
     stays_adapter = (folder / ADAPTER_CONFIG).is_file()
     if stays_adapter and in_4bit:
         use = f"{shlex.join(['raylign', 'export', str(run), '--to', f'{folder}-merged', '--merge'])}{_NO_4_BITS}"

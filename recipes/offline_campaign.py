@@ -13,7 +13,7 @@ from raylign.config import OfflineConfig
 from raylign.config.losses import LossBlock
 from raylign.config.reference import ReferenceBlock
 from raylign.data.epochs import total_steps
-from raylign.data.tokens import PreferenceData, load_preferences
+from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.errors import ConfigError
 from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
 from raylign.prompts import refused_path
@@ -66,7 +66,7 @@ def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
     data = load_preferences(
-        config.data, tokenizer, kind=config.rows, seed=config.run.seed, refused_to=refused_path(config.run)
+        config.data, tokenizer, rows=config.rows, seed=config.run.seed, refused_to=refused_path(config.run)
     )
     return data, int(tokenizer.pad_token_id)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.data.epochs import rows_of_round
-from raylign.data.tokens import PreferenceData
+from raylign.data.preferences import PreferenceData
 from raylign.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.rounds import RoundLog

@@ -32,7 +32,7 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
     resolve_reference(config.reference, config.model, folder)
-    tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(
         config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed, refused_to=refused_path(config.run)
     )

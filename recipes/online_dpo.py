@@ -90,7 +90,9 @@ def sample_again(
 ) -> tuple[list[Candidate], list[Score]]:
     """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have."""
     for attempt in range(1, config.sampling.max_resamples + 1):
-        again = without_pair(prompts, build_preferences(prompts, candidates, scores, config.pairing))
+        again = without_pair(
+            prompts, build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
+        )
         if not again:
             break
         more = sample(log, again, team, config, attempt)
@@ -108,7 +110,7 @@ def prefer(
 ) -> PairingResult:
     """Pairs from the scores: a pure function of candidates.parquet, so that it leaves no file of its own."""
     with log.stage("prefer", len(prompts), "prompts", again=True):
-        pairing = build_preferences(prompts, candidates, scores, config.pairing)
+        pairing = build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
         require_preferences(pairing, log.index)
     return pairing
 

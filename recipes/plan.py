@@ -97,7 +97,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     model = model_facts(config.model)
     _require_context(config, model)
     reference = reference_facts(config, model.folder, model.trained)
-    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     where, available = present_resources()
@@ -187,8 +187,8 @@ def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
         evaluated_per_round=evaluated,
         sampled=schedule.rounds * per_round,
         evaluated=(schedule.rounds + 1) * evaluated,
-        steps_per_round=steps_per_round(schedule.prompts_per_round, config.trainer),
-        steps=planned_steps(schedule.prompts_per_round, schedule.rounds, config.trainer),
+        steps_per_round=steps_per_round(config.max_preferences_per_round, config.trainer),
+        steps=planned_steps(config.max_preferences_per_round, schedule.rounds, config.trainer),
     )
 
 
@@ -213,10 +213,10 @@ def notes(plan: RunPlan) -> list[str]:
         found.append(plan.prompts.left_out)
     if run.exists():
         found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
-    if config.trainer.train_batch_size > config.schedule.prompts_per_round:
+    if config.trainer.train_batch_size > config.max_preferences_per_round:
         found.append(
             f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
-            f"{config.schedule.prompts_per_round}: every step will be smaller"
+            f"{config.max_preferences_per_round}: every step will be smaller"
         )
     passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
     if passes > 1:

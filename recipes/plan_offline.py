@@ -10,7 +10,7 @@ from actors.placement import PlacementPlan
 from actors.trainer_team import plan_trainer_team
 from raylign.config import OfflineConfig
 from raylign.data.epochs import total_steps
-from raylign.data.tokens import PreferenceData
+from raylign.data.preferences import PreferenceData
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
 from recipes.offline_campaign import load_rows, said

@@ -12,7 +12,7 @@ from actors.trainer_supervision import SupervisedTrainers
 from raylign.config import SftConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.epochs import rows_of_round
-from raylign.data.tokens import PreferenceData
+from raylign.data.preferences import PreferenceData
 from raylign.records import Preference, RoundReport
 from raylign.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before

@@ -17,6 +17,10 @@ class PromptError(RaylignError):
     """A prompt source is missing, empty or malformed; names the row."""
 
 
+class DataError(RaylignError):
+    """Judged text is missing, empty or malformed; names the row."""
+
+
 class ScorerError(RaylignError):
     """The scorer cannot be loaded, or left more items unscored than allowed."""
 

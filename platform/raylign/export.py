@@ -20,6 +20,7 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
 from raylign.model_card import ModelFacts, card_text
 from raylign.models import DTYPES, load_policy
+from raylign.models.chat_template import read_chat_template
 from raylign.training.weights import checkpoint_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -28,6 +29,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where transformers looks first, before the template in the tokenizer's config."""
 TOKENIZER_FILES = (
     TOKENIZER_CONFIG,
     "tokenizer.json",
@@ -36,14 +39,20 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def export_model(
-    source: Path, base: str | None, to: Path, merge: bool, card: ModelFacts, in_4bit: ModelBlock | None = None
+    source: Path,
+    base: str | None,
+    to: Path,
+    merge: bool,
+    card: ModelFacts,
+    in_4bit: ModelBlock | None = None,
+    chat_template: Path | None = None,
 ) -> Path:
     """Write the policy in `source` to the folder `to` with tokenizer, chat template, generation config and README.md.
 
@@ -53,7 +62,7 @@ def export_model(
     Merging adds the update in float32 and rounds once to the base model's dtype, so against the adapter on the base in
     float32 a merged weight is off by at most half a unit in the last place of that dtype (bfloat16: 2^-9 relative).
     An adapter that was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in the
-    run's dtype: the weights that the run evaluated.
+    run's dtype: the weights that the run evaluated. The file `chat_template` takes the place of the tokenizer's own.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
@@ -70,6 +79,8 @@ def export_model(
             _write_full(source, base, staging)
         for file in companions:
             shutil.copyfile(file, staging / file.name)
+        if chat_template is not None:
+            (staging / CHAT_TEMPLATE).write_text(read_chat_template(chat_template), encoding="utf-8")
         text = card_text(card, is_adapter=is_adapter and not merge, in_4bit=in_4bit)
         (staging / "README.md").write_text(text, encoding="utf-8")
     return to

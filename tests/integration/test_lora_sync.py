@@ -31,6 +31,7 @@ _CONFIG = {
         "weight_sync": {"transport": "lora", "canary_max_gap": 0.02},
     },
     "sampling": {"reference_generations": 1},
+    "pairing": {"type": "policy_reference"},
     "loss": {"loss_type": "mix", "losses": [{"loss_type": "sigmoid"}, {"loss_type": "xpo"}], "loss_weights": [1, 1e-4]},
 }
 _LONG = "Tell me about a film in which nothing happens. " * 20

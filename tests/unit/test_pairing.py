@@ -1,14 +1,17 @@
 """Best-worst pairing: extremes, ties, identity, margins, counts."""
 
+from typing import get_args
+
 import pytest
 
-from raylign.config.blocks import BestWorstPairingBlock
+from raylign.config.pairing import BestWorstPairingBlock
 from raylign.errors import NoPreferencesError
 from raylign.pairing import PairingResult, build_preferences, group_by_prompt, require_preferences
+from raylign.pairing.usable import Dropped
 from raylign.records import Candidate, FinishReason, Prompt, Score
 
 BLOCK = BestWorstPairingBlock()
-ZERO = {"unscored": 0, "truncated": 0, "unscored_groups": 0, "identical": 0, "ties": 0, "below_margin": 0}
+ZERO = dict.fromkeys(("unscored", "truncated", *get_args(Dropped)), 0)
 
 
 def prompt(name: str) -> Prompt:
@@ -23,7 +26,7 @@ def pair_up(tokens: list[tuple[int, ...]], values: list[float | None], min_margi
     """Pairing of one prompt."""
     candidates = [candidate("a", index, ids) for index, ids in enumerate(tokens)]
     scores = [Score(value, reason="" if value is not None else "late") for value in values]
-    return build_preferences([prompt("a")], candidates, scores, BestWorstPairingBlock(min_margin=min_margin))
+    return build_preferences([prompt("a")], candidates, scores, BestWorstPairingBlock(min_margin=min_margin), seed=0)
 
 
 def indices(result: PairingResult) -> tuple[int, ...]:
@@ -35,7 +38,7 @@ def test_best_and_worst_of_each_prompt_in_prompt_order() -> None:
     prompts = [prompt("a"), prompt("b")]
     candidates = [candidate(name, index, (index + 1,)) for name in "ab" for index in range(3)]
     values = [0.2, 0.9, -0.4, 3.0, 1.0, 2.0]
-    result = build_preferences(prompts, candidates, [Score(value) for value in values], BLOCK)
+    result = build_preferences(prompts, candidates, [Score(value) for value in values], BLOCK, seed=0)
     first, second = result.preferences
     assert (first.prompt, first.candidates, first.scores) == (prompts[0], (candidates[1], candidates[2]), (0.9, -0.4))
     assert (second.prompt, second.candidates, second.scores) == (prompts[1], (candidates[3], candidates[4]), (3.0, 1.0))
@@ -85,12 +88,12 @@ def test_the_margin_is_the_smallest_gap_kept(min_margin: float, kept: int) -> No
 
 def test_truncated_candidates_are_counted_and_kept() -> None:
     candidates = [candidate("a", 0, (1,), "length"), candidate("a", 1, (2,))]
-    result = build_preferences([prompt("a")], candidates, [Score(1.0), Score(0.0)], BLOCK)
+    result = build_preferences([prompt("a")], candidates, [Score(1.0), Score(0.0)], BLOCK, seed=0)
     assert result.counts["truncated"] == 1 and result.preferences[0].candidates[0].finish_reason == "length"
 
 
 def test_a_prompt_without_candidates_is_an_unscored_group() -> None:
-    result = build_preferences([prompt("a")], [], [], BLOCK)
+    result = build_preferences([prompt("a")], [], [], BLOCK, seed=0)
     assert result.counts == ZERO | {"prompts": 1, "candidates": 0, "unscored_groups": 1, "preferences": 0}
 
 

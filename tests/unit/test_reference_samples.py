@@ -26,6 +26,8 @@ from tests.fakes import FakeEngine, FakeGenerators
 LORA = "model.lora.r=4"
 ONE = "sampling.reference_generations=1"
 XPO = "loss={loss_type: mix, losses: [{loss_type: sigmoid}, {loss_type: xpo}], loss_weights: [1, 1.0e-5]}"
+XPO_LISTS = "loss={loss_type: mix, losses: [{loss_type: plackett_luce}, {loss_type: xpo}]}"
+AGAINST = "pairing.type=policy_reference"
 DECODING = Decoding(3, 8, 1.0, 1.0, 0, reference_generations=1)
 PROMPT = Prompt("a", (), (1, 2, 3))
 
@@ -65,8 +67,15 @@ def accepted(*overrides: str) -> OnlineDpoConfig:
         ([ONE, LORA, "reference.policy=previous_round"], "every candidate is a sample of that reference as it is"),
         ([ONE, LORA, "reference.policy=sampler"], "set sampling.reference_generations=0"),
         ([ONE, LORA, "loss.loss_type=kto"], "with kto: its KL is the mean log-ratio of all candidates"),
-        ([XPO, LORA], "set sampling.reference_generations=1 with reference.policy=initial"),
-        ([XPO, "reference.policy=ema"], "reference.policy=ema answers no prompt"),
+        ([XPO, AGAINST, LORA], "set sampling.reference_generations=1 with reference.policy=initial"),
+        ([AGAINST, LORA], "pairing.type=policy_reference needs samples of the reference"),
+        (
+            [XPO, "reference.policy=ema"],
+            "xpo, a bonus in the loss, needs .*, and reference.policy=ema answers no prompt",
+        ),
+        ([XPO, LORA, ONE], "pairing.type=best_worst chooses by score.*set pairing.type=policy_reference, or ranking"),
+        ([XPO_LISTS, LORA, ONE, "pairing={type: ranking, max_candidates: 3}"], "with max_candidates=null"),
+        ([XPO, LORA, ONE, "pairing={type: policy_reference, weights: margin}"], "set pairing.weights=none"),
     ],
 )
 def test_a_reference_that_nobody_can_sample_is_refused(overrides: Sequence[str], message: str) -> None:
@@ -76,10 +85,12 @@ def test_a_reference_that_nobody_can_sample_is_refused(overrides: Sequence[str],
 
 def test_references_that_can_be_sampled() -> None:
     for transport in ("auto", "lora"):
-        accepted(ONE, LORA, XPO, f"generators.weight_sync.transport={transport}")
+        accepted(ONE, LORA, XPO, AGAINST, f"generators.weight_sync.transport={transport}")
+    accepted(ONE, LORA)
+    accepted(ONE, LORA, AGAINST)
+    accepted(ONE, LORA, XPO_LISTS, "pairing.type=ranking")
     for policy in ("sampler", "previous_round"):
-        config = accepted(XPO, f"reference.policy={policy}")
-        assert config.samples_are_the_references and config.sampling.reference_generations == 0
+        accepted(XPO, AGAINST, f"reference.policy={policy}")
 
 
 def sampled(version: int, weights: int) -> list[Candidate]:

@@ -60,6 +60,8 @@ class ModelBlock(Block):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     use_bnb_nested_quant: bool = True
     """Quantise the quantisation constants too (double quantisation)."""
+    chat_template: Path | None = None
+    """A Jinja file in place of the model's own chat template; null takes the model's."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
@@ -112,14 +114,6 @@ class SamplingBlock(Block):
                 f"num_generations={self.num_generations} candidates; lower the first or raise the second"
             )
         return self
-
-
-class BestWorstPairingBlock(Block):
-    """The best against the worst candidate of each prompt."""
-
-    type: Literal["best_worst"] = "best_worst"
-    min_margin: NonNegativeFloat = 0.0
-    """Smallest score gap of a pair; ties never become pairs, whatever the value."""
 
 
 class OffloadBlock(Block):

@@ -14,11 +14,12 @@ class SourceBlock(Block):
     """One source of judged text."""
 
     source: str
-    """A .jsonl, .json or .parquet file, a `save_to_disk` folder, or a hub data set id."""
+    """A .jsonl, .json (both also .gz) or .parquet file, a folder of .jsonl or .parquet files, a `save_to_disk` folder,
+    or a hub data set id."""
     format: Format = "auto"
     """`auto` tells it from the columns; see `raylign.data.formats`."""
     split: str = "train"
-    """Split to read, for `datasets` sources."""
+    """Split to read, where the source has splits."""
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     """ISO 639 code of every row; null reads the row's own, or detects it where it matters."""
 

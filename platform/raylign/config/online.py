@@ -5,21 +5,16 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from raylign.config.blocks import (
-    BestWorstPairingBlock,
     EvaluationBlock,
     GeneratorsBlock,
     PromptsBlock,
     SamplingBlock,
     ScheduleBlock,
 )
-from raylign.config.losses import KtoLossBlock, LossUnion, MixLossBlock, SigmoidLossBlock
-from raylign.config.reference import (
-    InitialReferenceBlock,
-    NoReferenceBlock,
-    PreviousRoundReferenceBlock,
-    ReferenceUnion,
-    SamplerReferenceBlock,
-)
+from raylign.config.losses import LossUnion, SigmoidLossBlock
+from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
+from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
+from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion
 from raylign.config.tree import RunConfig
 
@@ -31,17 +26,12 @@ class OnlineDpoConfig(RunConfig):
     prompts: PromptsBlock = PromptsBlock()
     sampling: SamplingBlock = SamplingBlock()
     scoring: ScoringUnion = FunctionScoringBlock()
-    pairing: BestWorstPairingBlock = BestWorstPairingBlock()
+    pairing: PairingUnion = BestWorstPairingBlock()
     loss: LossUnion = SigmoidLossBlock()
     reference: ReferenceUnion = InitialReferenceBlock()
     generators: GeneratorsBlock = GeneratorsBlock()
     schedule: ScheduleBlock = ScheduleBlock()
     evaluation: EvaluationBlock = EvaluationBlock()
-
-    @property
-    def samples_are_the_references(self) -> bool:
-        """Whether the policy that samples a round is the round's reference."""
-        return isinstance(self.reference, SamplerReferenceBlock | PreviousRoundReferenceBlock)
 
     @property
     def rounds(self) -> int:
@@ -85,58 +75,12 @@ class OnlineDpoConfig(RunConfig):
 
     @model_validator(mode="after")
     def the_generators_can_answer_as_the_reference(self) -> Self:
-        count, policy = self.sampling.reference_generations, self.reference.policy
-        if not count:
-            return self
-        if self.samples_are_the_references:
-            raise ValueError(
-                f"sampling.reference_generations={count} with reference.policy={policy}: every candidate is a sample "
-                "of that reference as it is; set sampling.reference_generations=0"
-            )
-        if policy != "initial":
-            raise ValueError(
-                f"sampling.reference_generations={count} with reference.policy={policy}: generators hold the policy "
-                "and the initial model, not that reference; set reference.policy=initial"
-            )
-        if not self.model.adapter_fits_checkpoint:
-            raise ValueError(
-                f"sampling.reference_generations={count}: generators can answer as the initial model only where an "
-                "adapter on it in 16 or 32 bits is the policy; set model.lora and model.load_in_4bit=false, or "
-                "reference.policy=previous_round and sampling.reference_generations=0"
-            )
+        require_served_reference(self.sampling, self.reference, self.model, self.generators.weight_sync)
         return self
 
     @model_validator(mode="after")
-    def the_reference_is_served_apart(self) -> Self:
-        count, transport = self.sampling.reference_generations, self.generators.weight_sync.transport
-        if count and transport not in ("auto", "lora"):
-            raise ValueError(
-                f"generators.weight_sync.transport={transport} merges the adapter into the model that "
-                f"sampling.reference_generations={count} asks for; use auto or lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def the_bonus_has_samples_of_the_reference(self) -> Self:
-        if not self.loss.needs_reference_samples or self.samples_are_the_references:
-            return self
-        if not self.sampling.reference_generations:
-            raise ValueError(
-                f"loss.loss_type={self.loss.loss_type} has xpo, a bonus on samples of the reference, and "
-                f"reference.policy={self.reference.policy} answers no prompt; set sampling.reference_generations=1 "
-                "with reference.policy=initial, or reference.policy=previous_round"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def kto_estimates_its_kl_on_samples_of_the_policy(self) -> Self:
-        members = self.loss.losses if isinstance(self.loss, MixLossBlock) else (self.loss,)
-        count = self.sampling.reference_generations
-        if count and any(isinstance(member, KtoLossBlock) for member in members):
-            raise ValueError(
-                f"sampling.reference_generations={count} with kto: its KL is the mean log-ratio of all candidates, "
-                "which must be samples of the policy; set it to 0, or take another loss"
-            )
+    def samples_of_the_reference_are_there_where_they_are_read(self) -> Self:
+        require_reference_samples(self.sampling, self.reference, self.pairing, self.loss)
         return self
 
     @model_validator(mode="after")
@@ -157,6 +101,20 @@ class OnlineDpoConfig(RunConfig):
                 "with each other, and their mean is 1/2 however good they are; set evaluation.num_generations=1"
             )
         return self
+
+    @model_validator(mode="after")
+    def the_loss_reads_what_is_built(self) -> Self:
+        if self.loss.pairs_only and not self.pairing.pairs:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} compares two candidates, and pairing.type={self.pairing.type} "
+                "gives whole lists; take pairs such as best_worst, or a loss of lists such as plackett_luce"
+            )
+        return self
+
+    @property
+    def max_preferences_per_round(self) -> int:
+        """What a round gives to train on at most."""
+        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.num_generations)
 
     @property
     def max_prompt_tokens(self) -> int:

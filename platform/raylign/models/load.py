@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +20,19 @@ from transformers import (
 
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
+from raylign.models.chat_template import read_chat_template
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
 
 
-def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str, trust_remote_code: bool = False, chat_template: Path | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer of `folder`, with a pad token (EOS when it has none of its own) and a chat template.
 
-    Raises ModelError when it cannot be read, or has no EOS token or chat template.
+    The file `chat_template` takes the place of the model's own template. Raises ModelError when one of them cannot be
+    read or used, or when there is no EOS token or no template.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -35,10 +40,12 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> PreTrainedTo
         raise ModelError(f"{folder}: no tokenizer can be loaded ({error}); {UNTRUSTED}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
     if tokenizer.chat_template is None:
         raise ModelError(
             f"{folder}: the tokenizer has no chat template; use an instruction-tuned model, "
-            "or put the template it was trained with into chat_template.jinja"
+            "or name the file of the template it was trained with in model.chat_template"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,5 +1,6 @@
 """One cell of the prompt column: is it a conversation, and which messages is it?"""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,18 @@ ROLES = ("system", "user", "assistant", "tool")
 def conversation_problem(value: object) -> tuple[str, str]:
     """(problem, cure) of a cell that should be a string or a list of chat messages; two empty strings if it is fine."""
     if isinstance(value, str):
-        return _text_problem("the prompt", value)
+        return text_problem("the prompt", value)
+    problem, cure = messages_problem(value)
+    if problem or not isinstance(value, list):
+        return problem, cure
+    last = value[-1]["role"]
+    if last not in ("user", "tool"):
+        return f"the last message is from {last}", "end with the user message that is to be answered"
+    return "", ""
+
+
+def messages_problem(value: object) -> tuple[str, str]:
+    """(problem, cure) of what should be chat messages, whoever speaks last; two empty strings if it is fine."""
     if not isinstance(value, list):
         return f"{type(value).__name__} instead of a string or a list of messages", "give a string or a list"
     if not value:
@@ -20,9 +32,6 @@ def conversation_problem(value: object) -> tuple[str, str]:
         problem, cure = _message_problem(index, message)
         if problem:
             return problem, cure
-    last = value[-1]["role"]
-    if last not in ("user", "tool"):
-        return f"the last message is from {last}", "end with the user message that is to be answered"
     return "", ""
 
 
@@ -38,23 +47,47 @@ def conversation(value: str | list[Mapping[str, Any]], system: str | None) -> tu
     return ({"role": "system", "content": system}, *messages)
 
 
+def text_problem(name: str, text: str) -> tuple[str, str]:
+    """(problem, cure) of a text that must say something in valid Unicode; two empty strings if it does."""
+    if not text.strip():
+        return f"{name} is empty", "write the text or remove the row"
+    return _unicode_problem(name, text)
+
+
 def _message_problem(index: int, message: object) -> tuple[str, str]:
     if not isinstance(message, dict):
         return f"message {index} is a {type(message).__name__}", "a message is an object with role and content"
-    for key in ("role", "content"):
-        if message.get(key) is None:
-            return f"message {index} has no {key}", "a message is an object with role and content"
-    role, content = message["role"], message["content"]
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role is None:
+        return f"message {index} has no role", "a message is an object with role and content"
+    if calls:
+        problem, cure = _calls_problem(index, role, calls)
+        if problem or not content:
+            return problem, cure
+    if content is None:
+        return f"message {index} has no content", "a message is an object with role and content"
     if role not in ROLES:
         return f"message {index} has unknown role {role!r}", f"roles are {', '.join(ROLES)}"
     if not isinstance(content, str):
         return f"content of message {index} is a {type(content).__name__}", "content is text; give a string"
-    return _text_problem(f"content of message {index}", content)
+    return text_problem(f"content of message {index}", content)
 
 
-def _text_problem(name: str, text: str) -> tuple[str, str]:
-    if not text.strip():
-        return f"{name} is empty", "write the text or remove the row"
+def _calls_problem(index: int, role: object, calls: object) -> tuple[str, str]:
+    """An assistant that calls tools need not say anything."""
+    if role != "assistant":
+        return f"message {index} from {role} has tool_calls", "only the assistant calls tools"
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and _called(call) for call in calls):
+        return f"tool_calls of message {index} name no function", 'give [{"function": {"name": ..., "arguments": ...}}]'
+    return _unicode_problem(f"tool_calls of message {index}", json.dumps(calls, ensure_ascii=False, default=str))
+
+
+def _called(call: Mapping[str, Any]) -> bool:
+    function = call.get("function", call)
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
+def _unicode_problem(name: str, text: str) -> tuple[str, str]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from raylign.errors import PromptError
 from raylign.prompts.conversations import conversation, conversation_problem
 from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.sources import read_source
-from raylign.prompts.tables import Fault, Row, Table
+from raylign.prompts.tables import Fault, Row, Table, is_json_scalar
 from raylign.records import Message, Prompt
 
 log = logging.getLogger(__name__)
@@ -142,13 +141,7 @@ def _token_ids(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase
 
 
 def _meta(cells: Mapping[str, Any], column: str) -> dict[str, Any]:
-    return {name: value for name, value in cells.items() if name != column and _is_json_scalar(value)}
-
-
-def _is_json_scalar(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, str | int)
+    return {name: value for name, value in cells.items() if name != column and is_json_scalar(value)}
 
 
 def _unique(prompts: Iterable[Prompt], where: str) -> list[Prompt]:

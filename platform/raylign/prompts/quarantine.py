@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylign.config.blocks import RunBlock
-from raylign.errors import DiskError, PromptError
+from raylign.errors import DiskError, PromptError, RaylignError
 from raylign.files import publish_text
 from raylign.prompts.tables import Fault, Unit
 
@@ -40,8 +40,15 @@ def refused_path(block: RunBlock) -> Path:
     return (block.dir / f"{block.name}.{QUARANTINE_NAME}").absolute()
 
 
-def refuse(splits: Sequence[InvalidRows], limit: float, refused_to: Path | None) -> None:
-    """Raise one PromptError when more than `limit` (0 to 1) of a split's rows is bad.
+def refuse(
+    splits: Sequence[InvalidRows],
+    limit: float,
+    refused_to: Path | None,
+    *,
+    option: str = "prompts.max_invalid",
+    error: type[RaylignError] = PromptError,
+) -> None:
+    """Raise one `error` when more than `limit` (0 to 1), which `option` sets, of a split's rows is bad.
 
     It lists the first ten bad rows of such a split, and names the file with all of them, unless `refused_to` is None.
     """
@@ -53,14 +60,14 @@ def refuse(splits: Sequence[InvalidRows], limit: float, refused_to: Path | None)
     lines.append(f"cure: {'; '.join(cures)}")
     needed = max(math.ceil(split.share * 1000) / 1000 for split in over)
     if needed < 1:
-        lines.append(f"or leave them out: prompts.max_invalid={needed:g} (now {limit:g})")
+        lines.append(f"or leave them out: {option}={needed:g} (now {limit:g})")
     if refused_to is not None:
         try:
             write_quarantine(refused_to, splits)
             lines.append(f"every bad row is in {refused_to}")
-        except DiskError as error:
-            lines.append(f"no list of all bad rows: {error}")
-    raise PromptError("\n".join(lines))
+        except DiskError as problem:
+            lines.append(f"no list of all bad rows: {problem}")
+    raise error("\n".join(lines))
 
 
 def left_out(splits: Sequence[InvalidRows]) -> str:

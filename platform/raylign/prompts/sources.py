@@ -1,6 +1,5 @@
 """From `prompts.source` to tables: embedded sets, JSONL, JSON and Parquet files, saved data sets, the hub."""
 
-import codecs
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from datasets.exceptions import DatasetsError
 
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
-from raylign.prompts.tables import Fault, Row, Table, closest
+from raylign.prompts.tables import Fault, Row, Table, closest, json_lines
 
 PREFIX = "embedded:"
 EMBEDDED = {"review-topics": "review_topics.json"}
@@ -74,26 +73,16 @@ def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
     rows: list[Row] = []
     faults: list[Fault] = []
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8).strip()
-            if not text:
+        for parsed in json_lines(lines):
+            if isinstance(parsed, Fault):
+                faults.append(parsed)
                 continue
-            row = _json_row(number, text, block.column)
-            if isinstance(row, Row):
-                rows.append(row)
-            else:
-                faults.append(row)
+            number, value = parsed
+            try:
+                rows.append(Row(number, _cells(value, block.column)))
+            except ValueError as error:
+                faults.append(Fault(number, f"not a JSON row ({error})", value, "one JSON object per line"))
     return Table(str(path), "line", _columns(rows), tuple(rows), tuple(faults))
-
-
-def _json_row(number: int, line: bytes, column: str) -> Row | Fault:
-    try:
-        return Row(number, _cells(json.loads(line.decode()), column))
-    except UnicodeDecodeError as error:
-        shown = line.decode(errors="backslashreplace")
-        return Fault(number, f"not UTF-8 at byte {error.start}", shown, "save the file as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return Fault(number, f"not a JSON row ({error})", line.decode(), "one JSON object per line")
 
 
 def _json_source(where: str, content: object, block: PromptsBlock) -> Source:

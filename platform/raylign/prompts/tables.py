@@ -1,7 +1,10 @@
 """Rows as a source gave them, and what is wrong with them."""
 
+import codecs
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,3 +53,25 @@ def closest(name: str, known: Sequence[str]) -> str:
     """`did you mean 'x'?`, or every known name when none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any] | Fault]:
+    """(line from 1, value) of each line of JSON, or why it is none; blank lines are passed over."""
+    for number, line in enumerate(lines, start=1):
+        text = line.removeprefix(codecs.BOM_UTF8).strip()
+        if not text:
+            continue
+        try:
+            yield number, json.loads(text.decode())
+        except UnicodeDecodeError as error:
+            shown = text.decode(errors="backslashreplace")
+            yield Fault(number, f"not UTF-8 at byte {error.start}", shown, "save the file as UTF-8")
+        except (ValueError, RecursionError) as error:
+            yield Fault(number, f"not a JSON row ({error})", text.decode(), "one JSON object per line")
+
+
+def is_json_scalar(value: object) -> bool:
+    """Whether JSON can hold the value as it is, without nesting."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int)

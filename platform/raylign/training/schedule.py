@@ -26,6 +26,6 @@ def steps_per_round(preferences: int, block: TrainerBlock) -> int:
     return block.num_train_epochs * math.ceil(preferences / block.train_batch_size)
 
 
-def planned_steps(prompts_per_round: int, rounds: int, block: TrainerBlock) -> int:
-    """Optimizer steps if every prompt of every round gives one preference; the schedule decays over these."""
-    return rounds * steps_per_round(prompts_per_round, block)
+def planned_steps(preferences_per_round: int, rounds: int, block: TrainerBlock) -> int:
+    """Optimizer steps if every round gives as many preferences as it can; the schedule decays over these."""
+    return rounds * steps_per_round(preferences_per_round, block)

@@ -1,0 +1,218 @@
+"""Rows of a source of judged text: files, folders, saved data sets and the hub, each read as a stream."""
+
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import datasets
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+
+from raylign.config.data import SourceBlock
+from raylign.data.json_array import array_values, has_splits
+from raylign.errors import DataError
+from raylign.prompts.tables import Fault, Row, Unit, closest, json_lines
+
+JSON_LINES = (".jsonl", ".jsonl.gz")
+JSON_ARRAY = (".json", ".json.gz")
+PARQUET = (".parquet",)
+T = TypeVar("T")
+SUFFIXES = (*JSON_LINES, *JSON_ARRAY, *PARQUET)
+SAVED = ("state.json", "dataset_dict.json")
+"""Files of a folder that datasets' save_to_disk made."""
+SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval|held_out)\b[^/]*")
+BATCH = 256
+UNREADABLE = (OSError, ValueError, RuntimeError, zlib.error, pa.ArrowException, DatasetsError, httpx.HTTPError)
+HUB_CURE = (
+    "take a data set in Parquet or JSON (code that ships with data is never run), correct the name, log in with "
+    "`hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowStream:
+    """Rows of a source in their order, read anew by each loop over it, and in bounded memory.
+
+    `unit`: rows are numbered by their line from 1, or from 0 on. `total` is how many there are, None where only
+    reading them all would tell. Loops raise DataError where the source cannot be read on.
+    """
+
+    where: str
+    unit: Unit
+    total: int | None
+    start: Callable[[], Iterator[Row | Fault]]
+    cure: str = "fetch or write it again"
+
+    def __iter__(self) -> Iterator[Row | Fault]:
+        count = 0
+        try:
+            for row in self.start():
+                yield row
+                count += 1
+        except EOFError as error:
+            raise DataError(
+                f"{self.where}: it ends inside row {count}; whole rows before it: {count}; {self.cure}"
+            ) from error
+        except UNREADABLE as error:
+            raise DataError(
+                f"{self.where}: row {count} cannot be read ({error}); whole rows before it: {count}; {self.cure}"
+            ) from error
+
+
+def open_rows(block: SourceBlock) -> RowStream:
+    """The rows of `block.source`. Raises DataError when it is missing, in no known format or without `block.split`."""
+    name = block.source
+    path = Path(name).expanduser()
+    if not (path.name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or os.path.exists(path)):
+        return _hub_rows(name, block.split)
+    if not os.path.exists(path):
+        raise DataError(f"{path}: no such file or folder (from {Path.cwd()}); correct source")
+    if path.is_dir():
+        return _folder_rows(path, block.split)
+    return _file_rows(path, block.split)
+
+
+def _file_rows(path: Path, split: str) -> RowStream:
+    where, name = str(path), path.name
+    if name.endswith(JSON_LINES):
+        return RowStream(where, "line", None, lambda: _json_lines(path))
+    if name.endswith(JSON_ARRAY):
+        if _readable(where, lambda: _has_splits(path)):
+            where = f"{where} split {split}"
+        return RowStream(where, "row", None, lambda: _json_array(path, where, split))
+    if name.endswith(PARQUET):
+        total = _readable(where, lambda: pq.read_metadata(path).num_rows)
+        return RowStream(where, "row", total, lambda: _parquet(path))
+    raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file; convert it to one of these")
+
+
+def _readable(where: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (EOFError, *UNREADABLE) as error:
+        raise DataError(f"{where}: cannot be read ({error}); check that it is whole") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
+
+
+def _json_lines(path: Path) -> Iterator[Row | Fault]:
+    with _open(path) as lines:
+        for parsed in json_lines(lines):
+            yield parsed if isinstance(parsed, Fault) else _row(*parsed)
+
+
+def _has_splits(path: Path) -> bool:
+    with _open(path) as file:
+        return has_splits(file)
+
+
+def _json_array(path: Path, where: str, split: str) -> Iterator[Row | Fault]:
+    with _open(path) as file:
+        for number, value in enumerate(array_values(file, where, split)):
+            yield _row(number, value)
+
+
+def _row(number: int, value: object) -> Row | Fault:
+    if isinstance(value, dict):
+        return Row(number, value)
+    return Fault(number, f"{type(value).__name__} instead of an object", value, "give one JSON object per row")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    with pq.ParquetFile(path) as file:
+        yield from _arrow_rows(file.iter_batches(batch_size=BATCH))
+
+
+def _arrow_rows(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for cells in batch.to_pylist():
+            yield Row(number, _without_nulls(cells))
+            number += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow fills objects with the keys of other rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _folder_rows(path: Path, split: str) -> RowStream:
+    if any((path / name).exists() for name in SAVED):
+        return _saved_rows(path, split)
+    files = _split_files(path, split)
+    streams = [_file_rows(file, split) for file in files]
+    totals = [stream.total for stream in streams]
+    total = None if None in totals else sum(total or 0 for total in totals)
+    return RowStream(f"{path} ({len(files)} files)", "row", total, lambda: _joined(streams))
+
+
+def _joined(streams: Iterable[RowStream]) -> Iterator[Row | Fault]:
+    """Rows of all files, numbered through."""
+    number = 0
+    for stream in streams:
+        for row in stream:
+            if isinstance(row, Fault):
+                yield replace(row, number=number, problem=f"{stream.where} {stream.unit} {row.number}: {row.problem}")
+            else:
+                yield replace(row, number=number)
+            number += 1
+
+
+def _split_files(path: Path, split: str) -> list[Path]:
+    """Files of the folder by name: those named after the split if any file is named after one, else all."""
+    files = sorted(file for file in path.iterdir() if file.name.endswith((*JSON_LINES, *PARQUET)))
+    if not files:
+        raise DataError(
+            f"{path}: neither a folder made by datasets' save_to_disk nor one with {', '.join(JSON_LINES + PARQUET)} "
+            "files; give one of these or a file"
+        )
+    if len({file.name.endswith(PARQUET) for file in files}) > 1:
+        raise DataError(f"{path}: holds both Parquet and JSON files; leave one kind in it, or give a file")
+    named = [file for file in files if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
+    if named:
+        return named
+    splits = sorted({match[1] for file in files if (match := SPLIT_FILE.match(file.name))})
+    if splits:
+        raise DataError(f"{path}: no file of split {split!r}; {closest(split, splits)}; correct split")
+    return files
+
+
+def _saved_rows(path: Path, split: str) -> RowStream:
+    saved = _readable(str(path), lambda: datasets.load_from_disk(str(path)))
+    where = str(path)
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"{path}: no split {split!r}; {closest(split, list(saved))}; correct split")
+        saved, where = saved[split], f"{path} split {split}"
+    table = saved.with_format("arrow")
+    return RowStream(where, "row", len(saved), lambda: _arrow_rows(table.iter(batch_size=BATCH)))
+
+
+def _hub_rows(name: str, split: str) -> RowStream:
+    """Streamed from the hub: nothing is stored here, and a slice such as train[:100] is not known to streams."""
+    if "[" in split:
+        raise DataError(f"{name}: split {split!r} is a slice; name the whole split and use limit")
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        if split not in splits:
+            raise DataError(f"{name}: no split {split!r}; {closest(split, splits)}; correct split")
+        stream = datasets.load_dataset(name, split=split, streaming=True)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{name}: neither a file or folder here nor a hub data set that can be read ({error}): {HUB_CURE}"
+        ) from error
+    known = stream.info.splits
+    total = known[split].num_examples or None if known is not None and split in known else None
+    table = stream.with_format("arrow")
+    return RowStream(f"{name} split {split}", "row", total, lambda: _arrow_rows(table.iter(batch_size=BATCH)), HUB_CURE)

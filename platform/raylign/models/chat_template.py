@@ -1,0 +1,46 @@
+"""A chat template from a file of the user's."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from raylign.errors import ModelError
+
+_CHAT = [{"role": "user", "content": "hello"}]
+
+
+def read_chat_template(path: Path) -> str:
+    """The template, which must write a user's message and say where the answer begins. Raises ModelError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error}); give a Jinja file in UTF-8 (model.chat_template)"
+        ) from error
+    try:
+        plain, asking = (_rendered(text, generation) for generation in (False, True))
+    except TemplateError as error:
+        raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
+    if "hello" not in plain:
+        raise ModelError(f"{path}: the template does not write the user's message; correct model.chat_template")
+    if plain == asking:
+        raise ModelError(
+            f"{path}: the template writes nothing for add_generation_prompt, so that no answer would begin; correct "
+            "model.chat_template"
+        )
+    return text
+
+
+def _rendered(template: str, generation: bool) -> str:
+    rendered: tuple[list[str], Any] = render_jinja_template(  # type: ignore[assignment]
+        conversations=[_CHAT],
+        chat_template=template,
+        add_generation_prompt=generation,
+        bos_token="",
+        eos_token="",
+        pad_token="",
+        unk_token="",
+    )
+    return rendered[0][0]

@@ -1,0 +1,110 @@
+"""Which candidates of a prompt are compared. Pure: what can be paired in, lists of two or more out."""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import combinations, product
+from typing import TypeVar, assert_never
+
+from raylign.config.pairing import (
+    AllPairsPairingBlock,
+    BestRandomPairingBlock,
+    BestSecondPairingBlock,
+    BestWorstPairingBlock,
+    CorrectWrongPairingBlock,
+    LengthMatchedPairingBlock,
+    PairingBlock,
+    PolicyReferencePairingBlock,
+    QuantilePairingBlock,
+    RandomWorstPairingBlock,
+    RankingPairingBlock,
+    TopMPairingBlock,
+)
+from raylign.pairing.usable import Scored
+
+Selected = Sequence[tuple[Scored, ...]]
+Item = TypeVar("Item")
+Accepted = Callable[[Scored, Scored], bool]
+
+
+def select(
+    found: Sequence[Scored], block: PairingBlock, accepted: Accepted, samplers: tuple[int, int], seed: str
+) -> Selected:
+    """The comparisons that `block` makes of at least two candidates, in no order of their own.
+
+    `accepted` tells whether a pair (better, worse) passes the filters, for a way of pairing that looks for one that
+    does; `samplers` are the group's. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
+    """
+    order = sorted(found, key=lambda one: -_rank(one, block))
+    rng = random.Random(seed)
+    match block:
+        case BestWorstPairingBlock():
+            return [(order[0], min(found, key=lambda one: _rank(one, block)))]
+        case BestSecondPairingBlock():
+            return [(order[0], other) for other in _below(order, block)[:1]]
+        case BestRandomPairingBlock():
+            return [(order[0], other) for other in _drawn(_below(order, block), 1, rng)]
+        case RandomWorstPairingBlock():
+            worst = min(found, key=lambda one: _rank(one, block))
+            better = [one for one in order if _rank(one, block) > _rank(worst, block)]
+            return [(one, worst) for one in _drawn(better, 1, rng)]
+        case CorrectWrongPairingBlock():
+            right = [one for one in found if one.value > block.threshold]
+            wrong = [one for one in found if one.value <= block.threshold]
+            return _drawn(list(product(right, wrong)), block.max_pairs, rng)
+        case AllPairsPairingBlock():
+            pairs = [(one, other) for one, other in combinations(order, 2) if one.value != other.value]
+            return pairs if block.max_pairs is None else _drawn(pairs, block.max_pairs, rng)
+        case TopMPairingBlock():
+            m = min(block.m, len(order) // 2)
+            return list(product(order[:m], order[-m:]))
+        case QuantilePairingBlock():
+            first, second = (_place(quantile, len(order)) for quantile in (block.chosen, block.rejected))
+            return [(order[first], order[second])] if first != second else [(order[first], order[first + 1])]
+        case LengthMatchedPairingBlock():
+            return _closest(order, accepted)
+        case RankingPairingBlock():
+            return [tuple(_spread(order, block.max_candidates))]
+        case PolicyReferencePairingBlock():
+            of_reference, of_policy = ([one for one in found if one.candidate.policy_version == v] for v in samplers)
+            pairs = [(one, other) for one, other in product(of_policy, of_reference) if one is not other]
+            return _drawn(pairs, 1, rng)
+        case _:
+            assert_never(block)
+
+
+def _rank(one: Scored, block: PairingBlock) -> float:
+    return one.value + block.optimism * one.std
+
+
+def _below(order: Sequence[Scored], block: PairingBlock) -> list[Scored]:
+    return [one for one in order if _rank(one, block) < _rank(order[0], block)]
+
+
+def _drawn(items: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
+    """`count` of the items at most, in their order."""
+    keys = [rng.random() for _ in items]
+    taken = sorted(sorted(range(len(items)), key=keys.__getitem__)[:count])
+    return [items[place] for place in taken]
+
+
+def _place(quantile: float, count: int) -> int:
+    """The place from the best, 0, whose quantile is nearest; of two as near the better one."""
+    return min(count - 1, max(0, -int(-((1 - quantile) * (count - 1) - 0.5) // 1)))
+
+
+def _closest(order: Sequence[Scored], accepted: Accepted) -> Selected:
+    """The pair whose lengths differ least; of equal ones that with the largest gap."""
+
+    def distance(pair: tuple[Scored, ...]) -> tuple[int, float]:
+        one, other = pair
+        return abs(len(one.candidate.token_ids) - len(other.candidate.token_ids)), other.value - one.value
+
+    pairs = [tuple(sorted(pair, key=lambda one: -one.value)) for pair in combinations(order, 2)]
+    passing = [pair for pair in pairs if accepted(*pair)]
+    return [min(passing or pairs, key=distance)]
+
+
+def _spread(order: Sequence[Scored], limit: int | None) -> Sequence[Scored]:
+    if limit is None or len(order) <= limit:
+        return order
+    return [order[place * (len(order) - 1) // (limit - 1)] for place in range(limit)]

@@ -1,0 +1,94 @@
+"""Which candidates of a prompt can be paired."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from raylign.config.pairing import PairingBlock
+from raylign.errors import ScorerError
+from raylign.pairing.groups import Group
+from raylign.records import Candidate, Score
+
+Dropped = Literal[
+    "unscored_groups",
+    "truncated_groups",
+    "identical",
+    "near_duplicates",
+    "one_sided",
+    "one_sampler",
+    "ties",
+    "below_margin",
+    "above_margin",
+    "truncated_chosen",
+]
+"""Why a prompt gives no preference, in the order in which that is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A candidate that can be paired. `value` is its score less the length penalty, `std` an ensemble's (0: none)."""
+
+    candidate: Candidate
+    value: float
+    std: float
+
+    @property
+    def truncated(self) -> bool:
+        return self.candidate.finish_reason == "length"
+
+
+def usable(group: Group, block: PairingBlock) -> list[Scored] | Dropped:
+    """At least two candidates with different tokens, by index; or why there are not two.
+
+    Raises ScorerError when `block` needs an ensemble's std that a score does not have.
+    """
+    ordered = sorted(zip(group.candidates, group.scores, strict=True), key=lambda pair: pair[0].index)
+    found = [made for candidate, score in ordered for made in _scored(candidate, score, block)]
+    if len(found) < 2:
+        return "unscored_groups"
+    if block.truncated == "drop":
+        found = [one for one in found if not one.truncated]
+        if len(found) < 2:
+            return "truncated_groups"
+    found = list({one.candidate.token_ids: one for one in reversed(found)}.values())[::-1]
+    if len(found) < 2:
+        return "identical"
+    if block.near_duplicates is not None:
+        found = _unlike(found, block.near_duplicates)
+        if len(found) < 2:
+            return "near_duplicates"
+    return found
+
+
+def _scored(candidate: Candidate, score: Score, block: PairingBlock) -> list[Scored]:
+    if score.value is None:
+        return []
+    needs_std = block.optimism > 0 or block.weights == "uncertainty"
+    if needs_std and "std" not in score.parts:
+        raise ScorerError(
+            f"pairing.optimism={block.optimism:g} and pairing.weights={block.weights} need an ensemble's std, which "
+            f"the score of candidate {candidate.index} of prompt {candidate.prompt_id} does not have; score with "
+            "scoring.type=mean_std, or set optimism=0 and weights=none"
+        )
+    value = score.value - block.length_penalty * len(candidate.token_ids)
+    return [Scored(candidate, value, score.parts.get("std", 0.0))]
+
+
+def _unlike(found: Sequence[Scored], limit: float) -> list[Scored]:
+    """Those that overlap with no earlier kept one by `limit` or more."""
+    kept: list[tuple[Scored, frozenset[tuple[int, ...]]]] = []
+    for one in found:
+        own = _shingles(one.candidate.token_ids)
+        if all(_jaccard(own, other) < limit for _, other in kept):
+            kept.append((one, own))
+    return [one for one, _ in kept]
+
+
+def _shingles(token_ids: Sequence[int]) -> frozenset[tuple[int, ...]]:
+    """Token bigrams; of a single token itself."""
+    return frozenset(pairwise(token_ids)) or frozenset([tuple(token_ids)])
+
+
+def _jaccard(first: frozenset[tuple[int, ...]], second: frozenset[tuple[int, ...]]) -> float:
+    return len(first & second) / len(first | second)
