@@ -2,42 +2,46 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.stacks import enable_stack_dumps
-from raylign import scoring
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config.scoring import ScoringBlock
 from raylign.records import Score
-from raylign.scoring import FunctionScorer, JudgeScorer, ScoringItem
+from raylign.scoring import ScoringItem, Usages
+from raylign.scoring.load import load_scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """One score per item, in order, and what that took. Made by the actor, read by its client."""
+
+    scores: list[Score]
+    usage: Usages
 
 
 class _Scorer:
     """Scores one batch a call; constructing it loads the scorer."""
 
-    def __init__(self, block: ScoringBlock, stacks: str, name: str) -> None:
-        """`stacks` is the folder for the stacks that the actor writes, under `name`, when it is asked to."""
+    def __init__(self, block: ScoringBlock, cache: str, stacks: str, name: str) -> None:
+        """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
+        when it is asked to.
+        """
         enable_stack_dumps(stacks, name)
         # What a judge costs is logged as INFO; it goes to the actor's own log.
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("raylign").setLevel(logging.INFO)
-        self._scorer = _load(block)
+        self._scorer = load_scorer(block, Path(cache))
 
     def ready(self) -> bool:
         return True
 
-    def score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
+    def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
         """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
-        return self._scorer.score(items, allowed)
-
-
-def _load(block: ScoringBlock) -> scoring.Scorer:
-    match block:
-        case FunctionScoringBlock():
-            return FunctionScorer(block)
-        case JudgeScoringBlock():
-            return JudgeScorer(block)
+        return ScoredBatch(self._scorer.score(items, allowed), self._scorer.take_usage())
 
 
 Scorer: Any = ray.remote(_Scorer)

@@ -1,6 +1,6 @@
 """The scorer actor as the driver sees it: candidates in, scores out, in order, through the deaths of actors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from actors.incidents import Incidents
 from actors.processes import is_dead, kill
+from actors.scorer import ScoredBatch
 from actors.stacks import dump_stacks
 from actors.waiting import get_all, root_cause
 from actors.watch import GONE, Guard, attended
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.scoring import ScoringItem, batches, longest_s, most_unscored, skipped
+from raylign.scoring import ScoringItem, Usage, add_up, batches, longest_s, most_unscored, skipped, summary
 
 ROLE, ACTOR = "scorer", "scorer-0"
 TRIES = 3
@@ -58,6 +59,7 @@ class ScorerClient:
         self._handle = spawn()
         self._starting: list[Any] = []
         """The answer that a replacement has loaded, while it is waited for."""
+        self._usages: dict[str, Usage] = {}
         self.guard = Guard()
 
     def wait_ready(self) -> None:
@@ -76,6 +78,7 @@ class ScorerClient:
         Nothing is asked any more once more than `scoring.max_unscored` of all candidates is unscored. Raises
         ScorerError when the function cannot be loaded any more, the judge is refused, or past the cap of restarts.
         """
+        self._usages = {}
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         allowed = most_unscored(len(items), self._block.max_unscored)
@@ -89,6 +92,13 @@ class ScorerClient:
                 scores += found
             advance(len(batch))
         return scores
+
+    def metrics(self) -> Mapping[str, float]:
+        """What the last call of `score` took, by scorer: `judge/latency_mean_s`; see `raylign.scoring.summary`.
+
+        Of a batch that an actor died with nothing is known.
+        """
+        return summary(self._usages)
 
     def tend(self) -> None:
         """Replace a dead actor while nobody asks anything of it, and say when its successor has loaded."""
@@ -106,8 +116,9 @@ class ScorerClient:
         for _ in range(TRIES):
             try:
                 self._finish_replacing()
-                scores: list[Score] = _result(self._handle.score.remote(batch, allowed), deadline)
-                return scores
+                found: ScoredBatch = _result(self._handle.score.remote(batch, allowed), deadline)
+                add_up(self._usages, found.usage)
+                return found.scores
             except _LostActor as loss:
                 cause = self._diagnosed(loss)
                 self._replace(cause)

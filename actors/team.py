@@ -39,6 +39,7 @@ from actors.weight_sync.transports import (
 )
 from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
+from raylign.scoring.cache import CACHE_NAME
 from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
@@ -136,9 +137,11 @@ def _ready_team(
 def _start_scorer(
     config: OnlineDpoConfig, incidents: Incidents, actors: list[ActorHandle[Any]], stacks: Path
 ) -> ScorerClient:
+    cache = (config.run.dir / config.run.name).absolute() / CACHE_NAME
+
     def spawn() -> ActorHandle[Any]:
         options = Scorer.options(num_cpus=config.placement.scorer_cpus)
-        handle: ActorHandle[Any] = options.remote(config.scoring, str(stacks), SCORER_NAME)
+        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME)
         actors.append(handle)
         return handle
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RunConfig, SftConfig
 from raylign.config.losses import LossBlock
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
 from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.models import resolve_model
 from raylign.records import RoundReport
 from raylign.rundir import RunDirectory, open_run
+from raylign.scoring.describe import scorer_name
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 
 LOCAL_STARTS = (".", "/", "~")
@@ -117,10 +118,13 @@ def _method(config: RunConfig) -> Method:
 
 def _scorer_name(block: ScoringBlock) -> str:
     match block:
-        case FunctionScoringBlock():
-            return block.function
+        case CompositionBlock():
+            members = ", ".join(f"{name}: {_scorer_name(member)}" for name, member in block.members.items())
+            return f"{scorer_name(block)} ({members})"
         case JudgeScoringBlock():
             return f"judge {public_name(block.model)}"
+        case _:
+            return scorer_name(block)
 
 
 def _loss_name(block: LossBlock) -> str:

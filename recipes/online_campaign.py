@@ -18,7 +18,8 @@ from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reporting import report_console
 from raylign.rundir import continue_or_create, require_continuable
-from raylign.scoring import describe_scorer
+from raylign.scoring import require_references
+from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.campaign import Campaign, recorded
@@ -38,6 +39,7 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
     )
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
+    require_references((*prompts.train, *prompts.held_out), config.scoring)
     describe_scorer(config.scoring)
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)

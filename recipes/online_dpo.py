@@ -38,7 +38,8 @@ def run_round(
     steps = train_policy(log, preferences, team, config)
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
-    return RoundReport(log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds), samples
+    counts, scoring = pairing.counts, log.read_scoring()
+    return RoundReport(log.index, log.index, counts, tuple(steps), sync, evaluation, log.seconds, scoring), samples
 
 
 def sample(
@@ -76,6 +77,7 @@ def score(
             return log.read_scores(attempt)
         scores = team.scorer.score(prompts, candidates, stage.advance)
         log.save_candidates(stage, prompts, candidates, scores, attempt)
+        log.save_scoring(stage, team.scorer.metrics(), attempt)
         check_unscored(scores, config.scoring.max_unscored)
     return scores
 

@@ -23,7 +23,8 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
-from raylign.scoring import describe_scorer
+from raylign.scoring import require_references
+from raylign.scoring.describe import describe_scorer
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.schedule import planned_steps, steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
@@ -100,6 +101,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
+    require_references((*prompts.train, *prompts.held_out), config.scoring)
     where, available = present_resources()
     placement = plan_placement(
         config.placement, config.generators, config.trainer, choose_device(config.placement, available)

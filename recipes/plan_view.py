@@ -9,7 +9,7 @@ from rich.text import Text
 
 from actors.placement import ActorPlace
 from raylign.config import OnlineDpoConfig
-from raylign.config.scoring import JudgeScoringBlock
+from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.text import escape_control
 from raylign.tracking.uri import default_uri
 from recipes.checks.machine import megabytes
@@ -49,10 +49,12 @@ def _inputs(plan: RunPlan) -> list[Line]:
 
 def _scorer(plan: RunPlan) -> list[Line]:
     config, (name, *facts) = plan.config, plan.scorer
-    if isinstance(config.scoring, JudgeScoringBlock):
+    if judges := sum(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(config.scoring)):
         count = config.sampling.num_generations
-        asked = config.schedule.prompts_per_round * count * (count - 1)
-        facts.append(f"at most {asked:,} questions a round, {plan.prompts.held_out:,} an evaluation, without retries")
+        asked = judges * config.schedule.prompts_per_round * count * (count - 1)
+        facts.append(
+            f"at most {asked:,} questions a round, {judges * plan.prompts.held_out:,} an evaluation, without retries"
+        )
     return [("scorer", name), *(("", fact) for fact in facts)]
 
 

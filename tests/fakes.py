@@ -25,7 +25,7 @@ from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.reference_samples import reference_version
 from raylign.sampling import Decoding, policy_versions, prompt_seed
-from raylign.scoring import check_unscored
+from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.preferences import completions_of
@@ -151,6 +151,7 @@ class FakeScorer(ScorerClient):
         advance: Callable[[int], None] = lambda items: None,
     ) -> list[Score]:
         self._events.append(f"score {len(candidates)}")
+        self._usages = {"function": Usage([(len(candidates), 2.0)])}
         by_id = {prompt.id: prompt for prompt in prompts}
         values = [self._value(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
         scores = [Score(value, reason="late" if value is None else "") for value in values]
@@ -244,7 +245,7 @@ class FakeTrainers(SupervisedTrainers):
             certainty=torch.zeros_like(policy),
             from_reference=torch.tensor([[candidate.policy_version == version for candidate in preference.candidates]]),
         )
-        return preference_loss(logps, self._loss, LossState()).losses.item()
+        return preference_loss(logps, self._config.loss, LossState()).losses.item()
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]

@@ -118,7 +118,7 @@ class RoundReport:
 
     `counts` has preferences, and of a round with samples what became of the others (`raylign.pairing`).
     `steps` has one mapping of TRL metric names to values per optimizer step. `seconds` is wall time per stage. `sync`
-    has the canary's gaps, if weights were published.
+    has the canary's gaps, if weights were published. `scoring` is what scoring the candidates took, as `scorer/metric`.
     """
 
     index: int
@@ -128,3 +128,4 @@ class RoundReport:
     sync: Mapping[str, float]
     evaluation: AnyEvaluation
     seconds: Mapping[str, float]
+    scoring: Mapping[str, float] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from raylign.tracking.tracker import Tracker
 log = logging.getLogger(__name__)
 
 LEDGER_NAME = "stages.json"
-SAMPLED, CANDIDATES, PREFERENCES = "sampled{}.jsonl", "candidates{}.parquet", "preferences.parquet"
-HELD_OUT, EVALUATION = "samples.parquet", "evaluation.json"
+SAMPLED, CANDIDATES, SCORING = "sampled{}.jsonl", "candidates{}.parquet", "scoring{}.json"
+PREFERENCES, HELD_OUT, EVALUATION = "preferences.parquet", "samples.parquet", "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,21 @@ class RoundLog:
         name = CANDIDATES.format(numbered(attempt))
         write_candidates(self._folder / name, prompts, candidates, scores)
         stage.files.append(name)
+
+    def save_scoring(self, stage: Stage, metrics: Metrics, attempt: int = 0) -> None:
+        """scoring.json: what scoring the candidates took."""
+        name = SCORING.format(numbered(attempt))
+        publish_text(self._folder / name, json.dumps(dict(metrics), indent=1))
+        stage.files.append(name)
+
+    def read_scoring(self) -> Metrics:
+        """What `save_scoring` wrote, of a further attempt as `attempt-1/scorer/metric`; nothing where it did not."""
+        paths = (self._folder / SCORING.format(numbered(attempt)) for attempt in count())
+        found: dict[str, float] = {}
+        for attempt, path in enumerate(takewhile(Path.is_file, paths)):
+            prefix = f"attempt-{attempt}/" if attempt else ""
+            found |= {f"{prefix}{name}": value for name, value in json.loads(path.read_text()).items()}
+        return found
 
     def read_scores(self, attempt: int = 0) -> list[Score]:
         """Of all candidates, in their order."""

@@ -48,7 +48,10 @@ def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
     seconds = {"sample": 2.5, "train": 1.5}
     counts = {"candidates": 8, "preferences": 3}
     gaps = {"logprob_gap_mean": 0.01}
-    tracker.round_finished(RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds))
+    scoring = {"judge/latency_mean_s": 0.5, "judge/failures_no_answer_within_5_s": index}
+    tracker.round_finished(
+        RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds, scoring)
+    )
 
 
 def play_campaign(tracker: Tracker, run_dir: Path) -> None:
@@ -91,6 +94,8 @@ def assert_recorded_once(client: MlflowClient) -> None:
     assert history(client, parent, "seconds/sample") == [(1, 2.5), (2, 2.5)]
     assert history(client, parent, "counts/preferences") == [(1, 3), (2, 3)]
     assert history(client, parent, "sync/logprob_gap_mean") == [(1, 0.01), (2, 0.01)]
+    assert history(client, parent, "scoring/judge/latency_mean_s") == [(1, 0.5), (2, 0.5)]
+    assert history(client, parent, "scoring/judge/failures_no_answer_within_5_s") == [(1, 1), (2, 2)]
     assert history(client, parent, "policy_version") == [(1, 1), (2, 2)]
     for index, run in enumerate(rounds, 1):
         assert history(client, run, "loss") == [(1, round(0.7 - 0.1 * index, 6)), (2, round(0.7 - 0.2 * index, 6))]

@@ -23,7 +23,8 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt
-from raylign.scoring import JudgeScorer, ScoringItem, describe_scorer
+from raylign.scoring import JudgeScorer, ScoringItem
+from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge_check import CANARIES
 from tests.integration.tiny import SMALLEST, START_S, Watched, clean_environment, command_line, wait_until
 from tests.judges import Asked, Reply, goodness, serving

@@ -42,7 +42,9 @@ class Desk:
 
     def client(self, actor: Any = Scorer) -> ScorerClient:
         def spawn() -> ActorHandle[Any]:
-            self.actors.append(actor.remote(self.block, str(self.folder / "stacks"), ACTOR))
+            self.actors.append(
+                actor.remote(self.block, str(self.folder / "scores.sqlite"), str(self.folder / "stacks"), ACTOR)
+            )
             return self.actors[-1]
 
         def note(role: str, happened: Happened, detail: Mapping[str, Any]) -> None:
@@ -81,7 +83,11 @@ def open_desk(tmp_path: Path, resources: Mapping[str, float]) -> Iterator[Open]:
 
     def make(max_unscored: float = 0.2, max_restarts: int = 20) -> Desk:
         block = FunctionScoringBlock(
-            function="tests.integration.watched_scores:length", batch_size=2, timeout_s=1.0, max_unscored=max_unscored
+            function="tests.integration.watched_scores:length",
+            batch_size=2,
+            timeout_s=1.0,
+            max_unscored=max_unscored,
+            cache=None,
         )
         desks.append(Desk(tmp_path, block, RecoveryBlock(max_restarts=max_restarts)))
         return desks[-1]
@@ -195,7 +201,7 @@ def test_what_the_scorer_itself_refuses_is_no_loss(open_desk: Open) -> None:
     class Refusing:
         """Loads once; a new process of its function cannot be started any more."""
 
-        def __init__(self, block: FunctionScoringBlock, stacks: str, name: str) -> None: ...
+        def __init__(self, block: FunctionScoringBlock, cache: str, stacks: str, name: str) -> None: ...
 
         def score(self, items: object, allowed: int) -> list[Score]:
             raise ScorerError("scoring.function=m:f cannot be loaded: no weights")
@@ -208,8 +214,12 @@ def test_what_the_scorer_itself_refuses_is_no_loss(open_desk: Open) -> None:
 
 def test_the_limit_of_unscored_items_is_that_of_the_whole_call(open_desk: Open) -> None:
     desk = open_desk(max_unscored=0.3)
-    scores = desk.score(desk.client(), "none", "none", "a", "bb", "none", "c", "d", "e", "f", "g")
+    client = desk.client()
+    scores = desk.score(client, "none", "none", "a", "bb", "none", "c", "d", "e", "f", "g")
     assert [score.value for score in scores] == [None, None, 1, 2, None, 1, 1, 1, 1, 1]
+    taken = client.metrics()
+    assert (taken["function/calls"], taken["function/items"], taken["function/failures"]) == (5, 10, 3)
+    assert taken["function/failures_scorer_returned_none"] == 3 and taken["function/latency_mean_s"] > 0
     assert sum(len(call["completions"]) for call in desk.asked()) == 10
 
 

@@ -15,7 +15,7 @@ from tests.judges import Judge, Judged, Server, serving
 def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
     """Scorers over judges of this process; by default without canaries, and never with long waits."""
     for name, seconds in (("FIRST_WAIT_S", 0.01), ("LONGEST_WAIT_S", 0.02), ("JITTER_S", 0.01)):
-        monkeypatch.setattr(f"raylign.scoring.judge_client.{name}", seconds)
+        monkeypatch.setattr(f"raylign.scoring.http_client.{name}", seconds)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with ExitStack() as stack:
 

@@ -116,7 +116,7 @@ def test_a_value_may_hold_an_equals_sign_and_a_list() -> None:
         (
             "scoring.base_url=x",
             "scoring.base_url: unknown key; known keys: type, function, allow_outside, batch_size, timeout_s, "
-            "max_unscored",
+            "max_unscored, cache",
         ),
         (
             "scoring={type: judge, base_url: 'http://h/v1', model: m, critrion: x}",

@@ -288,6 +288,10 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
         ("{function: 'mine:score'}", "mine:score"),
         ("{type: judge, base_url: 'http://10.0.0.7:8000/v1', model: org/judge}", "judge org/judge"),
         ("{type: judge, base_url: 'http://10.0.0.7:8000/v1', model: /data/private/judge}", "judge judge"),
+        (
+            "{type: gate, gate: {type: verifier}, score: {type: http, url: 'http://10.0.0.7/'}}",
+            "score where gate >= 1, else -1 (gate: verifier by math, score: reward service)",
+        ),
     ],
 )
 def test_the_card_names_the_scorer_without_addresses(scoring: str, named: str, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring import JudgeScorer, check_unscored, describe_scorer
+from raylign.scoring import JudgeScorer, check_unscored
+from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge_check import CANARIES
 from tests.faults import record
 from tests.judges import Asked, Judge, Judged, Reply, Server, first_is_best, group, honest, values

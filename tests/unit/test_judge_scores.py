@@ -13,9 +13,10 @@ from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
-from raylign.scoring import JudgeScorer, describe_scorer
+from raylign.scoring import JudgeScorer
 from raylign.scoring import batches as split
 from raylign.scoring.batches import longest_s, questions
+from raylign.scoring.describe import describe_scorer
 from tests.judges import Asked, Judged, Reply, first_is_best, group, honest, slow, values
 
 SECRET = "hush-1234-hush"
@@ -188,8 +189,8 @@ def test_a_judge_is_described_by_model_address_and_criterion(judged: Judged) -> 
 def test_the_actor_takes_the_scorer_that_the_block_names(judged: Judged, tmp_path: Path) -> None:
     _, server = judged(honest)
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False)
-    actor = _Scorer(block, str(tmp_path), "scorer-0")
-    assert actor.ready() and values(actor.score(group("good", "bad"), 0)) == [1.0, 0.0]
+    actor = _Scorer(block, str(tmp_path / "scores.sqlite"), str(tmp_path), "scorer-0")
+    assert actor.ready() and values(actor.score(group("good", "bad"), 0).scores) == [1.0, 0.0]
 
 
 def test_batches_keep_the_answers_of_a_prompt_together() -> None:

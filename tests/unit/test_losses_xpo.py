@@ -29,7 +29,9 @@ def test_the_bonus_by_hand() -> None:
 
 def test_the_mix_by_hand() -> None:
     """Both pairs have h(w) - h(l) = 0, so that DPO's part is ln 2; the reference answered last, then first."""
-    logps = candidates([[-3.0, -5.0], [-2.0, -7.0]], [[-3.0, -5.0], [-2.0, -7.0]], from_reference=[[0, 1], [1, 0]])
+    logps = candidates(
+        [[-3.0, -5.0], [-2.0, -7.0]], [[-3.0, -5.0], [-2.0, -7.0]], from_reference=[[False, True], [True, False]]
+    )
     output = preference_loss(logps, xpo(alpha=0.1), START)
     assert output.losses.tolist() == pytest.approx([0.693147 - 0.5, 0.693147 - 0.2], abs=1e-6)
     assert output.metrics["loss/xpo"].tolist() == [-5.0, -2.0]

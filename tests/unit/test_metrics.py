@@ -29,6 +29,10 @@ TRL = {
 }
 
 
+OF_ONE = {"loss", "logps/chosen", "logits/chosen", "entropy", "mean_token_accuracy", "num_tokens"}
+"""What a demonstration has as well."""
+
+
 def batch_of(*groups: Sequence[int], weights: Sequence[float] | None = None, prompt: int = 4) -> PreferenceBatch:
     """One preference per group of completion lengths, best first, behind prompts of `prompt` tokens."""
     preferences = [
@@ -118,11 +122,24 @@ def test_two_micro_batches_and_a_filler_by_hand() -> None:
 
 
 def test_a_filler_adds_nothing() -> None:
-    assert filler().tolist() == [0.0] * (len(NAMES) + 4)
+    assert filler().tolist() == [0.0] * (len(NAMES) + 5)
 
 
 def test_a_rank_of_fillers_alone_divides_by_no_zero() -> None:
-    assert finish(filler()) == dict.fromkeys(NAMES, 0.0)
+    assert finish(filler()) == dict.fromkeys(OF_ONE, 0.0)
+
+
+def test_a_demonstration_has_no_metrics_of_pairs() -> None:
+    """One candidate of 3 tokens behind a prompt of 4; beside a pair it changes none of the pair's means."""
+    batch = batch_of((3,))
+    scores = scores_of(batch, [-6.0], entropies=[1.0, 2.0, 6.0], correct=[1.0, 0.0, 1.0], mean_logits=[0.1, 0.2, 0.6])
+    alone = sums(loss_of([2.0], [9.0], [9.0]), scores, batch)
+    expected = {"loss": 2.0, "logps/chosen": -6.0, "entropy": 3.0, "mean_token_accuracy": 2 / 3, "num_tokens": 7.0}
+    assert finish(alone) == pytest.approx(expected | {"logits/chosen": 0.3}, abs=1e-6)
+    both, pair = finish(alone + second()), finish(second())
+    of_pairs = set(NAMES) - OF_ONE
+    assert {name: both[name] for name in of_pairs} == {name: pair[name] for name in of_pairs}
+    assert both["loss"] == pytest.approx((2.0 + 0.7) / 2) and both["logps/chosen"] == (-6.0 - 3.0) / 2
 
 
 def test_a_pair_without_weight_inside_a_micro_batch_counts_nowhere() -> None:

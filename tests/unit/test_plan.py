@@ -102,6 +102,20 @@ def test_a_judge_is_shown_with_what_it_is_asked(plan: Plan, judged: Judged, tmp_
     assert f"at most {5 * 4 * 3} questions a round, 3 an evaluation" in page
 
 
+def test_a_composition_is_shown_with_its_members(plan: Plan, judged: Judged, tmp_path: Path) -> None:
+    _, server = judged(honest)
+    console = Console(width=300, record=True, file=(tmp_path / "page.txt").open("w"))
+    judge = f"{{type: judge, base_url: '{server.base_url}', model: org/judge}}"
+    show_plan(plan(f"scoring={{type: min, scorers: {{one: {judge}, two: {judge}}}}}"), console)
+    page = console.export_text()
+    assert "min of one, two" in page and "two: judge org/judge" in page
+    assert f"at most {2 * 5 * 4 * 3} questions a round, 6 an evaluation" in page
+    with pytest.raises(
+        ScorerError, match="10 of 10 prompts cannot be verified .*no reference answer in column 'answer'"
+    ):
+        plan("scoring={type: verifier}")
+
+
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
     with pytest.raises(WeightSyncError, match="free, a weight push needs"):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from actors.weight_sync.transports import ShmTransport
 from raylign.checkpoints import Metrics
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
+from raylign.pairing.usable import Dropped
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.reporting import STAGES, Sample, sampled
@@ -133,17 +135,9 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
     """Version 0 answers with 1, 2 and 3 tokens; version 1 with 2 tokens at -0.5 nats, which are -1 under version 0."""
     report, samples = open_desk().round(1)
     assert (report.index, report.policy_version) == (1, 1)
-    assert dict(report.counts) == {
-        "prompts": 4,
-        "candidates": 12,
-        "unscored": 3,
-        "truncated": 0,
-        "unscored_groups": 1,
-        "identical": 0,
-        "ties": 1,
-        "below_margin": 0,
-        "preferences": 2,
-    }
+    dropped = dict.fromkeys(get_args(Dropped), 0) | {"unscored_groups": 1, "ties": 1}
+    counted = {"prompts": 4, "candidates": 12, "unscored": 3, "truncated": 0, "preferences": 2}
+    assert dict(report.counts) == counted | dropped
     # The policy still is the reference: every loss is ln 2.
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log(2)] * 2)
     assert report.sync == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
@@ -215,6 +209,18 @@ def test_the_files_of_a_round(open_desk: Open) -> None:
     assert [row["text"] for row in desk.rows(1, "samples")] == ["good end", "good end"]
 
 
+def test_the_report_says_what_scoring_the_candidates_took(open_desk: Open) -> None:
+    desk = open_desk()
+    report, samples = desk.round(1)
+    expected = {"calls": 1, "items": 12, "cache_hits": 0, "failures": 0, "call_mean_s": 2.0, "call_p95_s": 2.0}
+    expected |= {"latency_mean_s": 2.0 / 12, "latency_p95_s": 2.0 / 12}
+    assert report.scoring == {f"function/{name}": pytest.approx(value) for name, value in expected.items()}
+    assert json.loads((desk.folder / "rounds/0001/scoring.json").read_text()) == report.scoring
+    desk.run.finish_round(report, samples)
+    [finished] = [event for event in read_events(desk.folder / JOURNAL_NAME) if event.name == "round_finished"]
+    assert finished.payload["scoring"] == report.scoring
+
+
 def test_held_out_prompts_get_the_same_seeds_from_every_version(open_desk: Open) -> None:
     desk = open_desk()
     evaluation, _ = evaluate_policy(desk.log(0), HELD_OUT, desk.team, desk.config)
@@ -271,6 +277,7 @@ def test_what_was_sampled_and_chosen_is_on_disk_before_training(open_desk: Open)
         "candidates.parquet",
         "preferences.parquet",
         "sampled.jsonl",
+        "scoring.json",
         "stages.json",
     ]
     assert "load weights" not in desk.events and desk.engine.label_now == 0

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,11 +42,11 @@ def test_the_second_round_by_hand(open_desk: Open, tmp_path: Path) -> None:
     rows = desk.rows(2, "candidates")
     assert [(row["index"], row["policy_version"]) for row in rows[:4]] == [(0, 1), (1, 1), (2, 0), (3, 0)]
     assert [row["logprobs"] for row in rows[:4:3]] == [[-0.5] * 2, [-1.0] * 4]
-    preferences = desk.rows(2, "preferences")
+    preferences: list[Any] = desk.rows(2, "preferences")
     assert {row["prompt_id"] for row in preferences} == {"a", "b"}
     expected = []
     for row in preferences:
-        (chosen, rejected), logps = row["indices"], row["reference_logps"]  # type: ignore[misc]
+        (chosen, rejected), logps = row["indices"], row["reference_logps"]
         assert chosen == 3 and rejected in (0, 1) and logps == [-4.0, -2.0 - rejected]
         expected.append(math.log1p(math.exp(-0.1 * (2 - (1 + rejected / 2)))) - ALPHA * 2)
     assert sorted(step["loss"] for step in report.steps) == pytest.approx(sorted(expected))

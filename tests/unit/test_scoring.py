@@ -92,6 +92,21 @@ def test_printing_does_not_disturb_the_answers(make: Make, capfd: pytest.Capture
     assert "to stdout" in captured.err
 
 
+def test_a_function_may_give_parts_and_a_reason_of_its_own(make: Make) -> None:
+    scores = make("detailed").score(items("a", "mute", "silent", "bad", "b"))
+    assert scores[0] == scores[4] == Score(1.0, {"length": 1.0})
+    assert scores[1] == Score(None, {"length": 4.0}, "nothing to say")
+    assert scores[2] == Score(None, {"length": 6.0}, "scorer returned None")
+    assert scores[3] == Score(None, {"length": 3.0}, "returned nan")
+
+
+def test_the_scoring_process_loads_no_model_library() -> None:
+    heavy = ("torch", "transformers", "sympy")
+    code = f"import sys, raylign.scoring.worker; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_items_give_no_scores(make: Make) -> None:
     assert make("length").score([]) == []
 

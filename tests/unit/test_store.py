@@ -1,6 +1,7 @@
 """What a run leaves on disk: Parquet that reads back, files that are whole or absent, the run directory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -224,6 +225,17 @@ def test_reports_read_back_equal_and_in_order(tmp_path: Path) -> None:
     assert directory.reports() == [report(1), report(2), report(11)]
     baseline = json.loads((directory.round(0) / "report.json").read_text())
     assert Evaluation(**baseline["evaluation"]) == EVALUATION
+
+
+def test_a_report_without_the_metrics_of_scoring_is_read(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_report(replace(report(1), scoring={"judge/items": 8.0}))
+    assert directory.reports()[0].scoring == {"judge/items": 8.0}
+    path = directory.round(1) / "report.json"
+    raw = json.loads(path.read_text())
+    del raw["scoring"]
+    path.write_text(json.dumps(raw))
+    assert directory.reports() == [report(1)] and report(1).scoring == {}
 
 
 def test_paths_of_a_run() -> None:

@@ -9,6 +9,8 @@ import time
 
 import numpy
 
+from raylign.records import Score
+
 Prompts = list[list[dict[str, str]]]
 
 VALUE = 3
@@ -60,6 +62,12 @@ def arrays(prompts: Prompts, completions: list[str]) -> object:
 
 def numpy_scalars(prompts: Prompts, completions: list[str]) -> object:
     return [numpy.float32(0.5), numpy.int64(2)]
+
+
+def detailed(prompts: Prompts, completions: list[str]) -> object:
+    values = {"mute": None, "silent": None, "bad": math.nan}
+    reasons = {"mute": "nothing\nto say"}
+    return [Score(values.get(c, 1.0), {"length": len(c)}, reasons.get(c, "")) for c in completions]
 
 
 def scalar(prompts: Prompts, completions: list[str]) -> object:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, overload
+from typing import Any, TypeVar, get_args, get_origin, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -159,7 +159,13 @@ def _place(location: Sequence[int | str], tree: type[Block]) -> tuple[list[str],
     """
     keys: list[str] = []
     blocks: list[type[BaseModel]] = [tree]
+    name_follows = False
     for part in map(str, location):
+        if name_follows:
+            # A name of the user's may be that of a kind.
+            keys.append(part)
+            name_follows = False
+            continue
         fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
         of_kind = [block for block in blocks if part in _kinds(block)]
         if of_kind and (len(blocks) > 1 or not fields):
@@ -169,6 +175,7 @@ def _place(location: Sequence[int | str], tree: type[Block]) -> tuple[list[str],
         if fields:
             options = [option for field in fields for option in _members(field.annotation)]
             blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+            name_follows = any(get_origin(field.annotation) is Mapping for field in fields)
     return keys, blocks
 
 

@@ -15,7 +15,7 @@ from raylign.config.losses import LossUnion, SigmoidLossBlock
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
 from raylign.config.reference_samples import require_reference_samples, require_served_reference
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion
+from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion, leaves
 from raylign.config.tree import RunConfig
 
 
@@ -95,10 +95,11 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def a_judge_rates_held_out_completions_alone(self) -> Self:
         count = self.evaluation.num_generations
-        if isinstance(self.scoring, JudgeScoringBlock) and count > 1:
+        if count > 1 and any(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(self.scoring)):
             raise ValueError(
-                f"evaluation.num_generations={count} with scoring.type=judge: completions of one prompt are compared "
-                "with each other, and their mean is 1/2 however good they are; set evaluation.num_generations=1"
+                f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
+                "compared with each other, and their mean is 1/2 however good they are; "
+                "set evaluation.num_generations=1"
             )
         return self
 

@@ -1,22 +1,33 @@
-"""Scorers judge completions. They never invent a value: what they cannot judge is unscored, with a reason."""
+"""Scorers judge completions. They never invent a value: what they cannot judge is unscored, with a reason.
+
+Every scoring process imports this: what loads models (`load`, `describe`) is imported by its own name.
+"""
 
 from raylign.scoring.base import Scorer, ScoringItem, check_unscored, most_unscored, skipped
 from raylign.scoring.batches import batches, longest_s
-from raylign.scoring.describe import describe_scorer
 from raylign.scoring.function import FunctionInfo, FunctionScorer, describe_function
+from raylign.scoring.http_service import HttpScorer
 from raylign.scoring.judge import JudgeScorer
+from raylign.scoring.usage import Usage, Usages, add_up, summary
+from raylign.scoring.verifier import VerifierScorer, require_references
 
 __all__ = [
     "FunctionInfo",
     "FunctionScorer",
+    "HttpScorer",
     "JudgeScorer",
     "Scorer",
     "ScoringItem",
+    "Usage",
+    "Usages",
+    "VerifierScorer",
+    "add_up",
     "batches",
     "check_unscored",
     "describe_function",
-    "describe_scorer",
     "longest_s",
     "most_unscored",
+    "require_references",
     "skipped",
+    "summary",
 ]

@@ -3,23 +3,38 @@
 import math
 from collections.abc import Sequence
 
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config.scoring import (
+    CompositionBlock,
+    FunctionScoringBlock,
+    HttpScoringBlock,
+    JudgeScoringBlock,
+    LeafBlock,
+    ScoringBlock,
+    VerifierScoringBlock,
+    leaves,
+)
 from raylign.scoring.base import ScoringItem
-from raylign.scoring.judge import groups
+from raylign.scoring.groups import groups
+from raylign.scoring.http_client import JITTER_S, LONGEST_WAIT_S, RemoteBlock
 from raylign.scoring.judge_check import CANARIES
-from raylign.scoring.judge_client import JITTER_S, LONGEST_WAIT_S
+from raylign.scoring.verifier import GRACE_S
 
 
 def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[ScoringItem]]:
-    """`items` in order, at most `batch_size` at a time.
+    """`items` in order, at most `batch_size` at a time, the largest one of a composition.
 
     A judge compares the items of one prompt, which therefore stay together, even where they are more.
     """
-    match block:
-        case FunctionScoringBlock():
-            return [items[start : start + block.batch_size] for start in range(0, len(items), block.batch_size)]
-        case JudgeScoringBlock():
-            return _whole_groups(items, block.batch_size)
+    members = leaves(block)
+    limit = max(_at_once(leaf) for leaf in members)
+    if any(isinstance(leaf, JudgeScoringBlock) for leaf in members):
+        return _whole_groups(items, limit)
+    return [items[start : start + limit] for start in range(0, len(items), limit)]
+
+
+def _at_once(block: LeafBlock) -> int:
+    """Items in one call of a scorer that keep it busy."""
+    return block.batch_size * (block.concurrency if isinstance(block, HttpScoringBlock) else 1)
 
 
 def _whole_groups(items: Sequence[ScoringItem], limit: int) -> list[Sequence[ScoringItem]]:
@@ -37,10 +52,21 @@ def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
     match block:
         case FunctionScoringBlock():
             return 2 * block.timeout_s * len(batch)
+        case VerifierScoringBlock():
+            return 2 * (block.timeout_s + GRACE_S) * len(batch)
         case JudgeScoringBlock():
             asked = questions(batch) + (2 * len(CANARIES) + 1 if block.canaries else 1)
-            waits = block.timeout_s + LONGEST_WAIT_S + JITTER_S
-            return math.ceil(asked / block.concurrency) * (block.timeout_s + block.retries * (block.timeout_s + waits))
+            return _asking_s(asked, block)
+        case HttpScoringBlock():
+            return _asking_s(math.ceil(len(batch) / block.batch_size) + len(batch), block)
+        case CompositionBlock():
+            return sum(longest_s(batch, member) for member in block.members.values())
+
+
+def _asking_s(requests: int, block: RemoteBlock) -> float:
+    """So many requests, every one of which fails until it is given up."""
+    waits = block.timeout_s + LONGEST_WAIT_S + JITTER_S
+    return math.ceil(requests / block.concurrency) * (block.timeout_s + block.retries * (block.timeout_s + waits))
 
 
 def questions(batch: Sequence[ScoringItem]) -> int:

@@ -1,16 +1,73 @@
 """Who scores, as people read it, found out before anything starts."""
 
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config.scoring import (
+    CompositionBlock,
+    FunctionScoringBlock,
+    GateScoringBlock,
+    HttpScoringBlock,
+    JudgeScoringBlock,
+    LeafBlock,
+    MeanStdScoringBlock,
+    MinScoringBlock,
+    ScoringBlock,
+    VerifierScoringBlock,
+    WeightedScoringBlock,
+)
+from raylign.scoring.composition import named
 from raylign.scoring.function import describe_function
+from raylign.scoring.http_service import check_service
 from raylign.scoring.judge_check import check_judge
 
 
 def describe_scorer(block: ScoringBlock) -> tuple[str, ...]:
-    """Name and facts, one a line. Raises ScorerError: the function cannot be loaded, or the judge does not answer."""
+    """Name and facts, one a line; those of a composition's members behind their names.
+
+    Raises ScorerError: a function cannot be loaded, or a judge or service does not answer.
+    """
+    if not isinstance(block, CompositionBlock):
+        return _describe_leaf(block)
+    lines = [scorer_name(block)]
+    for name, member in block.members.items():
+        with named(f"{block.place}{name}"):
+            first, *facts = describe_scorer(member)
+        lines += [f"{name}: {first}", *(f"  {fact}" for fact in facts)]
+    return tuple(lines)
+
+
+def scorer_name(block: ScoringBlock) -> str:
+    """In a few words, by the config alone."""
+    match block:
+        case FunctionScoringBlock():
+            return block.function
+        case JudgeScoringBlock():
+            return f"judge {block.model}"
+        case VerifierScoringBlock():
+            return f"verifier by {block.method}"
+        case HttpScoringBlock():
+            return "reward service"
+        case GateScoringBlock():
+            return f"score where gate >= {block.threshold:g}, else {block.otherwise:g}"
+        case MinScoringBlock():
+            return f"min of {', '.join(block.scorers)}"
+        case MeanStdScoringBlock():
+            return f"mean {block.std_coefficient:+g} std of {', '.join(block.scorers)}"
+        case WeightedScoringBlock():
+            return " ".join(f"{weight:+g} {name}" for name, weight in block.weights.items())
+
+
+def _describe_leaf(block: LeafBlock) -> tuple[str, ...]:
+    name = scorer_name(block)
     match block:
         case FunctionScoringBlock():
             info = describe_function(block.function, allow_outside=block.allow_outside)
-            return block.function, f"{info.file}:{info.line}", f"sha256 {info.sha256}"
+            return name, f"{info.file}:{info.line}", f"sha256 {info.sha256}"
         case JudgeScoringBlock():
             check_judge(block)
-            return f"judge {block.model}", f"at {block.base_url}", f"criterion: {block.criterion}"
+            return name, f"at {block.base_url}", f"criterion: {block.criterion}"
+        case VerifierScoringBlock():
+            reference = f"reference answers in column {block.answer_column!r}" if block.needs_answer else "no reference"
+            patterns = {"extract": block.extract, "extract_answer": block.extract_answer, "pattern": block.pattern}
+            return name, reference, *(f"{key}: {text}" for key, text in patterns.items() if text is not None)
+        case HttpScoringBlock():
+            check_service(block)
+            return name, f"at {block.url}", f"protocol {block.protocol}"

@@ -5,13 +5,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, groupby
+from itertools import combinations
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
+from raylign.scoring.groups import groups
+from raylign.scoring.http_client import NoReply, api_key
 from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
-from raylign.scoring.judge_client import JudgeClient, Ledger, NoVerdict, api_key, connected
+from raylign.scoring.judge_client import JudgeClient, JudgeLedger, connected
 from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, how_good, which_is_better
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class Comparison:
 
 EQUAL = Comparison(0.5, disagreed=False)
 """Answers with the same text, which nobody is asked about."""
-Outcome = Comparison | NoVerdict
+Outcome = Comparison | NoReply
 
 
 class JudgeScorer:
@@ -49,7 +51,7 @@ class JudgeScorer:
 
     def __init__(self, block: JudgeScoringBlock) -> None:
         """Asks nothing yet. Raises ScorerError when the key cannot be sent."""
-        self.spent = Ledger()
+        self.spent = JudgeLedger()
         self._block, self._key = block, api_key(block)
         self._met = False
 
@@ -68,6 +70,21 @@ class JudgeScorer:
         finally:
             self._log_cost(self.spent.since(before))
 
+    def amounts(self) -> dict[str, float]:
+        """What was spent so far, by the names of metrics; `cost_usd` where the block has prices."""
+        spent, block = self.spent, self._block
+        found: dict[str, float] = {
+            "requests": spent.requests,
+            "failed_requests": spent.failures,
+            "comparisons": spent.comparisons,
+            "disagreements": spent.disagreements,
+            "tokens": spent.tokens,
+        }
+        if block.price_in is None or block.price_out is None:
+            return found
+        # An answer that does not tell its tokens apart costs nothing here.
+        return found | {"cost_usd": (spent.tokens_in * block.price_in + spent.tokens_out * block.price_out) / 1e6}
+
     def close(self) -> None:
         """Nothing is kept open between calls."""
 
@@ -84,7 +101,7 @@ class JudgeScorer:
         await (require_sound_judge if self._block.canaries else require_answering_judge)(client, self._block)
         self._met = True
 
-    def _log_cost(self, spent: Ledger) -> None:
+    def _log_cost(self, spent: JudgeLedger) -> None:
         log.info(
             "judge %s: %d requests, %d of them without a verdict; %d comparisons, %d of them disagreed; "
             "%d tokens (%d answers without usage)",
@@ -96,11 +113,6 @@ class JudgeScorer:
             spent.tokens,
             spent.unmetered,
         )
-
-
-def groups(items: Sequence[ScoringItem]) -> list[list[ScoringItem]]:
-    """Items of one prompt that stand together."""
-    return [list(group) for _, group in groupby(items, key=lambda item: item.prompt.id)]
 
 
 class _Hearing:
@@ -121,7 +133,7 @@ class _Hearing:
     async def _rate(self, prompt: Prompt, text: str) -> Score:
         try:
             verdict = await self._client.ask(partial(how_good, prompt.messages, text, self._block.criterion))
-        except NoVerdict as failure:
+        except NoReply as failure:
             return Score(None, reason=str(failure))
         rating = int(verdict)
         return Score((rating - 1) / (len(RATINGS) - 1), {"rating": float(rating)})
@@ -143,29 +155,29 @@ class _Hearing:
         one, other = await asyncio.gather(
             self._share_of_first(prompt, first, second), self._share_of_first(prompt, second, first)
         )
-        if isinstance(one, NoVerdict):
+        if isinstance(one, NoReply):
             return one
-        if isinstance(other, NoVerdict):
+        if isinstance(other, NoReply):
             return other
         disagreed = one != 1.0 - other
         self._client.ledger.comparisons += 1
         self._client.ledger.disagreements += disagreed
         return Comparison(0.5 if disagreed else one, disagreed)
 
-    async def _share_of_first(self, prompt: Prompt, first: str, second: str) -> float | NoVerdict:
+    async def _share_of_first(self, prompt: Prompt, first: str, second: str) -> float | NoReply:
         """1, 1/2 or 0 by one verdict."""
         try:
             verdict = await self._client.ask(
                 partial(which_is_better, prompt.messages, first, second, self._block.criterion)
             )
-        except NoVerdict as failure:
+        except NoReply as failure:
             return failure
         return 0.5 if verdict == TIE else float(verdict == FIRST)
 
 
 def _score_of(outcomes: Sequence[Outcome]) -> Score:
     """The score of one candidate from its comparisons with every other one."""
-    missing = [outcome for outcome in outcomes if isinstance(outcome, NoVerdict)]
+    missing = [outcome for outcome in outcomes if isinstance(outcome, NoReply)]
     made = [outcome for outcome in outcomes if isinstance(outcome, Comparison)]
     if missing and all(outcome is EQUAL for outcome in made):
         return Score(None, reason=str(missing[0]))

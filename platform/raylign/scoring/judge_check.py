@@ -7,7 +7,8 @@ from functools import partial
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
-from raylign.scoring.judge_client import JudgeClient, Ledger, NoVerdict, UnclearAnswer, api_key, connected
+from raylign.scoring.http_client import NoReply, api_key
+from raylign.scoring.judge_client import JudgeClient, JudgeLedger, UnclearAnswer, connected
 from raylign.scoring.judge_prompt import FIRST, SECOND, Question, which_is_better
 
 CRITERION = "The better answer is correct and helpful; nonsense is never better."
@@ -42,7 +43,7 @@ def check_judge(block: JudgeScoringBlock) -> None:
     """Ask one small question from this process. Raises ScorerError: not reached, key refused, model not known."""
 
     async def ask() -> None:
-        async with connected(block, api_key(block), Ledger()) as client:
+        async with connected(block, api_key(block), JudgeLedger()) as client:
             await require_answering_judge(client, block)
 
     asyncio.run(ask())
@@ -85,5 +86,5 @@ async def _said(client: JudgeClient, block: JudgeScoringBlock, make: Callable[[]
         return await client.ask(make)
     except UnclearAnswer as unclear:
         return str(unclear)
-    except NoVerdict as failure:
+    except NoReply as failure:
         raise ScorerError(f"the judge {block.model} at {block.base_url}: {failure}") from failure

@@ -8,12 +8,11 @@ import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from raylign.errors import ScorerError
 from raylign.scoring.roots import is_inside
 
-ScoringFunction = Callable[[list[list[dict[str, Any]]], list[str]], object]
+ScoringFunction = Callable[..., object]
 
 
 def resolve(spec: str) -> ScoringFunction:

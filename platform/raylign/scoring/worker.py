@@ -3,8 +3,9 @@
 Started by `raylign.scoring.process`; `confined` refuses code from outside the project and the installed packages.
 
 One JSON object per message on the socket FD. First message out: {"file", "line"} of the function. Then, for each
-{"prompts", "completions"}: {"answers": [[value, reason], ...]} with exactly one of the two null. Either may be
-{"failure": text} instead. User code runs in the main thread, so that it may use signals.
+{"arguments": [...]} for the function: {"answers": [[value, reason, parts, final], ...]}; value is null or reason is
+"", and `final` says whether asking again would be of no use. Either may be {"failure": text} instead. User code runs
+in the main thread, so that it may use signals.
 """
 
 import json
@@ -23,6 +24,7 @@ from threading import Thread
 from typing import Any
 
 from raylign.errors import ScorerError
+from raylign.records import Score
 from raylign.scoring.base import RETURNED_NONE
 from raylign.scoring.resolve import require_file_inside, require_inside, resolve, source_of
 from raylign.scoring.roots import trusted_roots
@@ -30,7 +32,7 @@ from raylign.text import escape_control
 
 REASON_LENGTH = 300
 
-Answer = tuple[float | None, str | None]
+Answer = tuple[float | None, str, dict[str, float], bool]
 
 
 def serve(spec: str, channel: "Connection[Any, Any]", *, confined: bool) -> None:
@@ -49,7 +51,7 @@ def serve(spec: str, channel: "Connection[Any, Any]", *, confined: bool) -> None
         while True:
             request = requests.get()
             with _reporting(channel):
-                result = function(request["prompts"], request["completions"])
+                result = function(*request["arguments"])
                 _send(channel, {"answers": [_answer(value) for value in _as_list(result)]})
 
 
@@ -84,12 +86,20 @@ def _as_list(result: object) -> Sequence[object]:
 
 
 def _answer(value: object) -> Answer:
+    if isinstance(value, Score):
+        return _answer_of(value)
     if value is None:
-        return None, RETURNED_NONE
+        return None, RETURNED_NONE, {}, True
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None, f"returned {_shortened(repr(value))}, not a number"
+        return None, f"returned {_shortened(repr(value))}, not a number", {}, False
     number = float(value)
-    return (number, None) if math.isfinite(number) else (None, f"returned {number}")
+    return (number, "", {}, True) if math.isfinite(number) else (None, f"returned {number}", {}, False)
+
+
+def _answer_of(score: Score) -> Answer:
+    value, usual, _, final = _answer(score.value)
+    reason = _shortened(score.reason) if score.value is None and score.reason else usual
+    return value, reason, {str(name): float(part) for name, part in score.parts.items()}, final
 
 
 def _send(channel: "Connection[Any, Any]", reply: dict[str, Any]) -> None:

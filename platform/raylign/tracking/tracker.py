@@ -81,6 +81,7 @@ class Tracker:
                 "sync": dict(report.sync),
                 "evaluation": _measured(report.evaluation),
                 "seconds": dict(report.seconds),
+                "scoring": dict(report.scoring),
             },
         )
 

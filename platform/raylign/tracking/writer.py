@@ -191,6 +191,7 @@ class MlflowWriter:
             **_prefixed("eval", payload["evaluation"]),
             **_prefixed("counts", payload["counts"]),
             **_prefixed("sync", payload["sync"]),
+            **_prefixed("scoring", payload.get("scoring", {})),
             "policy_version": payload["policy_version"],
         }
         self._log(round_state.run_id, event, index, measured)

@@ -92,13 +92,13 @@ def candidate_logps(batch: PreferenceBatch, scores: CompletionScores) -> Candida
     lengths = batch.lengths.flatten()[batch.places]
     certainty = (tokens.logps.detach() - tokens.log_collisions).detach()
     return CandidateLogps(
-        policy=_placed(batch, scores.logps),
+        policy=placed(batch, scores.logps),
         reference=batch.reference,
         lengths=batch.lengths,
         scores=batch.scores,
         mask=batch.mask,
-        entropies=_placed(batch, _per_completion(tokens.entropies, scores) / lengths),
-        certainty=_placed(batch, _per_completion(certainty, scores) / lengths),
+        entropies=placed(batch, _per_completion(tokens.entropies, scores) / lengths),
+        certainty=placed(batch, _per_completion(certainty, scores) / lengths),
         from_reference=batch.from_reference,
     )
 
@@ -107,7 +107,8 @@ def _per_completion(values: Tensor, scores: CompletionScores) -> Tensor:
     return torch.zeros_like(scores.logps.detach()).index_add(0, scores.owners, values)
 
 
-def _placed(batch: PreferenceBatch, values: Tensor) -> Tensor:
+def placed(batch: PreferenceBatch, values: Tensor) -> Tensor:
+    """Values [C] of the candidates as [G, K], 0 where there is none."""
     grid = torch.zeros(batch.mask.numel(), device=values.device, dtype=values.dtype)
     return grid.index_put((batch.places,), values).view(batch.mask.shape)
 

@@ -1,13 +1,42 @@
 """Who scores the candidates, in one union on `type`."""
 
-from typing import Annotated
-
-from pydantic import Field
-
+from raylign.config.scoring.composition import (
+    MEAN,
+    STD,
+    Composition,
+    CompositionBlock,
+    EnsembleBlock,
+    GateScoringBlock,
+    LeafBlock,
+    MeanStdScoringBlock,
+    MinScoringBlock,
+    ScoringBlock,
+    ScoringUnion,
+    WeightedScoringBlock,
+    leaves,
+)
 from raylign.config.scoring.function import FunctionScoringBlock
+from raylign.config.scoring.http_service import HttpScoringBlock
 from raylign.config.scoring.judge import JudgeScoringBlock
+from raylign.config.scoring.verifier import ANSWER, VerifierScoringBlock
 
-ScoringBlock = FunctionScoringBlock | JudgeScoringBlock
-ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
-
-__all__ = ["FunctionScoringBlock", "JudgeScoringBlock", "ScoringBlock", "ScoringUnion"]
+__all__ = [
+    "ANSWER",
+    "MEAN",
+    "STD",
+    "Composition",
+    "CompositionBlock",
+    "EnsembleBlock",
+    "FunctionScoringBlock",
+    "GateScoringBlock",
+    "HttpScoringBlock",
+    "JudgeScoringBlock",
+    "LeafBlock",
+    "MeanStdScoringBlock",
+    "MinScoringBlock",
+    "ScoringBlock",
+    "ScoringUnion",
+    "VerifierScoringBlock",
+    "WeightedScoringBlock",
+    "leaves",
+]

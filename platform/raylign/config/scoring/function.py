@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
+from raylign.config.scoring.cache import CacheOption
 
 
 class FunctionScoringBlock(Block):
@@ -22,3 +23,5 @@ class FunctionScoringBlock(Block):
     """Deadline per item in seconds; an item past it is unscored."""
     max_unscored: Fraction = 0.2
     """The round stops when more than this share of candidates is unscored."""
+    cache: CacheOption = "run"
+    """Keeps scores by conversation, completion and file of the function: `run`, a path that runs may share, or null."""

@@ -1,14 +1,21 @@
 """Scores from a language model that judges."""
 
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-
-_VARIABLE_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.remote import VariableName, checked_address
 
 
 class JudgeScoringBlock(Block):
@@ -23,7 +30,7 @@ class JudgeScoringBlock(Block):
     """Address of the server up to and with `/v1`; no credentials in it."""
     model: str = Field(min_length=1)
     """Name of the judge as the server knows it."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: VariableName = "OPENAI_API_KEY"
     """Environment variable with the key, on the scorer's node; without that variable no key is sent."""
     criterion: str = Field(
         "The better answer does what the conversation asks for, and is correct, complete, clear and to the point.",
@@ -44,34 +51,25 @@ class JudgeScoringBlock(Block):
     """Completions per call; those of one prompt stay together, even where they are more."""
     max_unscored: Fraction = 0.2
     """The round stops when more than this share of candidates is unscored."""
+    price_in: NonNegativeFloat | None = None
+    """US dollars per million tokens asked; with `price_out` it gives `cost_usd`."""
+    price_out: NonNegativeFloat | None = None
+    """US dollars per million tokens answered."""
+    cache: CacheOption = "run"
+    """Keeps the scores of a prompt's candidates: `run`, a path that runs may share, or null.
+
+    Above temperature 0 the first verdicts stay.
+    """
 
     @field_validator("base_url")
     @classmethod
     def base_url_is_an_address_without_credentials(cls, base_url: str) -> str:
-        if "@" in base_url or "?" in base_url or "#" in base_url:
+        return checked_address(base_url, "/v1", "http://127.0.0.1:8000/v1")
+
+    @model_validator(mode="after")
+    def a_cost_needs_both_prices(self) -> Self:
+        if (self.price_in is None) != (self.price_out is None):
             raise ValueError(
-                "an address with credentials or a query would be saved with the run; end it at /v1 and put the key in "
-                "the environment variable that scoring.api_key_env names"
+                f"price_in={self.price_in} and price_out={self.price_out} give no cost; set both, or neither"
             )
-        if not base_url.isprintable() or " " in base_url or not _is_http(base_url):
-            raise ValueError(f"{base_url!r} is not http(s)://host[:port]/path, for example http://127.0.0.1:8000/v1")
-        return base_url
-
-    @field_validator("api_key_env")
-    @classmethod
-    def api_key_env_is_the_name_of_a_variable(cls, name: str) -> str:
-        if not name or name[0].isdigit() or not set(name) <= _VARIABLE_CHARACTERS:
-            # The value may be the key itself.
-            raise ValueError(
-                "not the name of an environment variable (capital letters, digits, underscores); put the key in a "
-                "variable and its name here"
-            )
-        return name
-
-
-def _is_http(address: str) -> bool:
-    try:
-        parts = urlsplit(address)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+        return self

@@ -1,0 +1,146 @@
+"""Scorers made of named scorers, and the union of everything that can score."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from raylign.config.base import Block
+from raylign.config.blocks import Fraction
+from raylign.config.scoring.function import FunctionScoringBlock
+from raylign.config.scoring.http_service import HttpScoringBlock
+from raylign.config.scoring.judge import JudgeScoringBlock
+from raylign.config.scoring.verifier import VerifierScoringBlock
+
+MEAN, STD = "mean", "std"
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{name!r} is no name of a scorer; take small letters, digits and underscores")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class CompositionBlock(Block):
+    """What compositions share. A candidate that a member leaves unscored is unscored, with the member's reason."""
+
+    place: ClassVar[str] = "scorers."
+    """What stands before a member's name in the config."""
+    max_unscored: Fraction = 0.2
+    """The round stops when more than this share of candidates is unscored by the whole."""
+
+    @property
+    def members(self) -> "Mapping[str, ScoringBlock]":
+        """Scorers by name."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def max_unscored_is_of_the_whole(self) -> Self:
+        for name, member in self.members.items():
+            default = type(member).model_fields["max_unscored"].default
+            if member.max_unscored not in (default, self.max_unscored):
+                raise ValueError(
+                    f"{self.place}{name}.max_unscored={member.max_unscored:g} would say nothing: the limit is of the "
+                    "whole; set scoring.max_unscored"
+                )
+        return self
+
+
+class EnsembleBlock(CompositionBlock):
+    """A composition of equals."""
+
+    scorers: "Mapping[Name, ScoringUnion]" = Field(min_length=1)
+    """The members by name. Their values go into `parts` under the name, their own parts under `name/part`."""
+
+    @property
+    def members(self) -> "Mapping[str, ScoringBlock]":
+        return self.scorers
+
+
+class WeightedScoringBlock(EnsembleBlock):
+    """sum_i weights_i value_i. The members' scales are as they are: the weights must bring them together."""
+
+    type: Literal["weighted"] = "weighted"
+    weights: Mapping[str, float]
+    """One number per scorer; below 0 is a penalty."""
+
+    @model_validator(mode="after")
+    def every_scorer_has_its_weight(self) -> Self:
+        if set(self.weights) != set(self.scorers):
+            raise ValueError(
+                f"weights are of {_listed(self.weights)}, scorers are {_listed(self.scorers)}; "
+                "give one weight per scorer"
+            )
+        return self
+
+
+class MinScoringBlock(EnsembleBlock):
+    """min_i value_i: worst-case optimisation over an ensemble (Coste et al. 2024, arXiv 2310.02743)."""
+
+    type: Literal["min"] = "min"
+
+
+class MeanStdScoringBlock(EnsembleBlock):
+    """mean_i value_i + std_coefficient std_i value_i, with the population standard deviation over the members.
+
+    Below 0 it is cautious where members disagree, a lower confidence bound; above 0 it explores. `parts` keeps `mean`
+    and `std`, the uncertainty.
+    """
+
+    type: Literal["mean_std"] = "mean_std"
+    std_coefficient: float = -1.0
+    """What one standard deviation adds."""
+
+    @model_validator(mode="after")
+    def members_can_disagree(self) -> Self:
+        if len(self.scorers) < 2:
+            raise ValueError(f"scorers={_listed(self.scorers)} cannot disagree; name two at least")
+        if taken := self.scorers.keys() & {MEAN, STD}:
+            raise ValueError(f"scorers={_listed(taken)} would hide the part of that name; name them otherwise")
+        return self
+
+
+class GateScoringBlock(CompositionBlock):
+    """`score` decides where `gate` is at least `threshold`; elsewhere the value is `otherwise`, without asking `score`.
+
+    Say, correct first, then good. A gate that leaves a candidate unscored leaves it unscored.
+    """
+
+    place: ClassVar[str] = ""
+    type: Literal["gate"] = "gate"
+    gate: "ScoringUnion"
+    """Must be passed first."""
+    score: "ScoringUnion"
+    """Its value counts behind the gate; a judge compares only candidates that have passed."""
+    threshold: float = 1.0
+    """The least value of `gate` that opens it."""
+    otherwise: float = -1.0
+    """The score before a closed gate; take one that `score` stays above."""
+
+    @property
+    def members(self) -> "Mapping[str, ScoringBlock]":
+        return {"gate": self.gate, "score": self.score}
+
+
+LeafBlock = FunctionScoringBlock | JudgeScoringBlock | VerifierScoringBlock | HttpScoringBlock
+Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock
+ScoringBlock = LeafBlock | Composition
+ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
+
+for _block in (EnsembleBlock, WeightedScoringBlock, MinScoringBlock, MeanStdScoringBlock, GateScoringBlock):
+    _block.model_rebuild()
+
+
+def leaves(block: ScoringBlock) -> list[LeafBlock]:
+    """The scorers that are no compositions, in the config's order."""
+    if not isinstance(block, CompositionBlock):
+        return [block]
+    return [leaf for member in block.members.values() for leaf in leaves(member)]
+
+
+def _listed(names: "Mapping[str, object] | set[str]") -> str:
+    return ", ".join(sorted(names)) or "none"

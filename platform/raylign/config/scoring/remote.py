@@ -1,0 +1,41 @@
+"""Options of scorers behind an address."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
+
+_VARIABLE_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
+
+def _variable_name(name: str) -> str:
+    if not name or name[0].isdigit() or not set(name) <= _VARIABLE_CHARACTERS:
+        # The value may be the key itself.
+        raise ValueError(
+            "not the name of an environment variable (capital letters, digits, underscores); put the key in a "
+            "variable and its name here"
+        )
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+
+
+def checked_address(address: str, ending: str, example: str) -> str:
+    """`address` if it is http(s) without credentials, which would be saved with the run. Raises ValueError."""
+    if "@" in address or "?" in address or "#" in address:
+        raise ValueError(
+            f"an address with credentials or a query would be saved with the run; end it at {ending} and put the key "
+            "in the environment variable that scoring.api_key_env names"
+        )
+    if not address.isprintable() or " " in address or not _is_http(address):
+        raise ValueError(f"{address!r} is not http(s)://host[:port]/path, for example {example}")
+    return address
+
+
+def _is_http(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False

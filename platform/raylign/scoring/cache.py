@@ -1,0 +1,155 @@
+"""Scores on disk, so that nothing is judged twice. One SQLite file, which processes may share."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+from raylign.errors import ScorerError
+from raylign.records import Score
+from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.groups import Group, apart, groups
+from raylign.scoring.usage import Usage
+
+log = logging.getLogger(__name__)
+CACHE_NAME = "scores.sqlite"
+DAMAGED = ".damaged"
+_BUSY_S = 60.0
+_KEYS_PER_QUERY = 500
+_TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL, parts TEXT NOT NULL)"
+T = TypeVar("T")
+
+
+class ScoreCache:
+    """Scores by key. A file that is damaged is set aside, with a warning, and another one is begun.
+
+    Every call opens the file anew, so that processes and threads may share it. Not for folders that several machines
+    write at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ScorerError when the file cannot be made or opened."""
+        self._path = path
+        self.get([b""])
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Score]:
+        """The scores that are there."""
+        return self._safely(lambda connection: _read(connection, keys))
+
+    def put(self, scores: Mapping[bytes, Score]) -> None:
+        """Keep scores, all of which have a value; those that are there already stay."""
+        rows = [(key, score.value, json.dumps(dict(score.parts))) for key, score in scores.items()]
+        self._safely(lambda connection: _write(connection, rows))
+
+    def _safely(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            try:
+                return self._connected(work)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                self._set_aside(error)
+                return self._connected(work)
+        except (sqlite3.OperationalError, OSError) as error:
+            raise ScorerError(
+                f"the scores in {self._path} cannot be read or written ({error}); free the disk, name another file in "
+                "the scorer's cache option, or set that to null"
+            ) from error
+
+    def _connected(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self._path, timeout=_BUSY_S)) as connection, connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(_TABLE)
+            return work(connection)
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        aside = self._path.with_name(f"{self._path.name}{DAMAGED}")
+        log.warning("%s is damaged (%s) and set aside as %s; its scores are asked for again", self._path, error, aside)
+        os.replace(self._path, aside)
+        for ending in ("-wal", "-shm"):
+            self._path.with_name(f"{self._path.name}{ending}").unlink(missing_ok=True)
+
+
+def _read(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Score]:
+    found: dict[bytes, Score] = {}
+    for start in range(0, len(keys), _KEYS_PER_QUERY):
+        some = keys[start : start + _KEYS_PER_QUERY]
+        query = f"SELECT key, value, parts FROM scores WHERE key IN ({', '.join('?' * len(some))})"
+        found |= {key: Score(value, json.loads(parts)) for key, value, parts in connection.execute(query, some)}
+    return found
+
+
+def _write(connection: sqlite3.Connection, rows: Iterable[tuple[bytes, float | None, str]]) -> None:
+    connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+
+
+class CachedScorer:
+    """Asks `scorer` only about what `cache` does not have; keeps what is scored, never what is not.
+
+    A key is the sha256 of the scorer's identity, the prompt's messages, the completion and what else the score
+    depends on. Where candidates are judged beside each other (`grouped`) it also has all completions of the group, and
+    a group is asked about as a whole unless all of it is there.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        cache: ScoreCache,
+        identity: str,
+        usage: Usage,
+        *,
+        grouped: bool,
+        context: Callable[[ScoringItem], object],
+    ) -> None:
+        self._scorer, self._cache, self._identity, self._usage = scorer, cache, identity, usage
+        self._grouped, self._context = grouped, context
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order; items from the cache count as scored."""
+        units = groups(items) if self._grouped else [[item] for item in items]
+        keys = [self._keys(unit) for unit in units]
+        known = self._cache.get([key for unit in keys for key in unit])
+        scores = [[known[key] for key in unit] if known.keys() >= set(unit) else [] for unit in keys]
+        asked = [place for place, found in enumerate(scores) if not found]
+        kept: dict[bytes, Score] = {}
+        for place, found in zip(asked, self._ask([units[place] for place in asked], allowed), strict=True):
+            scores[place] = found
+            if all(_can_be_kept(score) for score in found):
+                kept |= zip(keys[place], found, strict=True)
+        if kept:
+            self._cache.put(kept)
+        self._usage.cache_hits += len(items) - sum(len(units[place]) for place in asked)
+        return [score for found in scores for score in found]
+
+    def _ask(self, units: Sequence[Group], allowed: int | None) -> list[list[Score]]:
+        found: list[list[Score]] = []
+        left = allowed
+        for run in apart(units) if self._grouped else [units] * bool(units):
+            scores = iter(self._scorer.score([item for unit in run for item in unit], left))
+            found += [[next(scores) for _ in unit] for unit in run]
+            if left is not None:
+                left -= sum(score.value is None for unit in found[-len(run) :] for score in unit)
+        return found
+
+    def _keys(self, unit: Group) -> list[bytes]:
+        beside = sorted(item.completion for item in unit) if self._grouped else []
+        return [
+            _key(self._identity, [dict(m) for m in item.prompt.messages], item.completion, beside, self._context(item))
+            for item in unit
+        ]
+
+
+def _key(*facts: object) -> bytes:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).digest()
+
+
+def _can_be_kept(score: Score) -> bool:
+    return score.value is not None and math.isfinite(score.value)

@@ -1,0 +1,189 @@
+"""Scorers made of scorers."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import fmean, pstdev
+
+from raylign.config.scoring import (
+    MEAN,
+    STD,
+    Composition,
+    EnsembleBlock,
+    GateScoringBlock,
+    MeanStdScoringBlock,
+    MinScoringBlock,
+    WeightedScoringBlock,
+)
+from raylign.errors import ScorerError
+from raylign.records import Score
+from raylign.scoring.base import Scorer, ScoringItem, most_unscored, skipped
+from raylign.scoring.groups import apart, groups
+
+
+class EnsembleScorer(ABC):
+    """Asks every member about every item. An item that one of them leaves unscored is unscored, with its reason.
+
+    `parts` has the members' values by name, and their own parts as `name/part`.
+    """
+
+    def __init__(self, block: EnsembleBlock, scorers: Mapping[str, Scorer]) -> None:
+        self._limit, self._scorers, self._place = block.max_unscored, scorers, block.place
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. A member is not asked once others left more than `allowed` unscored."""
+        most = most_unscored(len(items), self._limit) if allowed is None else allowed
+        by_member: dict[str, list[Score]] = {}
+        lost = [False] * len(items)
+        for name, scorer in self._scorers.items():
+            if sum(lost) > most:
+                by_member[name] = [skipped(self._limit)] * len(items)
+                break
+            with named(f"{self._place}{name}"):
+                by_member[name] = scorer.score(items, most)
+            lost = [gone or score.value is None for gone, score in zip(lost, by_member[name], strict=True)]
+        columns = zip(*by_member.values(), strict=True)
+        return [self._join(dict(zip(by_member, column, strict=True))) for column in columns]
+
+    def _join(self, scores: Mapping[str, Score]) -> Score:
+        for name, score in scores.items():
+            if score.value is None:
+                return Score(None, parts_of(scores), f"{name}: {score.reason}")
+        values = {name: score.value for name, score in scores.items() if score.value is not None}
+        value, own = self.value_of(values)
+        if not math.isfinite(value):
+            return Score(None, parts_of(scores), f"the members' values come to {value}")
+        return Score(value, {**parts_of(scores), **own})
+
+    @abstractmethod
+    def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+        """The value of the whole from the members' values, and parts of its own."""
+
+
+class WeightedScorer(EnsembleScorer):
+    """The weighted sum."""
+
+    def __init__(self, block: WeightedScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+        super().__init__(block, scorers)
+        self._weights = block.weights
+
+    def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+        return sum(self._weights[name] * value for name, value in values.items()), {}
+
+
+class MinScorer(EnsembleScorer):
+    """The worst value (Coste et al. 2024, arXiv 2310.02743, worst-case optimisation)."""
+
+    def __init__(self, block: MinScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+        super().__init__(block, scorers)
+
+    def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+        return min(values.values()), {}
+
+
+class MeanStdScorer(EnsembleScorer):
+    """The mean and so many population standard deviations; both are kept in `parts`."""
+
+    def __init__(self, block: MeanStdScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+        super().__init__(block, scorers)
+        self._coefficient = block.std_coefficient
+
+    def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+        mean, std = fmean(values.values()), pstdev(values.values())
+        return mean + self._coefficient * std, {MEAN: mean, STD: std}
+
+
+class GateScorer:
+    """One scorer's value where another one's is at least a threshold, a constant elsewhere; `score` is not asked there.
+
+    An item that the gate leaves unscored is unscored.
+    """
+
+    def __init__(self, block: GateScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+        self._block, self._gate, self._score = block, scorers["gate"], scorers["score"]
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops asking once more than `allowed` are unscored."""
+        most = most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed
+        with named("gate"):
+            gates = self._gate.score(items, most)
+        left = most - sum(gate.value is None for gate in gates)
+        behind = iter(self._behind(items, gates, left))
+        return [self._join(gate, behind) for gate in gates]
+
+    def _behind(self, items: Sequence[ScoringItem], gates: Sequence[Score], allowed: int) -> list[Score]:
+        """Scores of the items that have passed, which keep to their own groups."""
+        passed = iter([self._is_open(gate) for gate in gates])
+        kept = [[item for item in group if next(passed)] for group in groups(items)]
+        found: list[Score] = []
+        for run in apart(group for group in kept if group):
+            asked = [item for group in run for item in group]
+            if allowed < 0:
+                found += [skipped(self._block.max_unscored)] * len(asked)
+                continue
+            with named("score"):
+                scores = self._score.score(asked, allowed)
+            allowed -= sum(score.value is None for score in scores)
+            found += scores
+        return found
+
+    def _join(self, gate: Score, behind: Iterator[Score]) -> Score:
+        if gate.value is None:
+            return Score(None, parts_of({"gate": gate}), f"gate: {gate.reason}")
+        if not self._is_open(gate):
+            return Score(self._block.otherwise, parts_of({"gate": gate}))
+        score = next(behind)
+        return Score(
+            score.value,
+            parts_of({"gate": gate, "score": score}),
+            f"score: {score.reason}" if score.value is None else "",
+        )
+
+    def _is_open(self, gate: Score) -> bool:
+        return gate.value is not None and gate.value >= self._block.threshold
+
+
+def composed(block: Composition, scorers: Mapping[str, Scorer]) -> Scorer:
+    """The scorer of a composition, from the scorers of its members."""
+    match block:
+        case WeightedScoringBlock():
+            return WeightedScorer(block, scorers)
+        case MinScoringBlock():
+            return MinScorer(block, scorers)
+        case MeanStdScoringBlock():
+            return MeanStdScorer(block, scorers)
+        case GateScoringBlock():
+            return GateScorer(block, scorers)
+
+
+def parts_of(scores: Mapping[str, Score]) -> dict[str, float]:
+    """Values by name, and the parts below them."""
+    found: dict[str, float] = {}
+    for name, score in scores.items():
+        if score.value is not None:
+            found[name] = score.value
+        found |= {f"{name}/{part}": value for part, value in score.parts.items()}
+    return found
+
+
+class MemberError(ScorerError):
+    """A ScorerError of a member, whose place in the config is below `scoring`."""
+
+    def __init__(self, place: str, cause: str) -> None:
+        super().__init__(place, cause)
+        self.place, self.cause = place, cause
+
+    def __str__(self) -> str:
+        return f"scoring.{self.place}: {self.cause}"
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Say of which member a ScorerError is. Raises MemberError."""
+    try:
+        yield
+    except MemberError as error:
+        raise MemberError(f"{place}.{error.place}", error.cause) from error
+    except ScorerError as error:
+        raise MemberError(place, str(error)) from error

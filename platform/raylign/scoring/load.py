@@ -1,0 +1,122 @@
+"""From a config block to a scorer that keeps scores on disk and knows what it took."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from raylign.config.scoring import (
+    CompositionBlock,
+    FunctionScoringBlock,
+    HttpScoringBlock,
+    JudgeScoringBlock,
+    LeafBlock,
+    ScoringBlock,
+    VerifierScoringBlock,
+)
+from raylign.records import Score
+from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.cache import CachedScorer, ScoreCache
+from raylign.scoring.composition import composed, named
+from raylign.scoring.function import FunctionScorer
+from raylign.scoring.http_service import HttpScorer, label_of
+from raylign.scoring.identity import identity
+from raylign.scoring.judge import JudgeScorer
+from raylign.scoring.usage import MeasuredScorer, Usage, Usages
+from raylign.scoring.verifier import VerifierScorer, reference_of
+
+
+class LoadedScorer:
+    """Any scorer, and what it took since it was asked last. Made by `load_scorer`."""
+
+    def __init__(self, scorer: Scorer, usages: dict[str, Usage], ending: ExitStack) -> None:
+        self._scorer, self._usages, self._ending = scorer, usages, ending
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order; see `Scorer`."""
+        return self._scorer.score(items, allowed)
+
+    def take_usage(self) -> Usages:
+        """What was taken since the last time, by scorer."""
+        taken = {name: Usage() for name in self._usages}
+        for name, usage in self._usages.items():
+            taken[name].add(usage)
+            usage.clear()
+        return taken
+
+    def close(self) -> None:
+        """End the processes of scorers that have one."""
+        self._ending.close()
+
+
+def load_scorer(block: ScoringBlock, run_cache: Path) -> LoadedScorer:
+    """The scorer that `block` describes. `run_cache` is the file for scores whose `cache` option is `run`.
+
+    Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot be sent, cache cannot
+    be opened.
+    """
+    loading = _Loading(run_cache, block.max_unscored)
+    with loading.ending:
+        scorer = loading.scorer(block, ())
+        return LoadedScorer(scorer, loading.usages, loading.ending.pop_all())
+
+
+class _Loading:
+    """Loads one tree of scorers."""
+
+    def __init__(self, run_cache: Path, max_unscored: float) -> None:
+        self.usages: dict[str, Usage] = {}
+        self.ending = ExitStack()
+        self._run_cache, self._max_unscored = run_cache, max_unscored
+
+    def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
+        # The limit is of the whole.
+        block = block.model_copy(update={"max_unscored": self._max_unscored})
+        if isinstance(block, CompositionBlock):
+            return composed(block, dict(self._members(block, names)))
+        return self._leaf(block, self.usages.setdefault("/".join(names) or block.type, Usage()))
+
+    def _members(self, block: CompositionBlock, names: tuple[str, ...]) -> Iterator[tuple[str, Scorer]]:
+        for name, member in block.members.items():
+            with named(f"{block.place}{name}"):
+                yield name, self.scorer(member, (*names, name))
+
+    def _leaf(self, block: LeafBlock, usage: Usage) -> Scorer:
+        match block:
+            case FunctionScoringBlock():
+                function = FunctionScorer(block)
+                self.ending.callback(function.close)
+                files = [function.file] if function.file.is_file() else []
+                return self._cached(block, MeasuredScorer(function, usage), usage, files=files)
+            case VerifierScoringBlock():
+                verifier = VerifierScorer(block)
+                self.ending.callback(verifier.close)
+                return self._cached(
+                    block, MeasuredScorer(verifier, usage), usage, context=lambda item: reference_of(item.prompt, block)
+                )
+            case JudgeScoringBlock():
+                judge = JudgeScorer(block)
+                return self._cached(block, MeasuredScorer(judge, usage, judge.amounts), usage, grouped=True)
+            case HttpScoringBlock():
+                service = HttpScorer(block)
+                return self._cached(
+                    block,
+                    MeasuredScorer(service, usage, service.amounts),
+                    usage,
+                    files=[] if block.chat_template is None else [block.chat_template],
+                    context=lambda item: label_of(item, block),
+                )
+
+    def _cached(
+        self,
+        block: LeafBlock,
+        scorer: Scorer,
+        usage: Usage,
+        *,
+        files: Sequence[Path] = (),
+        grouped: bool = False,
+        context: Callable[[ScoringItem], object] = lambda item: None,
+    ) -> Scorer:
+        if block.cache is None:
+            return scorer
+        file = self._run_cache if block.cache == "run" else Path(block.cache)
+        return CachedScorer(scorer, ScoreCache(file), identity(block, files), usage, grouped=grouped, context=context)
