@@ -313,8 +313,8 @@ class _TrainerRank:
             self._engine.set_gradient_accumulation_boundary(number == len(mine) - 1)
             batch = self._batch([preferences[index] for index in micro.indices], micro)
             loss, own = self._learner.measure(self._engine, batch, self._state)
-            # Ranks are averaged by DeepSpeed, so world / count makes every preference weigh 1 / count of the step.
-            total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
+            # Ranks are averaged by DeepSpeed, so world / count makes a preference of weight 1 count 1 / count.
+            total = (loss.losses * batch.loss_weights).sum() * self._spec.trainer.ranks / step.count
             # A loss that is not finite makes every gradient so: all ranks then leave the step out.
             self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), scale_wrt_gas=False)
             totals.append(own)

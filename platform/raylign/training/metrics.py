@@ -38,7 +38,7 @@ def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> 
     ]
     of_tokens = weights[group][scores.owners]
     of_chosen, of_rejected = of_tokens * chosen[scores.owners], (pairs[group] * rejected)[scores.owners]
-    totals = [(value * weights).sum() for value in (loss.losses.detach(), logps[chosen])]
+    totals = [(loss.losses.detach() * batch.loss_weights).sum(), (logps[chosen] * weights).sum()]
     totals += [(value * pairs).sum() for value in per_pair]
     totals += [(tokens.entropies.detach() * of_tokens).sum(), (tokens.correct * of_tokens).sum()]
     totals += [(tokens.mean_logits * of_chosen).sum(), (tokens.mean_logits * of_rejected).sum()]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class PreferenceBatch:
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
     `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates,
     `from_reference` [G, K] on samples of the reference.
-    `weights` [G] is 1 for a real preference, 0 for a filler. `token_weights` [N] scale tokens, 1 when None.
+    `weights` [G] is 1 for a real preference, 0 for a filler; `loss_weights` [G] is what each one's loss counts, the
+    mean of `Preference.weights`, and 0 for a filler. `token_weights` [N] scale tokens, 1 when None.
     `num_tokens` counts prompts once per candidate, as TRL does, and fillers not at all.
     """
 
@@ -32,6 +34,7 @@ class PreferenceBatch:
     mask: Tensor
     from_reference: Tensor
     weights: Tensor
+    loss_weights: Tensor
     token_weights: Tensor | None
     num_tokens: int
 
@@ -63,6 +66,7 @@ def preference_batch(
             [[c.policy_version == reference_version for c in p.candidates] for p in preferences], size
         ).bool(),
         weights=torch.tensor(weights),
+        loss_weights=torch.tensor([w * fmean(p.weights) for w, p in zip(weights, preferences, strict=True)]),
         token_weights=None if tail_weight == 1.0 else torch.cat([_tail_weights(p, tail_weight) for p in preferences]),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
@@ -80,7 +84,7 @@ def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:
 
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The same batch on `device`."""
-    names = ("places", "reference", "lengths", "scores", "mask", "from_reference", "weights")
+    names = ("places", "reference", "lengths", "scores", "mask", "from_reference", "weights", "loss_weights")
     moved = {name: getattr(batch, name).to(device) for name in names}
     token_weights = None if batch.token_weights is None else batch.token_weights.to(device)
     return replace(batch, tokens=batch.tokens.to(device), token_weights=token_weights, **moved)
