@@ -23,7 +23,8 @@ from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
-from raylign.sampling import Decoding, prompt_seed
+from raylign.reference_samples import reference_version
+from raylign.sampling import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
@@ -49,13 +50,16 @@ class FakeEngine:
         if self._paused or version != self.label_now:
             raise GeneratorError(f"version {version} asked of an engine that serves {self.label_now}")
         self._events.append(f"sample {prompt.id}")
-        texts = [f"{'good ' * (index + self.weights)}end" for index in range(decoding.num_generations)]
-        return [self._candidate(prompt, index, text, seed + index) for index, text in enumerate(texts)]
+        own = decoding.num_generations - decoding.reference_generations
+        weights = (self.weights,) * own + (0,) * decoding.reference_generations
+        versions = policy_versions(decoding, version)
+        return [self._candidate(prompt, index, of, versions[index], seed + index) for index, of in enumerate(weights)]
 
-    def _candidate(self, prompt: Prompt, index: int, text: str, seed: int) -> Candidate:
+    def _candidate(self, prompt: Prompt, index: int, weights: int, version: int, seed: int) -> Candidate:
+        text = f"{'good ' * (index + weights)}end"
         token_ids = tuple(len(word) for word in text.split())
-        logprobs = (token_logp(self.weights),) * len(token_ids)
-        return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", self.label_now, seed)
+        logprobs = (token_logp(weights),) * len(token_ids)
+        return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", version, seed)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [token_logp(self.weights)] * (len(token_ids) - 1)
@@ -243,6 +247,7 @@ class FakeTrainers(SupervisedTrainers):
 
     def _loss_of(self, preference: Preference) -> float:
         policy = torch.tensor([_logps(preference, self.version)])
+        version = reference_version(self._reference, self.version)
         logps = CandidateLogps(
             policy=policy,
             reference=torch.tensor([preference.reference_logps]),
@@ -251,6 +256,7 @@ class FakeTrainers(SupervisedTrainers):
             mask=torch.ones_like(policy, dtype=torch.bool),
             entropies=torch.zeros_like(policy),
             certainty=torch.zeros_like(policy),
+            from_reference=torch.tensor([[candidate.policy_version == version for candidate in preference.candidates]]),
         )
         return preference_loss(logps, self._config.loss, LossState()).losses.item()
 
