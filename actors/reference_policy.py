@@ -178,3 +178,15 @@ def pace(block: ReferenceBlock) -> Pace | None:
             return Pace(block.alpha, 1)
         case _:
             return None
+
+
+def adapter_reference(block: ReferenceBlock, policy: PeftModel, module: nn.Module, access: Access) -> ReferencePolicy:
+    """The reference in the policy's own base, `module` wrapping the policy."""
+    follows = pace(block)
+    return DisabledAdapter(policy, module) if follows is None else FollowingAdapter(policy, module, follows, access)
+
+
+def copied_reference(block: ReferenceBlock, copy: nn.Module, policy: nn.Module, storage: Storage) -> ReferencePolicy:
+    """The reference in a second model; `copy` and `policy` are alike."""
+    follows = pace(block)
+    return FrozenCopy(copy) if follows is None else FollowingCopy(copy, policy, follows, storage)

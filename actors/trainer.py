@@ -3,8 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,8 +22,10 @@ from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
 from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, training_engine
 from actors.host_memory import keep_freed_memory, memory_errors
-from actors.process_group import gathered, join_group
-from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, ReferencePolicy, pace
+from actors.model_files import drain, write_adapter, write_weights
+from actors.process_group import join_group
+from actors.reference_policy import ReferencePolicy, adapter_reference, copied_reference
+from actors.sharding import Sharding
 from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
     EngineState,
@@ -38,36 +39,35 @@ from actors.trainer_state import (
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.checkpoints import Metrics
 from raylign.config.blocks import ModelBlock, TrainerBlock
-from raylign.config.losses import LossBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
-from raylign.errors import TrainerError
-from raylign.files import disk_errors
-from raylign.losses import LossState, next_state, preference_loss
+from raylign.losses import LossState
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
-from raylign.tensor_file import save_tensors
-from raylign.training import metrics
+from raylign.reference_samples import reference_version
+from raylign.training.backbone import inner_model
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
-from raylign.training.logprobs import CompletionLogps, causal_lm
+from raylign.training.learners import Totals, learner_of
+from raylign.training.logprobs import CompletionLogps
 from raylign.training.packing_check import packs_exactly
 from raylign.training.preferences import (
     PreferenceBatch,
-    candidate_logps,
     completions_of,
     preference_batch,
     to_device,
 )
+from raylign.training.reference_logps import require_reference
 from raylign.training.schedule import learning_rate
 from raylign.training.sequences import Completions, Layout, token_batch, token_cost
-from raylign.training.weights import adapter_weights, checkpoint_weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerSpec:
-    """What every rank needs to load the policy. Made by `actors.team` from the config.
+    """What every rank needs to load what it trains. Made by recipes and `actors.team` from the config.
 
+    `loss` says what that is: a policy, or a reward model, which has no reference.
     `reference_folder` is the model of `reference`, which is `folder` unless another checkpoint is named.
     """
 
@@ -76,7 +76,7 @@ class TrainerSpec:
     pad_id: int
     model: ModelBlock
     trainer: TrainerBlock
-    loss: LossBlock
+    loss: TrainerLoss
     reference: ReferenceBlock
     total_steps: int
     seed: int
@@ -96,7 +96,7 @@ class _Round:
 
 
 class _TrainerRank:
-    """Holds the policy, its optimizer state and the reference; constructing it joins the process group."""
+    """Holds the model in training, its optimizer state and the reference; constructing it joins the process group."""
 
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         self._spec, self._rank = spec, rank
@@ -112,22 +112,23 @@ class _TrainerRank:
         join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
         config = deepspeed_config(spec.trainer, spec.model.dtype)
         # transformers shards while loading as long as this object lives.
-        self._zero3 = [HfDeepSpeedConfig(config)] if spec.trainer.zero_stage == 3 else []
-        self._policy = self._load(spec.folder, spec.model)
-        self._engine = training_engine(CompletionLogps(self._policy), config, spec.trainer)
+        self._sharding = Sharding(spec.trainer.zero_stage == 3)
+        self._hf_config = [HfDeepSpeedConfig(config)] if self._sharding.zero3 else []
+        self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
+        self._model = self._checkpointed(self._learner.model)
+        self._engine = training_engine(self._learner.module(), config, spec.trainer)
         self._engine.train()
         self._layout = self._supported_layout()
-        self._references = [self._reference()] if self._needs_reference() else []
+        self._references = self._load_references()
 
-    def _load(self, folder: str, block: ModelBlock) -> PreTrainedModel | PeftModel:
-        model = load_policy(folder, block, self._spec.seed)
+    def _checkpointed(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         if self._spec.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model
 
     def _supported_layout(self) -> Layout:
         wanted = self._spec.trainer.packing
-        config = causal_lm(self._policy).config
+        config = inner_model(self._model).config
         vocabulary, dtype = config.get_text_config().vocab_size, DTYPES[self._spec.model.dtype]
         if wanted == "padded" or packs_exactly(self._engine.module, vocabulary, self._device, dtype):
             return wanted
@@ -138,24 +139,22 @@ class _TrainerRank:
         """How sequences are laid out: trainer.packing, or `padded` where the architecture cannot be packed."""
         return self._layout
 
-    def _needs_reference(self) -> bool:
-        """An adapter's base is a reference at no cost, so that KL can be told even where no loss reads it."""
-        copied = not isinstance(self._policy, PeftModel)
-        return not (copied and isinstance(self._spec.reference, SamplerReferenceBlock | NoReferenceBlock))
-
-    def _reference(self) -> ReferencePolicy:
-        block, module = self._spec.reference, self._engine.module
-        follows = pace(block)
-        if isinstance(self._policy, PeftModel) and not isinstance(block, ModelReferenceBlock):
-            if follows is None:
-                return DisabledAdapter(self._policy, module)
-            return FollowingAdapter(self._policy, module, follows, self._writable)
+    def _load_references(self) -> list[ReferencePolicy]:
+        """None or one. An adapter's base costs nothing, so that KL can be told even where no loss reads it."""
+        block, model, module = self._spec.reference, self._model, self._engine.module
+        if not self._learner.has_reference:
+            return []
+        if isinstance(model, PeftModel) and not isinstance(block, ModelReferenceBlock):
+            return [adapter_reference(block, model, module, self._sharding.writable)]
+        if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
+            return []
         whole = self._spec.model.model_copy(update={"lora": None})
-        copy = self._load(self._spec.reference_folder, whole).requires_grad_(False)
+        copy = self._checkpointed(load_policy(self._spec.reference_folder, whole, self._spec.seed))
+        copy.requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
         frozen: nn.Module = frozen_engine(CompletionLogps(copy), config)
         frozen.eval()
-        return FrozenCopy(frozen) if follows is None else FollowingCopy(frozen, module, follows, self._stored)
+        return [copied_reference(block, frozen, module, self._sharding.stored)]
 
     def ready(self) -> int:
         """The process id, once the group has formed."""
@@ -189,8 +188,9 @@ class _TrainerRank:
             self._followed = rounds_done
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
+        version = reference_version(self._spec.reference, self._followed)
         batch = preference_batch(
-            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight
+            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight, version
         )
         return to_device(batch, self._device)
 
@@ -229,10 +229,42 @@ class _TrainerRank:
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
         """Plan the optimizer steps of a round, of which a checkpoint has done `steps`; returns how many there are."""
+        require_reference(preferences, self._spec.loss)
         self._follow(rounds_done)
         plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
         self._round = _Round(rounds_done + 1, tuple(preferences), plan, list(steps))
         return len(plan)
+
+    def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        """Metrics over all ranks, and loss and rewards of the best and worst candidate of this rank's, by index.
+
+        Nothing that training goes on from is changed.
+        """
+        require_reference(preferences, self._spec.loss)
+        plan = self._plan(preferences, seed=0, epochs=1)
+        state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences))
+        found: dict[int, tuple[float, float, float]] = {}
+        totals: list[Totals] = []
+        self._engine.eval()
+        with torch.no_grad():
+            for micro in (micro for step in plan for micro in self._mine(step)):
+                batch = self._batch([preferences[index] for index in micro.indices], micro)
+                loss, own = self._learner.measure(self._engine.module, batch, state)
+                totals.append(own)
+                columns = (loss.losses.tolist(), loss.chosen_rewards.tolist(), loss.rejected_rewards.tolist())
+                for index, weight, *values in zip(micro.indices, micro.weights, *columns, strict=True):
+                    found |= {index: (values[0], values[1], values[2])} if weight else {}
+        self._engine.train()
+        return self._metrics(totals, tuple(loss.metrics)), found
+
+    def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
+        """Of all ranks; `own` are the names of what the loss logs itself."""
+        sums = torch.stack([total.sums for total in totals]).sum(0).to(self._device)
+        highest = torch.stack([total.highest for total in totals]).amax(0).to(self._device)
+        dist.all_reduce(sums)
+        if highest.numel():
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return dict(self._learner.metrics(Totals(sums.cpu(), highest.cpu()), own))
 
     def train_step(self) -> Metrics:
         """The next optimizer step of the round; TRL's metrics of it, over all ranks.
@@ -256,7 +288,9 @@ class _TrainerRank:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences, step))
+        self._state = replace(
+            self._state, mean_chosen_tokens=_mean_chosen_tokens([preferences[i] for i in step.indices()])
+        )
         report = self._accumulate(preferences, step) | {"learning_rate": rate}
         norm, scale, skipped = gradient_norm(self._engine), loss_scale(self._engine), self._engine.skipped_steps
         if norm is not None and not math.isfinite(norm):
@@ -267,26 +301,24 @@ class _TrainerRank:
             scaling = self._engine.fp16_enabled() and scale > MIN_LOSS_SCALE and math.isfinite(report["loss"])
             return report | {"skipped_steps": 1.0} | ({} if scaling else {"non_finite_steps": 1.0})
         self._steps_done += 1
-        self._state = next_state(self._state, self._spec.loss, report)
+        self._state = self._learner.next_state(self._state, report)
         norm = norm if norm is not None else float(self._engine.get_global_grad_norm())
         return report | {"grad_norm": norm} | ({"skipped_steps": 0.0} if self._engine.fp16_enabled() else {})
 
     def _accumulate(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches; the metrics are those of all ranks."""
         mine = self._mine(step)
-        totals: list[Tensor] = []
+        totals: list[Totals] = []
         for number, micro in enumerate(mine):
             self._engine.set_gradient_accumulation_boundary(number == len(mine) - 1)
             batch = self._batch([preferences[index] for index in micro.indices], micro)
-            scores = self._engine(batch.tokens, batch.token_weights)
-            loss = preference_loss(candidate_logps(batch, scores), self._spec.loss, self._state)
-            # Ranks are averaged by DeepSpeed, so world / count makes every preference weigh 1 / count of the step.
+            loss, own = self._learner.measure(self._engine, batch, self._state)
+            # Ranks are averaged by DeepSpeed, so world / count makes a preference of weight 1 weigh 1 / count.
             total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
             # A loss that is not finite makes every gradient so: all ranks then leave the step out.
             self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), scale_wrt_gas=False)
-            totals.append(metrics.sums(loss, scores, batch))
-        dist.all_reduce(on_device := torch.stack(totals).sum(0).to(self._device))
-        return metrics.finish(on_device.cpu(), tuple(loss.metrics))
+            totals.append(own)
+        return self._metrics(totals, tuple(loss.metrics))
 
     def _mine(self, step: Step) -> tuple[MicroBatch, ...]:
         return step.micro_batches[self._rank]
@@ -296,7 +328,7 @@ class _TrainerRank:
 
         Rank 0 answers; the others have nothing to do but for ZeRO-3, where each holds a part of the weights.
         """
-        if self._rank > 0 and not self._zero3:
+        if self._rank > 0 and not self._sharding.zero3:
             return []
         rows = [Completions(ids[:1], (ids[1:],)) for ids in token_ids]
         batch = token_batch(rows, self._layout, self._spec.pad_id).to(self._device)
@@ -306,26 +338,15 @@ class _TrainerRank:
 
     def save_weights(self, path: str) -> None:
         """All ranks gather, rank 0 writes the merged weights to the safetensors file `path`."""
-        self._write(checkpoint_weights(self._policy, self._gather), Path(path))
+        write_weights(self._model, self._sharding, self._rank, Path(path))
 
     def save_adapter(self, folder: str) -> None:
         """All ranks gather, rank 0 writes a PEFT adapter into `folder`."""
-        if not isinstance(self._policy, PeftModel):
-            raise TrainerError("there is no adapter to save: model.lora is null")
-        self._write(adapter_weights(self._policy, self._gather), Path(folder) / "adapter_model.safetensors")
-        if self._rank == 0:
-            with disk_errors(Path(folder)):
-                self._policy.peft_config["default"].save_pretrained(folder)
-
-    def _write(self, weights: Iterator[tuple[str, Tensor]], path: Path) -> None:
-        if self._rank == 0:
-            save_tensors(weights, path)
-        elif self._zero3:
-            _drain(weights)
+        write_adapter(self._model, self._sharding, self._rank, Path(folder))
 
     def state_bytes(self) -> int:
         """Disk space of a checkpoint, at most: the state and the exported policy."""
-        exported = sum(p.nbytes for p in self._policy.parameters()) if self._spec.model.lora is None else 0
+        exported = sum(p.nbytes for p in self._model.parameters()) if self._spec.model.lora is None else 0
         kept = sum(tensor.nbytes for reference in self._references for _, tensor in reference.tensors())
         return self._engine_state().nbytes() * 4 // 3 + exported + kept
 
@@ -334,7 +355,7 @@ class _TrainerRank:
         reports = self._round.reports if self._round.index == round_index else []
         tensors = chain(self._engine_state().tensors(), *(reference.tensors() for reference in self._references))
         if self._rank > 0:
-            _drain(tensors)
+            drain(tensors)
             return reports
         store(Path(folder), tensors)
         state = {"steps_done": self._steps_done, "followed": self._followed, "loss": asdict(self._state)}
@@ -352,15 +373,15 @@ class _TrainerRank:
         set_loss_scaler(self._engine, state["loss_scaler"])
 
     def _engine_state(self) -> EngineState:
-        trained = {name: p for name, p in self._policy.named_parameters() if p.requires_grad}
-        return EngineState(self._engine, trained, self._writable)
+        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        return EngineState(self._engine, trained, self._sharding.writable)
 
     def send_nccl(
         self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float
     ) -> None:
         """Broadcast the merged weights to the engines; the first call opens the NCCL group at address:port."""
         if not self._senders:
-            source = PolicySource(self._policy, self._gather, self._shape_of)
+            source = PolicySource(self._model, self._sharding.gather, self._sharding.shape_of)
             self._senders.append(
                 open_sender(
                     source, handles, rank=self._rank, address=address, port=port, workers=workers, timeout_s=timeout_s
@@ -368,32 +389,10 @@ class _TrainerRank:
             )
         self._senders[0].send_weights()
 
-    def _shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape) if self._zero3 else tuple(parameter.shape)  # type: ignore[attr-defined]
 
-    def _gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return gathered(parameters) if self._zero3 else nullcontext()
-
-    def _writable(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        return gathered(parameters, writer=0) if self._zero3 else nullcontext()
-
-    def _stored(self, parameter: nn.Parameter) -> Tensor:
-        if not self._zero3:
-            return parameter.data
-        # ZeRO-3 keeps small parameters whole after use; a change of their parts would not reach those.
-        parameter.partition()  # type: ignore[attr-defined]
-        stored: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-        return stored
-
-
-def _mean_chosen_tokens(preferences: Sequence[Preference], step: Step) -> float:
-    """Mean length of the best candidates of the whole step, over all ranks."""
-    return sum(len(preferences[index].candidates[0].token_ids) for index in step.indices()) / step.count
-
-
-def _drain(weights: Iterator[tuple[str, Tensor]]) -> None:
-    for _ in weights:
-        pass
+def _mean_chosen_tokens(preferences: Sequence[Preference]) -> float:
+    """Mean length of the best candidates, which are those of the whole step over all ranks; of no token counts 1."""
+    return max(1, sum(len(preference.candidates[0].token_ids) for preference in preferences)) / len(preferences)
 
 
 TrainerRank: Any = ray.remote(_TrainerRank)

@@ -9,10 +9,11 @@ from ray.actor import ActorHandle
 
 from actors.waiting import get_all, get_together
 from raylign.checkpoints import Metrics
-from raylign.config.losses import LossBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Preference
+from raylign.training.held_out import HeldOut
 from raylign.training.preferences import sampler_logps
 from raylign.training.sequences import Completions
 
@@ -21,7 +22,12 @@ class TrainerGroup:
     """The DeepSpeed group as the driver sees it. Handle 0 is rank 0."""
 
     def __init__(
-        self, handles: Sequence[ActorHandle[Any]], *, loss: LossBlock, reference: ReferenceBlock, step_timeout_s: float
+        self,
+        handles: Sequence[ActorHandle[Any]],
+        *,
+        loss: TrainerLoss,
+        reference: ReferenceBlock,
+        step_timeout_s: float,
     ) -> None:
         self.handles = tuple(handles)
         self._loss, self._reference, self._step_timeout_s = loss, reference, step_timeout_s
@@ -51,6 +57,20 @@ class TrainerGroup:
         arguments = (preferences, seed, rounds_done)
         shares = self._call("reference_candidates", *arguments, what="reference log-probs", steps=len(preferences))
         return {index: values for share in shares for index, values in share.items()}
+
+    def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:
+        """Loss and rewards of held-out preferences, without a step: nothing that training goes on from is changed.
+
+        `reference_logps` must be filled in (`with_reference`, once for all evaluations) where the loss reads them, and
+        may be empty elsewhere. Raises TrainerError when they are missing, or there are no preferences.
+        """
+        if not preferences:
+            raise TrainerError("there are no held-out preferences to evaluate on; give at least one")
+        shared = self.put(preferences)
+        shares = self._call("evaluate", shared, what="held-out evaluation", steps=len(preferences))
+        found = {index: values for _, share in shares for index, values in share.items()}
+        losses, chosen, rejected = zip(*(found[index] for index in range(len(preferences))), strict=True)
+        return HeldOut(shares[0][0], losses, chosen, rejected)
 
     def train(self, preferences: Sequence[Preference], seed: int, rounds_done: int = 0) -> Iterator[Metrics]:
         """One round's optimizer steps, each yielded with TRL's metrics as it finishes on every rank."""

@@ -19,7 +19,7 @@ from actors.waiting import get_all, get_together
 from actors.watch import GONE, Guard, attended
 from raylign.checkpoints import PARTIAL, Checkpoint, Metrics
 from raylign.config.blocks import TrainerBlock
-from raylign.config.losses import LossBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.errors import ActorsLost, RaylignError, TrainerError
 from raylign.records import Preference
@@ -67,7 +67,7 @@ class SupervisedTrainers(TrainerGroup):
         start: Start,
         *,
         block: TrainerBlock,
-        loss: LossBlock,
+        loss: TrainerLoss,
         reference: ReferenceBlock,
         adapter: bool,
         incidents: Incidents,
@@ -82,6 +82,7 @@ class SupervisedTrainers(TrainerGroup):
             stacks,
         )
         self._newest: tuple[Checkpoint, ...] = ()
+        self._in_round = False
         self.guard = Guard()
 
     @attended
@@ -98,8 +99,18 @@ class SupervisedTrainers(TrainerGroup):
         """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
 
         What a checkpoint in the middle of the round has done is not done again. Interrupted, it saves such a one.
+        `advance` gets the number of further steps done; it may call `evaluate`.
         Raises TrainerError after `trainer.max_skipped_steps` steps in a row that are not finite.
         """
+        self._in_round = True
+        try:
+            return self._train_round(preferences, seed, record, advance)
+        finally:
+            self._in_round = False
+
+    def _train_round(
+        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
+    ) -> list[Metrics]:
         shown = 0
         while True:
             try:
@@ -166,6 +177,8 @@ class SupervisedTrainers(TrainerGroup):
             try:
                 return self._ask(method, *args, what=what, steps=steps)
             except ActorsLost as lost:
+                if self._in_round:
+                    raise  # to `train_round`, which knows where a new group goes on from
                 self._replace(self._diagnosed(lost))
 
     def _diagnosed(self, lost: ActorsLost) -> str:

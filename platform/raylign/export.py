@@ -67,12 +67,12 @@ def export_model(
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
     """
-    _refuse_occupied(to)
+    refuse_occupied(to)
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     companions = _companions(source, base)
-    with _appearing_whole(to) as staging:
+    with appearing_whole(to) as staging:
         if is_adapter and merge:
-            _write_merged(source, _required_base(base, source), staging, in_4bit)
+            _write_merged(source, required_base(base, source), staging, in_4bit)
         elif is_adapter:
             _write_adapter(source, card.base_model, staging)
         else:
@@ -86,13 +86,14 @@ def export_model(
     return to
 
 
-def _refuse_occupied(to: Path) -> None:
+def refuse_occupied(to: Path) -> None:
+    """Raises ModelError when `to` holds something."""
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise ModelError(f"{to}: already there and not an empty folder; nothing is overwritten, give a new folder")
 
 
 @contextmanager
-def _appearing_whole(to: Path) -> Iterator[Path]:
+def appearing_whole(to: Path) -> Iterator[Path]:
     """A staging folder beside `to` that becomes `to` on success and is removed on failure."""
     staging = to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
     staging.mkdir(parents=True)
@@ -106,7 +107,8 @@ def _appearing_whole(to: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _required_base(base: str | None, source: Path) -> Path:
+def required_base(base: str | None, source: Path) -> Path:
+    """The folder `base`. Raises ModelError when it is none of a base model."""
     if base is None:
         raise ModelError(f"{source}: an adapter cannot be merged without its base model; give the base model's folder")
     if not (Path(base) / MODEL_CONFIG).is_file():
@@ -131,8 +133,8 @@ def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
     config: dict[str, Any] = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_model
     (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(_adapter_weights(source), staging / ADAPTER_WEIGHTS)
-    _compare(_stored_shapes(source), _stored_shapes(staging), staging)
+    shutil.copyfile(adapter_file(source), staging / ADAPTER_WEIGHTS)
+    compare(stored_shapes(source), stored_shapes(staging), staging)
 
 
 def _write_full(source: Path, base: str | None, staging: Path) -> None:
@@ -143,30 +145,30 @@ def _write_full(source: Path, base: str | None, staging: Path) -> None:
     indices = sorted(source.glob("*.safetensors.index.json"))
     for file in [*weights, *indices]:
         shutil.copyfile(file, staging / file.name)
-    _compare(_stored_shapes(source), _stored_shapes(staging), staging)
+    compare(stored_shapes(source), stored_shapes(staging), staging)
     if len(weights) == 1 and not indices:
         (staging / weights[0].name).rename(staging / MODEL_WEIGHTS)
     if (source / MODEL_CONFIG).is_file():
         shutil.copyfile(source / MODEL_CONFIG, staging / MODEL_CONFIG)
     else:
-        shutil.copyfile(_required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
-        _load_back(staging)
+        shutil.copyfile(required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
+        load_back(staging)
 
 
 def _write_merged(source: Path, base: Path, staging: Path, in_4bit: ModelBlock | None) -> None:
     """Merge, save and load back; the two models are never in memory together."""
-    _adapter_weights(source)
+    adapter_file(source)
     if in_4bit is None:
         expected = _save_merged(source, base, staging)
-        _compare(expected, _load_back(staging), staging)
+        compare(expected, load_back(staging), staging)
     else:
         _save_unpacked(source, base, staging, in_4bit)
-        _load_back(staging)
+        load_back(staging)
 
 
 def _save_unpacked(source: Path, base: Path, staging: Path, in_4bit: ModelBlock) -> None:
     model = load_policy(str(base), in_4bit.model_copy(update={"lora": None}), seed=0)
-    adapted = _with_adapter(model, source)
+    adapted = with_adapter(model, source)
     weights = checkpoint_weights(adapted, lambda parameters: nullcontext())
     save_file({name: tensor.cpu() for name, tensor in weights}, staging / MODEL_WEIGHTS, {"format": "pt"})
     config = AutoConfig.from_pretrained(base)
@@ -177,52 +179,58 @@ def _save_unpacked(source: Path, base: Path, staging: Path, in_4bit: ModelBlock)
 def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
     dtype: torch.dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    merged = _with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
+    merged = with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
     merged.save_pretrained(staging)
-    return _shapes(merged.state_dict())
+    return shapes(merged.state_dict())
 
 
-def _with_adapter(model: nn.Module, source: Path) -> PeftModel:
+def with_adapter(model: nn.Module, source: Path) -> PeftModel:
+    """`model` under the adapter in `source`. Raises ModelError when the two do not fit."""
     adapted = PeftModel.from_pretrained(model, source)
     # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
-    _compare(_stored_shapes(source), _shapes(get_peft_model_state_dict(adapted)), source)
+    compare(stored_shapes(source), shapes(get_peft_model_state_dict(adapted)), source)
     return adapted
 
 
-def _load_back(folder: Path) -> Shapes:
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+def load_back(folder: Path, kind: Any = AutoModelForCausalLM) -> Shapes:
+    """Shapes of the tensors of the model in `folder`, as `kind` loads it. Raises ModelError when names do not fit."""
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True
     )
     model, info = loaded
     faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if faults:
         raise ModelError(f"{folder}: the weights do not fit {MODEL_CONFIG}: {faults}; give the model's own base folder")
-    return _shapes(model.state_dict())
+    return shapes(model.state_dict())
 
 
-def _adapter_weights(source: Path) -> Path:
+def adapter_file(source: Path) -> Path:
+    """The adapter's weights. Raises ModelError when they are not there as safetensors."""
     file = source / ADAPTER_WEIGHTS
     if not file.is_file():
         raise ModelError(f"{source}: no {ADAPTER_WEIGHTS}; only safetensors are read, save the adapter in that format")
     return file
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Shapes by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _stored_shapes(folder: Path) -> Shapes:
-    shapes: Shapes = {}
+def stored_shapes(folder: Path) -> Shapes:
+    """Shapes of all tensors in the safetensors files of `folder`, by name."""
+    found: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
-    return shapes
+    return found
 
 
-def _compare(expected: Shapes, found: Shapes, where: Path) -> None:
+def compare(expected: Shapes, found: Shapes, where: Path) -> None:
+    """Raises ModelError when names or shapes differ."""
     if differing := sorted(name for name, _ in expected.items() ^ found.items()):
         raise ModelError(
             f"{where}: {len(differing)} of {len(expected)} tensors differ in name or shape from what they should be, "

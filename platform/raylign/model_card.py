@@ -88,8 +88,8 @@ def framework_versions() -> dict[str, str]:
 def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:
     """README.md with front matter; hub ids are linked, other names only told. `in_4bit` says how the base was kept."""
     metadata = ModelCardData(
-        base_model=_hub_id(facts.base_model),
-        datasets=_hub_id(facts.dataset),
+        base_model=hub_id(facts.base_model),
+        datasets=hub_id(facts.dataset),
         library_name="peft" if is_adapter else "transformers",
         license=facts.license,
         pipeline_tag="text-generation",
@@ -98,7 +98,8 @@ def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = 
     return f"---\n{metadata.to_yaml()}\n---\n\n{_body(facts, is_adapter, in_4bit)}"
 
 
-def _hub_id(name: str) -> str | None:
+def hub_id(name: str) -> str | None:
+    """The name, where it is one on the hub."""
     return name if _HUB_ID.fullmatch(name) else None
 
 
@@ -106,16 +107,16 @@ def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> st
     kind = "LoRA adapter for" if is_adapter else "fine-tuned version of"
     base = "" if in_4bit is None else _base_text(facts, is_adapter, in_4bit)
     versions = "\n".join(f"- {name} {number}" for name, number in facts.versions.items())
-    lines = "".join(f"\n| {name} | {_code(value)} |" for name, value in facts.method.facts.items())
+    lines = "".join(f"\n| {name} | {code_span(value)} |" for name, value in facts.method.facts.items())
     citation = f"\n## Citation\n\n{_CITATION}\n" if "dpo" in facts.method.tags else ""
     return f"""\
 # {facts.name}
 
-This is a {kind} {_code(facts.base_model)}, trained with raylign by {facts.method.told}.
+This is a {kind} {code_span(facts.base_model)}, trained with raylign by {facts.method.told}.
 
 | | |
 |---|---|
-| Base model | {_code(facts.base_model)} |
+| Base model | {code_span(facts.base_model)} |
 | Method | {facts.method.name} |
 | Rounds | {facts.rounds} |{lines}
 
@@ -129,7 +130,7 @@ This is a {kind} {_code(facts.base_model)}, trained with raylign by {facts.metho
 {citation}"""
 
 
-def _code(name: str) -> str:
+def code_span(name: str) -> str:
     """A name in a code span of a table, where it can be nothing but text."""
     return f"`{escape_control(name).translate(_NOT_IN_CODE)}`"
 

@@ -62,8 +62,8 @@ class Preference:
     """Candidates of one prompt in order best..worst; a pair is a Preference of two. Made by `raylign.pairing`.
 
     `scores`, `weights` and `reference_logps` run parallel to `candidates`. `weights` scale each candidate's share
-    of the loss (1 = full). `reference_logps[i]` is the summed log-probability (nats) of candidate i under the
-    reference policy; empty until the reference stage has filled it.
+    of the loss (1 = full): their mean multiplies the loss of the preference. `reference_logps[i]` is the summed
+    log-probability (nats) of candidate i under the reference policy; empty until the reference stage has filled it.
     """
 
     prompt: Prompt

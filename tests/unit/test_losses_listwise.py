@@ -128,16 +128,15 @@ def test_lambda_takes_scores_of_any_range() -> None:
 def test_reward_models_by_hand() -> None:
     chosen, rejected = torch.tensor([1.0, 0.2]), torch.tensor([0.3, 0.5])
     assert reward_model.bradley_terry(chosen, rejected).tolist() == pytest.approx([0.4031860, 0.8543552], rel=1e-6)
-    # margins 0.7 and 0: ln 2; centring adds 0.01 (1.3^2, 0.7^2)
-    both = reward_model.bradley_terry(chosen, rejected, torch.tensor([0.7, 0.0]), center_rewards_coefficient=0.01)
-    assert both.tolist() == pytest.approx([math.log(2) + 0.0169, 0.8543552 + 0.0049], rel=1e-6)
+    with_margin = reward_model.bradley_terry(chosen, rejected, torch.tensor([0.7, 0.0]))
+    assert with_margin.tolist() == pytest.approx([math.log(2), 0.8543552], rel=1e-6)
     assert reward_model.probit(chosen, rejected).tolist() == pytest.approx([0.2770239, 0.9621028], rel=1e-6)
 
 
 def test_a_reward_models_ranking_ignores_fillers() -> None:
     rewards = torch.tensor([[0.2, 0.5, -0.1, torch.nan], [1.0, 0.3, 9.0, 9.0]], requires_grad=True)
     mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    losses = reward_model.plackett_luce(rewards, mask)
+    losses = reward_model.plackett_luce(rewards, torch.arange(4.0, 0, -1).expand(2, 4), mask)
     assert losses.tolist() == pytest.approx([1.1283905 + 0.4374880, 0.4031860], rel=1e-6)
     (gradient,) = torch.autograd.grad(losses.sum(), rewards)
     assert (gradient[~mask] == 0).all()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raylign.config.losses import KtoLossBlock, MixLossBlock
+from raylign.config.losses import BradleyTerryRewardLossBlock, KtoLossBlock, MixLossBlock
 from raylign.losses import CandidateLogps, LossState, ld_weights, preference_loss, reward_model, terms
 from tests.unit.test_losses import START, block
 
@@ -116,6 +116,7 @@ class Batch:
             mask=torch.ones(len(lengths), 2, dtype=torch.bool),
             entropies=torch.zeros(len(lengths), 2),
             certainty=(sums(certainty) / lengths).detach(),
+            from_reference=torch.zeros(len(lengths), 2, dtype=torch.bool),
         )
 
 
@@ -354,4 +355,12 @@ def test_reward_models_equal_reward_trainers(center_rewards_coefficient: float |
     inputs: dict[str, Any] = {"attention_mask": torch.ones(6, 2)} | ({} if margin is None else {"margin": margin})
     loss = trainer_of(RewardTrainer, model, args=args).compute_loss(model, inputs)
     chosen, rejected = rewards.squeeze(1).chunk(2)
-    compare(reward_model.bradley_terry(chosen, rejected, margin, center_rewards_coefficient), loss, rewards)
+    block = BradleyTerryRewardLossBlock(
+        center_rewards_coefficient=center_rewards_coefficient, margin="none" if margin is None else "scores"
+    )
+    # The scores' gap is the margin.
+    scores = torch.zeros(3, 2) if margin is None else torch.stack([margin, torch.zeros(3)], 1)
+    found = reward_model.reward_loss(
+        torch.stack([chosen, rejected], 1), scores, torch.ones(3, 2, dtype=torch.bool), block
+    )
+    compare(found.losses, loss, rewards)

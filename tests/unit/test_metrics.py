@@ -29,6 +29,10 @@ TRL = {
 }
 
 
+OF_ONE = {"loss", "logps/chosen", "logits/chosen", "entropy", "mean_token_accuracy", "num_tokens"}
+"""What a demonstration has as well."""
+
+
 def batch_of(*groups: Sequence[int], weights: Sequence[float] | None = None, prompt: int = 4) -> PreferenceBatch:
     """One preference per group of completion lengths, best first, behind prompts of `prompt` tokens."""
     preferences = [
@@ -118,11 +122,24 @@ def test_two_micro_batches_and_a_filler_by_hand() -> None:
 
 
 def test_a_filler_adds_nothing() -> None:
-    assert filler().tolist() == [0.0] * (len(NAMES) + 4)
+    assert filler().tolist() == [0.0] * (len(NAMES) + 5)
 
 
 def test_a_rank_of_fillers_alone_divides_by_no_zero() -> None:
-    assert finish(filler()) == dict.fromkeys(NAMES, 0.0)
+    assert finish(filler()) == dict.fromkeys(OF_ONE, 0.0)
+
+
+def test_a_demonstration_has_no_metrics_of_pairs() -> None:
+    """One candidate of 3 tokens behind a prompt of 4; beside a pair it changes none of the pair's means."""
+    batch = batch_of((3,))
+    scores = scores_of(batch, [-6.0], entropies=[1.0, 2.0, 6.0], correct=[1.0, 0.0, 1.0], mean_logits=[0.1, 0.2, 0.6])
+    alone = sums(loss_of([2.0], [9.0], [9.0]), scores, batch)
+    expected = {"loss": 2.0, "logps/chosen": -6.0, "entropy": 3.0, "mean_token_accuracy": 2 / 3, "num_tokens": 7.0}
+    assert finish(alone) == pytest.approx(expected | {"logits/chosen": 0.3}, abs=1e-6)
+    both, pair = finish(alone + second()), finish(second())
+    of_pairs = set(NAMES) - OF_ONE
+    assert {name: both[name] for name in of_pairs} == {name: pair[name] for name in of_pairs}
+    assert both["loss"] == pytest.approx((2.0 + 0.7) / 2) and both["logps/chosen"] == (-6.0 - 3.0) / 2
 
 
 def test_a_pair_without_weight_inside_a_micro_batch_counts_nowhere() -> None:
@@ -136,6 +153,20 @@ def test_a_pair_without_weight_inside_a_micro_batch_counts_nowhere() -> None:
     assert (found["entropy"], found["mean_token_accuracy"]) == (1.5, 0.5)
     assert (found["logits/chosen"], found["logits/rejected"]) == pytest.approx((0.5, 0.7))
     assert found["num_tokens"] == 2 * 4 + 2
+
+
+def test_weights_of_preferences_scale_the_loss_alone() -> None:
+    """Weights 1.5 and 0.5 with losses 0.4 and 0.8: (0.6 + 0.4) / 2."""
+    scores_by = {"logps": [-2.0, -3.0, -4.0, -7.0], "entropies": [1.0, 2.0, 3.0, 4.0]}
+    found = {}
+    for name, weights in (("weighted", [1.5, 0.5]), ("plain", [1.0, 1.0])):
+        batch = batch_of((1, 1), (1, 1), weights=weights)
+        scores = scores_of(batch, **scores_by, correct=[1.0, 0.0, 1.0, 0.0], mean_logits=[0.5, 0.7, 0.9, 1.1])
+        loss = loss_of([0.4, 0.8], [0.3, 0.5], [0.1, 0.7], {"kl": [1.0, 3.0]})
+        found[name] = finish(sums(loss, scores, batch), ("kl",))
+    assert found["weighted"].pop("loss") == pytest.approx(0.5) and found["plain"].pop("loss") == pytest.approx(0.6)
+    assert found["weighted"] == found["plain"]
+    assert found["plain"]["kl"] == 2.0 and found["plain"]["logps/chosen"] == -3.0
 
 
 def test_completions_without_any_token_give_means_of_0() -> None:

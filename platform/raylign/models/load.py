@@ -2,8 +2,10 @@
 
 import difflib
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -59,14 +61,20 @@ def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | 
     weights have the compute dtype (fp32 masters are the optimizer's) and depend on `seed` alone; the adapter starts as
     the identity. Raises ModelError when weights are missing or of another shape, or no module is targeted.
     """
-    config = _without_dropout(_config(folder, block.trust_remote_code))
-    model = _load_whole(folder, block, config)
-    return model if block.lora is None else _with_adapter(model, block.lora, seed)
+    config = without_dropout(read_config(folder, block.trust_remote_code))
+    model, missing = load_whole(AutoModelForCausalLM, folder, block, config)
+    require_weights(folder, missing)
+    if block.lora is None:
+        return model
+    adapter = adapter_config(model, block.lora, "CAUSAL_LM")
+    with adapter_seed(seed):
+        adapted: PeftModel = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    return adapted
 
 
 def context_limit(folder: str, trust_remote_code: bool = False) -> int:
     """Longest sequence, in tokens, that the model of `folder` has positions for. Raises ModelError if it names none."""
-    config = _config(folder, trust_remote_code).get_text_config()
+    config = read_config(folder, trust_remote_code).get_text_config()
     try:
         return int(config.max_position_embeddings)
     except AttributeError as error:
@@ -75,10 +83,10 @@ def context_limit(folder: str, trust_remote_code: bool = False) -> int:
 
 def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
     """Token ids that the model of `folder` can read, padding of its embedding included."""
-    return int(_config(folder, trust_remote_code).get_text_config().vocab_size)
+    return int(read_config(folder, trust_remote_code).get_text_config().vocab_size)
 
 
-def _config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -92,7 +100,7 @@ def _config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Log-ratios need one and the same function for policy and sampler, so that dropout stays 0 in train mode too."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
@@ -101,9 +109,15 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _load_whole(folder: str, block: ModelBlock, config: PreTrainedConfig) -> PreTrainedModel:
+def load_whole(
+    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model that `kind`, one of transformers' Auto classes, makes, and the names that the files have no weight of.
+
+    Raises ModelError when it cannot be loaded, or weights have another shape.
+    """
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
             folder,
             config=config,
             dtype=DTYPES[block.dtype],
@@ -116,16 +130,20 @@ def _load_whole(folder: str, block: ModelBlock, config: PreTrainedConfig) -> Pre
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model cannot be loaded ({error})") from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
-            "copy the model again"
-        )
     for module in model.modules():
         # bitsandbytes would repack the weights of an evaluated model in place, for AVX-512, past dequantising.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model
+    return model, sorted(info["missing_keys"])
+
+
+def require_weights(folder: str, missing: Sequence[str]) -> None:
+    """Raises ModelError when a weight would start random."""
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
+            "copy the model again"
+        )
 
 
 def _quantisation(block: ModelBlock) -> BitsAndBytesConfig | None:
@@ -142,22 +160,27 @@ def _quantisation(block: ModelBlock) -> BitsAndBytesConfig | None:
     )
 
 
-def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftModel:
+def adapter_config(model: PreTrainedModel, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+    """PEFT's settings of the adapter of `block`. Raises ModelError when no module of `model` has a targeted name."""
     if not isinstance(block.target_modules, str):
         _check_targets(model, block.target_modules)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    return LoraConfig(
+        task_type=task,
         r=block.r,
         lora_alpha=block.lora_alpha,
         target_modules=block.target_modules if isinstance(block.target_modules, str) else list(block.target_modules),
         lora_dropout=0.0,
         bias="none",
     )
+
+
+@contextmanager
+def adapter_seed(seed: int) -> Iterator[None]:
+    """PEFT's draws depend on `seed` alone, and nobody else's on PEFT's."""
     # Devices are left out of the fork: PEFT draws an adapter on the CPU, wherever the model is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return adapted
+        yield
 
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

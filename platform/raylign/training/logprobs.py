@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-import raylign.training.attention as attention
 from raylign.errors import ModelError
-from raylign.training.adapted_linear import use_fused_adapters
+from raylign.training.backbone import inner_model, last_hidden_states, use_lean_layers
 from raylign.training.head import TokenScores, linear_scores
-from raylign.training.rms_norm import use_lean_norms
 from raylign.training.sequences import TokenBatch
 
 _LOGIT_RESCALING = (
@@ -47,40 +45,21 @@ class CompletionLogps(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        causal = causal_lm(model)
+        causal = inner_model(model)
         _require_plain_head(causal)
-        use_lean_norms(causal)
-        use_fused_adapters(causal)
+        use_lean_layers(causal)
         # Called as a module, so that ZeRO-3 gathers its weight.
         head = causal.get_output_embeddings()
         head.forward = MethodType(_score_labels, head)
 
     def forward(self, batch: TokenBatch, token_weights: Tensor | None = None) -> CompletionScores:
         """Scores of `batch`; `token_weights` [N] scale each token's share of its completion's sum (1 when None)."""
-        causal = causal_lm(self.model)
-        hidden = _last_hidden_states(causal, batch).flatten(0, 1)[batch.predictors]
+        causal = inner_model(self.model)
+        hidden = last_hidden_states(causal, batch)[batch.predictors]
         tokens: TokenScores = causal.get_output_embeddings()(hidden, batch.labels)
         shares = tokens.logps if token_weights is None else tokens.logps * token_weights
         logps = torch.zeros(batch.completions, device=hidden.device).index_add(0, batch.owners, shares)
         return CompletionScores(logps, tokens, batch.owners)
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or itself."""
-    causal = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
-    assert isinstance(causal, PreTrainedModel)
-    return causal
-
-
-def _last_hidden_states(causal: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    packed = bool(batch.segments)
-    causal.config._attn_implementation = attention.PACKED if packed else "sdpa"
-    options = {"segments": batch.segments} if packed else {"attention_mask": batch.attention_mask}
-    output = causal.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
 
 
 def _score_labels(head: nn.Linear, hidden: Tensor, labels: Tensor) -> TokenScores:

@@ -30,11 +30,13 @@ class Segment:
 
 
 class TokenBatch(NamedTuple):
-    """The input of one forward pass over C completions. Made by `token_batch`, read by `CompletionLogps`.
+    """The input of one forward pass over C completions. Made by `token_batch`, read by `CompletionLogps` and
+    `CompletionRewards`.
 
     `input_ids` and `position_ids` are [R, T] int64; R is 1 when packed. `attention_mask` [R, T] is 1 on real tokens.
     For each of the N completion tokens, in the order of the completions: `predictors` [N] is the flat position (row *
     T + column) whose hidden state predicts it, `labels` [N] its id, `owners` [N] the number of its completion.
+    `ends` [C] is the flat position of the last token of each completion, of its prompt where it has none.
     `segments` describe a packed row and are empty when padded. A named tuple, because ZeRO-3 looks for tensors there.
     """
 
@@ -44,12 +46,13 @@ class TokenBatch(NamedTuple):
     predictors: Tensor
     labels: Tensor
     owners: Tensor
+    ends: Tensor
     completions: int
     segments: tuple[Segment, ...]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        ids, positions, mask, predictors, labels, owners = (tensor.to(device) for tensor in self[:6])
-        return TokenBatch(ids, positions, mask, predictors, labels, owners, self.completions, self.segments)
+        ids, positions, mask, predictors, labels, owners, ends = (tensor.to(device) for tensor in self[:7])
+        return TokenBatch(ids, positions, mask, predictors, labels, owners, ends, self.completions, self.segments)
 
 
 def token_cost(group: Completions, layout: Layout) -> int:
@@ -71,6 +74,7 @@ def _packed(groups: Sequence[Completions]) -> TokenBatch:
     positions: list[int] = []
     predictors: list[int] = []
     lengths: list[int] = []
+    ends: list[int] = []
     segments: list[Segment] = []
     for group in groups:
         start, prompt = len(input_ids), len(group.prompt)
@@ -84,6 +88,7 @@ def _packed(groups: Sequence[Completions]) -> TokenBatch:
             input_ids += completion
             positions += range(prompt, prompt + len(completion))
             lengths.append(len(completion))
+            ends.append(len(input_ids) - 1 if completion else start + prompt - 1)
     row = torch.tensor([input_ids])
     return TokenBatch(
         row,
@@ -92,6 +97,7 @@ def _packed(groups: Sequence[Completions]) -> TokenBatch:
         torch.tensor(predictors, dtype=torch.int64),
         _labels(groups),
         _owners(lengths),
+        torch.tensor(ends, dtype=torch.int64),
         len(lengths),
         tuple(segments),
     )
@@ -112,6 +118,7 @@ def _padded(groups: Sequence[Completions], pad_id: int) -> TokenBatch:
         torch.tensor(list(predictors), dtype=torch.int64),
         _labels(groups),
         _owners(lengths),
+        torch.tensor(ends, dtype=torch.int64),
         len(lengths),
         (),
     )

@@ -50,11 +50,13 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def _base_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in base.named_parameters() if ".lora_" not in name)
+    """All but the adapter's and the untrained head beside a trained one, which PEFT keeps when it loads an adapter."""
+    others = (".lora_", ".original_module.")
+    return ((name, p) for name, p in base.named_parameters() if not any(other in name for other in others))
 
 
 def _checkpoint_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
+    return name.replace(".base_layer.", ".").replace(f".modules_to_save.{_ADAPTER}.", ".")
 
 
 def _plain(weight: nn.Parameter) -> Tensor:
@@ -81,8 +83,8 @@ def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
 
 
 def adapter_weights(model: PeftModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every LoRA parameter under PEFT's file names."""
+    """(name, tensor) of every trained parameter, a reward model's head among them, under PEFT's file names."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if parameter.requires_grad:
             with gather([parameter]):
                 yield name.replace(f".{_ADAPTER}.", "."), parameter.detach().clone()

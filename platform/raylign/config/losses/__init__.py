@@ -1,4 +1,6 @@
-"""Every objective as a block, in one union on `loss_type`. Names follow TRL's options wherever TRL has one.
+"""Every objective as a block, in one union on `loss_type`; those of reward models are in another.
+
+Names follow TRL's options wherever TRL has one.
 
 Notation: w and l are the chosen and the rejected candidate (the first and the last of the group), |y| counts completion
 tokens, h(y) = log pi(y) - log pi_ref(y) is the log-ratio of summed log-probs, r(y) = beta h(y) the implicit reward.
@@ -44,7 +46,17 @@ from raylign.config.losses.pairwise import (
     SppoHardLossBlock,
 )
 from raylign.config.losses.reference_free import AlphapoLossBlock, CpoLossBlock, OrpoLossBlock, SimpoLossBlock
-from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock
+from raylign.config.losses.reward_model import (
+    BradleyTerryRewardLossBlock,
+    PlackettLuceRewardLossBlock,
+    ProbitRewardLossBlock,
+    RewardLossBlock,
+    RewardLossUnion,
+)
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, XpoLossBlock
+
+TrainerLoss = LossBlock | RewardLossBlock
+"""What a trainer learns by: a policy's loss, or a reward model's."""
 
 __all__ = [
     "AllPairsLossBlock",
@@ -52,6 +64,7 @@ __all__ = [
     "AotLossBlock",
     "ApoLossBlock",
     "BcoPairLossBlock",
+    "BradleyTerryRewardLossBlock",
     "CpoLossBlock",
     "DifferenceLoss",
     "DiscopopLossBlock",
@@ -75,10 +88,14 @@ __all__ = [
     "OdpoLossBlock",
     "OrpoLossBlock",
     "PlackettLuceLossBlock",
+    "PlackettLuceRewardLossBlock",
     "ProbitLossBlock",
+    "ProbitRewardLossBlock",
     "RatioLoss",
     "RdpoLossBlock",
     "ReferenceFreeLoss",
+    "RewardLossBlock",
+    "RewardLossUnion",
     "RobustLossBlock",
     "SftLossBlock",
     "SigmoidLossBlock",
@@ -86,4 +103,6 @@ __all__ = [
     "SimpoLossBlock",
     "SppoHardLossBlock",
     "Term",
+    "TrainerLoss",
+    "XpoLossBlock",
 ]

@@ -1,0 +1,145 @@
+"""From a trained reward model to a folder that transformers reads as a sequence classifier of one output."""
+
+import json
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raylign.config.blocks import ModelBlock
+from raylign.errors import ModelError
+from raylign.export import (
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    TOKENIZER_CONFIG,
+    adapter_file,
+    appearing_whole,
+    compare,
+    load_back,
+    refuse_occupied,
+    required_base,
+    shapes,
+    stored_shapes,
+    with_adapter,
+)
+from raylign.models import DTYPES, load_tokenizer
+from raylign.models.reward_model import load_reward_model
+from raylign.reward_card import RewardModelFacts, reward_card_text
+from raylign.training.rewards import score_head
+from raylign.training.weights import checkpoint_weights
+
+_PAD = "<|pad|>"
+
+
+def export_reward_model(
+    source: Path, base: str, to: Path, card: RewardModelFacts, in_4bit: ModelBlock | None = None
+) -> Path:
+    """Write the reward model in `source` to the folder `to` with tokenizer, chat template and README.md.
+
+    `source` is an adapter folder, which is merged, or has full weights in safetensors; `base` is the model that
+    training started from. Merging adds the update in float32 and rounds once to the dtype of `base`; an adapter that
+    was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype.
+
+    transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
+    the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own.
+
+    `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
+    when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
+    """
+    refuse_occupied(to)
+    folder = required_base(base, source)
+    tokenizer = load_tokenizer(str(source if (source / TOKENIZER_CONFIG).is_file() else folder))
+    model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
+    score_head(model)
+    ends = _end_tokens(tokenizer, (source, folder))
+    _use_own_pad_token(model, tokenizer, ends)
+    with appearing_whole(to) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        compare(stored_shapes(staging), load_back(staging, AutoModelForSequenceClassification), staging)
+        (staging / "README.md").write_text(reward_card_text(card), encoding="utf-8")
+    return to
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    config.num_labels = 1
+    return config
+
+
+def _merged(source: Path, base: Path, in_4bit: ModelBlock | None) -> PreTrainedModel:
+    adapter_file(source)
+    config = _config(base)
+    if in_4bit is not None:
+        block = in_4bit.model_copy(update={"lora": None})
+        plain = load_reward_model(str(base), block, 0, lambda parameters: nullcontext())
+        weights = checkpoint_weights(with_adapter(plain, source), lambda parameters: nullcontext())
+        return _filled(config, dict(weights), DTYPES[in_4bit.dtype], source)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    plain = AutoModelForSequenceClassification.from_pretrained(
+        base, config=config, dtype=torch.float32, use_safetensors=True
+    )
+    merged: PreTrainedModel = with_adapter(plain, source).merge_and_unload(safe_merge=True).to(dtype)
+    merged.config.dtype = dtype
+    return merged
+
+
+def _full(source: Path, base: Path) -> PreTrainedModel:
+    """Weights under the names of the model in memory, as the trainer saves them, or as transformers does."""
+    if (source / MODEL_CONFIG).is_file():
+        load_back(source, AutoModelForSequenceClassification)
+        kept: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(source, use_safetensors=True)
+        return kept
+    stored_shapes(source)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        weights |= load_file(file)
+    if "score.weight" not in weights:
+        raise ModelError(
+            f"{source}: neither an adapter ({ADAPTER_CONFIG}) nor weights of a reward model (score.weight in "
+            "*.safetensors); give a checkpoint of a reward model"
+        )
+    return _filled(_config(base), weights, weights["score.weight"].dtype, source)
+
+
+def _filled(
+    config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path
+) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    compare(shapes(model.state_dict()), shapes(weights), source)
+    model.load_state_dict(weights)
+    return model
+
+
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> set[int]:
+    """Ids that may end an answer: the tokenizer's EOS and those that generation stops at."""
+    ends: set[int] = {tokenizer.eos_token_id}
+    for folder in folders:
+        for name in (MODEL_CONFIG, GENERATION_CONFIG):
+            if (folder / name).is_file():
+                found: Any = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                ends |= set(found if isinstance(found, list) else [found])
+    return ends - {None}
+
+
+def _use_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+    if tokenizer.pad_token_id in ends:
+        tokenizer.add_special_tokens({"pad_token": _PAD})
+    pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().get_parameter("weight").shape[0]
+    if pad >= rows:
+        model.resize_token_embeddings(pad + 1, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().get_parameter("weight")[rows:] = 0.0
+    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
+        part.pad_token_id = pad

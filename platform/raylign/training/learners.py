@@ -1,0 +1,108 @@
+"""What a trainer rank learns: a policy by a preference loss, or a reward model. The rank asks nothing else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from raylign.config.blocks import ModelBlock
+from raylign.config.losses import LossBlock, RewardLossBlock, TrainerLoss
+from raylign.config.losses.reward_model import RewardLossBase
+from raylign.losses import LossOutput, LossState, next_state, preference_loss
+from raylign.losses.reward_model import reward_loss
+from raylign.models import load_policy
+from raylign.models.reward_model import load_reward_model
+from raylign.training import metrics, reward_metrics
+from raylign.training.logprobs import CompletionLogps
+from raylign.training.preferences import PreferenceBatch, candidate_logps, placed
+from raylign.training.rewards import CompletionRewards
+from raylign.training.weights import Gather
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """A micro-batch's part of the metrics, fp64: `sums` add up, of `highest` the highest counts."""
+
+    sums: Tensor
+    highest: Tensor
+
+
+class Learner(Protocol):
+    """The model in training and what belongs to it."""
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The model itself."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it can be measured against a reference policy."""
+
+    def module(self) -> nn.Module:
+        """What DeepSpeed's engine wraps: one call scores the completions of a `TokenBatch`."""
+
+    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        """Forward pass and losses of `batch`; `module` is that of `module()`, or the engine around it."""
+
+    def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
+        """Means over all micro-batches and ranks; `own` are the names of what the loss logs itself."""
+
+    def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        """The state of the next step, from the metrics of this one."""
+
+
+def learner_of(loss: TrainerLoss, folder: str, block: ModelBlock, seed: int, writable: Gather) -> Learner:
+    """The learner of `loss`, with the model of `folder` loaded; `writable` as for `load_reward_model`."""
+    if isinstance(loss, RewardLossBase):
+        return RewardLearner(load_reward_model(folder, block, seed, writable), loss)
+    return PolicyLearner(load_policy(folder, block, seed), loss)
+
+
+class PolicyLearner:
+    """A policy in training by a preference loss or on demonstrations."""
+
+    has_reference = True
+
+    def __init__(self, model: PreTrainedModel | PeftModel, loss: LossBlock) -> None:
+        self.model, self._loss = model, loss
+
+    def module(self) -> nn.Module:
+        return CompletionLogps(self.model)
+
+    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        scores = module(batch.tokens, batch.token_weights)
+        loss = preference_loss(candidate_logps(batch, scores), self._loss, state)
+        return loss, Totals(metrics.sums(loss, scores, batch), torch.empty(0, dtype=torch.float64))
+
+    def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
+        return metrics.finish(totals.sums, own)
+
+    def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        return next_state(state, self._loss, means)
+
+
+class RewardLearner:
+    """A reward model in training."""
+
+    has_reference = False
+
+    def __init__(self, model: PreTrainedModel | PeftModel, loss: RewardLossBlock) -> None:
+        self.model, self._loss = model, loss
+
+    def module(self) -> nn.Module:
+        return CompletionRewards(self.model)
+
+    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        rewards = module(batch.tokens)
+        loss = reward_loss(placed(batch, rewards), batch.scores, batch.mask, self._loss)
+        return loss, Totals(reward_metrics.sums(loss, rewards, batch), reward_metrics.extremes(rewards, batch))
+
+    def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
+        return reward_metrics.finish(totals.sums, totals.highest)
+
+    def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        return state
