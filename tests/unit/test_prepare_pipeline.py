@@ -286,5 +286,6 @@ def test_the_command_with_settings_of_its_own(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"pairs: {tmp_path / 'out' / PAIRS_NAME}" in result.output and "not_drawn" in result.output
     assert len(rows_of(tmp_path / "out")) == 3
+    assert "Example: raylign data prepare" in CliRunner().invoke(app, ["data", "prepare", "--help"]).output
     refused = CliRunner().invoke(app, ["data", "prepare", str(recipe), "filters.min_char=3"])
     assert refused.exit_code == 1 and "filters.min_char: unknown key; did you mean 'min_chars'?" in refused.stderr

@@ -18,6 +18,8 @@ ENGLISH = frozenset(
     | {"should", "its", "their", "these", "when", "where"}
 )
 """Frequent words of English that are rare in other languages of its script."""
+CHINESE = frozenset({"cmn", "gan", "hak", "lzh", "nan", "wuu", "yue"})
+"""Codes that `zh` stands for: a few characters among code do not tell them apart."""
 SCRIPT_SHARE = 0.2
 KANA_SHARE = 0.05
 ENGLISH_SHARE = 0.08
@@ -37,7 +39,7 @@ def language_of(text: PairText) -> str:
     if known >= ENGLISH_WORDS and known >= ENGLISH_SHARE * len(words):
         return "en"
     code: str = classify(sample)[0]
-    return code
+    return "zh" if code in CHINESE else code
 
 
 def _script(sample: str, letters: int) -> str | None:

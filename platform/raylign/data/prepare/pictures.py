@@ -22,8 +22,8 @@ def lengths_picture(keys: Keys, kept: NDArray[np.bool_], path: Path) -> None:
     axes = figure.subplots()
     columns = {"prompt": keys.prompt_chars, "chosen": keys.chosen_chars, "rejected": keys.rejected_chars}
     values = {name: np.maximum(column.view()[kept], 1) for name, column in columns.items()}
-    longest = max(float(lengths.max()) for lengths in values.values())
-    bins = np.geomspace(1, longest + 1, BINS).tolist()
+    every = np.concatenate(list(values.values()))
+    bins = np.geomspace(every.min(), every.max() + 1, BINS).tolist()
     for name, lengths in values.items():
         axes.hist(lengths, bins=bins, histtype="step", label=name)
     axes.set(xscale="log", xlabel="characters", ylabel="pairs", title="Lengths of kept pairs")
