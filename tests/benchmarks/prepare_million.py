@@ -18,17 +18,12 @@ from tests.benchmarks.harness.report import Check, finish, machine, results_fold
 MAX_BYTES_PER_ROW = 256
 """What a further row may add to the peak: keys take about thirty bytes, sorting them a few times as much."""
 MAX_MIB = 1024
-_COUNTS = ("kept", "exact
-duplicates", "near
-duplicates")
-COLUMNS = ("rows", "rows/s", "rows per
-CPU s", "s", "peak RSS
-MiB", "its own
-MiB", *_COUNTS)
+_COUNTS = ("kept", "exact\nduplicates", "near\nduplicates")
+COLUMNS = ("rows", "rows/s", "rows per\nCPU s", "s", "peak RSS\nMiB", "its own\nMiB", *_COUNTS)
 
 
 def main(
-    rows: Annotated[int, typer.Option(min=200_000, help="Rows of the large file; the small one has a tenth.")] = 1_000_000,
+    rows: Annotated[int, typer.Option(min=200_000, help="Rows of the large file; the small has a tenth.")] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Seeds the rows.")] = 0,
     scratch: Annotated[Path | None, typer.Option(help="Where the files go; about 1 GB for a million rows.")] = None,
 ) -> None:

@@ -35,9 +35,9 @@ ADVANCE = 100
 def prepare(config: PrepareConfig, console: Console) -> Report:
     """Make `config.output`, whole or not at all, with the pairs, the report and the rows that were set aside.
 
-    The file of pairs depends on the config and the sources alone. Raises ConfigError when the folder exists, DataError
-    when a source cannot be read, has too many bad rows or nothing of what the mix wants, DiskError when the disk is
-    full or cannot be written.
+    The file of pairs depends on the config and the sources alone, and has the pairs in the sources' order. Raises
+    ConfigError when the folder exists, DataError when a source cannot be read, has too many bad rows or nothing of what
+    the mix wants, DiskError when the disk is full or cannot be written.
     """
     started, output = time.monotonic(), config.output.expanduser().absolute()
     if os.path.lexists(output):
@@ -48,7 +48,7 @@ def prepare(config: PrepareConfig, console: Console) -> Report:
         work.mkdir()
         accounts, collected = _collect(config, streams, staging, console)
         decision = decide(collected, config, accounts)
-        _write(collected, decision, config, staging / PAIRS_NAME, console)
+        _write(collected, decision, staging / PAIRS_NAME, console)
         shutil.rmtree(work)
         report = make_report(config, accounts, collected.keys, decision, staging / PAIRS_NAME, started)
         _describe(report, collected.keys, decision, staging)
@@ -104,7 +104,7 @@ def _read(
         advance(count % ADVANCE)
 
 
-def _write(collected: Collected, decision: Decision, config: PrepareConfig, path: Path, console: Console) -> None:
+def _write(collected: Collected, decision: Decision, path: Path, console: Console) -> None:
     with stage_progress(console, "write", len(collected.keys), "pairs") as advance:
         for count in copy_rows(collected.pairs, path, decision.kept, collected.message_keys):
             advance(count)
