@@ -94,7 +94,7 @@ def test_the_table_given_stays_as_it_is() -> None:
 
 def test_strengths_far_apart_are_found() -> None:
     """ln(10^6) between neighbours in a chain of four."""
-    chain = [[0, 1e6, 0, 0], [1, 0, 1e6, 0], [0, 1, 0, 1e6], [0, 0, 1, 0]]
+    chain: list[list[float]] = [[0, 1e6, 0, 0], [1, 0, 1e6, 0], [0, 1, 0, 1e6], [0, 0, 1, 0]]
     assert np.diff(bradley_terry_strengths(chain).values) == pytest.approx([-math.log(1e6)] * 3, rel=1e-6)
 
 
