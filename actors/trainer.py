@@ -44,6 +44,7 @@ from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, Refe
 from raylign.losses import LossState
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
+from raylign.reference_samples import reference_version
 from raylign.training.backbone import inner_model
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.learners import Totals, learner_of
@@ -187,8 +188,9 @@ class _TrainerRank:
             self._followed = rounds_done
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
+        version = reference_version(self._spec.reference, self._followed)
         batch = preference_batch(
-            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight
+            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight, version
         )
         return to_device(batch, self._device)
 

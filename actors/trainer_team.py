@@ -15,7 +15,7 @@ from actors.trainer import TrainerSpec
 from actors.trainer_supervision import SupervisedTrainers, start_ranks
 from actors.watch import watched
 from raylign.config import OfflineConfig, RunConfig
-from raylign.config.losses import LossBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.models import resolve_reference
 
@@ -30,7 +30,7 @@ def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> Plac
 @contextmanager
 def trainer_team(
     config: OfflineConfig,
-    loss: LossBlock,
+    loss: TrainerLoss,
     reference: ReferenceBlock,
     *,
     folder: str,

@@ -258,7 +258,7 @@ def export(
     exported = export_run(run_directory, to, merge=merge, version=version)
     console = Console(soft_wrap=True)
     console.print(Text(f"policy version {exported.version} is in {exported.folder}"))
-    console.print(Text(f"serve it: {exported.use}"))
+    console.print(Text(f"use it: {exported.use}"))
 
 
 if __name__ == "__main__":

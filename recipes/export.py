@@ -4,14 +4,16 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RunConfig, SftConfig
+from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig, RunConfig, SftConfig
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError
 from raylign.export import ADAPTER_CONFIG, export_model
+from raylign.export_reward import export_reward_model
 from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.models import resolve_model
-from raylign.records import RoundReport
+from raylign.records import HeldOutEvaluation, RoundReport
+from raylign.reward_card import RewardModelFacts
 from raylign.rundir import RunDirectory, open_run
 from raylign.scoring.describe import scorer_name
 from raylign.tracking.journal import JOURNAL_NAME, read_events
@@ -24,7 +26,7 @@ _NO_4_BITS = "  # first: vLLM would put the adapter on the 16-bit base, the adap
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Where the model is, the policy version it has, and a shell line that serves it."""
+    """Where the model is, the policy version it has, and how it is put to use."""
 
     folder: Path
     version: int
@@ -41,6 +43,8 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     report = finished_round(directory, version)
     checkpoint = directory.checkpoint(report.policy_version)
     base = resolve_model(config.model.path, config.model.revision)
+    if isinstance(config, RewardModelConfig):
+        return _export_reward_model(directory, config, report, base, to.absolute())
     in_4bit = config.model if config.model.load_in_4bit else None
     facts = card_facts(directory, config, report)
     folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, config.model.chat_template)
@@ -50,6 +54,24 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     else:
         use = usage(folder, base if stays_adapter else None, config)
     return Exported(folder, report.policy_version, use)
+
+
+def _export_reward_model(
+    directory: RunDirectory, config: RewardModelConfig, report: RoundReport, base: str, to: Path
+) -> Exported:
+    """A whole model, whatever was trained: sequence classifiers are served without adapters."""
+    assert isinstance(report.evaluation, HeldOutEvaluation)
+    facts = RewardModelFacts(
+        name=config.run.name,
+        base_model=public_name(config.model.path),
+        data=public_name(config.data.source),
+        loss=f"`{config.loss.loss_type}`",
+        metrics=report.evaluation.metrics,
+        versions=training_versions(directory),
+    )
+    in_4bit = config.model if config.model.load_in_4bit else None
+    folder = export_reward_model(directory.checkpoint(report.policy_version), base, to, facts, in_4bit)
+    return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
 
 
 def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:

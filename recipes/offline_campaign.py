@@ -10,7 +10,7 @@ from actors.cluster import cluster, log_folder
 from actors.trainer_supervision import SupervisedTrainers
 from actors.trainer_team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
-from raylign.config.losses import LossBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, load_preferences
@@ -27,7 +27,7 @@ from recipes.signals import terminable
 
 @contextmanager
 def offline_campaign(
-    config: OfflineConfig, loss: LossBlock, reference: ReferenceBlock
+    config: OfflineConfig, loss: TrainerLoss, reference: ReferenceBlock
 ) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
     """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RunConfig, SftConfig
-from recipes import offline_dpo, online_dpo, sft
+from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig, RunConfig, SftConfig
+from recipes import offline_dpo, online_dpo, reward_model, sft
 from recipes.plan import make_plan
 from recipes.plan_offline import make_offline_plan, show_offline_plan
 from recipes.plan_view import show_plan
@@ -20,6 +20,8 @@ def start(config: RunConfig) -> Path:
             return offline_dpo.main(config)
         case SftConfig():
             return sft.main(config)
+        case RewardModelConfig():
+            return reward_model.main(config)
         case _:
             raise AssertionError(f"recipe {config.recipe!r} has no script")
 

@@ -40,6 +40,15 @@ class Calibration:
     brier: float
     nll: float
 
+    def measures(self) -> dict[str, float]:
+        """Its numbers by metric name."""
+        return {
+            "calibration/ece": self.expected_calibration_error,
+            "calibration/brier": self.brier,
+            "calibration/nll": self.nll,
+            "calibration/confidence": self.confidence,
+        }
+
 
 def calibration(chosen: Sequence[float], rejected: Sequence[float], bins: int = 10) -> Calibration:
     """Reliability of p = sigmoid(r(w) - r(l)), Bradley-Terry's probability that the chosen candidate is better.

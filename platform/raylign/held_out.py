@@ -1,6 +1,7 @@
 """What a policy version makes of held-out rows, with an interval."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -25,8 +26,12 @@ class Measured(Protocol):
     def rejected(self) -> Sequence[float]: ...
 
 
-def held_out_evaluation(measured: Measured, metric: Metric, block: HeldOutBlock, seed: int) -> HeldOutEvaluation:
+def held_out_evaluation(
+    measured: Measured, metric: Metric, block: HeldOutBlock, seed: int, more: Mapping[str, float] = MappingProxyType({})
+) -> HeldOutEvaluation:
     """Sum up held-out rows by `metric`: the share of pairs ranked rightly, or the mean loss per row.
+
+    `more` are further metrics of the same rows.
 
     Equal rewards are half right: a policy that equals its reference ranks nothing, which is a coin's 1/2. The interval
     is the percentile bootstrap over rows, drawn with `seed`.
@@ -34,7 +39,7 @@ def held_out_evaluation(measured: Measured, metric: Metric, block: HeldOutBlock,
     values = _accuracies(measured) if metric == "rewards/accuracies" else np.asarray(measured.losses)
     low, high = mean_interval(values, block, seed)
     value = float(values.mean())
-    return HeldOutEvaluation(metric, value, low, high, len(values), {**measured.metrics, metric: value})
+    return HeldOutEvaluation(metric, value, low, high, len(values), {**measured.metrics, **more, metric: value})
 
 
 def _accuracies(measured: Measured) -> Values:

@@ -10,15 +10,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from raylign.calibration import Calibration, draw_reliability
 from raylign.checkpoints import Checkpoint, Checkpoints, Metrics
 from raylign.errors import RaylignError
-from raylign.files import publish_text
+from raylign.files import publish_file, publish_text
 from raylign.fingerprints import damage, fingerprints
 from raylign.progress import Advance, stage_progress
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 LEDGER_NAME = "stages.json"
 SAMPLED, CANDIDATES, SCORING = "sampled{}.jsonl", "candidates{}.parquet", "scoring{}.json"
 PREFERENCES, HELD_OUT, EVALUATION = "preferences.parquet", "samples.parquet", "evaluation.json"
+RELIABILITY = "reliability.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,14 @@ class RoundLog:
 
     @contextmanager
     def sampled(
-        self, stage: Stage, prompts: Sequence[Prompt], num_generations: int, version: int, attempt: int = 0
+        self, stage: Stage, prompts: Sequence[Prompt], versions: Sequence[int], attempt: int = 0
     ) -> Iterator[SampledSheet]:
-        """sampled.jsonl: candidates as they come, with those that an earlier process got.
+        """sampled.jsonl: candidates as they come, with those that an earlier process got; see `sampled_sheet`.
 
         Candidates of a further attempt at prompts without a pair are in sampled-1.jsonl and so on.
         """
         name = SAMPLED.format(numbered(attempt))
-        with sampled_sheet(self._folder / name, prompts, num_generations, version) as sheet:
+        with sampled_sheet(self._folder / name, prompts, versions) as sheet:
             stage.advance(len(prompts) - len(sheet.missing))
             yield sheet
         stage.files.append(name)
@@ -194,6 +197,12 @@ class RoundLog:
 
     def read_held_out(self) -> tuple[list[Candidate], list[Score]]:
         return read_candidates(self._folder / HELD_OUT)
+
+    def save_reliability(self, stage: Stage, reliability: Calibration) -> None:
+        """reliability.png: how often a reward model's predictions come true, also an MLflow artifact."""
+        publish_file(self._folder / RELIABILITY, partial(draw_reliability, reliability))
+        stage.files.append(RELIABILITY)
+        self._tracker.artifact(self._folder / RELIABILITY, "report", self.index)
 
     def save_evaluation(self, stage: Stage, evaluation: AnyEvaluation) -> None:
         """evaluation.json: what the held-out rows or completions came to."""

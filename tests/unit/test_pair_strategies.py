@@ -1,6 +1,7 @@
 """Which candidates of a prompt are paired, in every way there is: five candidates, scores by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ TYPES = (
     "sigma",
     "length_matched",
     "ranking",
+    "policy_reference",
 )
 Value = float | tuple[float, float] | None
 """A score, a score with an ensemble's std, or none."""
@@ -112,7 +114,7 @@ def test_groups_without_a_pair(kind: str, values: list[Value], reason: str) -> N
     result = build(values, pairing=block(type=kind))
     expected = "one_sided" if kind == "correct_wrong" and reason == "ties" else reason
     assert result.preferences == () and result.counts[expected] == 1
-    assert sum(result.counts[name] for name in ("ties", "unscored_groups", "one_sided")) == 1
+    assert sum(result.counts[name] for name in ("ties", "unscored_groups", "one_sided", "one_sampler")) == 1
     assert without_pair([PROMPT], result) == [PROMPT]
     with pytest.raises(NoPreferencesError, match="round 1 gave no pair"):
         require_preferences(result, 1)
@@ -138,6 +140,53 @@ def test_random_choices_depend_on_the_seed_alone(options: dict[str, Any], possib
     found = [pairs(build(FIVE, seed=seed, pairing=pairing)) for seed in range(60)]
     assert found == [pairs(build(FIVE, seed=seed, pairing=pairing)) for seed in range(60)]
     assert all(len(one) == 1 for one in found) and {one[0] for one in found} == possible
+
+
+def sampled_by(versions: Sequence[int], values: Sequence[Value], seed: int, tokens: Sequence[int]) -> PairingResult:
+    """Candidate i is of policy version `versions[i]` and has the one token `tokens[i]`."""
+    candidates = [
+        replace(candidate(index, [token]), policy_version=version)
+        for index, (version, token) in enumerate(zip(versions, tokens, strict=True))
+    ]
+    scores = [score(value) for value in values]
+    return build_preferences([PROMPT], candidates, scores, block(type="policy_reference"), seed)
+
+
+@pytest.mark.parametrize(
+    ("versions", "possible"),
+    [
+        ((3, 3, 3, 0, 0), {(3, 0), (1, 3), (3, 2), (0, 4), (1, 4), (4, 2)}),
+        ((3, 0, 3, 3, 0), {(1, 0), (1, 2), (1, 3), (0, 4), (4, 2), (3, 4)}),
+        ((3, 3, 3, 3, 0), {(0, 4), (1, 4), (4, 2), (3, 4)}),
+    ],
+)
+def test_a_random_candidate_of_the_policy_against_one_of_the_reference(
+    versions: tuple[int, ...], possible: set[tuple[int, int]]
+) -> None:
+    """In the order of their scores; here 0 and 4 have 0.3 and 0.2."""
+    values: list[Value] = [0.3, 0.9, 0.1, 0.7, 0.2]
+    found = [pairs(sampled_by(versions, values, seed, range(5))) for seed in range(80)]
+    assert found == [pairs(sampled_by(versions, values, seed, range(5))) for seed in range(80)]
+    assert all(len(one) == 1 for one in found) and {one[0] for one in found} == possible
+
+
+def test_two_random_candidates_where_the_policy_is_the_reference() -> None:
+    found = {pairs(sampled_by((2, 2, 2), [0.3, 0.9, 0.1], seed, range(3)))[0] for seed in range(40)}
+    assert found == {(1, 0), (1, 2), (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("values", "tokens"), [([0.3, 0.9, None], [1, 2, 3]), ([0.3, 0.9, 0.1], [1, 2, 2]), ([None, None, 0.1], [1, 2, 3])]
+)
+def test_a_prompt_without_a_usable_candidate_of_the_reference_is_counted(
+    values: list[Value], tokens: list[int]
+) -> None:
+    """The reference's is unscored, or says what the policy says; or only the reference's is left."""
+    result = sampled_by((3, 3, 0), values, 0, tokens)
+    left = "unscored_groups" if values[0] is None else "one_sampler"
+    assert result.preferences == () and result.counts[left] == 1
+    with pytest.raises(NoPreferencesError, match="round 4 gave no pair"):
+        require_preferences(result, 4)
 
 
 def test_some_of_all_pairs_are_drawn() -> None:

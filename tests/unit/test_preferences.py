@@ -58,6 +58,24 @@ def test_groups_of_different_sizes_are_filled_at_the_end(layout: Layout) -> None
     assert batch.tokens.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (0, [[False, True], [True, False]]),
+        (3, [[True, False], [False, False]]),
+        (None, [[False, False], [False, False]]),
+    ],
+)
+def test_samples_of_the_reference_are_those_of_its_version(version: int | None, expected: list[list[bool]]) -> None:
+    """A filler is nobody's."""
+    pair, single = preference((1,), (2,), (3,)), preference((1,), (2,))
+    newer = replace(pair.candidates[0], policy_version=3)
+    mixed = replace(pair, candidates=(newer, pair.candidates[1]))
+    batch = preference_batch([mixed, single], [1.0, 1.0], "shared", 0, reference_version=version)
+    assert batch.from_reference.tolist() == expected
+    assert candidate_logps(batch, scored(batch)).from_reference is batch.from_reference
+
+
 def test_places_skip_the_fillers_of_earlier_groups() -> None:
     batch = preference_batch([TWO, THREE, TWO], [1.0, 1.0, 1.0], "shared", pad_id=0)
     assert batch.places.tolist() == [0, 1, 3, 4, 5, 6, 7]

@@ -1,7 +1,7 @@
 """The configuration trees: strict, frozen, torch-free. YAML recipes and dotted overrides become a RunConfig."""
 
 from raylign.config.load import dump_config, load_config, load_recipe, parse_config
-from raylign.config.offline import OfflineConfig, OfflineDpoConfig, SftConfig
+from raylign.config.offline import OfflineConfig, OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.config.online import OnlineDpoConfig
 from raylign.config.tree import RunConfig
 
@@ -9,6 +9,7 @@ __all__ = [
     "OfflineConfig",
     "OfflineDpoConfig",
     "OnlineDpoConfig",
+    "RewardModelConfig",
     "RunConfig",
     "SftConfig",
     "dump_config",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from raylign.config.base import Block
-from raylign.config.offline import OfflineDpoConfig, SftConfig
+from raylign.config.offline import OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.config.online import OnlineDpoConfig
 from raylign.config.tree import RunConfig
 from raylign.errors import ConfigError
@@ -19,6 +19,7 @@ RECIPES: Mapping[str, type[RunConfig]] = {
     "online_dpo": OnlineDpoConfig,
     "offline_dpo": OfflineDpoConfig,
     "sft": SftConfig,
+    "reward_model": RewardModelConfig,
 }
 """The tree of each `recipe`, which is the name of its script in `recipes/` too."""
 _DEFAULT = "online_dpo"

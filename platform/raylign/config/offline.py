@@ -8,7 +8,13 @@ from pydantic import Field, PositiveInt, model_validator
 from raylign.config.base import Block
 from raylign.config.blocks import RunBlock, RunName
 from raylign.config.data import DataBlock
-from raylign.config.losses import LossUnion, SftLossBlock, SigmoidLossBlock
+from raylign.config.losses import (
+    BradleyTerryRewardLossBlock,
+    LossUnion,
+    RewardLossUnion,
+    SftLossBlock,
+    SigmoidLossBlock,
+)
 from raylign.config.reference import (
     InitialReferenceBlock,
     NoReferenceBlock,
@@ -97,6 +103,11 @@ class OfflineDpoConfig(OfflineConfig):
                 "reference.policy=sampler needs the log-probs of a sampling policy, which a data set does not have; "
                 "set reference.policy=initial"
             )
+        if self.loss.needs_reference_samples:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} has xpo, a bonus on samples of the reference, which a data set "
+                "does not have; leave xpo out, or use the recipe online_dpo"
+            )
         return self
 
 
@@ -116,3 +127,29 @@ class SftConfig(OfflineConfig):
     @property
     def rows(self) -> Rows:
         return "demonstrations"
+
+
+class RewardModelRunBlock(RunBlock):
+    """`RunBlock` with a name of its own."""
+
+    name: RunName = "reward-model"
+
+
+class CalibratedHeldOutBlock(HeldOutBlock):
+    """Evaluation of a reward model, with a reliability diagram."""
+
+    bins: PositiveInt = 10
+    """Bins of confidence from 1/2 to 1."""
+
+
+class RewardModelConfig(OfflineConfig):
+    """A reward model from preferences."""
+
+    recipe: Literal["reward_model"] = "reward_model"
+    run: RewardModelRunBlock = RewardModelRunBlock()
+    loss: RewardLossUnion = BradleyTerryRewardLossBlock()
+    evaluation: CalibratedHeldOutBlock = CalibratedHeldOutBlock()
+
+    @property
+    def rows(self) -> Rows:
+        return "pairs" if self.loss.pairs_only else "rankings"

@@ -14,6 +14,7 @@ from raylign.config.blocks import (
 from raylign.config.losses import LossUnion, SigmoidLossBlock
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
+from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
     JudgeScoringBlock,
@@ -76,6 +77,16 @@ class OnlineDpoConfig(RunConfig):
                 "generators.weight_sync.transport=lora would serve the adapter on the 16-bit base, not on the 4-bit "
                 "base it is trained on; use auto, shm or nccl with model.load_in_4bit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def the_generators_can_answer_as_the_reference(self) -> Self:
+        require_served_reference(self.sampling, self.reference, self.model, self.generators.weight_sync)
+        return self
+
+    @model_validator(mode="after")
+    def samples_of_the_reference_are_there_where_they_are_read(self) -> Self:
+        require_reference_samples(self.sampling, self.reference, self.pairing, self.loss)
         return self
 
     @model_validator(mode="after")

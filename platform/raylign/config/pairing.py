@@ -173,6 +173,15 @@ class RankingPairingBlock(PairingBase):
     pairs: ClassVar[bool] = False
 
 
+class PolicyReferencePairingBlock(PairingBase):
+    """A random candidate of the policy against a random one of the reference: XPO's pairs (arXiv 2405.21046 alg. 1).
+
+    Where the policy that samples is the reference itself, two random candidates.
+    """
+
+    type: Literal["policy_reference"] = "policy_reference"
+
+
 PairingBlock = (
     BestWorstPairingBlock
     | BestRandomPairingBlock
@@ -185,5 +194,6 @@ PairingBlock = (
     | SigmaPairingBlock
     | LengthMatchedPairingBlock
     | RankingPairingBlock
+    | PolicyReferencePairingBlock
 )
 PairingUnion = Annotated[PairingBlock, Field(discriminator="type")]

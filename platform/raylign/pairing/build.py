@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from raylign.config.pairing import CorrectWrongPairingBlock, PairingBlock
+from raylign.config.pairing import CorrectWrongPairingBlock, PairingBlock, PolicyReferencePairingBlock
 from raylign.errors import NoPreferencesError
 from raylign.pairing.groups import Group, group_by_prompt
 from raylign.pairing.strategies import select
@@ -28,6 +28,10 @@ _REASONS: Mapping[Dropped, tuple[str, str]] = {
     "one_sided": (
         "had only correct or only wrong candidates",
         "take prompts of middling difficulty, or raise sampling.num_generations or sampling.max_resamples",
+    ),
+    "one_sampler": (
+        "had no candidate of the reference, or none of the policy, that could be compared",
+        "raise sampling.reference_generations, sampling.num_generations or sampling.temperature",
     ),
     "ties": ("had equal scores for what was compared", _FINER),
     "below_margin": ("had a score gap below pairing.min_margin", "lower pairing.min_margin"),
@@ -113,11 +117,12 @@ def _outcome(group: Group, block: PairingBlock, seed: int) -> list[_Compared] | 
     found = usable(group, block)
     if not isinstance(found, list):
         return found
+    own_seed = f"{seed}/{group.prompt.id}"
     selected = select(
-        found, block, lambda one, other: not _fault(_ordered((one, other)), block), f"{seed}/{group.prompt.id}"
+        found, block, lambda one, other: not _fault(_ordered((one, other)), block), group.samplers, own_seed
     )
     if not selected:
-        return "one_sided" if isinstance(block, CorrectWrongPairingBlock) else "ties"
+        return _nothing_selected(block)
     ordered = [_ordered(members) for members in selected]
     faults = [_fault(members, block) for members in ordered]
     kept = [_Compared(group.prompt, members) for members, fault in zip(ordered, faults, strict=True) if fault is None]
@@ -127,6 +132,16 @@ def _outcome(group: Group, block: PairingBlock, seed: int) -> list[_Compared] | 
 def _ordered(members: Sequence[Scored]) -> tuple[Scored, ...]:
     """By score, so that optimism decides what is compared and not which one is better."""
     return tuple(sorted(members, key=lambda one: -one.value))
+
+
+def _nothing_selected(block: PairingBlock) -> Dropped:
+    match block:
+        case CorrectWrongPairingBlock():
+            return "one_sided"
+        case PolicyReferencePairingBlock():
+            return "one_sampler"
+        case _:
+            return "ties"
 
 
 def _fault(members: Sequence[Scored], block: PairingBlock) -> Dropped | None:

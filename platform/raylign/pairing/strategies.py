@@ -14,6 +14,7 @@ from raylign.config.pairing import (
     CorrectWrongPairingBlock,
     LengthMatchedPairingBlock,
     PairingBlock,
+    PolicyReferencePairingBlock,
     QuantilePairingBlock,
     RandomWorstPairingBlock,
     RankingPairingBlock,
@@ -28,11 +29,13 @@ Item = TypeVar("Item")
 Accepted = Callable[[Scored, Scored], bool]
 
 
-def select(found: Sequence[Scored], block: PairingBlock, accepted: Accepted, seed: str) -> Selected:
+def select(
+    found: Sequence[Scored], block: PairingBlock, accepted: Accepted, samplers: tuple[int, int], seed: str
+) -> Selected:
     """The comparisons that `block` makes of at least two candidates, in no order of their own.
 
     `accepted` tells whether two candidates pass the filters, for a way of pairing that draws or looks for some that
-    do. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
+    do; `samplers` are the group's. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
     """
     order = sorted(found, key=lambda one: -_rank(one, block))
     rng = random.Random(seed)
@@ -66,6 +69,10 @@ def select(found: Sequence[Scored], block: PairingBlock, accepted: Accepted, see
             return _closest(order, accepted)
         case RankingPairingBlock():
             return [tuple(_spread(order, block.max_candidates))]
+        case PolicyReferencePairingBlock():
+            of_reference, of_policy = ([one for one in found if one.candidate.policy_version == v] for v in samplers)
+            pairs = [(one, other) for one, other in product(of_policy, of_reference) if one is not other]
+            return _drawn(pairs, 1, rng)
         case _:
             assert_never(block)
 

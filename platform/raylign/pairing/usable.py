@@ -17,6 +17,7 @@ Dropped = Literal[
     "identical",
     "near_duplicates",
     "one_sided",
+    "one_sampler",
     "ties",
     "below_margin",
     "above_margin",

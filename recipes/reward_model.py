@@ -1,0 +1,73 @@
+"""A reward model from preferences (Bradley-Terry, probit or Plackett-Luce); the whole loop on one screen.
+
+Run it with `raylign run recipes/reward_model_smollm2.yaml data.source=FILE`, or copy this file and edit the round.
+`raylign export` then writes a folder that the scorer `reward_model` and transformers read.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.trainer_supervision import SupervisedTrainers
+from raylign.calibration import calibration
+from raylign.config import RewardModelConfig, load_config
+from raylign.config.reference import NoReferenceBlock
+from raylign.data.epochs import rows_of_round
+from raylign.data.preferences import PreferenceData
+from raylign.held_out import held_out_evaluation
+from raylign.records import AnyEvaluation, Preference, RoundReport
+from raylign.rounds import RoundLog
+from recipes.campaign import Campaign, finished_before
+from recipes.offline_campaign import offline_campaign
+from recipes.offline_stages import train_rows
+
+
+def run_round(
+    log: RoundLog,
+    rows: Sequence[Preference],
+    held_out: Sequence[Preference],
+    trainers: SupervisedTrainers,
+    config: RewardModelConfig,
+) -> RoundReport:
+    """Round `index` trains version `index` of the model on its rows of the epoch."""
+    steps = train_rows(log, rows, trainers, config)
+    evaluation = evaluate_model(log, held_out, trainers, config)
+    return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
+
+
+def evaluate_model(
+    log: RoundLog, held_out: Sequence[Preference], trainers: SupervisedTrainers, config: RewardModelConfig
+) -> AnyEvaluation:
+    """The share of held-out pairs ranked rightly, and whether the predicted probabilities come true."""
+    with log.stage("evaluate", len(held_out), "rows") as stage:
+        if stage.done:
+            return log.read_evaluation()
+        measured = trainers.evaluate(held_out)
+        reliability = calibration(measured.chosen, measured.rejected, config.evaluation.bins)
+        log.save_reliability(stage, reliability)
+        evaluation = held_out_evaluation(
+            measured, "rewards/accuracies", config.evaluation, config.run.seed, reliability.measures()
+        )
+        log.save_evaluation(stage, evaluation)
+    return evaluation
+
+
+def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: RewardModelConfig) -> None:
+    """Evaluate, then train and evaluate for every round that is not finished."""
+    run.finish_baseline(evaluate_model(run.round_log(0), data.held_out, trainers, config))
+    for index in run.rounds_to_do():
+        rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
+        run.finish_round(run_round(run.round_log(index), rows, data.held_out, trainers, config))
+
+
+def main(config: RewardModelConfig) -> Path:
+    """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
+    if done := finished_before(config):
+        return done[0].path
+    with offline_campaign(config, config.loss, NoReferenceBlock()) as (run, data, trainers):
+        train(run, data, trainers, config)
+    return run.directory.path
+
+
+if __name__ == "__main__":
+    main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=RewardModelConfig))
