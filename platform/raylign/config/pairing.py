@@ -176,7 +176,8 @@ class RankingPairingBlock(PairingBase):
 class PolicyReferencePairingBlock(PairingBase):
     """A random candidate of the policy against a random one of the reference: XPO's pairs (arXiv 2405.21046 alg. 1).
 
-    Where the policy that samples is the reference itself, two random candidates.
+    Where the policy that samples is the reference itself, two random candidates. They are drawn, as there, whatever
+    their scores: the margins are looked at afterwards.
     """
 
     type: Literal["policy_reference"] = "policy_reference"
