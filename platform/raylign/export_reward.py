@@ -40,10 +40,16 @@ from raylign.training.rewards import score_head
 from raylign.training.weights import checkpoint_weights
 
 _PAD = "<|pad|>"
+_ANSWERED = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
 
 
 def export_reward_model(
-    source: Path, base: str, to: Path, card: RewardModelFacts, in_4bit: ModelBlock | None = None
+    source: Path,
+    base: str,
+    to: Path,
+    card: RewardModelFacts,
+    in_4bit: ModelBlock | None = None,
+    chat_template: Path | None = None,
 ) -> Path:
     """Write the reward model in `source` to the folder `to` with tokenizer, chat template and README.md.
 
@@ -52,14 +58,18 @@ def export_reward_model(
     was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype.
 
     transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
-    the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own.
+    the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own. Nor may the
+    template, that of the file `chat_template` or else the base's, write white space behind the EOS of an answer, where
+    training has read the reward: the folder's template goes without.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
     """
     refuse_occupied(to)
     folder = required_base(base, source)
-    tokenizer = load_tokenizer(str(source if (source / TOKENIZER_CONFIG).is_file() else folder))
+    named = str(source if (source / TOKENIZER_CONFIG).is_file() else folder)
+    tokenizer = load_tokenizer(named, chat_template=chat_template)
+    _end_at_eos(tokenizer)
     model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
     score_head(model)
     ends = _end_tokens(tokenizer, (source, folder))
@@ -120,6 +130,12 @@ def _filled(
     compare(shapes(model.state_dict()), shapes(weights), source)
     model.load_state_dict(weights)
     return model
+
+
+def _end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    template, written = tokenizer.chat_template, str(tokenizer.apply_chat_template(_ANSWERED, tokenize=False))
+    if written != written.rstrip() and written.rstrip().endswith(str(tokenizer.eos_token)):
+        tokenizer.chat_template = f"{{% set conversation %}}{template}{{% endset %}}{{{{ conversation.rstrip() }}}}"
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> set[int]:

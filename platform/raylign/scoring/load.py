@@ -4,12 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from raylign.config.scoring import (
     CompositionBlock,
     FunctionScoringBlock,
     HttpScoringBlock,
+    ImplicitScoringBlock,
     JudgeScoringBlock,
     LeafBlock,
+    ModelScoringBlock,
+    RewardModelScoringBlock,
     ScoringBlock,
     VerifierScoringBlock,
 )
@@ -20,9 +25,14 @@ from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
 from raylign.scoring.http_service import HttpScorer, label_of
 from raylign.scoring.identity import file_hash, identity
+from raylign.scoring.implicit import ImplicitScorer
 from raylign.scoring.judge import JudgeScorer
+from raylign.scoring.models import model_hashes
+from raylign.scoring.reward_model import RewardModelScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
 from raylign.scoring.verifier import VerifierScorer, reference_of
+
+CPU = torch.device("cpu")
 
 
 class LoadedScorer:
@@ -48,13 +58,13 @@ class LoadedScorer:
         self._ending.close()
 
 
-def load_scorer(block: ScoringBlock, run_cache: Path) -> LoadedScorer:
+def load_scorer(block: ScoringBlock, run_cache: Path, device: torch.device = CPU) -> LoadedScorer:
     """The scorer that `block` describes. `run_cache` is the file for scores whose `cache` option is `run`.
 
-    Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot be sent, cache cannot
-    be opened.
+    Models run on `device`. Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot
+    be sent, cache cannot be opened.
     """
-    loading = _Loading(run_cache, block.max_unscored)
+    loading = _Loading(run_cache, block.max_unscored, device)
     with loading.ending:
         scorer = loading.scorer(block, ())
         return LoadedScorer(scorer, loading.usages, loading.ending.pop_all())
@@ -63,10 +73,10 @@ def load_scorer(block: ScoringBlock, run_cache: Path) -> LoadedScorer:
 class _Loading:
     """Loads one tree of scorers."""
 
-    def __init__(self, run_cache: Path, max_unscored: float) -> None:
+    def __init__(self, run_cache: Path, max_unscored: float, device: torch.device) -> None:
         self.usages: dict[str, Usage] = {}
         self.ending = ExitStack()
-        self._run_cache, self._max_unscored = run_cache, max_unscored
+        self._run_cache, self._max_unscored, self._device = run_cache, max_unscored, device
 
     def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
         # The limit is of the whole.
@@ -96,6 +106,10 @@ class _Loading:
             case JudgeScoringBlock():
                 judge = JudgeScorer(block)
                 return self._cached(block, MeasuredScorer(judge, usage, judge.amounts), usage, grouped=True)
+            case ModelScoringBlock():
+                model = self._model(block)
+                hashes = [] if block.cache is None else model_hashes(block)
+                return self._cached(block, MeasuredScorer(model, usage), usage, contents=hashes)
             case HttpScoringBlock():
                 service = HttpScorer(block)
                 return self._cached(
@@ -105,6 +119,13 @@ class _Loading:
                     contents=[] if block.chat_template is None else [file_hash(block.chat_template)],
                     context=lambda item: label_of(item, block),
                 )
+
+    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock) -> Scorer:
+        match block:
+            case RewardModelScoringBlock():
+                return RewardModelScorer(block, self._device)
+            case ImplicitScoringBlock():
+                return ImplicitScorer(block, self._device)
 
     def _cached(
         self,
