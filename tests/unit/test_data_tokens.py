@@ -15,7 +15,7 @@ from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
 from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.errors import DataError, ModelError
-from raylign.models import load_tokenizer, resolve_model
+from raylign.models import end_ids, load_tokenizer, resolve_model
 from tests.unit.tiny_policy import save_policy
 
 SAY, GOOD, BAD, FILM, ONE, TWO, THREE, EOS = range(8)
@@ -49,7 +49,7 @@ def pairs(folder: Path, *rows: Pair) -> str:
 
 def load(source: str, tokenizer: PreTrainedTokenizerBase, rows: Rows = "pairs", **options: Any) -> PreferenceData:
     block = DataBlock(source=source, **{"held_out": 1, **options})
-    return load_preferences(block, tokenizer, rows=rows, seed=0, refused_to=None)
+    return load_preferences(block, tokenizer, rows=rows, ends=end_ids(tokenizer, []), seed=0, refused_to=None)
 
 
 def everything(data: PreferenceData) -> dict[int, Any]:

@@ -21,7 +21,7 @@ def read_chat_template(path: Path) -> str:
         ) from error
     try:
         plain, asking = (_rendered(text, generation) for generation in (False, True))
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
     if "hello" not in plain:
         raise ModelError(f"{path}: the template does not write the user's message; correct model.chat_template")
