@@ -46,7 +46,11 @@ def _candidate(
     """`text` is the message; of a cut answer, or one that called tools on the way, what its tokens say."""
     is_whole = len(ids) <= room
     is_message = is_whole and len(completion.messages) == 1 and not completion.messages[0].get("tool_calls")
-    text = completion.messages[0]["content"] if is_message else tokenizer.decode(list(ids[:room]), skip_special_tokens=True)
+    text = (
+        completion.messages[0]["content"]
+        if is_message
+        else tokenizer.decode(list(ids[:room]), skip_special_tokens=True)
+    )
     return Candidate(
         prompt_id=prompt_id,
         index=index,

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from raylign.errors import ModelError
 
-_CONFIGS = ("config.json", "generation_config.json")
+_CONFIGS = ("generation_config.json", "config.json")
+"""The second counts where there is no first."""
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> frozenset[int]:
@@ -17,8 +18,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> froz
     Some models end a turn with a token that is not the tokenizer's EOS; Gemma's <end_of_turn> is one. Raises ModelError
     when a file cannot be read.
     """
-    files = [folder / name for folder in folders for name in _CONFIGS]
-    named = [end for file in files if file.is_file() for end in _named(file)]
+    files = [[file for name in _CONFIGS if (file := folder / name).is_file()] for folder in folders]
+    named = [end for found in files for file in found[:1] for end in _named(file)]
     return frozenset([tokenizer.eos_token_id, *named])
 
 
