@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
@@ -30,6 +30,10 @@ TEMPLATE = (
 TEMPLATE = TEMPLATE.replace("{{ m.content }} </s> ", "say {{ m.content }} </s> three ")
 """An answer is `say ... </s>`, and the template writes `three` behind it, which is not white space."""
 CHAT = TEMPLATE.replace("</s> three ", "</s>\n")
+MERGED = (
+    "{% for m in messages %}{{ m.content if m.role == 'user' else ': ' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}: {% endif %}"
+)
 Pair = tuple[str, str, str]
 
 
@@ -117,11 +121,8 @@ def test_a_token_over_the_boundary_leaves_the_prompt_as_it_is(tmp_path: Path, ca
     """`q: ` is 0 1 2, but in `q: hi` the space and the h are one token, 5; TRL would cut the prompt to 0 1."""
     vocabulary = {"q": 0, ":": 1, " ": 2, "h": 3, "i": 4, " h": 5, "</s>": 6}
     backend = Tokenizer(models.BPE(vocabulary, [(" ", "h")]))
-    template = (
-        "{% for m in messages %}{{ m.content if m.role == 'user' else ': ' + m.content + '</s>' }}{% endfor %}"
-        "{% if add_generation_prompt %}: {% endif %}"
-    )
-    merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=template)
+    backend.decoder = decoders.Fuse()
+    merging = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=MERGED)
     assert merging("q: hi</s>", add_special_tokens=False)["input_ids"] == [0, 1, 5, 4, 6]
     with caplog.at_level(logging.WARNING, "raylign"):
         data = load(pairs(tmp_path, ("q", "i", "hi"), ("qq", "i", "hih"), ("qqq", "i", "ii")), merging)
@@ -132,6 +133,17 @@ def test_a_token_over_the_boundary_leaves_the_prompt_as_it_is(tmp_path: Path, ca
     assert data.counts["boundary_mismatch"] == 2
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "in 2 rows, the first with line 1, a token reaches over the end of the prompt" in warning
+
+
+def test_an_answer_that_reads_otherwise_apart_is_a_bad_row(tmp_path: Path) -> None:
+    """A tokenizer that puts a space before every text: `q: ` is 0 1 2 0, and `hi` alone is 5 4, with its own space."""
+    backend = Tokenizer(models.BPE({"▁": 0, "q": 1, ":": 2, "h": 3, "i": 4, "▁h": 5, "</s>": 6}, [("▁", "h")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", chat_template=MERGED)
+    assert [spaced.encode(text) for text in ("q: ", "q: hi", "hi")] == [[0, 1, 2, 0], [0, 1, 2, 5, 4], [5, 4]]
+    with pytest.raises(DataError, match="line 1: a token reaches over .* reads otherwise"):
+        load(pairs(tmp_path, ("q", "i", "hi"), ("qq", "i", "hih")), spaced)
 
 
 def test_a_prompt_that_an_answer_changes_is_a_bad_row(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

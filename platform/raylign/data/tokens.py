@@ -46,7 +46,8 @@ def tokenized(
     The prompt is tokenised as generation does it, and the prompt with each completion as a whole, of which the
     completion is the rest. Where a token of the whole reaches over the prompt's end, so that the two share no such
     start, the completion is tokenised apart: training sees the very prompt that generation sees. (TRL cuts the prompt
-    where the tokens part instead.)
+    where the tokens part instead.) That is a Fault where the tokens read otherwise then, as with tokenizers that put a
+    space before every text.
 
     A completion ends with the token of `ends` that its template writes. White space behind that, such as the newline
     of ChatML, is cut: generation has stopped by then. A template that writes no end gets none. `system` goes before
@@ -92,6 +93,11 @@ def _split(
     if not prompt or not all(rests):
         nothing = f"the chat template gives no token for the {'answer' if prompt else 'prompt'}"
         return Fault(one.example.number, nothing, shown(one.example), ANOTHER)
+    if not all(follows) and any(
+        _read(tokenizer, [*prompt, *rest]) != _read(tokenizer, whole) for rest, whole in zip(rests, wholes, strict=True)
+    ):
+        problem = "a token reaches over the end of the prompt, and the answer tokenised apart reads otherwise"
+        return Fault(one.example.number, problem, shown(one.example), f"{ANOTHER}: its prompt ends with a whole token")
     kept = [_up_to_end(rest, tokenizer, ends) for rest in rests]
     return Tokenized(
         example=one.example,
@@ -104,9 +110,13 @@ def _split(
     )
 
 
+def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def _up_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> list[int]:
     """Without white space behind the last end token."""
     last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in ends), None)
-    if last is None or str(tokenizer.decode(ids[last + 1 :])).strip():
+    if last is None or _read(tokenizer, ids[last + 1 :]).strip():
         return ids
     return ids[: last + 1]
