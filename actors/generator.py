@@ -28,7 +28,7 @@ from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
 from raylign.config.blocks import Dtype
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
-from raylign.sampling import Decoding
+from raylign.sampling import Decoding, policy_versions
 
 log = logging.getLogger(__name__)
 _ADAPTER = "policy"
@@ -81,7 +81,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.transport == "lora":
-        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _supported_rank(spec.lora_rank)}
+        options |= {"enable_lora": True, "max_loras": _slots(spec), "max_lora_rank": _supported_rank(spec.lora_rank)}
     else:
         backend = SHM_BACKEND if spec.transport == "shm" else "nccl"
         options |= {"weight_transfer_config": WeightTransferConfig(backend=backend)}
@@ -98,6 +98,15 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         disable_log_stats=True,
         **options,
     )
+
+
+def _slots(spec: EngineSpec) -> int:
+    """Adapters that the engine has room for: the policy's.
+
+    On CPUs vLLM (pull request 48421) computes requests without an adapter with that in the last slot, which therefore
+    stays empty: its zeros change nothing.
+    """
+    return 2 if spec.device == "cpu" else 1
 
 
 def _supported_rank(rank: int) -> int:
@@ -183,9 +192,31 @@ class _Generator:
 
     @_leaves_with_engine
     async def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
-        """K candidates of one prompt, in index order. Raises GeneratorError when another version sampled them."""
+        """K candidates of one prompt, in index order. Raises GeneratorError when another version sampled them.
+
+        The last `reference_generations` are those of the base model without the policy's adapter, at the same time.
+        """
+        count = decoding.reference_generations
+        if count and self._spec.transport != "lora":
+            raise GeneratorError(
+                f"{count} candidates were asked of the model without its adapter, but "
+                f"generators.weight_sync.transport={self._spec.transport} merges the two; use lora"
+            )
+        own = decoding.num_generations - count
+        parts = [self._completions(prompt, decoding, own, seed, self._adapters[-1:])]
+        parts += [self._completions(prompt, decoding, count, seed + own, [])] if count else []
+        completions = [completion for part in await asyncio.gather(*parts) for completion in part]
+        for completion in completions:
+            _require_version(prompt, completion, version)
+        places = enumerate(zip(completions, policy_versions(decoding, version), strict=True))
+        return [_candidate(prompt, completion, index, seed + index, of) for index, (completion, of) in places]
+
+    async def _completions(
+        self, prompt: Prompt, decoding: Decoding, count: int, seed: int, adapters: Sequence[LoRARequest]
+    ) -> list[CompletionOutput]:
+        """`count` completions of one request; the i-th has the seed `seed + i`."""
         params = SamplingParams(
-            n=decoding.num_generations,
+            n=count,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             top_k=decoding.top_k,
@@ -194,27 +225,27 @@ class _Generator:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._run(list(prompt.token_ids), params)
-        if len(output.outputs) != decoding.num_generations:
-            raise GeneratorError(
-                f"prompt {prompt.id}: vLLM returned {len(output.outputs)} candidates, not {decoding.num_generations}"
-            )
-        completions = sorted(output.outputs, key=lambda completion: completion.index)
-        return [_candidate(prompt, completion, seed, version) for completion in completions]
+        output = await self._run(list(prompt.token_ids), params, adapters)
+        if len(output.outputs) != count:
+            raise GeneratorError(f"prompt {prompt.id}: vLLM returned {len(output.outputs)} candidates, not {count}")
+        return sorted(output.outputs, key=lambda completion: completion.index)
 
     @_leaves_with_engine
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of token_ids[1:] given their prefix, under the served weights."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        output = await self._run(list(token_ids), params)
+        output = await self._run(list(token_ids), params, self._adapters[-1:])
         if output.prompt_logprobs is None:
             raise GeneratorError("vLLM returned no prompt log-probs for the canary")
         rows = output.prompt_logprobs[1:]
         return [row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True) if row is not None]
 
-    async def _run(self, token_ids: list[int], params: SamplingParams) -> RequestOutput:
+    async def _run(
+        self, token_ids: list[int], params: SamplingParams, adapters: Sequence[LoRARequest]
+    ) -> RequestOutput:
+        """`adapters` is the one to answer with, or empty for the model as it was loaded."""
         self._requests += 1
-        adapter = self._adapters[-1] if self._adapters else None
+        adapter = adapters[0] if adapters else None
         final: RequestOutput | None = None
         stream = self._engine.generate(
             {"prompt_token_ids": token_ids}, params, f"request-{self._requests}", lora_request=adapter
@@ -289,11 +320,15 @@ class _Generator:
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
 
 
-def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version: int) -> Candidate:
+def _require_version(prompt: Prompt, completion: CompletionOutput, version: int) -> None:
+    """The engine names the adapter's version, also in answers without the adapter."""
     spans = completion.weight_versions or []
     found = sorted({span.version for span in spans})
     if found != [str(version)] and completion.token_ids:
         raise GeneratorError(f"prompt {prompt.id}: tokens sampled by version {', '.join(found)}, expected {version}")
+
+
+def _candidate(prompt: Prompt, completion: CompletionOutput, index: int, seed: int, version: int) -> Candidate:
     token_ids = tuple(completion.token_ids)
     if completion.logprobs is None:
         raise GeneratorError(f"prompt {prompt.id}: vLLM returned no log-probs")
@@ -303,13 +338,13 @@ def _candidate(prompt: Prompt, completion: CompletionOutput, seed: int, version:
         case "stop" | "length" | "abort" as reason:
             return Candidate(
                 prompt_id=prompt.id,
-                index=completion.index,
+                index=index,
                 token_ids=token_ids,
                 logprobs=logprobs,
                 text=completion.text,
                 finish_reason=reason,
                 policy_version=version,
-                seed=seed + completion.index,
+                seed=seed,
             )
         case other:
             raise GeneratorError(f"prompt {prompt.id}: vLLM ended a candidate with {other!r}")

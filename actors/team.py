@@ -84,6 +84,7 @@ def team(
             device=plan.device,
             adapter=config.model.adapter_fits_checkpoint,
             own_devices=config.placement.mode == "disaggregated",
+            keeps_base=config.sampling.reference_generations > 0,
         )
         mover = _transport(config, folder, transport, directory)
         actors: list[ActorHandle[Any]] = []

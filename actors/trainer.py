@@ -44,6 +44,7 @@ from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, Refe
 from raylign.losses import LossState
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
+from raylign.reference_samples import reference_version
 from raylign.training.backbone import inner_model
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.learners import Totals, learner_of
@@ -187,8 +188,9 @@ class _TrainerRank:
             self._followed = rounds_done
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
+        version = reference_version(self._spec.reference, self._followed)
         batch = preference_batch(
-            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight
+            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight, version
         )
         return to_device(batch, self._device)
 
@@ -311,8 +313,8 @@ class _TrainerRank:
             self._engine.set_gradient_accumulation_boundary(number == len(mine) - 1)
             batch = self._batch([preferences[index] for index in micro.indices], micro)
             loss, own = self._learner.measure(self._engine, batch, self._state)
-            # Ranks are averaged by DeepSpeed, so world / count makes a preference of weight 1 count 1 / count.
-            total = (loss.losses * batch.loss_weights).sum() * self._spec.trainer.ranks / step.count
+            # Ranks are averaged by DeepSpeed, so world / count makes a preference of weight 1 weigh 1 / count.
+            total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
             # A loss that is not finite makes every gradient so: all ranks then leave the step out.
             self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), scale_wrt_gas=False)
             totals.append(own)

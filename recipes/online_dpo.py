@@ -18,7 +18,7 @@ from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundR
 from raylign.reporting import Sample
 from raylign.resampling import attempt_seed, joined
 from raylign.rounds import RoundLog, numbered
-from raylign.sampling import evaluation_decoding, training_decoding
+from raylign.sampling import evaluation_decoding, policy_versions, training_decoding
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
@@ -45,11 +45,11 @@ def run_round(
 def sample(
     log: RoundLog, prompts: Sequence[Prompt], team: Team, config: OnlineDpoConfig, attempt: int = 0
 ) -> list[Candidate]:
-    """K candidates per prompt from the policy as it was when the round began."""
+    """K candidates per prompt from the policy as it was when the round began, the last of them from the reference."""
     decoding, version = training_decoding(config.sampling), log.index - 1
     with (
         log.stage(f"sample{numbered(attempt)}", len(prompts), "prompts") as stage,
-        log.sampled(stage, prompts, decoding.num_generations, version, attempt) as sheet,
+        log.sampled(stage, prompts, policy_versions(decoding, version), attempt) as sheet,
     ):
         team.generators.sample(
             sheet.missing,

@@ -112,6 +112,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
         device=placement.device,
         adapter=config.model.adapter_fits_checkpoint,
         own_devices=config.placement.mode == "disaggregated",
+        keeps_base=config.sampling.reference_generations > 0,
     )
     push = model.parameters * DTYPES[config.model.dtype].itemsize if transport == "shm" else 0
     is_here = where == THIS_MACHINE

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.placement import ActorPlace
+from raylign.config import OnlineDpoConfig
 from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.text import escape_control
 from raylign.tracking.uri import default_uri
@@ -67,13 +68,18 @@ def _base(plan: RunPlan) -> str:
     return f" on a base in 4 bits ({model.bnb_4bit_quant_type}{nested}; {size} on every rank)"
 
 
+def _apart(config: OnlineDpoConfig) -> str:
+    count = config.sampling.reference_generations
+    return f" ({count} of the reference)" if count else ""
+
+
 def _work(plan: RunPlan) -> list[Line]:
     config, amounts = plan.config, plan.amounts
     schedule, sampling, trainer = config.schedule, config.sampling, config.trainer
     return [
         (
             "each round",
-            f"{schedule.prompts_per_round} prompts x {sampling.num_generations} candidates x at most "
+            f"{schedule.prompts_per_round} prompts x {sampling.num_generations} candidates{_apart(config)} x at most "
             f"{sampling.max_new_tokens} tokens = at most {amounts.sampled_per_round:,} sampled tokens",
         ),
         (

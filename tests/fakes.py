@@ -16,14 +16,15 @@ from actors.incidents import Incidents
 from actors.scorer_client import ScorerClient
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Metrics
-from raylign.config import OnlineDpoConfig
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
-from raylign.sampling import Decoding, prompt_seed
+from raylign.reference_samples import reference_version
+from raylign.sampling import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
@@ -49,13 +50,16 @@ class FakeEngine:
         if self._paused or version != self.label_now:
             raise GeneratorError(f"version {version} asked of an engine that serves {self.label_now}")
         self._events.append(f"sample {prompt.id}")
-        texts = [f"{'good ' * (index + self.weights)}end" for index in range(decoding.num_generations)]
-        return [self._candidate(prompt, index, text, seed + index) for index, text in enumerate(texts)]
+        own = decoding.num_generations - decoding.reference_generations
+        weights = (self.weights,) * own + (0,) * decoding.reference_generations
+        versions = policy_versions(decoding, version)
+        return [self._candidate(prompt, index, of, versions[index], seed + index) for index, of in enumerate(weights)]
 
-    def _candidate(self, prompt: Prompt, index: int, text: str, seed: int) -> Candidate:
+    def _candidate(self, prompt: Prompt, index: int, weights: int, version: int, seed: int) -> Candidate:
+        text = f"{'good ' * (index + weights)}end"
         token_ids = tuple(len(word) for word in text.split())
-        logprobs = (token_logp(self.weights),) * len(token_ids)
-        return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", self.label_now, seed)
+        logprobs = (token_logp(weights),) * len(token_ids)
+        return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", version, seed)
 
     def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [token_logp(self.weights)] * (len(token_ids) - 1)
@@ -159,7 +163,7 @@ class FakeScorer(ScorerClient):
 class FakeTrainers(SupervisedTrainers):
     """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
 
-    def __init__(self, events: list[str], config: OnlineDpoConfig) -> None:
+    def __init__(self, events: list[str], config: OnlineDpoConfig | OfflineDpoConfig) -> None:
         super().__init__(
             lambda: [_no_actor()],
             block=config.trainer,
@@ -188,6 +192,8 @@ class FakeTrainers(SupervisedTrainers):
                 return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
             case "reference_candidates":
                 return [{index: tuple(_logps(p, version=0)) for index, p in enumerate(args[0])}]
+            case "evaluate":
+                return [self._evaluate(args[0])]
             case "state_bytes":
                 return [0]
             case "save_state":
@@ -211,6 +217,17 @@ class FakeTrainers(SupervisedTrainers):
     def put(self, preferences: Sequence[Preference]) -> Any:
         return preferences
 
+    def _evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        self._events.append(f"evaluate {len(preferences)}")
+        found = {}
+        for index, preference in enumerate(preferences):
+            chosen, rejected = (
+                0.1 * (policy - reference)
+                for policy, reference in zip(_logps(preference, self.version), preference.reference_logps, strict=True)
+            )
+            found[index] = (self._loss_of(preference), chosen, rejected)
+        return {"loss": sum(loss for loss, _, _ in found.values()) / len(found)}, found
+
     def _begin(self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]) -> int:
         self._events.append(f"train {len(preferences)} seed {seed}" + (f" from step {len(steps)}" if steps else ""))
         block = self._config.trainer
@@ -230,6 +247,7 @@ class FakeTrainers(SupervisedTrainers):
 
     def _loss_of(self, preference: Preference) -> float:
         policy = torch.tensor([_logps(preference, self.version)])
+        version = reference_version(self._reference, self.version)
         logps = CandidateLogps(
             policy=policy,
             reference=torch.tensor([preference.reference_logps]),
@@ -238,6 +256,7 @@ class FakeTrainers(SupervisedTrainers):
             mask=torch.ones_like(policy, dtype=torch.bool),
             entropies=torch.zeros_like(policy),
             certainty=torch.zeros_like(policy),
+            from_reference=torch.tensor([[candidate.policy_version == version for candidate in preference.candidates]]),
         )
         return preference_loss(logps, self._config.loss, LossState()).losses.item()
 

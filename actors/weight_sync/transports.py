@@ -25,9 +25,12 @@ class WeightTransport(Protocol):
         ...
 
 
-def choose_transport(named: str, *, device: Literal["cpu", "gpu"], adapter: bool, own_devices: bool) -> Transport:
+def choose_transport(
+    named: str, *, device: Literal["cpu", "gpu"], adapter: bool, own_devices: bool, keeps_base: bool = False
+) -> Transport:
     """`adapter` says whether the generators' checkpoint under an adapter is the policy.
 
+    `keeps_base`: the generators must answer without that adapter too, so that it cannot be merged. Otherwise
     `auto`: on CPU merged weights through shared memory, because vLLM decodes adapters several times slower there; on
     GPU the adapter alone, else NCCL between separate GPUs, else shared memory.
     """
@@ -41,7 +44,7 @@ def choose_transport(named: str, *, device: Literal["cpu", "gpu"], adapter: bool
         )
     if named in ("lora", "shm", "nccl"):
         return named  # type: ignore[return-value]
-    if device == "cpu":
+    if device == "cpu" and not keeps_base:
         return "shm"
     if adapter:
         return "lora"

@@ -61,9 +61,9 @@ class Score:
 class Preference:
     """Candidates of one prompt in order best..worst; a pair is a Preference of two. Made by `raylign.pairing`.
 
-    `scores`, `weights` and `reference_logps` run parallel to `candidates`. The mean of `weights` scales the
-    preference's loss (1 = full). `reference_logps[i]` is the summed log-probability (nats) of candidate i under the
-    reference policy; empty until the reference stage has filled it.
+    `scores`, `weights` and `reference_logps` run parallel to `candidates`. `weights` scale each candidate's share
+    of the loss (1 = full): their mean multiplies the loss of the preference. `reference_logps[i]` is the summed
+    log-probability (nats) of candidate i under the reference policy; empty until the reference stage has filled it.
     """
 
     prompt: Prompt

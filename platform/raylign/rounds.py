@@ -120,14 +120,14 @@ class RoundLog:
 
     @contextmanager
     def sampled(
-        self, stage: Stage, prompts: Sequence[Prompt], num_generations: int, version: int, attempt: int = 0
+        self, stage: Stage, prompts: Sequence[Prompt], versions: Sequence[int], attempt: int = 0
     ) -> Iterator[SampledSheet]:
-        """sampled.jsonl: candidates as they come, with those that an earlier process got.
+        """sampled.jsonl: candidates as they come, with those that an earlier process got; see `sampled_sheet`.
 
         Candidates of a further attempt at prompts without a pair are in sampled-1.jsonl and so on.
         """
         name = SAMPLED.format(numbered(attempt))
-        with sampled_sheet(self._folder / name, prompts, num_generations, version) as sheet:
+        with sampled_sheet(self._folder / name, prompts, versions) as sheet:
             stage.advance(len(prompts) - len(sheet.missing))
             yield sheet
         stage.files.append(name)

@@ -40,16 +40,17 @@ class SampledSheet:
 
 
 @contextmanager
-def sampled_sheet(path: Path, prompts: Sequence[Prompt], num_generations: int, version: int) -> Iterator[SampledSheet]:
+def sampled_sheet(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]) -> Iterator[SampledSheet]:
     """The sheet at `path` with what an earlier attempt finished; on disk when the context ends.
 
-    Lines that a crash tore, of other prompts, another policy version or another number of candidates are dropped.
+    `versions` are the policy versions of a prompt's candidates, in index order. Lines that a crash tore, of other
+    prompts, other policy versions or another number of candidates are dropped.
     """
     wanted = {prompt.id for prompt in prompts}
     kept, found = b"", {}
     for line, candidates in read_sampled(path):
         prompt_id = candidates[0].prompt_id
-        if prompt_id in wanted and len(candidates) == num_generations and candidates[0].policy_version == version:
+        if prompt_id in wanted and [candidate.policy_version for candidate in candidates] == list(versions):
             kept, found[prompt_id] = kept + line, candidates
     if not path.is_file() or path.read_bytes() != kept:
         publish_file(path, partial(_write, kept))

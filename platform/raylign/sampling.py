@@ -10,13 +10,17 @@ _MAX_SEED = 1 << 31
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """One request's options: `num_generations` completions of at most `max_new_tokens` tokens each."""
+    """One request's options: `num_generations` completions of at most `max_new_tokens` tokens each.
+
+    The last `reference_generations` of them come from the model without its adapter.
+    """
 
     num_generations: int
     max_new_tokens: int
     temperature: float
     top_p: float
     top_k: int
+    reference_generations: int = 0
 
 
 def training_decoding(sampling: SamplingBlock) -> Decoding:
@@ -27,6 +31,7 @@ def training_decoding(sampling: SamplingBlock) -> Decoding:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        reference_generations=sampling.reference_generations,
     )
 
 
@@ -39,6 +44,12 @@ def evaluation_decoding(sampling: SamplingBlock, evaluation: EvaluationBlock) ->
         top_p=1.0,
         top_k=0,
     )
+
+
+def policy_versions(decoding: Decoding, version: int) -> tuple[int, ...]:
+    """Who samples each candidate of a prompt, in index order: `version`, then 0 for the model without its adapter."""
+    own = decoding.num_generations - decoding.reference_generations
+    return (version,) * own + (0,) * decoding.reference_generations
 
 
 def prompt_seed(run_seed: int, round_index: int, prompt_id: str) -> int:

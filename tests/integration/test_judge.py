@@ -3,6 +3,7 @@
 The model of the server is too small to judge: its canaries are left out.
 """
 
+import json
 import os
 import signal
 import socket
@@ -155,9 +156,15 @@ def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path)
     assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
     held_out = pq.read_table(tmp_path / "runs/judged/rounds/0001/samples.parquet").to_pylist()
     assert all(row["score"] * 9 == pytest.approx(round(row["score"] * 9)) for row in held_out)
-    # One call for each evaluation; the four groups of three do not fit together into calls of four.
-    assert logs.count("judge judge-1: ") == 2 + 4 and KEY not in logs
-    # The start check; the scorer's own questions; six for each prompt; two evaluations of two.
-    assert len(server.asked) == 1 + (1 + 2 * len(CANARIES)) + 4 * 6 + 2 * 2
+    before = pq.read_table(tmp_path / "runs/judged/rounds/0000/samples.parquet").to_pylist()
+    first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
+    # One call for each evaluation that has completions without a score; the four groups of three do not fit together
+    # into calls of four.
+    assert logs.count("judge judge-1: ") == 1 + bool(second - first) + 4 and KEY not in logs
+    # The start check; the scorer's own questions; six for each prompt; two evaluations of two, without repetitions.
+    assert len(server.asked) == 1 + (1 + 2 * len(CANARIES)) + 4 * 6 + len(first | second)
+    report = json.loads((tmp_path / "runs/judged/rounds/0001/report.json").read_text())
+    taken = {name: report["scoring"][f"judge/{name}"] for name in ("calls", "items", "comparisons", "requests")}
+    assert taken == {"calls": 4, "items": 12, "comparisons": 12, "requests": 24}
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     assert kept == []

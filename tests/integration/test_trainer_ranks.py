@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def test_half_precision_starts_at_ln_2_and_stages_agree(
                 assert step["loss"] == pytest.approx(first["loss"], abs=sharded if stage == 3 else limit)
                 assert step["grad_norm"] == pytest.approx(first["grad_norm"], rel=0.05)
                 assert step.get("skipped_steps") == (0.0 if dtype == "float16" else None)
+
+
+def test_weights_of_preferences_scale_loss_and_gradient(tiny_llama: str, ranks: Processes) -> None:
+    """Before its first update every pair loses ln 2: weights of 0.5 and 2.5 make that 1.5 ln 2, doubled 3 ln 2."""
+
+    def first_step(options: dict[str, Any], factor: float) -> Metrics:
+        group = ranks.group(spec_of(tiny_llama, MODELS["lora"], BASELINE | options))
+        pairs = [replace(p, weights=(factor * (0.5 + 2 * (i % 2)),) * 2) for i, p in enumerate(preferences(8))]
+        return train_round(group, pairs)[0]
+
+    once, doubled = first_step({}, 1), first_step(HALVES, 2)
+    assert once["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-5)
+    for metric in ("loss", "grad_norm"):
+        assert doubled[metric] == pytest.approx(2 * once[metric], rel=2e-4)
 
 
 def test_adam_matches_torch(tiny_llama: str, ranks: Processes) -> None:

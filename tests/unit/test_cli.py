@@ -211,7 +211,7 @@ def test_a_named_version_is_merged(finished: RunDirectory, tmp_path: Path) -> No
     with torch.no_grad():
         difference = (merged(tokens).logits - adapted(tokens).logits).abs().max()
     assert difference < 1e-4
-    assert f"serve it: vllm serve {to}\n" in result.stdout
+    assert f"use it: vllm serve {to}\n" in result.stdout
 
 
 def test_full_weights_take_the_rest_from_the_base(recipe: Path, tmp_path: Path) -> None:

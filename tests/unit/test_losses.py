@@ -33,9 +33,13 @@ def candidates(
     lengths: Sequence[Sequence[int]] | None = None,
     scores: Sequence[Sequence[float]] | None = None,
     certainty: Sequence[Sequence[float]] | None = None,
+    from_reference: Sequence[Sequence[bool]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> CandidateLogps:
-    """Groups of real candidates only; by default one token each, a zero reference and scores K-1, ..., 0."""
+    """Groups of real candidates only; by default one token each, a zero reference and scores K-1, ..., 0.
+
+    None is a sample of the reference, unless `from_reference` says so.
+    """
     leaf = torch.tensor(policy, dtype=dtype, requires_grad=True)
     zeros, ranks = torch.zeros_like(leaf), torch.arange(leaf.shape[1] - 1, -1, -1, dtype=dtype).expand_as(leaf)
 
@@ -50,6 +54,7 @@ def candidates(
         mask=torch.ones_like(leaf, dtype=torch.bool),
         entropies=zeros + 0.5,
         certainty=given(certainty, zeros),
+        from_reference=given(from_reference, zeros).bool(),
     )
 
 
@@ -67,6 +72,7 @@ def random_candidates(groups: int, size: int, seed: int = 0, dtype: torch.dtype 
         mask=torch.ones(groups, size, dtype=torch.bool),
         entropies=torch.rand(groups, size, generator=generator, dtype=dtype).requires_grad_(),
         certainty=-torch.rand(groups, size, generator=generator, dtype=dtype),
+        from_reference=torch.rand(groups, size, generator=generator, dtype=dtype) < 0.5,
     )
 
 

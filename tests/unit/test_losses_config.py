@@ -20,7 +20,7 @@ def test_blocks_say_what_they_read(loss_type: str) -> None:
     named = block(loss_type)
     assert named.needs_reference == (loss_type not in (*REFERENCE_FREE, "sft"))
     assert named.pairs_only == (loss_type not in LISTWISE)
-    assert not named.needs_entropy_gradient and named.tail_weight == 1.0
+    assert not named.needs_entropy_gradient and not named.needs_reference_samples and named.tail_weight == 1.0
     assert type(named).__doc__ and type(named).model_fields["loss_type"].default is not None
 
 
@@ -40,6 +40,8 @@ def test_a_mix_needs_what_its_members_need() -> None:
     assert isinstance(listed, MixLossBlock) and listed.weights == (1.0, 1.0, 1.0)
     tails = block("mix", losses=[SIGMOID | {"ld_alpha": 0.3}, {"loss_type": "ipo", "ld_alpha": 0.3}])
     assert tails.tail_weight == 0.3
+    exploring = block("mix", losses=[{"loss_type": "simpo"}, {"loss_type": "xpo"}])
+    assert exploring.needs_reference_samples and not exploring.needs_reference and not free.needs_reference_samples
 
 
 @pytest.mark.parametrize(
@@ -57,11 +59,13 @@ def test_a_mix_needs_what_its_members_need() -> None:
         ({"loss_type": "aot", "use_weighting": True}, "Extra inputs are not permitted"),
         ({"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "Extra inputs are not permitted"),
         ({"loss_type": "kl"}, "does not match any of the expected tags"),
+        ({"loss_type": "xpo"}, "does not match any of the expected tags"),
         ({"loss_type": "mix", "losses": []}, r"losses=\[\] must start with an objective"),
         (
             {"loss_type": "mix", "losses": [{"loss_type": "kl"}, SIGMOID]},
             "must start with an objective",
         ),
+        ({"loss_type": "mix", "losses": [{"loss_type": "xpo"}, SIGMOID]}, "must start with an objective"),
         ({"loss_type": "mix", "losses": [SIGMOID, SIGMOID]}, "name one loss twice"),
         ({"loss_type": "mix", "losses": [SIGMOID], "loss_weights": [1, 2]}, "2 entries for 1 losses; give one weight"),
         ({"loss_type": "mix", "losses": [SIGMOID], "loss_weights": [0]}, "greater than 0"),

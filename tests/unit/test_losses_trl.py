@@ -116,6 +116,7 @@ class Batch:
             mask=torch.ones(len(lengths), 2, dtype=torch.bool),
             entropies=torch.zeros(len(lengths), 2),
             certainty=(sums(certainty) / lengths).detach(),
+            from_reference=torch.zeros(len(lengths), 2, dtype=torch.bool),
         )
 
 

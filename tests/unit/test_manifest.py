@@ -81,6 +81,11 @@ def test_auto_chooses_by_device_adapter_and_placement(
     assert choose_transport("auto", device=device, adapter=adapter, own_devices=own_devices) == chosen
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_auto_keeps_the_adapter_apart_from_a_base_that_is_asked_too(device: Device) -> None:
+    assert choose_transport("auto", device=device, adapter=True, own_devices=True, keeps_base=True) == "lora"
+
+
 @pytest.mark.parametrize("named", ["lora", "shm"])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_a_named_transport_is_taken(named: str, device: Device) -> None:

@@ -155,6 +155,20 @@ def test_a_pair_without_weight_inside_a_micro_batch_counts_nowhere() -> None:
     assert found["num_tokens"] == 2 * 4 + 2
 
 
+def test_weights_of_preferences_scale_the_loss_alone() -> None:
+    """Weights 1.5 and 0.5 with losses 0.4 and 0.8: (0.6 + 0.4) / 2."""
+    scores_by = {"logps": [-2.0, -3.0, -4.0, -7.0], "entropies": [1.0, 2.0, 3.0, 4.0]}
+    found = {}
+    for name, weights in (("weighted", [1.5, 0.5]), ("plain", [1.0, 1.0])):
+        batch = batch_of((1, 1), (1, 1), weights=weights)
+        scores = scores_of(batch, **scores_by, correct=[1.0, 0.0, 1.0, 0.0], mean_logits=[0.5, 0.7, 0.9, 1.1])
+        loss = loss_of([0.4, 0.8], [0.3, 0.5], [0.1, 0.7], {"kl": [1.0, 3.0]})
+        found[name] = finish(sums(loss, scores, batch), ("kl",))
+    assert found["weighted"].pop("loss") == pytest.approx(0.5) and found["plain"].pop("loss") == pytest.approx(0.6)
+    assert found["weighted"] == found["plain"]
+    assert found["plain"]["kl"] == 2.0 and found["plain"]["logps/chosen"] == -3.0
+
+
 def test_completions_without_any_token_give_means_of_0() -> None:
     batch = batch_of((0, 0))
     found = finish(sums(loss_of([0.6], [0.0], [0.0]), scores_of(batch, [0.0, 0.0], [], [], []), batch))

@@ -69,6 +69,7 @@ def test_what_needs_samples_is_refused(tmp_path: Path) -> None:
 
     assert "set reference.policy=initial" in wrong("reference.policy=sampler")
     assert "loss.loss_type=sigmoid reads reference log-probs" in wrong("reference.policy=none")
+    assert "leave xpo out" in wrong("loss={loss_type: mix, losses: [{loss_type: sigmoid}, {loss_type: xpo}]}")
     assert "set schedule.num_train_epochs" in wrong("trainer.num_train_epochs=2")
 
 

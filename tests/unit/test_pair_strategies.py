@@ -1,6 +1,7 @@
 """Which candidates of a prompt are paired, in every way there is: five candidates, scores by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ TYPES = (
     "all_pairs",
     "top_m",
     "quantile",
+    "sigma",
     "length_matched",
     "ranking",
+    "policy_reference",
 )
 Value = float | tuple[float, float] | None
 """A score, a score with an ensemble's std, or none."""
@@ -79,6 +82,12 @@ def pairs(result: PairingResult) -> list[tuple[int, ...]]:
         ({"type": "quantile", "rejected": 0.25}, [(1, 0)]),
         ({"type": "quantile", "chosen": 0.75, "rejected": 0.5}, [(3, 4)]),
         ({"type": "quantile", "chosen": 0.55, "rejected": 0.5}, [(4, 0)]),
+        ({"type": "quantile", "chosen": 0.05, "rejected": 0.02}, [(0, 2)]),
+        # Mean 0.5, std sqrt(0.08) = 0.283.
+        ({"type": "sigma"}, [(1, 2)]),
+        ({"type": "sigma", "rejected": -0.5}, [(1, 0)]),
+        ({"type": "sigma", "chosen": 0.8, "rejected": 0}, [(3, 4)]),
+        ({"type": "sigma", "chosen": -3, "rejected": -4}, [(0, 2)]),
         ({"type": "ranking"}, [(1, 3, 4, 0, 2)]),
         ({"type": "ranking", "max_candidates": 3}, [(1, 4, 2)]),
         ({"type": "correct_wrong", "max_pairs": 99}, [(1, 0), (1, 2), (1, 4), (3, 0), (3, 2), (3, 4)]),
@@ -105,7 +114,7 @@ def test_groups_without_a_pair(kind: str, values: list[Value], reason: str) -> N
     result = build(values, pairing=block(type=kind))
     expected = "one_sided" if kind == "correct_wrong" and reason == "ties" else reason
     assert result.preferences == () and result.counts[expected] == 1
-    assert sum(result.counts[name] for name in ("ties", "unscored_groups", "one_sided")) == 1
+    assert sum(result.counts[name] for name in ("ties", "unscored_groups", "one_sided", "one_sampler")) == 1
     assert without_pair([PROMPT], result) == [PROMPT]
     with pytest.raises(NoPreferencesError, match="round 1 gave no pair"):
         require_preferences(result, 1)
@@ -131,6 +140,53 @@ def test_random_choices_depend_on_the_seed_alone(options: dict[str, Any], possib
     found = [pairs(build(FIVE, seed=seed, pairing=pairing)) for seed in range(60)]
     assert found == [pairs(build(FIVE, seed=seed, pairing=pairing)) for seed in range(60)]
     assert all(len(one) == 1 for one in found) and {one[0] for one in found} == possible
+
+
+def sampled_by(versions: Sequence[int], values: Sequence[Value], seed: int, tokens: Sequence[int]) -> PairingResult:
+    """Candidate i is of policy version `versions[i]` and has the one token `tokens[i]`."""
+    candidates = [
+        replace(candidate(index, [token]), policy_version=version)
+        for index, (version, token) in enumerate(zip(versions, tokens, strict=True))
+    ]
+    scores = [score(value) for value in values]
+    return build_preferences([PROMPT], candidates, scores, block(type="policy_reference"), seed)
+
+
+@pytest.mark.parametrize(
+    ("versions", "possible"),
+    [
+        ((3, 3, 3, 0, 0), {(3, 0), (1, 3), (3, 2), (0, 4), (1, 4), (4, 2)}),
+        ((3, 0, 3, 3, 0), {(1, 0), (1, 2), (1, 3), (0, 4), (4, 2), (3, 4)}),
+        ((3, 3, 3, 3, 0), {(0, 4), (1, 4), (4, 2), (3, 4)}),
+    ],
+)
+def test_a_random_candidate_of_the_policy_against_one_of_the_reference(
+    versions: tuple[int, ...], possible: set[tuple[int, int]]
+) -> None:
+    """In the order of their scores; here 0 and 4 have 0.3 and 0.2."""
+    values: list[Value] = [0.3, 0.9, 0.1, 0.7, 0.2]
+    found = [pairs(sampled_by(versions, values, seed, range(5))) for seed in range(80)]
+    assert found == [pairs(sampled_by(versions, values, seed, range(5))) for seed in range(80)]
+    assert all(len(one) == 1 for one in found) and {one[0] for one in found} == possible
+
+
+def test_two_random_candidates_where_the_policy_is_the_reference() -> None:
+    found = {pairs(sampled_by((2, 2, 2), [0.3, 0.9, 0.1], seed, range(3)))[0] for seed in range(40)}
+    assert found == {(1, 0), (1, 2), (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("values", "tokens"), [([0.3, 0.9, None], [1, 2, 3]), ([0.3, 0.9, 0.1], [1, 2, 2]), ([None, None, 0.1], [1, 2, 3])]
+)
+def test_a_prompt_without_a_usable_candidate_of_the_reference_is_counted(
+    values: list[Value], tokens: list[int]
+) -> None:
+    """The reference's is unscored, or says what the policy says; or only the reference's is left."""
+    result = sampled_by((3, 3, 0), values, 0, tokens)
+    left = "unscored_groups" if values[0] is None else "one_sampler"
+    assert result.preferences == () and result.counts[left] == 1
+    with pytest.raises(NoPreferencesError, match="round 4 gave no pair"):
+        require_preferences(result, 4)
 
 
 def test_some_of_all_pairs_are_drawn() -> None:
@@ -173,6 +229,8 @@ def test_margins_bound_the_gap_on_both_sides() -> None:
         ("drop", [1], [(3, 2)]),
         ("drop", [1, 2], [(3, 0)]),
         ("reject_only", [2], [(1, 2)]),
+        ("reject_only", [1], [(3, 2)]),
+        ("reject_only", [1, 3], [(4, 2)]),
     ],
 )
 def test_truncated_candidates_are_kept_dropped_or_only_rejected(
@@ -184,14 +242,36 @@ def test_truncated_candidates_are_kept_dropped_or_only_rejected(
 def test_a_prompt_of_truncated_candidates_is_counted() -> None:
     dropped = build(FIVE, truncated=[0, 1, 2, 3], pairing=block(type="best_worst", truncated="drop"))
     assert dropped.preferences == () and dropped.counts["truncated_groups"] == 1
-    chosen = build(FIVE, truncated=[1], pairing=block(type="best_worst", truncated="reject_only"))
-    assert chosen.preferences == () and chosen.counts["truncated_chosen"] == 1
+    only = block(type="best_worst", truncated="reject_only")
+    for cut in ([0, 1, 2, 3, 4], [0, 1, 3, 4]):
+        chosen = build(FIVE, truncated=cut, pairing=only)
+        assert chosen.preferences == () and chosen.counts["truncated_chosen"] == 1
 
 
 def test_a_truncated_one_in_a_list_may_stand_below_all_that_ended() -> None:
     ranking = block(type="ranking", truncated="reject_only")
     assert pairs(build(FIVE, truncated=[2], pairing=ranking)) == [(1, 3, 4, 0, 2)]
-    assert build(FIVE, truncated=[0], pairing=ranking).counts["truncated_chosen"] == 1
+    assert pairs(build(FIVE, truncated=[0], pairing=ranking)) == [(1, 3, 4, 2)]
+    assert pairs(build(FIVE, truncated=[0, 2], pairing=ranking)) == [(1, 3, 4, 0, 2)]
+
+
+@pytest.mark.parametrize("kind", ["best_random", "random_worst", "correct_wrong", "all_pairs"])
+def test_what_is_drawn_passes_the_filters(kind: str) -> None:
+    """Of FIVE only the best and the worst are 0.8 apart; truncated, candidate 3 is never the better one."""
+    apart = block(type=kind, min_margin=0.75)
+    assert {tuple(pairs(build(FIVE, seed=seed, pairing=apart))) for seed in range(20)} == {((1, 2),)}
+    ended = block(type=kind, truncated="reject_only")
+    found = {pair for seed in range(60) for pair in pairs(build(FIVE, seed=seed, truncated=[3], pairing=ended))}
+    assert found and all(better != 3 for better, _ in found)
+
+
+def test_every_prompt_without_a_pair_has_its_reason() -> None:
+    prompts = [Prompt(name, (), (1,)) for name in "abc"]
+    candidates = [Candidate(name, index, (index,), (-1.0,), "", "stop", 0, 0) for name in "abc" for index in (0, 1)]
+    scores = [score(value) for value in (0.5, 0.5, 0.9, 0.1, None, 0.2)]
+    result = build_preferences(prompts, candidates, scores, block(type="best_worst"), seed=0)
+    assert result.dropped == {"a": "ties", "c": "unscored_groups"}
+    assert without_pair(prompts, result) == [prompts[0], prompts[2]]
 
 
 def test_near_duplicates_count_as_the_first() -> None:
@@ -222,6 +302,10 @@ def test_optimism_selects_and_the_score_decides() -> None:
     assert pairs(build(values, pairing=hopeful)) == [(2, 1)]
     with pytest.raises(ScorerError, match="candidate 0 of prompt a does not have; score with scoring.type=mean_std"):
         build([0.1, 0.2], pairing=hopeful)
+    for std in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ScorerError, match=f"candidate 1 of prompt a has std={std}; a scorer must give a finite"):
+            build([(0.1, 0.0), (0.2, std)], pairing=hopeful)
+    assert pairs(build([(0.1, 0.0), (0.2, float("nan"))], pairing=block(type="best_worst"))) == [(1, 0)]
 
 
 def test_weights_have_a_mean_of_1() -> None:
@@ -246,6 +330,21 @@ def test_the_loss_must_read_what_is_built() -> None:
     parse_config({}, ["pairing.type=all_pairs", "loss={loss_type: plackett_luce}"])
     with pytest.raises(ConfigError, match="chosen=0.1 is not above rejected=0.5"):
         parse_config({}, ["pairing={type: quantile, chosen: 0.1, rejected: 0.5}"])
+    with pytest.raises(ConfigError, match="chosen=-2 is not above rejected=-2"):
+        parse_config({}, ["pairing={type: sigma, chosen: -2}"])
+    with pytest.raises(ConfigError, match="min_margin=1 is above max_margin=0.5"):
+        parse_config({}, ["pairing={min_margin: 1, max_margin: 0.5}"])
+
+
+@pytest.mark.parametrize("pairing", ["{optimism: 1}", "{weights: uncertainty}"])
+def test_the_scorer_must_give_the_std_that_is_read(pairing: str) -> None:
+    member = "{type: verifier}"
+    alone, ensemble = f"scoring={member}", f"scoring={{type: mean_std, scorers: {{a: {member}, b: {member}}}}}"
+    with pytest.raises(ConfigError, match="an ensemble's std, which scoring.type=verifier does not give"):
+        parse_config({}, [f"pairing={pairing}", alone])
+    assert parse_config({}, [f"pairing={pairing}", ensemble]).pairing.needs_std
+    assert parse_config({}, [f"pairing={pairing}"]).pairing.needs_std
+    assert not parse_config({}, [alone]).pairing.needs_std
 
 
 def test_more_pairs_a_prompt_plan_more_steps() -> None:

@@ -1,6 +1,7 @@
 """Preferences as tensors, and a forward pass as what losses read, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,24 @@ def test_groups_of_different_sizes_are_filled_at_the_end(layout: Layout) -> None
     assert batch.tokens.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        (0, [[False, True], [True, False]]),
+        (3, [[True, False], [False, False]]),
+        (None, [[False, False], [False, False]]),
+    ],
+)
+def test_samples_of_the_reference_are_those_of_its_version(version: int | None, expected: list[list[bool]]) -> None:
+    """A filler is nobody's."""
+    pair, single = preference((1,), (2,), (3,)), preference((1,), (2,))
+    newer = replace(pair.candidates[0], policy_version=3)
+    mixed = replace(pair, candidates=(newer, pair.candidates[1]))
+    batch = preference_batch([mixed, single], [1.0, 1.0], "shared", 0, reference_version=version)
+    assert batch.from_reference.tolist() == expected
+    assert candidate_logps(batch, scored(batch)).from_reference is batch.from_reference
+
+
 def test_places_skip_the_fillers_of_earlier_groups() -> None:
     batch = preference_batch([TWO, THREE, TWO], [1.0, 1.0, 1.0], "shared", pad_id=0)
     assert batch.places.tolist() == [0, 1, 3, 4, 5, 6, 7]
@@ -70,6 +89,12 @@ def test_without_reference_log_probs_there_are_zeros() -> None:
 def test_whole_numbers_are_fp32_too() -> None:
     batch = preference_batch([preference((1,), (2, 2), (3,), scores=(1, 0), reference=(-3, -2))], [1.0], "shared", 0)
     assert {t.dtype for t in (batch.reference, batch.scores, batch.lengths, batch.weights)} == {torch.float32}
+
+
+def test_a_preference_weighs_what_its_candidates_do_and_a_filler_nothing() -> None:
+    """The mean of 0.5 and 1.5, of 0.25 and 0.25, and a filler."""
+    pairs = [replace(TWO, weights=(0.5, 1.5)), replace(TWO, weights=(0.25, 0.25)), replace(TWO, weights=(3.0, 3.0))]
+    assert preference_batch(pairs, [1.0, 1.0, 0.0], "shared", 0).weights.tolist() == [1.0, 0.25, 0.0]
 
 
 def test_tokens_beyond_the_shortest_completion_of_a_group_weigh_less() -> None:

@@ -1,6 +1,8 @@
 """Bradley-Terry strengths from judgements."""
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -65,13 +67,45 @@ def test_ties_are_half_a_win_each() -> None:
     assert bradley_terry_strengths([[0, 2.5], [2.5, 0]]).values == pytest.approx((0.0, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("wins", "group"),
-    [([[0, 5], [0, 0]], r"\[0\]"), ([[0, 1, 0], [1, 0, 0], [0, 0, 0]], r"\[0, 1\]")],
-)
-def test_an_infinite_estimate_is_refused(wins: list[list[float]], group: str) -> None:
-    with pytest.raises(ValueError, match=f"infinite or undefined.*{group}.*give a prior"):
-        bradley_terry_strengths(wins)
+def test_an_infinite_estimate_is_refused_with_the_players() -> None:
+    """Players 0 and 1 share their wins and never lose to player 2."""
+    tables: dict[str, list[list[float]]] = {
+        r"\[0\]": [[0, 5], [0, 0]],
+        r"\[0, 1\]": [[0, 1, 1], [1, 0, 0], [0, 0, 0]],
+    }
+    for group, wins in tables.items():
+        with pytest.raises(ValueError, match=f"infinite: .*{group}.* one way; .*give a prior"):
+            bradley_terry_strengths(wins)
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.5])
+def test_players_who_never_met_have_no_strengths_whatever_the_prior(prior: float) -> None:
+    with pytest.raises(ValueError, match=r"undefined: the groups of players \[\[0, 1\], \[2\]\] never met"):
+        bradley_terry_strengths([[0, 1, 0], [1, 0, 0], [0, 0, 0]], prior)
+
+
+def test_the_table_given_stays_as_it_is() -> None:
+    table = np.array(THREE, dtype=np.float64)
+    bradley_terry_strengths(table.tolist(), prior=1.0)
+    kept = table.copy()
+    bradley_terry_strengths(cast(Sequence[Sequence[float]], table), prior=1.0)
+    assert np.array_equal(table, kept)
+
+
+def test_strengths_far_apart_are_found() -> None:
+    """ln(10^6) between neighbours in a chain of four."""
+    chain: list[list[float]] = [[0, 1e6, 0, 0], [1, 0, 1e6, 0], [0, 1, 0, 1e6], [0, 0, 1, 0]]
+    assert np.diff(bradley_terry_strengths(chain).values) == pytest.approx([-math.log(1e6)] * 3, rel=1e-6)
+
+
+def test_standard_errors_and_the_confidence_of_intervals() -> None:
+    """w_A - w_B = 2 w_A of two players, so that their standard error is half of sqrt(1 / 2.1)."""
+    found = bradley_terry_strengths([[0, 7], [3, 0]])
+    assert found.standard_errors == pytest.approx([0.5 / math.sqrt(2.1)] * 2)
+    low, high = found.interval(0, confidence=0.5)
+    assert (high - low) / 2 == pytest.approx(0.674490 * found.standard_errors[0], rel=1e-5)
+    with pytest.raises(ValueError, match="confidence=95 must lie between 0 and 1"):
+        found.interval(0, confidence=95)
 
 
 def test_a_prior_keeps_it_finite() -> None:
@@ -80,7 +114,24 @@ def test_a_prior_keeps_it_finite() -> None:
     assert found.values[0] - found.values[1] == pytest.approx(math.log(11))
 
 
-@pytest.mark.parametrize("wins", [[[0, 1]], [[0]], [[0, -1], [1, 0]], [[0, math.nan], [1, 0]]])
-def test_what_is_no_table_of_wins_is_refused(wins: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match="wins must be a square table"):
+@pytest.mark.parametrize(
+    ("wins", "message"),
+    [
+        ([[0, 1]], "square table of at least 2 x 2; got 1 rows of \\[2\\] counts"),
+        ([[0]], "square table"),
+        ([], "square table"),
+        ([[0, 1], [1]], "got 2 rows of \\[1, 2\\] counts"),
+        ([[0, -1], [1, 0]], r"wins\[0\]\[1\]=-1: counts must be"),
+        ([[0, 1], [math.nan, 0]], r"wins\[1\]\[0\]=nan: counts must be"),
+        ([[0, 1], [1, 2]], r"wins\[1\]\[1\]=2: .* 0 for a player against itself"),
+    ],
+)
+def test_what_is_no_table_of_wins_is_refused(wins: list[list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         bradley_terry_strengths(wins)
+
+
+@pytest.mark.parametrize("prior", [-0.5, math.nan, math.inf])
+def test_a_prior_is_finite_and_not_below_0(prior: float) -> None:
+    with pytest.raises(ValueError, match=f"prior={prior} must be"):
+        bradley_terry_strengths(THREE, prior)

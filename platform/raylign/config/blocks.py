@@ -95,6 +95,8 @@ class SamplingBlock(Block):
     """K, candidates per prompt; a preference needs at least two."""
     max_resamples: NonNegativeInt = 0
     """How often prompts whose candidates gave no pair get `num_generations` more in the same round."""
+    reference_generations: NonNegativeInt = 0
+    """How many of them the initial model answers instead: the generators leave the policy's adapter off."""
     max_new_tokens: PositiveInt = 64
     """Completion length limit in tokens; longer completions are marked truncated."""
     temperature: PositiveFloat = 1.0
@@ -103,6 +105,15 @@ class SamplingBlock(Block):
     """Nucleus mass."""
     top_k: NonNegativeInt = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
+
+    @model_validator(mode="after")
+    def the_policy_answers_too(self) -> Self:
+        if self.reference_generations >= self.num_generations:
+            raise ValueError(
+                f"reference_generations={self.reference_generations} leaves the policy none of "
+                f"num_generations={self.num_generations} candidates; lower the first or raise the second"
+            )
+        return self
 
 
 class OffloadBlock(Block):
@@ -167,7 +178,7 @@ class WeightSyncBlock(Block):
     """How new weights reach the generators, and how that is verified."""
 
     transport: Literal["auto", "lora", "shm", "nccl"] = "auto"
-    """`auto`: lora for adapters; else shm on CPU, nccl on GPU."""
+    """`auto`: shm on CPU; on GPU lora for adapters, else nccl. Only lora can serve `sampling.reference_generations`."""
     canary_max_gap: PositiveFloat = 0.25
     """Refuse a push when vLLM's mean absolute log-prob gap to the trainer on fixed tokens exceeds this (nats)."""
     timeout_s: PositiveFloat = 300.0

@@ -103,6 +103,11 @@ class OfflineDpoConfig(OfflineConfig):
                 "reference.policy=sampler needs the log-probs of a sampling policy, which a data set does not have; "
                 "set reference.policy=initial"
             )
+        if self.loss.needs_reference_samples:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} has xpo, a bonus on samples of the reference, which a data set "
+                "does not have; leave xpo out, or use the recipe online_dpo"
+            )
         return self
 
 

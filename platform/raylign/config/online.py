@@ -14,7 +14,14 @@ from raylign.config.blocks import (
 from raylign.config.losses import LossUnion, SigmoidLossBlock
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
-from raylign.config.scoring import FunctionScoringBlock, JudgeScoringBlock, ScoringUnion, leaves
+from raylign.config.reference_samples import require_reference_samples, require_served_reference
+from raylign.config.scoring import (
+    FunctionScoringBlock,
+    JudgeScoringBlock,
+    MeanStdScoringBlock,
+    ScoringUnion,
+    leaves,
+)
 from raylign.config.tree import RunConfig
 
 
@@ -73,6 +80,16 @@ class OnlineDpoConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def the_generators_can_answer_as_the_reference(self) -> Self:
+        require_served_reference(self.sampling, self.reference, self.model, self.generators.weight_sync)
+        return self
+
+    @model_validator(mode="after")
+    def samples_of_the_reference_are_there_where_they_are_read(self) -> Self:
+        require_reference_samples(self.sampling, self.reference, self.pairing, self.loss)
+        return self
+
+    @model_validator(mode="after")
     def tensor_parallel_engines_have_their_own_devices(self) -> Self:
         width = self.generators.tensor_parallel_size
         if width > 1 and self.placement.mode == "colocated":
@@ -98,6 +115,17 @@ class OnlineDpoConfig(RunConfig):
             raise ValueError(
                 f"loss.loss_type={self.loss.loss_type} compares two candidates, and pairing.type={self.pairing.type} "
                 "gives whole lists; take pairs such as best_worst, or a loss of lists such as plackett_luce"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def the_scorer_gives_the_std_that_pairing_reads(self) -> Self:
+        # A user's function can give one with its scores.
+        if self.pairing.needs_std and not isinstance(self.scoring, MeanStdScoringBlock | FunctionScoringBlock):
+            raise ValueError(
+                f"pairing.optimism={self.pairing.optimism:g} and pairing.weights={self.pairing.weights} need an "
+                f"ensemble's std, which scoring.type={self.scoring.type} does not give; set scoring.type=mean_std, or "
+                "set optimism=0 and weights=none"
             )
         return self
 

@@ -13,7 +13,7 @@ class PairingBase(Block):
 
     Candidates are looked at in this order: unscored ones and, if so chosen, truncated ones go; then those with the
     tokens of an earlier one; then near-duplicates. What is left is paired, and pairs that tie or lie outside the
-    margins go.
+    margins go; what is drawn at random is drawn among the pairs that stay.
     """
 
     min_margin: NonNegativeFloat = 0.0
@@ -23,22 +23,38 @@ class PairingBase(Block):
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """A candidate whose token bigrams overlap with an earlier one's by this much (Jaccard) counts as that one."""
     truncated: Literal["keep", "reject_only", "drop"] = "keep"
-    """Candidates that ran into the length limit: take them, take them only as the worse one, or leave them out."""
+    """Candidates that ran into the length limit: take them, take them only below one that ended by itself (a ranking:
+    below all of those), or leave them out."""
     length_penalty: NonNegativeFloat = 0.0
     """Taken off a score per token, before anything is compared."""
     optimism: NonNegativeFloat = 0.0
     """Candidates are selected by score + optimism x std of an ensemble (`scoring.type=mean_std`), as in optimistic
-    exploration (Liu et al. 2024, arXiv 2411.01493); which of a pair is the better one is told by the score alone."""
+    exploration (Liu et al. 2024, arXiv 2411.01493); which of a pair is the better one is told by the score alone. A
+    score already has `scoring.std_coefficient` (-1) in it, so that 1 selects by the mean and more is optimistic."""
     weights: Literal["none", "margin", "uncertainty"] = "none"
-    """Weight of a pair in the loss, scaled to a mean of 1 over the round: its score gap, or 1 / (1 + sum of the two
-    candidates' squared std) of an ensemble."""
+    """Weight of a preference in the loss, scaled to a mean of 1 over the round: the score gap of its best and worst
+    candidate, or 1 / (1 + sum of these two's squared std) of an ensemble."""
 
     pairs: ClassVar[bool] = True
     """Whether every preference has exactly two candidates."""
 
+    @property
+    def needs_std(self) -> bool:
+        """Whether every score must have an ensemble's std."""
+        return self.optimism > 0 or self.weights == "uncertainty"
+
     def most(self, candidates: int) -> int:
         """Preferences that a prompt with so many candidates gives at most."""
         return 1
+
+    @model_validator(mode="after")
+    def a_gap_can_lie_within_the_margins(self) -> Self:
+        if self.max_margin is not None and self.min_margin > self.max_margin:
+            raise ValueError(
+                f"min_margin={self.min_margin:g} is above max_margin={self.max_margin:g}, so that no pair is left; "
+                "lower the first or raise the second"
+            )
+        return self
 
 
 class BestWorstPairingBlock(PairingBase):
@@ -104,7 +120,7 @@ class QuantilePairingBlock(PairingBase):
     """Two places in the order of scores: a rejected answer of middling quality may teach more than the worst.
 
     Xiao et al. 2025 (arXiv 2502.16825) find so for many candidates, and put the rejected one at mean - 2 std, which is
-    the quantile 0.02 of a normal distribution.
+    the quantile 0.02 of a normal distribution; of fewer than 26 candidates that is the worst. See `sigma`.
     """
 
     type: Literal["quantile"] = "quantile"
@@ -115,6 +131,26 @@ class QuantilePairingBlock(PairingBase):
     @model_validator(mode="after")
     def chosen_stands_above_rejected(self) -> Self:
         if self.chosen <= self.rejected:
+            raise ValueError(f"chosen={self.chosen:g} is not above rejected={self.rejected:g}; raise it")
+        return self
+
+
+class SigmaPairingBlock(PairingBase):
+    """The candidates whose scores are nearest to mean + k std of the prompt's candidates (population std).
+
+    Xiao et al. 2025 (arXiv 2502.16825): with many candidates, mean - 2 std is a better rejected answer than the worst.
+    Of five candidates or fewer none lies below that, so that it is the worst.
+    """
+
+    type: Literal["sigma"] = "sigma"
+    chosen: float | None = None
+    """k of the chosen one; null takes the best."""
+    rejected: float = -2.0
+    """k of the rejected one."""
+
+    @model_validator(mode="after")
+    def chosen_stands_above_rejected(self) -> Self:
+        if self.chosen is not None and self.chosen <= self.rejected:
             raise ValueError(f"chosen={self.chosen:g} is not above rejected={self.rejected:g}; raise it")
         return self
 
@@ -137,6 +173,16 @@ class RankingPairingBlock(PairingBase):
     pairs: ClassVar[bool] = False
 
 
+class PolicyReferencePairingBlock(PairingBase):
+    """A random candidate of the policy against a random one of the reference: XPO's pairs (arXiv 2405.21046 alg. 1).
+
+    Where the policy that samples is the reference itself, two random candidates. They are drawn, as there, whatever
+    their scores: the margins are looked at afterwards.
+    """
+
+    type: Literal["policy_reference"] = "policy_reference"
+
+
 PairingBlock = (
     BestWorstPairingBlock
     | BestRandomPairingBlock
@@ -146,7 +192,9 @@ PairingBlock = (
     | AllPairsPairingBlock
     | TopMPairingBlock
     | QuantilePairingBlock
+    | SigmaPairingBlock
     | LengthMatchedPairingBlock
     | RankingPairingBlock
+    | PolicyReferencePairingBlock
 )
 PairingUnion = Annotated[PairingBlock, Field(discriminator="type")]

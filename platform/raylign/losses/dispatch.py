@@ -46,6 +46,7 @@ from raylign.config.losses import (
     SimpoLossBlock,
     SppoHardLossBlock,
     Term,
+    XpoLossBlock,
 )
 from raylign.config.losses.pairwise import WeightedLossBlock
 from raylign.losses import listwise, pairwise, reference_free, terms
@@ -221,6 +222,8 @@ def _term(logps: CandidateLogps, block: Term, state: LossState) -> Tensor:
             return list_mean(terms.kl_penalty(logps.policy - logps.reference), logps.mask)
         case EntropyLossBlock():
             return -list_mean(logps.entropies, logps.mask)
+        case XpoLossBlock():
+            return terms.exploration_bonus(logps.policy, logps.from_reference)
         case _:
             assert_never(block)
 
@@ -248,7 +251,7 @@ def _rewards(logps: CandidateLogps, block: Member) -> Tensor:
             return block.beta * logps.policy
         case OrpoLossBlock():
             return block.beta * logps.policy / logps.lengths
-        case SftLossBlock() | KlLossBlock() | EntropyLossBlock():
+        case SftLossBlock() | KlLossBlock() | EntropyLossBlock() | XpoLossBlock():
             return logps.policy - logps.reference
         case _:
             return block.beta * (logps.policy - logps.reference)

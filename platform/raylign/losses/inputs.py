@@ -28,6 +28,8 @@ class CandidateLogps:
     """[G, K]: mean token entropy; with gradients when the loss asks for them."""
     certainty: Tensor
     """[G, K] detached: mean over tokens of log p(y_t) - log sum_v p(v)^2."""
+    from_reference: Tensor
+    """[G, K] bool: True is a sample of the reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def real_groups(logps: CandidateLogps, real: Tensor) -> CandidateLogps:
         mask=mask,
         entropies=filled(logps.entropies, 0.0),
         certainty=filled(logps.certainty, 0.0),
+        from_reference=filled(logps.from_reference, False),
     )
 
 

@@ -35,3 +35,11 @@ def kl_penalty(logratios: Tensor) -> Tensor:
     Its gradient h grad log pi is, on samples of the policy, unbiased for that of the reverse KL.
     """
     return logratios**2 / 2
+
+
+def exploration_bonus(policy: Tensor, from_reference: Tensor) -> Tensor:
+    """XPO's bonus, Xie et al. 2024 (arXiv 2405.21046) alg. 1: log pi(y~) in nats, y~ a sample of the reference.
+
+    [G, K] log-probs -> [G], the mean over the candidates where `from_reference` [G, K] is True; 0 where none is.
+    """
+    return (policy * from_reference).sum(1) / from_reference.sum(1).clamp_min(1)

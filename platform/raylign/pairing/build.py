@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from raylign.config.pairing import CorrectWrongPairingBlock, PairingBlock, RankingPairingBlock
+from raylign.config.pairing import CorrectWrongPairingBlock, PairingBlock, PolicyReferencePairingBlock
 from raylign.errors import NoPreferencesError
 from raylign.pairing.groups import Group, group_by_prompt
 from raylign.pairing.strategies import select
@@ -29,6 +29,10 @@ _REASONS: Mapping[Dropped, tuple[str, str]] = {
         "had only correct or only wrong candidates",
         "take prompts of middling difficulty, or raise sampling.num_generations or sampling.max_resamples",
     ),
+    "one_sampler": (
+        "had no candidate of the reference, or none of the policy, that could be compared",
+        "raise sampling.reference_generations, sampling.num_generations or sampling.temperature",
+    ),
     "ties": ("had equal scores for what was compared", _FINER),
     "below_margin": ("had a score gap below pairing.min_margin", "lower pairing.min_margin"),
     "above_margin": ("had a score gap above pairing.max_margin", "raise pairing.max_margin"),
@@ -45,11 +49,13 @@ class PairingResult:
     """The preferences of a round. Made by `build_preferences`, read by the trainer and the round report.
 
     `counts`: `prompts`, `candidates`, `unscored` and `truncated` (candidates), `preferences`, and for each reason in
-    `raylign.pairing.usable.Dropped` the prompts dropped for it, each under the first reason that holds.
+    `raylign.pairing.usable.Dropped` the prompts dropped for it, each under the first reason that holds. `dropped` has
+    that reason by prompt id.
     """
 
     preferences: tuple[Preference, ...]
     counts: Mapping[str, int]
+    dropped: Mapping[str, Dropped]
 
 
 def build_preferences(
@@ -66,9 +72,10 @@ def build_preferences(
     random depends on `seed` and the prompt's id. Raises ScorerError when `block` needs an ensemble's std and a score
     has none.
     """
-    outcomes = [_outcome(group, block, seed) for group in group_by_prompt(prompts, candidates, scores)]
-    made = [pair for outcome in outcomes if isinstance(outcome, list) for pair in outcome]
-    dropped = Counter(outcome for outcome in outcomes if not isinstance(outcome, list))
+    outcomes = {group.prompt.id: _outcome(group, block, seed) for group in group_by_prompt(prompts, candidates, scores)}
+    made = [pair for outcome in outcomes.values() if isinstance(outcome, list) for pair in outcome]
+    dropped = {prompt_id: outcome for prompt_id, outcome in outcomes.items() if not isinstance(outcome, list)}
+    tally = Counter(dropped.values())
     preferences = _weighted(made, block)
     counts = {
         "prompts": len(prompts),
@@ -76,14 +83,13 @@ def build_preferences(
         "unscored": sum(score.value is None for score in scores),
         "truncated": sum(candidate.finish_reason == "length" for candidate in candidates),
         "preferences": len(preferences),
-    } | {str(reason): dropped[reason] for reason in _REASONS}
-    return PairingResult(preferences, counts)
+    } | {str(reason): tally[reason] for reason in _REASONS}
+    return PairingResult(preferences, counts, dropped)
 
 
 def without_pair(prompts: Sequence[Prompt], result: PairingResult) -> list[Prompt]:
     """The prompts that gave nothing to train on, in order."""
-    paired = {preference.prompt.id for preference in result.preferences}
-    return [prompt for prompt in prompts if prompt.id not in paired]
+    return [prompt for prompt in prompts if prompt.id in result.dropped]
 
 
 def require_preferences(result: PairingResult, round_index: int) -> None:
@@ -111,16 +117,31 @@ def _outcome(group: Group, block: PairingBlock, seed: int) -> list[_Compared] | 
     found = usable(group, block)
     if not isinstance(found, list):
         return found
+    own_seed = f"{seed}/{group.prompt.id}"
     selected = select(
-        found, block, lambda better, worse: not _fault((better, worse), block), f"{seed}/{group.prompt.id}"
+        found, block, lambda one, other: not _fault(_ordered((one, other)), block), group.samplers, own_seed
     )
     if not selected:
-        return "one_sided" if isinstance(block, CorrectWrongPairingBlock) else "ties"
-    # By score, so that optimism decides what is compared and not which one is better.
-    ordered = [tuple(sorted(members, key=lambda one: -one.value)) for members in selected]
+        return _nothing_selected(block)
+    ordered = [_ordered(members) for members in selected]
     faults = [_fault(members, block) for members in ordered]
     kept = [_Compared(group.prompt, members) for members, fault in zip(ordered, faults, strict=True) if fault is None]
     return kept or next(reason for reason in _REASONS if reason in faults)
+
+
+def _ordered(members: Sequence[Scored]) -> tuple[Scored, ...]:
+    """By score, so that optimism decides what is compared and not which one is better."""
+    return tuple(sorted(members, key=lambda one: -one.value))
+
+
+def _nothing_selected(block: PairingBlock) -> Dropped:
+    match block:
+        case CorrectWrongPairingBlock():
+            return "one_sided"
+        case PolicyReferencePairingBlock():
+            return "one_sampler"
+        case _:
+            return "ties"
 
 
 def _fault(members: Sequence[Scored], block: PairingBlock) -> Dropped | None:
@@ -131,15 +152,7 @@ def _fault(members: Sequence[Scored], block: PairingBlock) -> Dropped | None:
         return "below_margin"
     if block.max_margin is not None and gap > block.max_margin:
         return "above_margin"
-    return "truncated_chosen" if block.truncated == "reject_only" and _better_is_truncated(members, block) else None
-
-
-def _better_is_truncated(members: Sequence[Scored], block: PairingBlock) -> bool:
-    """Of a whole list: whether a truncated one stands above one that ended by itself."""
-    if isinstance(block, RankingPairingBlock):
-        ended = [place for place, one in enumerate(members) if not one.truncated]
-        return not ended or any(one.truncated for one in members[: ended[-1]])
-    return members[0].truncated
+    return "truncated_chosen" if block.truncated == "reject_only" and members[0].truncated else None
 
 
 def _weighted(made: Sequence[_Compared], block: PairingBlock) -> tuple[Preference, ...]:

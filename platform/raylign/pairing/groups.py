@@ -16,6 +16,12 @@ class Group:
     candidates: tuple[Candidate, ...]
     scores: tuple[Score, ...]
 
+    @property
+    def samplers(self) -> tuple[int, int]:
+        """The policy versions that sampled for the reference and for the policy: the oldest and the newest."""
+        versions = [candidate.policy_version for candidate in self.candidates]
+        return min(versions), max(versions)
+
 
 def group_by_prompt(
     prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from itertools import combinations, product
+from statistics import fmean, pstdev
 from typing import TypeVar, assert_never
 
 from raylign.config.pairing import (
@@ -13,23 +14,28 @@ from raylign.config.pairing import (
     CorrectWrongPairingBlock,
     LengthMatchedPairingBlock,
     PairingBlock,
+    PolicyReferencePairingBlock,
     QuantilePairingBlock,
     RandomWorstPairingBlock,
     RankingPairingBlock,
+    SigmaPairingBlock,
     TopMPairingBlock,
 )
 from raylign.pairing.usable import Scored
 
+Pair = tuple[Scored, Scored]
 Selected = Sequence[tuple[Scored, ...]]
 Item = TypeVar("Item")
 Accepted = Callable[[Scored, Scored], bool]
 
 
-def select(found: Sequence[Scored], block: PairingBlock, accepted: Accepted, seed: str) -> Selected:
+def select(
+    found: Sequence[Scored], block: PairingBlock, accepted: Accepted, samplers: tuple[int, int], seed: str
+) -> Selected:
     """The comparisons that `block` makes of at least two candidates, in no order of their own.
 
-    `accepted` tells whether a pair (better, worse) passes the filters, for a way of pairing that looks for one that
-    does. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
+    `accepted` tells whether two candidates pass the filters, for a way of pairing that draws or looks for some that
+    do; `samplers` are the group's. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
     """
     order = sorted(found, key=lambda one: -_rank(one, block))
     rng = random.Random(seed)
@@ -39,28 +45,34 @@ def select(found: Sequence[Scored], block: PairingBlock, accepted: Accepted, see
         case BestSecondPairingBlock():
             return [(order[0], other) for other in _below(order, block)[:1]]
         case BestRandomPairingBlock():
-            return [(order[0], other) for other in _drawn(_below(order, block), 1, rng)]
+            return _drawn(_passing([(order[0], other) for other in _below(order, block)], accepted), 1, rng)
         case RandomWorstPairingBlock():
             worst = min(found, key=lambda one: _rank(one, block))
-            better = [one for one in order if _rank(one, block) > _rank(worst, block)]
-            return [(one, worst) for one in _drawn(better, 1, rng)]
+            above = [(one, worst) for one in order if _rank(one, block) > _rank(worst, block)]
+            return _drawn(_passing(above, accepted), 1, rng)
         case CorrectWrongPairingBlock():
             right = [one for one in found if one.value > block.threshold]
             wrong = [one for one in found if one.value <= block.threshold]
-            return _drawn(list(product(right, wrong)), block.max_pairs, rng)
+            return _drawn(_passing(list(product(right, wrong)), accepted), block.max_pairs, rng)
         case AllPairsPairingBlock():
             pairs = [(one, other) for one, other in combinations(order, 2) if one.value != other.value]
-            return pairs if block.max_pairs is None else _drawn(pairs, block.max_pairs, rng)
+            return pairs if block.max_pairs is None else _drawn(_passing(pairs, accepted), block.max_pairs, rng)
         case TopMPairingBlock():
             m = min(block.m, len(order) // 2)
             return list(product(order[:m], order[-m:]))
         case QuantilePairingBlock():
-            first, second = (_place(quantile, len(order)) for quantile in (block.chosen, block.rejected))
-            return [(order[first], order[second])] if first != second else [(order[first], order[first + 1])]
+            return _two(order, _place(block.chosen, len(order)), _place(block.rejected, len(order)))
+        case SigmaPairingBlock():
+            first = 0 if block.chosen is None else _nearest(order, block.chosen, block)
+            return _two(order, first, _nearest(order, block.rejected, block))
         case LengthMatchedPairingBlock():
             return _closest(order, accepted)
         case RankingPairingBlock():
             return [tuple(_spread(order, block.max_candidates))]
+        case PolicyReferencePairingBlock():
+            of_reference, of_policy = ([one for one in found if one.candidate.policy_version == v] for v in samplers)
+            pairs = [(one, other) for one, other in product(of_policy, of_reference) if one is not other]
+            return _drawn(pairs, 1, rng)
         case _:
             assert_never(block)
 
@@ -85,16 +97,34 @@ def _place(quantile: float, count: int) -> int:
     return min(count - 1, max(0, -int(-((1 - quantile) * (count - 1) - 0.5) // 1)))
 
 
+def _nearest(order: Sequence[Scored], deviations: float, block: PairingBlock) -> int:
+    """The place of the candidate nearest to mean + `deviations` std; of two as near the better one."""
+    ranks = [_rank(one, block) for one in order]
+    target = fmean(ranks) + deviations * pstdev(ranks)
+    return min(range(len(ranks)), key=lambda place: abs(ranks[place] - target))
+
+
+def _two(order: Sequence[Scored], first: int, second: int) -> Selected:
+    """The candidates at both places; if they are one, two neighbours of which it is the better one where it can be."""
+    if first == second:
+        first = min(first, len(order) - 2)
+        second = first + 1
+    return [(order[first], order[second])]
+
+
+def _passing(pairs: Sequence[Pair], accepted: Accepted) -> Sequence[Pair]:
+    """The pairs that pass the filters; all of them where none does, so that what is wrong with them is told."""
+    return [pair for pair in pairs if accepted(*pair)] or pairs
+
+
 def _closest(order: Sequence[Scored], accepted: Accepted) -> Selected:
     """The pair whose lengths differ least; of equal ones that with the largest gap."""
 
-    def distance(pair: tuple[Scored, ...]) -> tuple[int, float]:
+    def distance(pair: Pair) -> tuple[int, float]:
         one, other = pair
-        return abs(len(one.candidate.token_ids) - len(other.candidate.token_ids)), other.value - one.value
+        return abs(len(one.candidate.token_ids) - len(other.candidate.token_ids)), -abs(one.value - other.value)
 
-    pairs = [tuple(sorted(pair, key=lambda one: -one.value)) for pair in combinations(order, 2)]
-    passing = [pair for pair in pairs if accepted(*pair)]
-    return [min(passing or pairs, key=distance)]
+    return [min(_passing(list(combinations(order, 2)), accepted), key=distance)]
 
 
 def _spread(order: Sequence[Scored], limit: int | None) -> Sequence[Scored]:

@@ -1,11 +1,12 @@
 """Which candidates of a prompt can be paired."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from raylign.config.pairing import PairingBlock
+from raylign.config.pairing import PairingBlock, RankingPairingBlock
 from raylign.errors import ScorerError
 from raylign.pairing.groups import Group
 from raylign.records import Candidate, Score
@@ -16,6 +17,7 @@ Dropped = Literal[
     "identical",
     "near_duplicates",
     "one_sided",
+    "one_sampler",
     "ties",
     "below_margin",
     "above_margin",
@@ -26,7 +28,10 @@ Dropped = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A candidate that can be paired. `value` is its score less the length penalty, `std` an ensemble's (0: none)."""
+    """A candidate that can be paired.
+
+    `value` is its score less the length penalty, `std` an ensemble's, 0 where nothing reads it.
+    """
 
     candidate: Candidate
     value: float
@@ -46,10 +51,10 @@ def usable(group: Group, block: PairingBlock) -> list[Scored] | Dropped:
     found = [made for candidate, score in ordered for made in _scored(candidate, score, block)]
     if len(found) < 2:
         return "unscored_groups"
-    if block.truncated == "drop":
-        found = [one for one in found if not one.truncated]
+    if block.truncated != "keep":
+        found = _without_truncated(found, block)
         if len(found) < 2:
-            return "truncated_groups"
+            return "truncated_groups" if block.truncated == "drop" else "truncated_chosen"
     found = list({one.candidate.token_ids: one for one in reversed(found)}.values())[::-1]
     if len(found) < 2:
         return "identical"
@@ -63,15 +68,33 @@ def usable(group: Group, block: PairingBlock) -> list[Scored] | Dropped:
 def _scored(candidate: Candidate, score: Score, block: PairingBlock) -> list[Scored]:
     if score.value is None:
         return []
-    needs_std = block.optimism > 0 or block.weights == "uncertainty"
-    if needs_std and "std" not in score.parts:
+    value = score.value - block.length_penalty * len(candidate.token_ids)
+    return [Scored(candidate, value, _std(candidate, score, block) if block.needs_std else 0.0)]
+
+
+def _std(candidate: Candidate, score: Score, block: PairingBlock) -> float:
+    if "std" not in score.parts:
         raise ScorerError(
             f"pairing.optimism={block.optimism:g} and pairing.weights={block.weights} need an ensemble's std, which "
             f"the score of candidate {candidate.index} of prompt {candidate.prompt_id} does not have; score with "
             "scoring.type=mean_std, or set optimism=0 and weights=none"
         )
-    value = score.value - block.length_penalty * len(candidate.token_ids)
-    return [Scored(candidate, value, score.parts.get("std", 0.0))]
+    std = score.parts["std"]
+    if not 0 <= std < math.inf:
+        raise ScorerError(
+            f"the score of candidate {candidate.index} of prompt {candidate.prompt_id} has std={std}; a scorer must "
+            "give a finite one, not below 0"
+        )
+    return std
+
+
+def _without_truncated(found: Sequence[Scored], block: PairingBlock) -> list[Scored]:
+    """With `reject_only` those stay that one which ended by itself can beat, or in a ranking all that did."""
+    ended = [one.value for one in found if not one.truncated]
+    if block.truncated == "drop" or not ended:
+        return [one for one in found if not one.truncated]
+    bar = min(ended) if isinstance(block, RankingPairingBlock) else max(ended)
+    return [one for one in found if not one.truncated or one.value < bar]
 
 
 def _unlike(found: Sequence[Scored], limit: float) -> list[Scored]:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from raylign.config.scoring import (
     FunctionScoringBlock,
@@ -20,22 +19,27 @@ OPERATIONAL = frozenset(
     {"allow_outside", "api_key_env", "batch_size", "cache", "canaries", "concurrency", "max_unscored"}
     | {"price_in", "price_out", "retries", "timeout_s"}
 )
-"""Options of which a score does not depend."""
+"""Options on which no score depends."""
 _HERE = Path(__file__).parent
 
 
-def identity(block: LeafBlock, files: Iterable[Path] = ()) -> str:
-    """sha256 (hex) of the options that decide a score, of our code that does, and of `files`.
+def identity(block: LeafBlock, contents: Iterable[str] = ()) -> str:
+    """sha256 (hex) of the options that decide a score, of our code that does, and of `contents`: hashes of files.
 
     Of a judge or a service it knows the address and the name, not what answers there: who changes that behind an
     unchanged address takes another cache file.
     """
     options = block.model_dump(mode="json", exclude=set(OPERATIONAL))
-    facts = {"options": options, "code": _code(block), "files": [fingerprint(path)["sha256"] for path in files]}
+    facts = {"options": options, "code": _code(block), "contents": [*contents]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _code(block: LeafBlock) -> Mapping[str, Any]:
+def file_hash(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    return str(fingerprint(path)["sha256"])
+
+
+def _code(block: LeafBlock) -> Mapping[str, str]:
     match block:
         case FunctionScoringBlock():
             return {}
@@ -47,5 +51,5 @@ def _code(block: LeafBlock) -> Mapping[str, Any]:
             return {**_hashes("verify.py"), "math-verify": version("math-verify")}
 
 
-def _hashes(*names: str) -> dict[str, Any]:
-    return {name: fingerprint(_HERE / name)["sha256"] for name in names}
+def _hashes(*names: str) -> dict[str, str]:
+    return {name: file_hash(_HERE / name) for name in names}

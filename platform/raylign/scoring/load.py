@@ -19,7 +19,7 @@ from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
 from raylign.scoring.http_service import HttpScorer, label_of
-from raylign.scoring.identity import identity
+from raylign.scoring.identity import file_hash, identity
 from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
 from raylign.scoring.verifier import VerifierScorer, reference_of
@@ -85,8 +85,8 @@ class _Loading:
             case FunctionScoringBlock():
                 function = FunctionScorer(block)
                 self.ending.callback(function.close)
-                files = [function.file] if function.file.is_file() else []
-                return self._cached(block, MeasuredScorer(function, usage), usage, files=files)
+                source = [file_hash(function.file)] if function.file.is_file() else []
+                return self._cached(block, MeasuredScorer(function, usage), usage, contents=source)
             case VerifierScoringBlock():
                 verifier = VerifierScorer(block)
                 self.ending.callback(verifier.close)
@@ -102,7 +102,7 @@ class _Loading:
                     block,
                     MeasuredScorer(service, usage, service.amounts),
                     usage,
-                    files=[] if block.chat_template is None else [block.chat_template],
+                    contents=[] if block.chat_template is None else [file_hash(block.chat_template)],
                     context=lambda item: label_of(item, block),
                 )
 
@@ -112,11 +112,13 @@ class _Loading:
         scorer: Scorer,
         usage: Usage,
         *,
-        files: Sequence[Path] = (),
+        contents: Sequence[str] = (),
         grouped: bool = False,
         context: Callable[[ScoringItem], object] = lambda item: None,
     ) -> Scorer:
         if block.cache is None:
             return scorer
         file = self._run_cache if block.cache == "run" else Path(block.cache)
-        return CachedScorer(scorer, ScoreCache(file), identity(block, files), usage, grouped=grouped, context=context)
+        return CachedScorer(
+            scorer, ScoreCache(file), identity(block, contents), usage, grouped=grouped, context=context
+        )

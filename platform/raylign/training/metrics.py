@@ -21,13 +21,13 @@ def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> 
     """One micro-batch's totals, fp64; fillers (weight 0) add nothing. Add them up, then `finish`.
 
     "chosen" is the best candidate of a preference and "rejected" the worst. A preference of one candidate has neither
-    "rejected" nor "rewards". The loss's own metrics come last, by name.
+    "rejected" nor "rewards". The loss's own metrics come last, by name. Weights of preferences count in the loss alone.
     """
-    weights, tokens = batch.weights, scores.tokens
+    real, tokens = (batch.weights > 0).float(), scores.tokens
     size = batch.mask.shape[1]
     group, rank = batch.places // size, batch.places % size
     chosen, rejected = rank == 0, rank == (batch.mask.sum(1) - 1)[group]
-    pairs = weights * (batch.mask.sum(1) > 1)
+    pairs = real * (batch.mask.sum(1) > 1)
     logps = scores.logps.detach()
     per_pair = [
         loss.chosen_rewards,
@@ -36,15 +36,15 @@ def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> 
         (loss.chosen_rewards > loss.rejected_rewards).float(),
         logps[rejected],
     ]
-    of_tokens = weights[group][scores.owners]
+    of_tokens = real[group][scores.owners]
     of_chosen, of_rejected = of_tokens * chosen[scores.owners], (pairs[group] * rejected)[scores.owners]
-    totals = [(loss.losses.detach() * batch.loss_weights).sum(), (logps[chosen] * weights).sum()]
+    totals = [(loss.losses.detach() * batch.weights).sum(), (logps[chosen] * real).sum()]
     totals += [(value * pairs).sum() for value in per_pair]
     totals += [(tokens.entropies.detach() * of_tokens).sum(), (tokens.correct * of_tokens).sum()]
     totals += [(tokens.mean_logits * of_chosen).sum(), (tokens.mean_logits * of_rejected).sum()]
-    totals += [torch.tensor(batch.num_tokens), weights.sum(), pairs.sum()]
+    totals += [torch.tensor(batch.num_tokens), real.sum(), pairs.sum()]
     totals += [of_tokens.sum(), of_chosen.sum(), of_rejected.sum()]
-    totals += [(loss.metrics[name] * weights).sum() for name in sorted(loss.metrics)]
+    totals += [(loss.metrics[name] * real).sum() for name in sorted(loss.metrics)]
     return torch.stack([total.double().cpu() for total in totals])
 
 

@@ -19,9 +19,10 @@ class PreferenceBatch:
     """G preferences of up to K candidates. Made by `preference_batch`, read by the trainer.
 
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
-    `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates.
-    `weights` [G] is 1 for a real preference, 0 for a filler; `loss_weights` [G] is what each one's loss counts, the
-    mean of `Preference.weights`, and 0 for a filler. `token_weights` [N] scale tokens, 1 when None.
+    `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates,
+    `from_reference` [G, K] on samples of the reference.
+    `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
+    [N] scale tokens, 1 when None.
     `num_tokens` counts prompts once per candidate, as TRL does, and fillers not at all.
     """
 
@@ -31,8 +32,8 @@ class PreferenceBatch:
     lengths: Tensor
     scores: Tensor
     mask: Tensor
+    from_reference: Tensor
     weights: Tensor
-    loss_weights: Tensor
     token_weights: Tensor | None
     num_tokens: int
 
@@ -48,8 +49,12 @@ def preference_batch(
     layout: Layout,
     pad_id: int,
     tail_weight: float = 1.0,
+    reference_version: int | None = None,
 ) -> PreferenceBatch:
-    """`tail_weight` is the loss's; 1 weighs all tokens alike."""
+    """`weights` are 1 for a real preference, 0 for a filler. `tail_weight` is the loss's; 1 weighs all tokens alike.
+
+    The reference is policy version `reference_version`, None where nobody samples it.
+    """
     size = max(len(preference.candidates) for preference in preferences)
     groups = [completions_of(preference) for preference in preferences]
     return PreferenceBatch(
@@ -59,8 +64,12 @@ def preference_batch(
         lengths=_grid([[max(1, len(c.token_ids)) for c in p.candidates] for p in preferences], size, 1.0),
         scores=_grid([p.scores for p in preferences], size),
         mask=_grid([[1.0] * len(p.candidates) for p in preferences], size).bool(),
-        weights=torch.tensor(weights),
-        loss_weights=torch.tensor([w * fmean(p.weights) for w, p in zip(weights, preferences, strict=True)]),
+        from_reference=_grid(
+            [[c.policy_version == reference_version for c in p.candidates] for p in preferences], size
+        ).bool(),
+        weights=torch.tensor(
+            [weight * fmean(p.weights) for weight, p in zip(weights, preferences, strict=True)], dtype=torch.float32
+        ),
         token_weights=None if tail_weight == 1.0 else torch.cat([_tail_weights(p, tail_weight) for p in preferences]),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
@@ -78,7 +87,7 @@ def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:
 
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The same batch on `device`."""
-    names = ("places", "reference", "lengths", "scores", "mask", "weights", "loss_weights")
+    names = ("places", "reference", "lengths", "scores", "mask", "from_reference", "weights")
     moved = {name: getattr(batch, name).to(device) for name in names}
     token_weights = None if batch.token_weights is None else batch.token_weights.to(device)
     return replace(batch, tokens=batch.tokens.to(device), token_weights=token_weights, **moved)
@@ -97,6 +106,7 @@ def candidate_logps(batch: PreferenceBatch, scores: CompletionScores) -> Candida
         mask=batch.mask,
         entropies=placed(batch, _per_completion(tokens.entropies, scores) / lengths),
         certainty=placed(batch, _per_completion(certainty, scores) / lengths),
+        from_reference=batch.from_reference,
     )
 
 

@@ -17,7 +17,7 @@ def sums(loss: LossOutput, rewards: Tensor, batch: PreferenceBatch) -> Tensor:
     real = (batch.weights > 0).float()
     of_candidates = _real_candidates(batch)
     totals = [
-        (loss.losses.detach() * batch.loss_weights).sum(),
+        (loss.losses.detach() * batch.weights).sum(),
         (loss.chosen_rewards * real).sum(),
         (loss.rejected_rewards * real).sum(),
         ((loss.chosen_rewards - loss.rejected_rewards) * real).sum(),

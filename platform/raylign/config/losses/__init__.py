@@ -53,7 +53,7 @@ from raylign.config.losses.reward_model import (
     RewardLossBlock,
     RewardLossUnion,
 )
-from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, XpoLossBlock
 
 TrainerLoss = LossBlock | RewardLossBlock
 """What a trainer learns by: a policy's loss, or a reward model's."""
@@ -104,4 +104,5 @@ __all__ = [
     "SppoHardLossBlock",
     "Term",
     "TrainerLoss",
+    "XpoLossBlock",
 ]

@@ -20,6 +20,8 @@ class LossBase(Block):
     """Whether every group must hold exactly two candidates; else the whole list is used."""
     needs_entropy_gradient: ClassVar[bool] = False
     """Whether `CandidateLogps.entropies` must carry gradients."""
+    needs_reference_samples: ClassVar[bool] = False
+    """Whether it reads `CandidateLogps.from_reference`."""
     starts_at_ln2: ClassVar[bool] = False
 
     @property

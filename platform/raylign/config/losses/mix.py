@@ -32,7 +32,7 @@ from raylign.config.losses.pairwise import (
     SppoHardLossBlock,
 )
 from raylign.config.losses.reference_free import AlphapoLossBlock, CpoLossBlock, OrpoLossBlock, SimpoLossBlock
-from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, XpoLossBlock
 
 DifferenceLoss = (
     SigmoidLossBlock
@@ -59,7 +59,7 @@ ListLoss = (
     KtoLossBlock | PlackettLuceLossBlock | ListMleLossBlock | ListNetLossBlock | LambdaLossBlock | AllPairsLossBlock
 )
 Objective = DifferenceLoss | RatioLoss | ReferenceFreeLoss | ListLoss | SftLossBlock
-Term = SftLossBlock | KlLossBlock | EntropyLossBlock
+Term = SftLossBlock | KlLossBlock | EntropyLossBlock | XpoLossBlock
 Member = Objective | Term
 
 
@@ -75,9 +75,9 @@ class MixLossBlock(Block):
     @model_validator(mode="after")
     def members_fit_together(self) -> Self:
         names = [member.loss_type for member in self.losses]
-        if not names or isinstance(self.losses[0], KlLossBlock | EntropyLossBlock):
+        if not names or isinstance(self.losses[0], KlLossBlock | EntropyLossBlock | XpoLossBlock):
             raise ValueError(
-                f"losses={names} must start with an objective such as sigmoid; put kl and entropy after it"
+                f"losses={names} must start with an objective such as sigmoid; put kl, entropy and xpo after it"
             )
         if len(set(names)) < len(names):
             raise ValueError(f"losses={names} name one loss twice; keep one and add their loss_weights")
@@ -107,6 +107,10 @@ class MixLossBlock(Block):
     @property
     def needs_entropy_gradient(self) -> bool:
         return any(member.needs_entropy_gradient for member in self.losses)
+
+    @property
+    def needs_reference_samples(self) -> bool:
+        return any(member.needs_reference_samples for member in self.losses)
 
     @property
     def tail_weight(self) -> float:

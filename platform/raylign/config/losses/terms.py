@@ -33,3 +33,14 @@ class EntropyLossBlock(TermBlock):
     loss_type: Literal["entropy"] = "entropy"
     needs_reference: ClassVar[bool] = False
     needs_entropy_gradient: ClassVar[bool] = True
+
+
+class XpoLossBlock(TermBlock):
+    """XPO's exploration bonus (arXiv 2405.21046 alg. 1): log pi(y~), y~ a sample of the reference, mean over those.
+
+    Its weight is TRL's `alpha`, say 1e-5: what the reference says anyhow gets less likely. 0 in a group without any.
+    """
+
+    loss_type: Literal["xpo"] = "xpo"
+    needs_reference: ClassVar[bool] = False
+    needs_reference_samples: ClassVar[bool] = True

@@ -1,0 +1,83 @@
+"""Rules on candidates that the reference samples: who can serve it, and who reads its samples. All raise ValueError."""
+
+from raylign.config.blocks import ModelBlock, SamplingBlock, WeightSyncBlock
+from raylign.config.losses import KtoLossBlock, LossBlock, MixLossBlock
+from raylign.config.pairing import PairingBlock, PolicyReferencePairingBlock, RankingPairingBlock
+from raylign.config.reference import (
+    InitialReferenceBlock,
+    PreviousRoundReferenceBlock,
+    ReferenceBlock,
+    SamplerReferenceBlock,
+)
+
+
+def sampler_is_reference(block: ReferenceBlock) -> bool:
+    """Whether the policy that samples a round is the round's reference."""
+    return isinstance(block, SamplerReferenceBlock | PreviousRoundReferenceBlock)
+
+
+def require_served_reference(
+    sampling: SamplingBlock, reference: ReferenceBlock, model: ModelBlock, sync: WeightSyncBlock
+) -> None:
+    """Generators hold the initial model beside the policy only where that is an adapter on it, served as such."""
+    count = sampling.reference_generations
+    if not count:
+        return
+    asked = f"sampling.reference_generations={count}"
+    if sampler_is_reference(reference):
+        raise ValueError(
+            f"{asked} with reference.policy={reference.policy}: every candidate is a sample of that reference as it "
+            "is; set sampling.reference_generations=0"
+        )
+    if not isinstance(reference, InitialReferenceBlock):
+        raise ValueError(
+            f"{asked} with reference.policy={reference.policy}: generators hold the policy and the initial model, not "
+            "that reference; set reference.policy=initial"
+        )
+    if not model.adapter_fits_checkpoint:
+        raise ValueError(
+            f"{asked}: generators can answer as the initial model only where the policy is an adapter on it, in 16 or "
+            "32 bits; set model.lora and model.load_in_4bit=false, or reference.policy=previous_round and "
+            "sampling.reference_generations=0"
+        )
+    if sync.transport not in ("auto", "lora"):
+        raise ValueError(
+            f"generators.weight_sync.transport={sync.transport} merges the adapter into the model that {asked} asks "
+            "for; use auto or lora"
+        )
+
+
+def require_reference_samples(
+    sampling: SamplingBlock, reference: ReferenceBlock, pairing: PairingBlock, loss: LossBlock
+) -> None:
+    """Who reads samples of the reference gets some, unchosen; who reads samples of the policy gets no others."""
+    count, against = sampling.reference_generations, isinstance(pairing, PolicyReferencePairingBlock)
+    members = loss.losses if isinstance(loss, MixLossBlock) else (loss,)
+    if count and any(isinstance(member, KtoLossBlock) for member in members):
+        raise ValueError(
+            f"sampling.reference_generations={count} with kto: its KL is the mean log-ratio of all candidates, which "
+            "must be samples of the policy; set it to 0, or take another loss"
+        )
+    if (against or loss.needs_reference_samples) and not (count or sampler_is_reference(reference)):
+        reader = "pairing.type=policy_reference" if against else "xpo, a bonus in the loss,"
+        raise ValueError(
+            f"{reader} needs samples of the reference, and reference.policy={reference.policy} answers no prompt; set "
+            "sampling.reference_generations=1 with reference.policy=initial, or reference.policy=previous_round"
+        )
+    if loss.needs_reference_samples:
+        _require_unchosen(pairing)
+
+
+def _require_unchosen(block: PairingBlock) -> None:
+    """XPO's bonus is an expectation over the reference's samples, whatever their scores."""
+    whole = isinstance(block, RankingPairingBlock) and block.max_candidates is None
+    if not (whole or isinstance(block, PolicyReferencePairingBlock)):
+        raise ValueError(
+            f"pairing.type={block.type} chooses by score, and xpo's bonus is a mean over samples of the reference "
+            "whatever their score; set pairing.type=policy_reference, or ranking (with max_candidates=null) for a loss "
+            "of lists"
+        )
+    if block.weights != "none":
+        raise ValueError(
+            f"pairing.weights={block.weights} would weigh xpo's bonus by score too; set pairing.weights=none"
+        )

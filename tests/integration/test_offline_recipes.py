@@ -1,0 +1,85 @@
+"""Recipes on a data set, from a raw file to a trained and exported model, with a tiny one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from raylign.config import RunConfig, load_recipe
+from raylign.config.load import RECIPES
+from raylign.records import HeldOutEvaluation
+from raylign.rundir import RunDirectory
+from recipes.export import export_run
+from recipes.start import start
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+
+ROWS = [
+    {"instruction": f"Say {word} number {number}", "chosen": f"good {word}", "rejected": f"bad {word} {number}"}
+    for number in range(8)
+    for word in ("one", "two", "three", "four")
+]
+
+
+def config_of(recipe: str, model: str, folder: Path, **loss: Any) -> RunConfig:
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    raw = {
+        "recipe": recipe,
+        "run": {"dir": str(folder / "runs"), "name": recipe},
+        "model": {"path": model, "dtype": "float32", "lora": {"r": 8, "lora_alpha": 16}},
+        "data": {"source": str(folder / "rows.json"), "held_out": 8, "max_length": 128},
+        "trainer": {"learning_rate": 0.02, "per_device_train_batch_size": 8, "adam_epsilon": 1e-6},
+        "schedule": {"num_train_epochs": 2},
+        "placement": {"trainer_cpus": 1},
+    }
+    (folder / f"{recipe}.yaml").write_text(yaml.safe_dump(raw | ({"loss": loss} if loss else {})))
+    return load_recipe(folder / f"{recipe}.yaml")
+
+
+def evaluations(directory: RunDirectory) -> list[HeldOutEvaluation]:
+    found = [directory.baseline(), *(report.evaluation for report in directory.reports())]
+    assert all(isinstance(one, HeldOutEvaluation) for one in found)
+    return [one for one in found if isinstance(one, HeldOutEvaluation)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "loss"),
+    [
+        ("offline_dpo", "rewards/accuracies", {"loss_type": "sigmoid", "beta": 0.1}),
+        ("sft", "loss", {}),
+        ("reward_model", "rewards/accuracies", {"loss_type": "bradley_terry"}),
+    ],
+)
+def test_from_a_raw_file_to_an_exported_model(
+    recipe: str, metric: str, loss: dict[str, Any], tiny_llama: str, tmp_path: Path
+) -> None:
+    config = config_of(recipe, tiny_llama, tmp_path, **loss)
+    directory = RunDirectory(start(config))
+    before, _, after = evaluations(directory)
+    assert before.metric == after.metric == metric and after.rows == 8
+    assert after.metrics["loss"] < before.metrics["loss"]
+    assert after.value < before.value if metric == "loss" else after.value > 0.8
+    if recipe == "offline_dpo":
+        assert before.value == 0.5 and before.metrics["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    if recipe == "reward_model":
+        assert (directory.round(2) / "reliability.png").read_bytes().startswith(b"\x89PNG")
+        assert after.metrics["calibration/nll"] < before.metrics["calibration/nll"]
+    # Started again, it has nothing to do.
+    assert start(config) == directory.path
+    exported = export_run(directory.path, tmp_path / "exported", merge=True, version=None)
+    kind = AutoModelForSequenceClassification if recipe == "reward_model" else AutoModelForCausalLM
+    kind.from_pretrained(exported.folder)
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "raylign"]
+    (run, *rounds) = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    assert run.info.run_name == recipe and run.info.status == "FINISHED" and len(rounds) == 2
+    assert run.data.metrics[f"eval/{metric}"] == pytest.approx(after.value)
+    assert run.data.params["data.held_out"] == "8"
+
+
+def test_every_recipe_has_a_script_of_its_name() -> None:
+    assert all((Path(__file__).parents[2] / f"recipes/{name}.py").is_file() for name in RECIPES)
