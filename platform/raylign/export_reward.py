@@ -1,10 +1,7 @@
 """From a trained reward model to a folder that transformers reads as a sequence classifier of one output."""
 
-import json
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +17,6 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
 from raylign.export import (
     ADAPTER_CONFIG,
-    GENERATION_CONFIG,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
     adapter_file,
@@ -34,6 +30,7 @@ from raylign.export import (
     with_adapter,
 )
 from raylign.models import DTYPES, load_tokenizer
+from raylign.models.ends import end_ids
 from raylign.models.reward_model import load_reward_model
 from raylign.reward_card import RewardModelFacts, reward_card_text
 from raylign.training.rewards import score_head
@@ -55,7 +52,8 @@ def export_reward_model(
 
     `source` is an adapter folder, which is merged, or has full weights in safetensors; `base` is the model that
     training started from. Merging adds the update in float32 and rounds once to the dtype of `base`; an adapter that
-    was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype.
+    was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype. The file
+    `chat_template` takes the place of the tokenizer's own.
 
     transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
     the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own. Nor may the
@@ -72,7 +70,7 @@ def export_reward_model(
     _end_at_eos(tokenizer)
     model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
     score_head(model)
-    ends = _end_tokens(tokenizer, (source, folder))
+    ends = end_ids(tokenizer, (source, folder))
     _use_own_pad_token(model, tokenizer, ends)
     with appearing_whole(to) as staging:
         model.save_pretrained(staging)
@@ -138,18 +136,7 @@ def _end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = f"{{% set conversation %}}{template}{{% endset %}}{{{{ conversation.rstrip() }}}}"
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> set[int]:
-    """Ids that may end an answer: the tokenizer's EOS and those that generation stops at."""
-    ends: set[int] = {tokenizer.eos_token_id}
-    for folder in folders:
-        for name in (MODEL_CONFIG, GENERATION_CONFIG):
-            if (folder / name).is_file():
-                found: Any = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-                ends |= set(found if isinstance(found, list) else [found])
-    return ends - {None}
-
-
-def _use_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+def _use_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
     if tokenizer.pad_token_id in ends:
         tokenizer.add_special_tokens({"pad_token": _PAD})
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().get_parameter("weight").shape[0]

@@ -46,6 +46,6 @@ def _rendered(path: Path, template: str, generation: bool) -> str:
             pad_token="",
             unk_token="",
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
     return rendered[0][0]

@@ -12,7 +12,7 @@ from torch import nn
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.data.examples import Completion, Example
 from raylign.data.tokens import Tokenized, tokenized
-from raylign.models import DTYPES, load_tokenizer
+from raylign.models import DTYPES, end_ids, load_tokenizer
 from raylign.prompts.tables import Fault
 from raylign.records import Score
 from raylign.scoring.base import ScoringItem
@@ -49,6 +49,7 @@ class ImplicitScorer:
         with of_scorer():
             pair = find_pair(block)
             self._tokenizer = load_tokenizer(pair.policy.tokenizer, block.trust_remote_code, block.chat_template)
+            self._ends = end_ids(self._tokenizer, pair.policy.folders)
             model = load_language_model(pair.policy, block, device)
             self._policy = CompletionLogps(model)
             self._reference = self._reference_of(model, pair)
@@ -75,7 +76,7 @@ class ImplicitScorer:
     def _rows(self, items: Sequence[ScoringItem]) -> list[Row | Score]:
         faults = [fault_of(item.completion, self._tokenizer) for item in items]
         sound = (_example(item) for item, fault in zip(items, faults, strict=True) if not fault)
-        found = tokenized(sound, self._tokenizer, "demonstrations", None)
+        found = tokenized(sound, self._tokenizer, "demonstrations", None, self._ends)
         return [Score(None, reason=fault) if fault else self._row(next(found)) for fault in faults]
 
     def _row(self, one: Tokenized | Fault) -> Row | Score:
