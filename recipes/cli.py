@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from raylign.config import load_recipe
+from raylign.config import load_config, load_recipe
 from raylign.errors import RaylignError
 from raylign.text import escape_control
 from raylign.tracking.params import without_credentials
@@ -259,6 +259,25 @@ def export(
     console = Console(soft_wrap=True)
     console.print(Text(f"policy version {exported.version} is in {exported.folder}"))
     console.print(Text(f"use it: {exported.use}"))
+
+
+data = typer.Typer(name="data", help="Prepare preference data.", no_args_is_help=True)
+app.add_typer(data)
+
+
+@data.command("prepare", context_settings=SETTINGS_CONTEXT)
+def data_prepare(recipe: Recipe, settings: Settings = None) -> None:
+    """Make clean, mixed pairs of any sources: ratings weighed, duplicates and templates dropped, shares of languages.
+
+    Example: raylign data prepare recipes/data/prepare_demo.yaml output=prepared mix.size=7500
+    """
+    from raylign.config.prepare import PrepareConfig  # noqa: PLC0415
+
+    config = load_config(recipe, settings or (), kind=PrepareConfig)
+    from raylign.reporting import report_console  # noqa: PLC0415
+    from recipes.data_prepare import main as prepare  # noqa: PLC0415 - datasets, matplotlib
+
+    prepare(config, report_console())
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses inside becomes a DiskError that names `path` and the cure."""
+def disk_errors(path: Path, option: str = "run.dir") -> Iterator[None]:
+    """What the disk refuses inside becomes a DiskError that names `path` and the cure; `option` sets the folder."""
     try:
         yield
     except OSError as error:
-        cure = "free some space" if error.errno in _FULL else "make it writable, or set run.dir to another folder"
+        cure = "free some space" if error.errno in _FULL else f"make it writable, or set {option} to another folder"
         raise DiskError(
             f"{path} cannot be written: {error.strerror or error}; {cure}, then run the same command again. "
             "What was finished before is safe"

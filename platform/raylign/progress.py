@@ -14,8 +14,11 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def stage_progress(console: Console, name: str, total: int, unit: str = "prompts") -> Iterator[Advance]:
-    """Show the progress of stage `name`; call the yielded function with the number of `unit` just finished."""
+def stage_progress(console: Console, name: str, total: int | None, unit: str = "prompts") -> Iterator[Advance]:
+    """Show the progress of stage `name`; call the yielded function with the number of `unit` just finished.
+
+    `total` None: only the end will tell.
+    """
     if not console.is_terminal:
         now = time.monotonic()
         lines = _Lines(console, name, total, unit, started=now, printed=now)
@@ -36,7 +39,7 @@ class _Lines:
 
     console: Console
     name: str
-    total: int
+    total: int | None
     unit: str
     started: float
     printed: float
@@ -45,7 +48,7 @@ class _Lines:
     def advance(self, finished: int) -> None:
         self.done += finished
         now = time.monotonic()
-        if now - self.printed >= LINE_INTERVAL_S and self.done < self.total:
+        if now - self.printed >= LINE_INTERVAL_S and self.done != self.total:
             self.printed = now
             self._print("")
 
@@ -53,5 +56,6 @@ class _Lines:
         self._print(f" in {time.monotonic() - self.started:.1f} s")
 
     def _print(self, ending: str) -> None:
-        line = f"{self.name} {self.done}/{self.total} {self.unit}{ending}"
+        of = "" if self.total is None else f"/{self.total}"
+        line = f"{self.name} {self.done}{of} {self.unit}{ending}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -22,17 +22,24 @@ class InvalidRows:
     """Bad rows of one split, in order, and how many rows were looked at. Made by `load`.
 
     `where` names the source and its split; `unit` says what the faults' numbers count: lines from 1 or rows from 0.
+    `more` counts bad rows after `faults` that are not held in memory.
     """
 
     where: str
     unit: Unit
     faults: tuple[Fault, ...]
     total: int
+    more: int = 0
+
+    @property
+    def count(self) -> int:
+        """All bad rows."""
+        return len(self.faults) + self.more
 
     @property
     def share(self) -> float:
         """Bad rows among those looked at, 0 to 1."""
-        return len(self.faults) / self.total if self.total else 0.0
+        return self.count / self.total if self.total else 0.0
 
 
 def refused_path(block: RunBlock) -> Path:
@@ -52,15 +59,9 @@ def refuse(
 
     It lists the first ten bad rows of such a split, and names the file with all of them, unless `refused_to` is None.
     """
-    over = [split for split in splits if split.share > limit]
-    if not over:
+    lines = refusal(splits, limit, option)
+    if not lines:
         return
-    lines = [line for split in over for line in _report(split)]
-    cures = dict.fromkeys(fault.cure for split in over for fault in split.faults)
-    lines.append(f"cure: {'; '.join(cures)}")
-    needed = max(math.ceil(split.share * 1000) / 1000 for split in over)
-    if needed < 1:
-        lines.append(f"or leave them out: {option}={needed:g} (now {limit:g})")
     if refused_to is not None:
         try:
             write_quarantine(refused_to, splits)
@@ -70,10 +71,24 @@ def refuse(
     raise error("\n".join(lines))
 
 
+def refusal(splits: Sequence[InvalidRows], limit: float, option: str) -> list[str]:
+    """What `refuse` says of the splits with more than `limit` bad rows, without naming a file; empty without any."""
+    over = [split for split in splits if split.share > limit]
+    if not over:
+        return []
+    lines = [line for split in over for line in _report(split)]
+    cures = dict.fromkeys(fault.cure for split in over for fault in split.faults)
+    lines.append(f"cure: {'; '.join(cures)}")
+    needed = max(math.ceil(split.share * 1000) / 1000 for split in over)
+    if needed < 1:
+        lines.append(f"or leave them out: {option}={needed:g} (now {limit:g})")
+    return lines
+
+
 def left_out(splits: Sequence[InvalidRows]) -> str:
     """`12 of 4,000 rows left out (lines 3, 17, ...)` for each split with bad rows; empty without any."""
     return "; ".join(
-        f"{split.where}: {len(split.faults):,} of {split.total:,} rows left out ({_numbers(split)})"
+        f"{split.where}: {split.count:,} of {split.total:,} rows left out ({_numbers(split)})"
         for split in splits
         if split.faults
     )
@@ -91,24 +106,26 @@ def set_aside(splits: Sequence[InvalidRows], run_directory: Path) -> str:
 
 def write_quarantine(path: Path, splits: Sequence[InvalidRows]) -> None:
     """One JSON object for each bad row: where, unit, number, problem, cure, value. The file appears whole or not."""
-    rows = [
-        {
-            "where": split.where,
-            "unit": split.unit,
-            "number": fault.number,
-            "problem": fault.problem,
-            "cure": fault.cure,
-            "value": _as_json(fault.value),
-        }
-        for split in splits
-        for fault in split.faults
-    ]
-    publish_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    lines = [quarantine_line(split.where, split.unit, fault) for split in splits for fault in split.faults]
+    publish_text(path, "".join(lines))
+
+
+def quarantine_line(where: str, unit: Unit, fault: Fault) -> str:
+    """The line of one bad row in the file."""
+    row = {
+        "where": where,
+        "unit": unit,
+        "number": fault.number,
+        "problem": fault.problem,
+        "cure": fault.cure,
+        "value": _as_json(fault.value),
+    }
+    return f"{json.dumps(row)}\n"
 
 
 def _report(split: InvalidRows) -> list[str]:
     first = "1" if split.unit == "line" else "0"
-    count = len(split.faults)
+    count = split.count
     lines = [f"{split.where}: {count} of {split.total} rows cannot be used ({split.unit}s counted from {first})"]
     for fault in split.faults[:SHOWN_FAULTS]:
         lines.append(f"  {split.unit} {fault.number}: {fault.problem}: {_shortened(fault.value)}")
@@ -119,8 +136,8 @@ def _report(split: InvalidRows) -> list[str]:
 
 def _numbers(split: InvalidRows) -> str:
     shown = ", ".join(str(fault.number) for fault in split.faults[:SHOWN_NUMBERS])
-    more = ", ..." if len(split.faults) > SHOWN_NUMBERS else ""
-    return f"{split.unit}{'s' if len(split.faults) > 1 else ''} {shown}{more}"
+    more = ", ..." if split.count > SHOWN_NUMBERS else ""
+    return f"{split.unit}{'s' if split.count > 1 else ''} {shown}{more}"
 
 
 def _as_json(value: object) -> object:
