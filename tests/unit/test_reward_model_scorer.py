@@ -128,9 +128,9 @@ def test_a_bfloat16_model_has_a_float32_head(folder: Path) -> None:
 def test_an_encoder_is_read_its_own_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    model = BertForSequenceClassification(
-        BertConfig(**sizes, num_attention_heads=4, pad_token_id=PAD, **{"num_labels": 1})
-    )
+    config = BertConfig(**sizes, num_attention_heads=4, pad_token_id=PAD)
+    config.num_labels = 1
+    model = BertForSequenceClassification(config)
     spread(model)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
