@@ -128,7 +128,8 @@ def test_a_bfloat16_model_has_a_float32_head(folder: Path) -> None:
 def test_an_encoder_is_read_its_own_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4, num_labels=1, pad_token_id=PAD))
+    options: dict[str, Any] = {**sizes, "num_attention_heads": 4, "num_labels": 1, "pad_token_id": PAD}
+    model = BertForSequenceClassification(BertConfig(**options))
     spread(model)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")
@@ -223,7 +224,7 @@ def save_adapter(folder: Path, base: Path, **options: Any) -> nn.Module:
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], **options))
     spread(adapted)
     adapted.config.pad_token_id = PAD
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return adapted.eval()
 
 
