@@ -128,9 +128,8 @@ def test_a_bfloat16_model_has_a_float32_head(folder: Path) -> None:
 def test_an_encoder_is_read_its_own_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    config = BertConfig(**sizes, num_attention_heads=4, pad_token_id=PAD)
-    config.num_labels = 1
-    model = BertForSequenceClassification(config)
+    options: dict[str, Any] = {**sizes, "num_attention_heads": 4, "num_labels": 1, "pad_token_id": PAD}
+    model = BertForSequenceClassification(BertConfig(**options))
     spread(model)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, pad_token="<pad>")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from raylign.models.resolve import locate
 
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """Files that decide what a model says of a text: weights, config, tokenizer, template, code."""
+# What errors of models call the policy's options, or would call a scorer's.
 _OF_SCORERS = {
     "model.chat_template": "scoring.chat_template",
     "model.trust_remote_code": "scoring.trust_remote_code",
@@ -29,6 +31,7 @@ _OF_SCORERS = {
     "scoring.policy.": "scoring.policy_",
     "scoring.reference.": "scoring.reference_",
 }
+_OPTION = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _OF_SCORERS))})")
 PLAIN = "a scorer loads the plain ones; give the 16-bit model"
 
 
@@ -134,7 +137,4 @@ def of_scorer() -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        text = str(error)
-        for option, own in _OF_SCORERS.items():
-            text = text.replace(option, own)
-        raise ScorerError(text) from error
+        raise ScorerError(_OPTION.sub(lambda found: _OF_SCORERS[found[0]], str(error))) from error

@@ -53,9 +53,9 @@ def _code(block: LeafBlock) -> Mapping[str, str]:
         case VerifierScoringBlock():
             return {**_hashes("verify.py"), "math-verify": version("math-verify")}
         case RewardModelScoringBlock():
-            return {**_hashes("reward_model.py"), "transformers": version("transformers")}
+            return {**_hashes("reward_model.py", "reward_checkpoint.py"), "transformers": version("transformers")}
         case ImplicitScoringBlock():
-            return {**_hashes("implicit.py"), "transformers": version("transformers")}
+            return {**_hashes("implicit.py", "implicit_checkpoints.py"), "transformers": version("transformers")}
 
 
 def _hashes(*names: str) -> dict[str, str]:
