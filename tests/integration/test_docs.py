@@ -19,7 +19,7 @@ RUN_ELSEWHERE = {
     "make lint": "below, as its three commands",
     "make bench": "below, make -n",
     "make clean": "below, make -n",
-    "raylign run": "tests/integration/test_interrupts.py, test_bad_input.py, test_offline_recipes.py, test_model_scorers.py",
+    "raylign run": "tests/integration/test_interrupts.py, test_offline_recipes.py, test_model_scorers.py",
     "raylign export": "tests/unit/test_cli.py; tests/integration/test_offline_recipes.py a reward model",
     "raylign data prepare": "tests/unit/test_prepare_pipeline.py",
     "raylign resume": "tests/integration/test_kills.py; tests/unit/test_resume.py with other settings",
