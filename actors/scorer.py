@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from actors.stacks import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.records import Score
-from raylign.scoring import ScoringItem, Usages
-from raylign.scoring.load import CPU, load_scorer
+from raylign.scoring import Compute, ScoringItem, Usages
+from raylign.scoring.load import ONE_THREAD, load_scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +26,15 @@ class ScoredBatch:
 class _Scorer:
     """Scores one batch a call; constructing it loads the scorer."""
 
-    def __init__(
-        self, block: ScoringBlock, cache: str, stacks: str, name: str, threads: int = 1, on_gpu: bool = False
-    ) -> None:
+    def __init__(self, block: ScoringBlock, cache: str, stacks: str, name: str, compute: Compute = ONE_THREAD) -> None:
         """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
-        when it is asked to. Models compute on the GPU that Ray gave it, if `on_gpu`, else on so many `threads`.
+        when it is asked to. Models run on `compute`.
         """
-        torch.set_num_threads(threads)
         enable_stack_dumps(stacks, name)
         # What a judge costs is logged as INFO; it goes to the actor's own log.
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("raylign").setLevel(logging.INFO)
-        self._scorer = load_scorer(block, Path(cache), torch.device("cuda", 0) if on_gpu else CPU)
+        self._scorer = load_scorer(block, Path(cache), compute)
 
     def ready(self) -> bool:
         return True

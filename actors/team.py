@@ -47,6 +47,7 @@ from actors.weight_sync.transports import (
 )
 from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
+from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.training.schedule import planned_steps
 
@@ -151,11 +152,11 @@ def _start_scorer(
     stacks: Path,
 ) -> ScorerClient:
     cache = (config.run.dir / config.run.name).absolute() / CACHE_NAME
-    threads, on_gpu = max(1, int(plan.scorer.num_cpus)), plan.scorer.num_gpus > 0
+    compute = Compute(max(1, int(plan.scorer.num_cpus)), plan.scorer.num_gpus > 0)
 
     def spawn() -> ActorHandle[Any]:
         options = Scorer.options(**placed(plan.scorer, group))
-        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, threads, on_gpu)
+        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, compute)
         actors.append(handle)
         return handle
 

@@ -16,6 +16,7 @@ from actors.scorer_client import ACTOR, ScorerClient
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate, Prompt
+from raylign.scoring import Compute
 
 TEXTS = ["Yes.", "No, never.", "It is a good film, and I would see it again."]
 
@@ -44,7 +45,7 @@ def test_models_score_in_their_actor(resources: Mapping[str, float], tmp_path: P
 
     def spawn() -> ActorHandle[Any]:
         places = (str(tmp_path / "scores.sqlite"), str(tmp_path / "stacks"), ACTOR)
-        handles.append(Scorer.options(num_cpus=1).remote(block, *places, threads=1))
+        handles.append(Scorer.options(num_cpus=1).remote(block, *places, Compute(threads=1)))
         return handles[-1]
 
     incidents = Incidents(RecoveryBlock(), lambda *entry: None)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,12 @@ def test_an_exported_reward_model_scores_as_it_was_trained(tmp_path: Path) -> No
     with torch.no_grad():
         expected = CompletionRewards(trained)(token_batch([Completions(prompt, answers)], "shared", 0)).tolist()
     assert values(scorer(exported), *TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_actors_whose_scorers_have_no_model_start_without_torch() -> None:
+    code = "import sys, actors.scorer; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert shown.stdout == "False\n"
 
 
 def describe(path: Path, **options: Any) -> tuple[str, ...]:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
 from raylign.config.scoring import (
     CompositionBlock,
     FunctionScoringBlock,
@@ -19,20 +17,17 @@ from raylign.config.scoring import (
     VerifierScoringBlock,
 )
 from raylign.records import Score
-from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.base import Compute, Scorer, ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
 from raylign.scoring.http_service import HttpScorer, label_of
 from raylign.scoring.identity import file_hash, identity
-from raylign.scoring.implicit import ImplicitScorer
 from raylign.scoring.judge import JudgeScorer
-from raylign.scoring.models import model_hashes
-from raylign.scoring.reward_model import RewardModelScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
 from raylign.scoring.verifier import VerifierScorer, reference_of
 
-CPU = torch.device("cpu")
+ONE_THREAD = Compute()
 
 
 class LoadedScorer:
@@ -58,13 +53,13 @@ class LoadedScorer:
         self._ending.close()
 
 
-def load_scorer(block: ScoringBlock, run_cache: Path, device: torch.device = CPU) -> LoadedScorer:
+def load_scorer(block: ScoringBlock, run_cache: Path, compute: Compute = ONE_THREAD) -> LoadedScorer:
     """The scorer that `block` describes. `run_cache` is the file for scores whose `cache` option is `run`.
 
-    Models run on `device`. Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot
+    Models run on `compute`. Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot
     be sent, cache cannot be opened.
     """
-    loading = _Loading(run_cache, block.max_unscored, device)
+    loading = _Loading(run_cache, block.max_unscored, compute)
     with loading.ending:
         scorer = loading.scorer(block, ())
         return LoadedScorer(scorer, loading.usages, loading.ending.pop_all())
@@ -73,10 +68,10 @@ def load_scorer(block: ScoringBlock, run_cache: Path, device: torch.device = CPU
 class _Loading:
     """Loads one tree of scorers."""
 
-    def __init__(self, run_cache: Path, max_unscored: float, device: torch.device) -> None:
+    def __init__(self, run_cache: Path, max_unscored: float, compute: Compute) -> None:
         self.usages: dict[str, Usage] = {}
         self.ending = ExitStack()
-        self._run_cache, self._max_unscored, self._device = run_cache, max_unscored, device
+        self._run_cache, self._max_unscored, self._compute = run_cache, max_unscored, compute
 
     def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
         # The limit is of the whole.
@@ -107,9 +102,7 @@ class _Loading:
                 judge = JudgeScorer(block)
                 return self._cached(block, MeasuredScorer(judge, usage, judge.amounts), usage, grouped=True)
             case ModelScoringBlock():
-                model = self._model(block)
-                hashes = [] if block.cache is None else model_hashes(block)
-                return self._cached(block, MeasuredScorer(model, usage), usage, contents=hashes)
+                return self._model(block, usage)
             case HttpScoringBlock():
                 service = HttpScorer(block)
                 return self._cached(
@@ -120,12 +113,12 @@ class _Loading:
                     context=lambda item: label_of(item, block),
                 )
 
-    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock) -> Scorer:
-        match block:
-            case RewardModelScoringBlock():
-                return RewardModelScorer(block, self._device)
-            case ImplicitScoringBlock():
-                return ImplicitScorer(block, self._device)
+    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock, usage: Usage) -> Scorer:
+        # An actor without a model starts, and is replaced, in a second or two instead of ten.
+        from raylign.scoring.models import load_model, model_hashes  # noqa: PLC0415 - torch and transformers
+
+        scorer = MeasuredScorer(load_model(block, self._compute), usage)
+        return self._cached(block, scorer, usage, contents=[] if block.cache is None else model_hashes(block))
 
     def _cached(
         self,

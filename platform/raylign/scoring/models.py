@@ -1,14 +1,30 @@
-"""Scorers' models, as people read them and as kept scores know them, found out without loading weights."""
+"""Scorers' models: loaded, and without that as people read them and as kept scores know them."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from raylign.config.scoring import ImplicitScoringBlock, ModelScoringBlock, RewardModelScoringBlock
 from raylign.fingerprints import fingerprint
 from raylign.models import load_tokenizer
+from raylign.scoring.base import Compute, Scorer
 from raylign.scoring.checkpoints import Checkpoint, model_fingerprint, of_scorer
+from raylign.scoring.implicit import ImplicitScorer
 from raylign.scoring.implicit_checkpoints import find_pair
 from raylign.scoring.reward_checkpoint import architecture, find_reward_model, load_reward_tokenizer
+from raylign.scoring.reward_model import RewardModelScorer
+
+
+def load_model(block: RewardModelScoringBlock | ImplicitScoringBlock, compute: Compute) -> Scorer:
+    """The scorer, loaded; this process computes on so many threads from here on. Raises ScorerError."""
+    torch.set_num_threads(compute.threads)
+    device = torch.device("cuda", 0) if compute.on_gpu else torch.device("cpu")
+    match block:
+        case RewardModelScoringBlock():
+            return RewardModelScorer(block, device)
+        case ImplicitScoringBlock():
+            return ImplicitScorer(block, device)
 
 
 def describe_reward_model(block: RewardModelScoringBlock) -> tuple[str, ...]:
