@@ -128,7 +128,8 @@ def _row(number: int, value: object) -> Row | Fault:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
+    # Buffered ahead, every row group would stay in memory until the end.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         yield from _arrow_rows(file.iter_batches(batch_size=BATCH))
 
 

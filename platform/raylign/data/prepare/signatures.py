@@ -1,5 +1,6 @@
 """MinHash signatures of texts, kept in a file: two agree in as large a share of places as their shingles do."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ PLACES = 128
 SEED = 42
 TYPE = np.dtype("<u2")
 """Two bytes of each hash: unequal ones agree by chance once in 65,536."""
-CHUNK = 65_536
+CHUNK = 16_384
 DETECTED = 0.9
 _CHARACTER_WORDS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 """Scripts that set no blanks between words, and Hangul: each character is a word."""
@@ -71,13 +72,19 @@ class SignatureFile:
     def similarity(self, first: NDArray[np.intp], second: NDArray[np.intp]) -> NDArray[np.float32]:
         """The share of places in which signatures `first[i]` and `second[i]` agree: [len(first)]."""
         found = np.empty(len(first), dtype=np.float32)
-        for start in range(0, len(first), CHUNK):
-            part = slice(start, start + CHUNK)
-            # Mapped anew for each chunk, so that pages once read do not stay in memory.
-            mapped = np.memmap(self._path, TYPE, "r", shape=(self.count, PLACES))
-            found[part] = (mapped[first[part]] == mapped[second[part]]).mean(axis=1, dtype=np.float32)
-            del mapped
+        with self._path.open("rb") as stream:
+            for start in range(0, len(first), CHUNK):
+                part = slice(start, start + CHUNK)
+                one, other = (_rows(stream.fileno(), rows[part]) for rows in (first, second))
+                found[part] = (one == other).mean(axis=1, dtype=np.float32)
         return found
+
+
+def _rows(descriptor: int, rows: NDArray[np.intp]) -> NDArray[np.uint16]:
+    """Read one by one: pages of a mapped file would count as memory of the process."""
+    size = PLACES * TYPE.itemsize
+    read = b"".join(os.pread(descriptor, size, row * size) for row in rows.tolist())
+    return np.frombuffer(read, TYPE).reshape(-1, PLACES)
 
 
 def _hash(places: NDArray[np.uint16]) -> NDArray[np.uint64]:

@@ -89,10 +89,14 @@ def copy_rows(source: Path, target: Path, kept: NDArray[np.bool_], keys: frozens
     The file depends on its rows alone: they are grouped by ROW_GROUP however the source was written.
     """
     schema = _narrow_schema(keys)
-    with pq.ParquetFile(source) as file, pq.ParquetWriter(target, schema, compression="zstd") as writer:
+    # Buffered ahead, every row group would stay in memory until the end.
+    with (
+        pq.ParquetFile(source, pre_buffer=False) as file,
+        pq.ParquetWriter(target, schema, compression="zstd") as writer,
+    ):
         waiting: list[pa.RecordBatch] = []
         start = 0
-        for batch in file.iter_batches(batch_size=ROW_GROUP):
+        for batch in file.iter_batches(batch_size=ROW_GROUP, use_threads=False):
             mask = pa.array(kept[start : start + len(batch)])
             waiting = _written(writer, [*waiting, _narrow(batch.filter(mask), schema)], ROW_GROUP)
             start += len(batch)
