@@ -1,8 +1,9 @@
 """What the roles need of the cluster, checked before any actor starts, and reserved as one placement group."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import ray
@@ -15,9 +16,13 @@ from raylign.errors import PlacementError
 Device = Literal["cpu", "gpu"]
 
 
+OUTSIDE = -1
+"""The bundle of an actor that takes what no bundle has reserved."""
+
+
 @dataclass(frozen=True, slots=True)
 class ActorPlace:
-    """Where one actor goes: its bundle and what it takes of it."""
+    """Where one actor goes: its bundle and what it takes of it, or of the rest of the cluster (`OUTSIDE`)."""
 
     bundle: int
     num_cpus: float
@@ -32,12 +37,14 @@ class PlacementPlan:
     bundles: tuple[Mapping[str, float], ...]
     generators: tuple[ActorPlace, ...]
     trainers: tuple[ActorPlace, ...]
-    scorer_cpus: float = 0.0
+    scorer: ActorPlace = ActorPlace(OUTSIDE, 0.0, 0.0)
 
     def required(self) -> dict[str, float]:
-        """Totals over all bundles and the scorer."""
+        """Totals over all bundles and a scorer outside of them."""
         totals = {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}
-        return totals | {"CPU": totals["CPU"] + self.scorer_cpus}
+        if self.scorer.bundle != OUTSIDE:
+            return totals
+        return {"CPU": totals["CPU"] + self.scorer.num_cpus, "GPU": totals["GPU"] + self.scorer.num_gpus}
 
 
 def choose_device(block: PlacementBlock, available: Mapping[str, float]) -> Device:
@@ -53,7 +60,9 @@ def plan_placement(
     """Bundles for the roles. Colocated: generators and trainers share bundles, half of each; else each has its own.
 
     On CPUs as many ranks share a generator's bundle as its cores are enough for; the others have bundles of their own.
+    A scorer with a share of a GPU joins the first bundle of a colocated run; else it is outside of all bundles.
     """
+    scorer = ActorPlace(OUTSIDE, block.scorer_cpus, block.scorer_gpus)
     width = generators.tensor_parallel_size
     gpu = 1.0 if device == "gpu" else 0.0
     cpus, rank_cpus = float(block.generator_cpus), float(block.trainer_cpus)
@@ -61,7 +70,7 @@ def plan_placement(
         bundles = [_bundle(cpus, gpu * width)] * generators.count + [_bundle(rank_cpus, gpu)] * trainer.ranks
         own = tuple(ActorPlace(index, cpus, gpu * width) for index in range(generators.count))
         places = tuple(ActorPlace(generators.count + rank, rank_cpus, gpu) for rank in range(trainer.ranks))
-        return PlacementPlan(device, tuple(bundles), own, places, block.scorer_cpus)
+        return PlacementPlan(device, tuple(bundles), own, places, scorer)
     homes = _homes(
         trainer.ranks, generators.count, 1 if device == "gpu" else block.generator_cpus // block.trainer_cpus
     )
@@ -69,7 +78,23 @@ def plan_placement(
     bundles += [_bundle(rank_cpus, gpu)] * (max(homes) + 1 - generators.count)
     own = tuple(ActorPlace(index, bundles[index]["CPU"] / 2, gpu / 2) for index in range(generators.count))
     places = tuple(ActorPlace(home, bundles[home]["CPU"] / 2 / homes.count(home), gpu / 2) for home in homes)
-    return PlacementPlan(device, tuple(bundles), own, places, block.scorer_cpus)
+    plan = PlacementPlan(device, tuple(bundles), own, places, scorer)
+    return _sharing(plan) if device == "gpu" and 0 < scorer.num_gpus < 1 else plan
+
+
+def _sharing(plan: PlacementPlan) -> PlacementPlan:
+    """The scorer in the first bundle, where the others share what it leaves of the GPU."""
+    gpus = plan.scorer.num_gpus
+    # Ray counts in ten-thousandths and would wait for ever for one more than there is.
+    left = math.floor((1 - gpus) / 2 * 10_000) / 10_000
+
+    def beside(places: tuple[ActorPlace, ...]) -> tuple[ActorPlace, ...]:
+        return tuple(place if place.bundle else replace(place, num_gpus=left) for place in places)
+
+    first, *others = plan.bundles
+    bundles = ({**first, "CPU": first["CPU"] + plan.scorer.num_cpus}, *others)
+    scorer = replace(plan.scorer, bundle=0)
+    return PlacementPlan(plan.device, bundles, beside(plan.generators), beside(plan.trainers), scorer)
 
 
 def plan_trainers(block: PlacementBlock, trainer: TrainerBlock, device: Device) -> PlacementPlan:
@@ -98,6 +123,7 @@ def require_resources(plan: PlacementPlan, available: Mapping[str, float]) -> No
         raise PlacementError(
             f"the cluster is too small: the roles need {needs}; lower placement.generator_cpus, "
             "placement.trainer_cpus, trainer.ranks or generators.count, or set placement.mode=colocated"
+            + ("; placement.scorer_gpus too" if plan.scorer.num_gpus else "")
         )
 
 

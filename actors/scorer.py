@@ -11,8 +11,8 @@ import ray
 from actors.stacks import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.records import Score
-from raylign.scoring import ScoringItem, Usages
-from raylign.scoring.load import load_scorer
+from raylign.scoring import Compute, ScoringItem, Usages
+from raylign.scoring.load import ONE_THREAD, load_scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,15 @@ class ScoredBatch:
 class _Scorer:
     """Scores one batch a call; constructing it loads the scorer."""
 
-    def __init__(self, block: ScoringBlock, cache: str, stacks: str, name: str) -> None:
+    def __init__(self, block: ScoringBlock, cache: str, stacks: str, name: str, compute: Compute = ONE_THREAD) -> None:
         """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
-        when it is asked to.
+        when it is asked to. Models run on `compute`.
         """
         enable_stack_dumps(stacks, name)
         # What a judge costs is logged as INFO; it goes to the actor's own log.
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("raylign").setLevel(logging.INFO)
-        self._scorer = load_scorer(block, Path(cache))
+        self._scorer = load_scorer(block, Path(cache), compute)
 
     def ready(self) -> bool:
         return True

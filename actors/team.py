@@ -14,7 +14,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.generator import EngineSpec, Generator
 from actors.generator_supervision import Spawn, SupervisedGenerators, actor_name
 from actors.incidents import Incidents
-from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources, reserve
+from actors.placement import (
+    OUTSIDE,
+    ActorPlace,
+    PlacementPlan,
+    choose_device,
+    plan_placement,
+    require_resources,
+    reserve,
+)
 from actors.processes import kill
 from actors.scorer import Scorer
 from actors.scorer_client import ACTOR as SCORER_NAME
@@ -39,6 +47,7 @@ from actors.weight_sync.transports import (
 )
 from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
+from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.training.schedule import planned_steps
 
@@ -101,7 +110,7 @@ def team(
         )
         stack.callback(lambda: kill(generators.handles))
         stack.callback(lambda: generators.shut_down(_SHUTDOWN_S))
-        scorer = _start_scorer(config, incidents, actors, stacks)
+        scorer = _start_scorer(config, plan, group, incidents, actors, stacks)
         trainers = SupervisedTrainers(
             lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
             block=config.trainer,
@@ -135,13 +144,19 @@ def _ready_team(
 
 
 def _start_scorer(
-    config: OnlineDpoConfig, incidents: Incidents, actors: list[ActorHandle[Any]], stacks: Path
+    config: OnlineDpoConfig,
+    plan: PlacementPlan,
+    group: PlacementGroup,
+    incidents: Incidents,
+    actors: list[ActorHandle[Any]],
+    stacks: Path,
 ) -> ScorerClient:
     cache = (config.run.dir / config.run.name).absolute() / CACHE_NAME
+    compute = Compute(max(1, int(plan.scorer.num_cpus)), plan.scorer.num_gpus > 0)
 
     def spawn() -> ActorHandle[Any]:
-        options = Scorer.options(num_cpus=config.placement.scorer_cpus)
-        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME)
+        options = Scorer.options(**placed(plan.scorer, group))
+        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, compute)
         actors.append(handle)
         return handle
 
@@ -205,8 +220,11 @@ def _start_trainers(
 
 def placed(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
     """Ray's options of an actor at its place."""
+    amounts = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus}
+    if place.bundle == OUTSIDE:
+        return amounts
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle)
-    return {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": strategy}
+    return {**amounts, "scheduling_strategy": strategy}
 
 
 def _transport(config: OnlineDpoConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:

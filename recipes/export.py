@@ -70,7 +70,8 @@ def _export_reward_model(
         versions=training_versions(directory),
     )
     in_4bit = config.model if config.model.load_in_4bit else None
-    folder = export_reward_model(directory.checkpoint(report.policy_version), base, to, facts, in_4bit)
+    checkpoint = directory.checkpoint(report.policy_version)
+    folder = export_reward_model(checkpoint, base, to, facts, in_4bit, config.model.chat_template)
     return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
 
 

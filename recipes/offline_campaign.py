@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from raylign.config.reference import ReferenceBlock
 from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.errors import ConfigError
-from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
+from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model, resolve_reference
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
 from raylign.rundir import continue_or_create, require_continuable
@@ -66,7 +67,12 @@ def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     _require_context(config, context_limit(folder, config.model.trust_remote_code))
     data = load_preferences(
-        config.data, tokenizer, rows=config.rows, seed=config.run.seed, refused_to=refused_path(config.run)
+        config.data,
+        tokenizer,
+        rows=config.rows,
+        ends=end_ids(tokenizer, [Path(folder)]),
+        seed=config.run.seed,
+        refused_to=refused_path(config.run),
     )
     return data, int(tokenizer.pad_token_id)
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.reference_policy import pace
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.data.epochs import rows_of_round
@@ -53,7 +54,8 @@ def evaluate_policy(
     with log.stage("evaluate", len(held_out), "rows") as stage:
         if stage.done:
             return log.read_evaluation()
-        rows = trainers.with_reference(held_out, config.run.seed, max(0, log.index - 1))
+        moves = pace(config.reference) is not None
+        rows = trainers.with_reference(held_out, config.run.seed, max(0, log.index - 1)) if moves else held_out
         measured = trainers.evaluate(rows)
         evaluation = held_out_evaluation(measured, "rewards/accuracies", config.evaluation, config.run.seed)
         log.save_evaluation(stage, evaluation)
@@ -62,10 +64,14 @@ def evaluate_policy(
 
 def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: OfflineDpoConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
-    run.finish_baseline(evaluate_policy(run.round_log(0), data.held_out, trainers, config))
+    # Of a reference that never moves once for all evaluations.
+    held_out = data.held_out
+    if pace(config.reference) is None:
+        held_out = trainers.with_reference(held_out, config.run.seed, 0)
+    run.finish_baseline(evaluate_policy(run.round_log(0), held_out, trainers, config))
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
-        run.finish_round(run_round(run.round_log(index), rows, data.held_out, trainers, config))
+        run.finish_round(run_round(run.round_log(index), rows, held_out, trainers, config))
 
 
 def main(config: OfflineDpoConfig) -> Path:

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.placement import ActorPlace
 from raylign.config import OnlineDpoConfig
 from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.text import escape_control
@@ -109,11 +108,10 @@ def _roles(plan: RunPlan) -> Table:
         table.add_column(header, justify="right")
     table.add_column("device")
     placement = plan.placement
-    scorer = (ActorPlace(0, plan.config.placement.scorer_cpus, 0.0),)
     for role, places, device in (
         ("generator", placement.generators, placement.device),
         ("trainer", placement.trainers, placement.device),
-        ("scorer", scorer, "cpu"),
+        ("scorer", (placement.scorer,), "gpu" if placement.scorer.num_gpus else "cpu"),
     ):
         table.add_row(
             role, str(len(places)), _each(p.num_cpus for p in places), _each(p.num_gpus for p in places), device

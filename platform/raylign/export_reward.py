@@ -1,10 +1,7 @@
 """From a trained reward model to a folder that transformers reads as a sequence classifier of one output."""
 
-import json
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +17,6 @@ from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
 from raylign.export import (
     ADAPTER_CONFIG,
-    GENERATION_CONFIG,
     MODEL_CONFIG,
     TOKENIZER_CONFIG,
     adapter_file,
@@ -34,35 +30,47 @@ from raylign.export import (
     with_adapter,
 )
 from raylign.models import DTYPES, load_tokenizer
+from raylign.models.ends import end_ids
 from raylign.models.reward_model import load_reward_model
 from raylign.reward_card import RewardModelFacts, reward_card_text
 from raylign.training.rewards import score_head
 from raylign.training.weights import checkpoint_weights
 
 _PAD = "<|pad|>"
+_ANSWERED = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
 
 
 def export_reward_model(
-    source: Path, base: str, to: Path, card: RewardModelFacts, in_4bit: ModelBlock | None = None
+    source: Path,
+    base: str,
+    to: Path,
+    card: RewardModelFacts,
+    in_4bit: ModelBlock | None = None,
+    chat_template: Path | None = None,
 ) -> Path:
     """Write the reward model in `source` to the folder `to` with tokenizer, chat template and README.md.
 
     `source` is an adapter folder, which is merged, or has full weights in safetensors; `base` is the model that
     training started from. Merging adds the update in float32 and rounds once to the dtype of `base`; an adapter that
-    was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype.
+    was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype. The file
+    `chat_template` takes the place of the tokenizer's own.
 
     transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
-    the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own.
+    the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own. Nor may the
+    template, that of the file `chat_template` or else the base's, write white space behind the EOS of an answer, where
+    training has read the reward: the folder's template goes without.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
     """
     refuse_occupied(to)
     folder = required_base(base, source)
-    tokenizer = load_tokenizer(str(source if (source / TOKENIZER_CONFIG).is_file() else folder))
+    named = str(source if (source / TOKENIZER_CONFIG).is_file() else folder)
+    tokenizer = load_tokenizer(named, chat_template=chat_template)
+    _end_at_eos(tokenizer)
     model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
     score_head(model)
-    ends = _end_tokens(tokenizer, (source, folder))
+    ends = end_ids(tokenizer, (source, folder))
     _use_own_pad_token(model, tokenizer, ends)
     with appearing_whole(to) as staging:
         model.save_pretrained(staging)
@@ -122,18 +130,13 @@ def _filled(
     return model
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> set[int]:
-    """Ids that may end an answer: the tokenizer's EOS and those that generation stops at."""
-    ends: set[int] = {tokenizer.eos_token_id}
-    for folder in folders:
-        for name in (MODEL_CONFIG, GENERATION_CONFIG):
-            if (folder / name).is_file():
-                found: Any = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-                ends |= set(found if isinstance(found, list) else [found])
-    return ends - {None}
+def _end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    template, written = tokenizer.chat_template, str(tokenizer.apply_chat_template(_ANSWERED, tokenize=False))
+    if written != written.rstrip() and written.rstrip().endswith(str(tokenizer.eos_token)):
+        tokenizer.chat_template = f"{{% set conversation %}}{template}{{% endset %}}{{{{ conversation.rstrip() }}}}"
 
 
-def _use_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
+def _use_own_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
     if tokenizer.pad_token_id in ends:
         tokenizer.add_special_tokens({"pad_token": _PAD})
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().get_parameter("weight").shape[0]

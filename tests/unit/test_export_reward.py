@@ -150,3 +150,12 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out/mine").touch()
     with pytest.raises(ModelError, match="already there"):
         export_reward_model(source, base, tmp_path / "out", CARD)
+
+
+def test_a_template_of_ones_own_comes_along(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    trained(base, tmp_path / "source")
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}hi{% endif %}")
+    to = export_reward_model(tmp_path / "source", base, tmp_path / "out", CARD, chat_template=mine)
+    assert AutoTokenizer.from_pretrained(to).chat_template == mine.read_text()

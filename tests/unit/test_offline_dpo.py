@@ -108,7 +108,7 @@ def test_rounds_train_on_their_rows_and_evaluate(whole: tuple[Deadly, RunDirecto
     assert events[:2] == ["reference 3 seed 0 after 0 rounds", "evaluate 3"]
     assert events[2:8] == [
         *["reference 2 seed 1 after 0 rounds", "train 2 seed 1", "step", "step"],
-        *["save weights", "reference 3 seed 0 after 0 rounds"],
+        *["save weights", "evaluate 3"],
     ]
     reports = directory.reports()
     assert [report.policy_version for report in reports] == [1, 2, 3, 4]

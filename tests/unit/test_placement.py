@@ -5,9 +5,17 @@ from collections import defaultdict
 from typing import Literal
 
 import pytest
+from pydantic import ValidationError
 
 from actors.network import free_address
-from actors.placement import ActorPlace, PlacementPlan, choose_device, plan_placement, require_resources
+from actors.placement import (
+    OUTSIDE,
+    ActorPlace,
+    PlacementPlan,
+    choose_device,
+    plan_placement,
+    require_resources,
+)
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
 from raylign.errors import PlacementError
 
@@ -154,3 +162,46 @@ def test_a_free_address_can_be_listened_on() -> None:
     with socket.socket() as server:
         server.bind((address, port))
         server.listen()
+
+
+def with_scorer(device: Device, mode: Mode, gpus: float, cpus: float = 0.0) -> PlacementPlan:
+    block = PlacementBlock(mode=mode, generator_cpus=2, trainer_cpus=2, scorer_cpus=cpus, scorer_gpus=gpus)
+    return plan_placement(block, GeneratorsBlock(count=2), TrainerBlock(ranks=2), device)
+
+
+def test_a_scorer_with_a_share_of_a_gpu_joins_the_first_colocated_bundle() -> None:
+    made = with_scorer("gpu", "colocated", 0.25, cpus=1.0)
+    assert made.bundles == ({"CPU": 3.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0})
+    assert made.scorer == ActorPlace(0, 1.0, 0.25)
+    assert made.generators == (ActorPlace(0, 1.0, 0.375), ActorPlace(1, 1.0, 0.5))
+    assert made.trainers == (ActorPlace(0, 1.0, 0.375), ActorPlace(1, 1.0, 0.5))
+    assert made.required() == {"CPU": 5.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 1 / 3, 0.33335, 0.9, 0.9999])
+def test_shares_of_one_gpu_never_exceed_it_as_ray_counts(share: float) -> None:
+    made = with_scorer("gpu", "colocated", share)
+    shares = [made.generators[0].num_gpus, made.trainers[0].num_gpus, made.scorer.num_gpus]
+    assert sum(round(amount * 10_000) for amount in shares) <= 10_000
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "gpus"),
+    [("gpu", "colocated", 1.0), ("gpu", "disaggregated", 0.5), ("cpu", "colocated", 0.5), ("cpu", "colocated", 0.0)],
+)
+def test_elsewhere_the_scorer_is_outside_of_the_bundles(device: Device, mode: Mode, gpus: float) -> None:
+    made, without = with_scorer(device, mode, gpus, cpus=1.5), with_scorer(device, mode, 0.0)
+    assert made.bundles == without.bundles and made.generators == without.generators
+    assert made.scorer == ActorPlace(OUTSIDE, 1.5, gpus)
+    needed = without.required()
+    assert made.required() == {"CPU": needed["CPU"] + 1.5, "GPU": needed["GPU"] + gpus}
+
+
+def test_a_scorer_that_wants_a_gpu_where_there_is_none_is_named() -> None:
+    with pytest.raises(PlacementError, match=r"0\.5 GPU \(available 0\).*; placement\.scorer_gpus too"):
+        require_resources(with_scorer("cpu", "colocated", 0.5), {"CPU": 64.0})
+
+
+def test_more_than_one_gpu_is_a_whole_number_of_them() -> None:
+    with pytest.raises(ValidationError, match=r"1\.5 is neither a share of one GPU nor a whole number of them; take 1"):
+        PlacementBlock(scorer_gpus=1.5)

@@ -221,9 +221,19 @@ class PlacementBlock(Block):
     trainer_cpus: PositiveInt = 2
     """CPU cores (and compute threads) of each trainer rank. On CPUs, ranks of one core each waste the least time."""
     scorer_cpus: NonNegativeFloat = 0.0
-    """CPU cores reserved for the scorer; 0 lets it share."""
+    """CPU cores reserved for the scorer; 0 lets it share. Its models compute on as many threads, one at least."""
+    scorer_gpus: NonNegativeFloat = 0.0
+    """GPUs of the scorer, for scorers that run a model; 0 runs it on CPU. Colocated, a share below 1 is one of the
+    first generator's GPU: lower generators.gpu_memory_utilization by what the model takes. Else it is another GPU."""
     ready_timeout_s: PositiveFloat = 60.0
     """How long to wait for a cluster that can grow before refusing, in seconds."""
+
+    @field_validator("scorer_gpus")
+    @classmethod
+    def scorer_gpus_are_a_share_of_one_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g} is neither a share of one GPU nor a whole number of them; take {int(gpus)}")
+        return gpus
 
 
 class RecoveryBlock(Block):

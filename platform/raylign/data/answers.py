@@ -16,7 +16,7 @@ def answers(example: Example, rows: Rows) -> tuple[Completion, ...] | Fault:
     if isinstance(ordered, Fault) or rows == "demonstrations":
         return ordered if isinstance(ordered, Fault) else ordered[:1]
     if len(ordered) < 2:
-        return Fault(example.number, "one answer alone", _shown(example), "give a better and a worse answer")
+        return Fault(example.number, "one answer alone", shown(example), "give a better and a worse answer")
     return (ordered[0], ordered[-1]) if rows == "pairs" else ordered
 
 
@@ -41,9 +41,10 @@ def _ordered(example: Example) -> tuple[Completion, ...] | Fault:
         return example.completions
     scored = [(completion.score, completion) for completion in example.completions if completion.score is not None]
     if len(scored) < len(example.completions):
-        return Fault(example.number, "answers with ratings, but in no order", _shown(example), _PREPARE)
+        return Fault(example.number, "answers with ratings, but in no order", shown(example), _PREPARE)
     return tuple(completion for _, completion in sorted(scored, key=lambda pair: -pair[0]))
 
 
-def _shown(example: Example) -> str:
+def shown(example: Example) -> str:
+    """What a report says of a bad row."""
     return str(example.prompt[-1]["content"])

@@ -2,10 +2,9 @@
 
 import hashlib
 import logging
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,16 +12,33 @@ from transformers import PreTrainedTokenizerBase
 
 from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
-from raylign.data.answers import scores_of, tied
+from raylign.data.build import Reason, preference
 from raylign.data.examples import Example
 from raylign.data.load import ExampleStream, read_examples
+from raylign.data.split import key, split
 from raylign.data.tokens import Tokenized, tokenized
 from raylign.errors import DataError
 from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.tables import Fault
-from raylign.records import Candidate, Preference, Prompt
+from raylign.records import Preference
 
 log = logging.getLogger(__name__)
+
+_CURES: Mapping[Reason, str] = {
+    "prompt_too_long": "raise data.max_length",
+    "ties": "give answers of different quality",
+    "identical": "give answers that differ, or raise data.max_length if they differ behind it",
+}
+_APART = (
+    "%s: in %d rows, the first with %s %d, a token reaches over the end of the prompt once an answer follows; such "
+    "answers are tokenised apart, so that training sees the prompt as generation does (counted as boundary_mismatch). "
+    "A prompt that ends with a whole token, such as a line break or a special token, avoids that (model.chat_template)"
+)
+_WITHOUT_END = (
+    "%s: in %d rows, the first with %s %d, the chat template writes no token at the answer's end that stops generation "
+    "(counted as without_end); a model trained so does not learn to stop. End the assistant's turn with "
+    "{{ eos_token }} (model.chat_template), or make the token it ends with the tokenizer's eos_token"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +46,11 @@ class PreferenceData:
     """Rows of a run in the source's order; no prompt is in both parts. Made by `load_preferences`.
 
     A demonstration is a Preference of one candidate. Prompt ids are `t` (train) or `h` (held out) and the number of the
-    row. `digest` is a sha256 (hex) over all ids and token ids. `counts`: `rows` read, of which `invalid`, `ties`,
-    `prompt_too_long`, `identical` and `duplicates` are left out and `used` are not; of those used, `truncated` have a
-    completion cut at `max_length`, and `boundary_mismatch` a prompt whose end the template writes in another way.
+    row. `digest` is a sha256 (hex) over all ids, token ids and scores. `counts`: `rows` read, of which `invalid`,
+    `ties`, `prompt_too_long`, `identical` and `duplicates` are left out and `used` are not. Of those that are neither
+    bad nor left out for a reason of their own, `truncated` have a completion cut at `max_length`, `repeated` go without
+    an answer that a better one repeats, `boundary_mismatch` have an answer tokenised apart from its prompt, and
+    `without_end` have one without an end token.
     """
 
     train: tuple[Preference, ...]
@@ -44,140 +62,95 @@ class PreferenceData:
 
 
 def load_preferences(
-    block: DataBlock, tokenizer: PreTrainedTokenizerBase, *, rows: Rows, seed: int, refused_to: Path | None
+    block: DataBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: Rows,
+    ends: frozenset[int],
+    seed: int,
+    refused_to: Path | None,
 ) -> PreferenceData:
     """Read, check, tokenise and split the rows; the result depends on the arguments and the source alone.
 
-    Raises DataError when more than `block.max_invalid` of the rows is bad (every bad row is then written to
-    `refused_to`, if given), or too few rows are left to train on.
+    `ends` are the ids that generation stops at (`raylign.models.end_ids`). Raises DataError when more than
+    `block.max_invalid` of the rows is bad (every bad row is then written to `refused_to`, if given), or too few rows
+    are left to train on.
     """
     stream = read_examples(block)
-    faults: list[Fault] = []
-    counts: Counter[str] = Counter()
-    kept = list(_kept(_read(stream, block, tokenizer, rows, counts), block, tokenizer, counts, faults))
-    invalid = InvalidRows(stream.where, stream.unit, tuple(faults), counts["rows"])
+    seen = _Seen(Counter(), {}, [])
+    examples = _counted(stream, block.limit, seen)
+    made = list(_kept(tokenized(examples, tokenizer, rows, block.system, ends), block.max_length, tokenizer, seen))
+    invalid = InvalidRows(stream.where, stream.unit, tuple(seen.faults), seen.counts["rows"])
     refuse((invalid,), block.max_invalid, refused_to, option="data.max_invalid", error=DataError)
-    unique = list({_key(preference): preference for preference in reversed(kept)}.values())[::-1]
-    counts["invalid"], counts["duplicates"], counts["used"] = len(faults), len(kept) - len(unique), len(unique)
-    train, held_out = _drawn(unique, block, seed, counts, stream.where)
+    _warn(stream, seen)
+    unique = list({key(one): one for one in reversed(made)}.values())[::-1]
+    counts = seen.counts
+    counts["invalid"], counts["duplicates"], counts["used"] = len(seen.faults), len(made) - len(unique), len(unique)
+    if not unique:
+        raise DataError(_nothing_left(stream.where, counts))
+    train, held_out = split(unique, block.held_out, seed, stream.where)
     digest = _digest((*train, *held_out))
     return PreferenceData(train, held_out, block.source, digest, (invalid,), dict(counts))
 
 
-def _read(
-    stream: ExampleStream, block: DataBlock, tokenizer: PreTrainedTokenizerBase, rows: Rows, counts: Counter[str]
-) -> Iterator[Tokenized | Fault]:
-    def counted() -> Iterator[Example | Fault]:
-        for example in islice(stream, block.limit):
-            counts["rows"] += 1
-            yield example
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the rows read so far were: `counts` of PreferenceData, the `first` row of each, and the bad rows."""
 
-    return tokenized(counted(), tokenizer, rows, block.system)
+    counts: Counter[str]
+    first: dict[str, int]
+    faults: list[Fault]
+
+    def count(self, name: str, number: int) -> None:
+        self.counts[name] += 1
+        self.first.setdefault(name, number)
+
+
+def _counted(stream: ExampleStream, limit: int | None, seen: _Seen) -> Iterator[Example | Fault]:
+    for example in islice(stream, limit):
+        seen.counts["rows"] += 1
+        yield example
 
 
 def _kept(
-    items: Iterable[Tokenized | Fault],
-    block: DataBlock,
-    tokenizer: PreTrainedTokenizerBase,
-    counts: Counter[str],
-    faults: list[Fault],
+    items: Iterable[Tokenized | Fault], max_length: int, tokenizer: PreTrainedTokenizerBase, seen: _Seen
 ) -> Iterator[Preference]:
     for item in items:
         if isinstance(item, Fault):
-            faults.append(item)
-        elif reason := _left_out(item, block.max_length):
-            counts[reason] += 1
-        else:
-            preference = _preference(item, block.max_length)
-            if len({candidate.token_ids for candidate in preference.candidates}) < len(item.ids):
-                counts["identical"] += 1
-                continue
-            counts["truncated"] += any(candidate.finish_reason == "length" for candidate in preference.candidates)
-            _count_mismatch(item, tokenizer, counts)
-            yield preference
+            seen.faults.append(item)
+            continue
+        one = preference(item, max_length, tokenizer)
+        if isinstance(one, str):
+            seen.count(one, item.example.number)
+            continue
+        facts = {
+            "truncated": any(candidate.finish_reason == "length" for candidate in one.candidates),
+            "repeated": len(one.candidates) < len(item.ids),
+            "boundary_mismatch": item.apart,
+            "without_end": not item.ended,
+        }
+        for name, holds in facts.items():
+            if holds:
+                seen.count(name, item.example.number)
+        yield one
 
 
-def _left_out(item: Tokenized, max_length: int) -> str:
-    """Why a row that is not malformed cannot be trained on."""
-    if tied(item.completions):
-        return "ties"
-    return "prompt_too_long" if len(item.prompt) >= max_length or not item.prompt else ""
+def _warn(stream: ExampleStream, seen: _Seen) -> None:
+    for name, text in (("boundary_mismatch", _APART), ("without_end", _WITHOUT_END)):
+        if count := seen.counts[name]:
+            log.warning(text, stream.where, count, stream.unit, seen.first[name])
 
 
-def _count_mismatch(item: Tokenized, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]) -> None:
-    if not item.cut:
-        return
-    if not counts["boundary_mismatch"]:
-        log.warning(
-            "row %d: the last %d tokens of the templated prompt are not in the templated conversation, because the "
-            "template writes a prompt alone in another way or a token reaches over its end. The answer is taken from "
-            "where the two part (after %r), so that training sees another context than generation does; give a "
-            "template that writes both alike (model.chat_template). Said once, counted as boundary_mismatch",
-            item.example.number,
-            item.cut,
-            tokenizer.decode(list(item.prompt[-8:])),
-        )
-    counts["boundary_mismatch"] += 1
-
-
-def _preference(item: Tokenized, max_length: int) -> Preference:
-    example = item.example
-    labels = dict(example.meta) | ({"language": example.language} if example.language else {})
-    prompt = Prompt(f"t{example.number:06d}", item.messages, item.prompt, labels)
-    room = max_length - len(item.prompt)
-    candidates = tuple(
-        Candidate(
-            prompt_id=prompt.id,
-            index=index,
-            token_ids=ids[:room],
-            logprobs=(),
-            text=str(completion.messages[-1].get("content") or ""),
-            finish_reason="length" if len(ids) > room else "stop",
-            policy_version=0,
-            seed=0,
-        )
-        for index, (completion, ids) in enumerate(zip(item.completions, item.ids, strict=True))
-    )
-    return Preference(prompt, candidates, scores_of(item.completions), (1.0,) * len(candidates))
-
-
-def _key(preference: Preference) -> tuple[tuple[int, ...], ...]:
-    return (preference.prompt.token_ids, *(candidate.token_ids for candidate in preference.candidates))
-
-
-def _drawn(
-    rows: Sequence[Preference], block: DataBlock, seed: int, counts: Mapping[str, int], where: str
-) -> tuple[tuple[Preference, ...], tuple[Preference, ...]]:
-    """(train, held out): whole prompts are drawn until `block.held_out` rows are; both keep the source's order."""
-    groups: dict[tuple[int, ...], int] = Counter(row.prompt.token_ids for row in rows)
-    generator = random.Random(f"{seed}/held_out")
-    order = sorted(((generator.random(), prompt) for prompt in groups), key=lambda pair: pair[0])
-    chosen: set[tuple[int, ...]] = set()
-    held = 0
-    for _, prompt in order:
-        if held >= block.held_out:
-            break
-        chosen.add(prompt)
-        held += groups[prompt]
-    train = tuple(row for row in rows if row.prompt.token_ids not in chosen)
-    if not train:
-        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        raise DataError(
-            f"{where}: data.held_out={block.held_out} leaves none of {len(rows)} usable rows to train on ({said}); "
-            "lower it, raise data.max_length, or add rows"
-        )
-    return train, tuple(_held_out(row) for row in rows if row.prompt.token_ids in chosen)
-
-
-def _held_out(row: Preference) -> Preference:
-    name = f"h{row.prompt.id[1:]}"
-    candidates = tuple(replace(candidate, prompt_id=name) for candidate in row.candidates)
-    return replace(row, prompt=replace(row.prompt, id=name), candidates=candidates)
+def _nothing_left(where: str, counts: Mapping[str, int]) -> str:
+    why = [(reason, cure) for reason, cure in _CURES.items() if counts.get(reason)]
+    lost = "".join(f"\n  {counts[reason]} {reason.replace('_', ' ')}: {cure}" for reason, cure in why)
+    bad = f"\n  {counts['invalid']} bad: lower data.max_invalid to see why" if counts["invalid"] else ""
+    return f"{where}: none of {counts['rows']} rows can be trained on{lost}{bad}"
 
 
 def _digest(rows: Iterable[Preference]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        for ids in _key(row):
-            digest.update(f"{row.prompt.id}:{','.join(map(str, ids))}\n".encode())
+        for values in (*key(row), row.scores):
+            digest.update(f"{row.prompt.id}:{','.join(map(str, values))}\n".encode())
     return digest.hexdigest()

@@ -1,16 +1,16 @@
 """From conversations to token ids, by the model's chat template."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config.offline import Rows
-from raylign.data.answers import answers
+from raylign.data.answers import shown
 from raylign.data.examples import Completion, Example
+from raylign.data.templates import ANOTHER, Templated, templated
 from raylign.prompts.tables import Fault
 from raylign.records import Message
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 class Tokenized:
     """An example in tokens; `ids` runs parallel to `completions`. `prompt` is what all of them follow.
 
-    `cut` counts the tokens at the end of the templated prompt that are no part of a templated conversation.
+    `apart`: an answer was tokenised without its prompt. `ended`: every answer has its end token.
     """
 
     example: Example
@@ -30,35 +30,40 @@ class Tokenized:
     completions: tuple[Completion, ...]
     prompt: tuple[int, ...]
     ids: tuple[tuple[int, ...], ...]
-    cut: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Templated:
-    example: Example
-    messages: tuple[Message, ...]
-    completions: tuple[Completion, ...]
-    texts: tuple[str, ...]
-    """The prompt with its generation prompt, then the prompt with each completion."""
+    apart: bool
+    ended: bool
 
 
 def tokenized(
-    examples: Iterator[Example | Fault], tokenizer: PreTrainedTokenizerBase, rows: Rows, system: str | None
+    examples: Iterator[Example | Fault],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    system: str | None,
+    ends: frozenset[int],
 ) -> Iterator[Tokenized | Fault]:
-    """Each example in tokens, in order; a Fault where it has no answer of the kind, or the template refuses it.
+    """Each example in tokens, in order; a Fault where `raylign.data.templates.templated` has one.
 
-    As in TRL, prompt and prompt with completion are templated and tokenised, and the completion starts where their
-    tokens diverge: at the generation prompt's end, unless the template writes the prompt alone in another way or a
-    token reaches over the boundary. A completion ends with its last EOS token: what the template writes behind it (the
-    newline of ChatML) is never sampled, because generation stops there. An answer whose template writes no EOS gets
-    none. `system` goes before conversations that have no system message.
+    The prompt is tokenised as generation does it, and the prompt with each completion as a whole, of which the
+    completion is the rest. Where a token of the whole reaches over the prompt's end, so that the two share no such
+    start, the completion is tokenised apart: training sees the very prompt that generation sees. (TRL cuts the prompt
+    where the tokens part instead.) That is a Fault where the tokens read otherwise then, as with tokenizers that put a
+    space before every text.
+
+    A completion ends with the token of `ends` that its template writes. White space behind that, such as the newline
+    of ChatML, is cut: generation has stopped by then. A template that writes no end gets none. `system` goes before
+    conversations that have no system message.
     """
+    texts = [token for token in tokenizer.convert_ids_to_tokens(sorted(ends)) if token]
+    known: dict[int, int] = {}
     for batch in _batches(examples, _BATCH):
-        templated = [_templated(example, tokenizer, rows, system) for example in batch]
-        texts = [text for one in templated if isinstance(one, _Templated) for text in one.texts]
-        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        for one in templated:
-            yield one if isinstance(one, Fault) else _split(one, list(islice(ids, len(one.texts))), tokenizer)
+        made = [one if isinstance(one, Fault) else templated(one, tokenizer, rows, system, texts) for one in batch]
+        wanted = [text for one in made if isinstance(one, Templated) for text in (one.prompt, *one.wholes)]
+        ids = iter(_encoded(tokenizer, wanted))
+        for one in made:
+            if isinstance(one, Fault):
+                yield one
+            else:
+                yield _split(one, list(islice(ids, 1 + len(one.wholes))), tokenizer, ends, known)
 
 
 def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
@@ -66,67 +71,52 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _templated(
-    example: Example | Fault, tokenizer: PreTrainedTokenizerBase, rows: Rows, system: str | None
-) -> _Templated | Fault:
-    if isinstance(example, Fault):
-        return example
-    completions = answers(example, rows)
-    if isinstance(completions, Fault):
-        return completions
-    messages = _with_system(example.prompt, system)
-    try:
-        texts = (
-            _text(tokenizer, messages, example.tools, generation=True),
-            *(_text(tokenizer, (*messages, *c.messages), example.tools, generation=False) for c in completions),
-        )
-    except TemplateError as error:
-        last = messages[-1].get("content")
-        return Fault(
-            example.number, f"refused by the chat template ({error})", last, "order roles as the model expects"
-        )
-    return _Templated(example, messages, completions, texts)
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return found
 
 
-def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    if system is None or any(message["role"] == "system" for message in messages):
-        return messages
-    return ({"role": "system", "content": system}, *messages)
-
-
-def _text(
+def _split(
+    one: Templated,
+    ids: Sequence[list[int]],
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]],
-    *,
-    generation: bool,
-) -> str:
-    turns: list[Any] = [dict(message) for message in messages]
-    functions: list[Any] = [dict(tool) for tool in tools]
-    text = tokenizer.apply_chat_template(
-        turns, tools=functions or None, add_generation_prompt=generation, tokenize=False
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _split(one: _Templated, ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    ends: frozenset[int],
+    known: dict[int, int],
+) -> Tokenized | Fault:
+    """`known` makes equal ids one object: a data set has millions, of 28 bytes each."""
     prompt, wholes = ids[0], ids[1:]
-    start = min(_common_prefix(prompt, whole) for whole in wholes)
-    completions = tuple(_ended(tuple(whole[start:]), tokenizer) for whole in wholes)
+    follows = [whole[: len(prompt)] == prompt for whole in wholes]
+    apart = iter(
+        _encoded(tokenizer, [w[len(one.prompt) :] for w, fits in zip(one.wholes, follows, strict=True) if not fits])
+    )
+    rests = [whole[len(prompt) :] if fits else next(apart) for whole, fits in zip(wholes, follows, strict=True)]
+    if not prompt or not all(rests):
+        nothing = f"the chat template gives no token for the {'answer' if prompt else 'prompt'}"
+        return Fault(one.example.number, nothing, shown(one.example), ANOTHER)
+    if not all(follows) and any(
+        _read(tokenizer, [*prompt, *rest]) != _read(tokenizer, whole) for rest, whole in zip(rests, wholes, strict=True)
+    ):
+        problem = "a token reaches over the end of the prompt, and the answer tokenised apart reads otherwise"
+        return Fault(one.example.number, problem, shown(one.example), f"{ANOTHER}: its prompt ends with a whole token")
+    kept = [_up_to_end(rest, tokenizer, ends) for rest in rests]
     return Tokenized(
-        one.example, one.messages, one.completions, tuple(prompt[:start]), completions, len(prompt) - start
+        example=one.example,
+        messages=one.messages,
+        completions=one.completions,
+        prompt=tuple(map(known.setdefault, prompt, prompt)),
+        ids=tuple(tuple(map(known.setdefault, rest, rest)) for rest in kept),
+        apart=not all(follows),
+        ended=all(rest[-1] in ends for rest in kept),
     )
 
 
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+def _read(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _ended(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Without white space behind the last EOS token."""
-    ends = [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    if not ends or str(tokenizer.decode(list(ids[ends[-1] + 1 :]))).strip():
+def _up_to_end(ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> list[int]:
+    """Without white space behind the last end token."""
+    last = next((place for place in range(len(ids) - 1, -1, -1) if ids[place] in ends), None)
+    if last is None or _read(tokenizer, ids[last + 1 :]).strip():
         return ids
-    return ids[: ends[-1] + 1]
+    return ids[: last + 1]

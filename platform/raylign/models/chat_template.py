@@ -13,19 +13,8 @@ _CHAT = [{"role": "user", "content": "hello"}]
 
 def read_chat_template(path: Path) -> str:
     """The template, which must write a user's message and say where the answer begins. Raises ModelError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"{path}: cannot be read ({error}); give a Jinja file in UTF-8 (model.chat_template)"
-        ) from error
-    try:
-        plain, asking = (_rendered(text, generation) for generation in (False, True))
-    except TemplateError as error:
-        raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
-    if "hello" not in plain:
-        raise ModelError(f"{path}: the template does not write the user's message; correct model.chat_template")
-    if plain == asking:
+    text = read_template(path)
+    if _rendered(path, text, False) == _rendered(path, text, True):
         raise ModelError(
             f"{path}: the template writes nothing for add_generation_prompt, so that no answer would begin; correct "
             "model.chat_template"
@@ -33,14 +22,30 @@ def read_chat_template(path: Path) -> str:
     return text
 
 
-def _rendered(template: str, generation: bool) -> str:
-    rendered: tuple[list[str], Any] = render_jinja_template(  # type: ignore[assignment]
-        conversations=[_CHAT],
-        chat_template=template,
-        add_generation_prompt=generation,
-        bos_token="",
-        eos_token="",
-        pad_token="",
-        unk_token="",
-    )
+def read_template(path: Path) -> str:
+    """The template of a model that only reads conversations, which must write a user's message. Raises ModelError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error}); give a Jinja file in UTF-8 (model.chat_template)"
+        ) from error
+    if "hello" not in _rendered(path, text, False):
+        raise ModelError(f"{path}: the template does not write the user's message; correct model.chat_template")
+    return text
+
+
+def _rendered(path: Path, template: str, generation: bool) -> str:
+    try:
+        rendered: tuple[list[str], Any] = render_jinja_template(  # type: ignore[assignment]
+            conversations=[_CHAT],
+            chat_template=template,
+            add_generation_prompt=generation,
+            bos_token="",
+            eos_token="",
+            pad_token="",
+            unk_token="",
+        )
+    except (TemplateError, TypeError) as error:
+        raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
     return rendered[0][0]

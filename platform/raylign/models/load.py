@@ -25,6 +25,10 @@ from raylign.errors import ModelError
 from raylign.models.chat_template import read_chat_template
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PLAIN = (
+    "generators and trainer start from the plain ones; give the 16-bit model, with model.load_in_4bit=true for a base "
+    "in 4 bits"
+)
 UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
 
 
@@ -36,10 +40,7 @@ def load_tokenizer(
     The file `chat_template` takes the place of the model's own template. Raises ModelError when one of them cannot be
     read or used, or when there is no EOS token or no template.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded ({error}); {UNTRUSTED}") from error
+    tokenizer = read_tokenizer(folder, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
     if chat_template is not None:
@@ -51,6 +52,15 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_tokenizer(folder: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of `folder` as it is. Raises ModelError when it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no tokenizer can be loaded ({error}); {UNTRUSTED}") from error
     return tokenizer
 
 
@@ -86,17 +96,15 @@ def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
     return int(read_config(folder, trust_remote_code).get_text_config().vocab_size)
 
 
-def read_config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
+def read_config(folder: str, trust_remote_code: bool, plain: str = PLAIN) -> PreTrainedConfig:
+    """Raises ModelError when it cannot be read, or is of quantised weights: `plain` says what to take instead."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: config.json cannot be used ({error}); {UNTRUSTED}") from error
     if found := getattr(config, "quantization_config", None):
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        raise ModelError(
-            f"{folder}: its weights are quantised already ({method}), and generators and trainer start from the plain "
-            "ones; give the 16-bit model, with model.load_in_4bit=true for a base in 4 bits"
-        )
+        raise ModelError(f"{folder}: its weights are quantised already ({method}), and {plain}")
     return config
 
 
@@ -110,11 +118,12 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def load_whole(
-    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig
+    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig, attention: Literal["sdpa"] | None = "sdpa"
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model that `kind`, one of transformers' Auto classes, makes, and the names that the files have no weight of.
 
-    Raises ModelError when it cannot be loaded, or weights have another shape.
+    `attention` None takes what the architecture has. Raises ModelError when it cannot be loaded, or weights have
+    another shape.
     """
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
@@ -122,7 +131,7 @@ def load_whole(
             config=config,
             dtype=DTYPES[block.dtype],
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             trust_remote_code=block.trust_remote_code,
             quantization_config=_quantisation(block),
             output_loading_info=True,

@@ -19,12 +19,15 @@ def resolve_reference(block: ReferenceBlock, model: ModelBlock, folder: str) -> 
     if not isinstance(block, ModelReferenceBlock):
         return folder
     found = resolve_model(block.path, block.revision, option="reference")
-    _require_same_vocabulary(folder, found, model.trust_remote_code)
+    require_same_vocabulary(folder, found, model.trust_remote_code)
     return found
 
 
-def _require_same_vocabulary(policy: str, reference: str, trust: bool) -> None:
-    """The reference knows every token of the policy by the same id. Embeddings may be padded to different sizes."""
+def require_same_vocabulary(policy: str, reference: str, trust: bool) -> None:
+    """Raises ModelError unless the reference knows every token of the policy by the same id.
+
+    Embeddings may be padded to different sizes.
+    """
     rows, known_rows = embedding_rows(reference, trust), embedding_rows(policy, trust)
     tokens, known = _tokens(reference, trust), _tokens(policy, trust)
     if tokens is None or known is None:

@@ -29,17 +29,19 @@ def resolve_model(path: str, revision: str | None = None, option: str = "model")
     Only safetensors are accepted, every shard must be there and its header whole. `revision` is for hub ids; `option`
     is the block of the recipe that errors name. Raises ModelError with the cure.
     """
+    folder = locate(path, revision, option)
+    _check_folder(folder, option)
+    return str(folder.resolve())
+
+
+def locate(path: str, revision: str | None, option: str) -> Path:
+    """The folder that `path` names, downloaded if need be; what is in it is not looked at. Raises ModelError."""
     is_local = path.startswith((PREFIX, ".", "/", "~")) or os.path.exists(path)
     if is_local and revision is not None:
         raise ModelError(f"{option}.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
     if path.startswith(PREFIX):
-        folder = embedded_folder(path.removeprefix(PREFIX))
-    elif is_local:
-        folder = Path(path).expanduser()
-    else:
-        folder = _downloaded(path, revision, option)
-    _check_folder(folder, option)
-    return str(folder.resolve())
+        return embedded_folder(path.removeprefix(PREFIX))
+    return Path(path).expanduser() if is_local else _downloaded(path, revision, option)
 
 
 def _downloaded(hub_id: str, revision: str | None, option: str) -> Path:

@@ -125,7 +125,7 @@ def _prompt(
     messages = conversation(value, block.system)
     try:
         token_ids = _token_ids(messages, tokenizer)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         return Fault(row.number, f"refused by the chat template ({error})", value, "order roles as the model expects")
     if len(token_ids) > limit:
         return Fault(row.number, f"{len(token_ids)} tokens, limit {limit}", value, LENGTH_CURE)

@@ -20,6 +20,14 @@ class ScoringItem:
     completion: str
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What scorers that run a model compute on: the GPU that Ray gave the actor, else so many threads."""
+
+    threads: int = 1
+    on_gpu: bool = False
+
+
 class Scorer(Protocol):
     """Judges completions."""
 

@@ -9,6 +9,7 @@ from raylign.config.scoring import (
     HttpScoringBlock,
     JudgeScoringBlock,
     LeafBlock,
+    ModelScoringBlock,
     ScoringBlock,
     VerifierScoringBlock,
     leaves,
@@ -18,6 +19,9 @@ from raylign.scoring.groups import groups
 from raylign.scoring.http_client import JITTER_S, LONGEST_WAIT_S, RemoteBlock
 from raylign.scoring.judge_check import CANARIES
 from raylign.scoring.verifier import GRACE_S
+
+FORWARDS = 8
+"""Forward passes in one call of a model: completions of like length meet in one of them."""
 
 
 def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[ScoringItem]]:
@@ -34,7 +38,13 @@ def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[
 
 def _at_once(block: LeafBlock) -> int:
     """Items in one call of a scorer that keep it busy."""
-    return block.batch_size * (block.concurrency if isinstance(block, HttpScoringBlock) else 1)
+    match block:
+        case HttpScoringBlock():
+            return block.batch_size * block.concurrency
+        case ModelScoringBlock():
+            return block.batch_size * FORWARDS
+        case _:
+            return block.batch_size
 
 
 def _whole_groups(items: Sequence[ScoringItem], limit: int) -> list[Sequence[ScoringItem]]:
@@ -54,6 +64,8 @@ def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
             return 2 * block.timeout_s * len(batch)
         case VerifierScoringBlock():
             return 2 * (block.timeout_s + GRACE_S) * len(batch)
+        case ModelScoringBlock():
+            return block.timeout_s * len(batch)
         case JudgeScoringBlock():
             asked = questions(batch) + (2 * len(CANARIES) + 1 if block.canaries else 1)
             return _asking_s(asked, block)

@@ -5,10 +5,12 @@ from raylign.config.scoring import (
     FunctionScoringBlock,
     GateScoringBlock,
     HttpScoringBlock,
+    ImplicitScoringBlock,
     JudgeScoringBlock,
     LeafBlock,
     MeanStdScoringBlock,
     MinScoringBlock,
+    RewardModelScoringBlock,
     ScoringBlock,
     VerifierScoringBlock,
     WeightedScoringBlock,
@@ -17,12 +19,13 @@ from raylign.scoring.composition import named
 from raylign.scoring.function import describe_function
 from raylign.scoring.http_service import check_service
 from raylign.scoring.judge_check import check_judge
+from raylign.scoring.models import describe_implicit, describe_reward_model
 
 
 def describe_scorer(block: ScoringBlock) -> tuple[str, ...]:
     """Name and facts, one a line; those of a composition's members behind their names.
 
-    Raises ScorerError: a function cannot be loaded, or a judge or service does not answer.
+    Raises ScorerError: a function cannot be loaded, a judge or service does not answer, a model is not there.
     """
     if not isinstance(block, CompositionBlock):
         return _describe_leaf(block)
@@ -45,6 +48,10 @@ def scorer_name(block: ScoringBlock) -> str:
             return f"verifier by {block.method}"
         case HttpScoringBlock():
             return "reward service"
+        case RewardModelScoringBlock():
+            return f"reward model {block.path}"
+        case ImplicitScoringBlock():
+            return f"implicit reward of {block.policy_path} against {block.reference_path}"
         case GateScoringBlock():
             return f"score where gate >= {block.threshold:g}, else {block.otherwise:g}"
         case MinScoringBlock():
@@ -71,3 +78,7 @@ def _describe_leaf(block: LeafBlock) -> tuple[str, ...]:
         case HttpScoringBlock():
             check_service(block)
             return name, f"at {block.url}", f"protocol {block.protocol}"
+        case RewardModelScoringBlock():
+            return name, *describe_reward_model(block)
+        case ImplicitScoringBlock():
+            return name, *describe_implicit(block)

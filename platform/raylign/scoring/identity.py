@@ -9,17 +9,20 @@ from pathlib import Path
 from raylign.config.scoring import (
     FunctionScoringBlock,
     HttpScoringBlock,
+    ImplicitScoringBlock,
     JudgeScoringBlock,
     LeafBlock,
+    RewardModelScoringBlock,
     VerifierScoringBlock,
 )
 from raylign.fingerprints import fingerprint
 
 OPERATIONAL = frozenset(
     {"allow_outside", "api_key_env", "batch_size", "cache", "canaries", "concurrency", "max_unscored"}
-    | {"price_in", "price_out", "retries", "timeout_s"}
+    | {"max_length", "max_tokens_per_batch", "price_in", "price_out", "retries", "timeout_s", "trust_remote_code"}
+    | {"path", "revision", "policy_path", "policy_revision", "reference_path", "reference_revision"}
 )
-"""Options on which no score depends."""
+"""Options on which no score depends: of a model's place, what is found there counts."""
 _HERE = Path(__file__).parent
 
 
@@ -49,6 +52,10 @@ def _code(block: LeafBlock) -> Mapping[str, str]:
             return _hashes("http_service.py")
         case VerifierScoringBlock():
             return {**_hashes("verify.py"), "math-verify": version("math-verify")}
+        case RewardModelScoringBlock():
+            return {**_hashes("reward_model.py", "reward_checkpoint.py"), "transformers": version("transformers")}
+        case ImplicitScoringBlock():
+            return {**_hashes("implicit.py", "implicit_checkpoints.py"), "transformers": version("transformers")}
 
 
 def _hashes(*names: str) -> dict[str, str]:

@@ -8,13 +8,16 @@ from raylign.config.scoring import (
     CompositionBlock,
     FunctionScoringBlock,
     HttpScoringBlock,
+    ImplicitScoringBlock,
     JudgeScoringBlock,
     LeafBlock,
+    ModelScoringBlock,
+    RewardModelScoringBlock,
     ScoringBlock,
     VerifierScoringBlock,
 )
 from raylign.records import Score
-from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.base import Compute, Scorer, ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
@@ -23,6 +26,8 @@ from raylign.scoring.identity import file_hash, identity
 from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
 from raylign.scoring.verifier import VerifierScorer, reference_of
+
+ONE_THREAD = Compute()
 
 
 class LoadedScorer:
@@ -48,13 +53,13 @@ class LoadedScorer:
         self._ending.close()
 
 
-def load_scorer(block: ScoringBlock, run_cache: Path) -> LoadedScorer:
+def load_scorer(block: ScoringBlock, run_cache: Path, compute: Compute = ONE_THREAD) -> LoadedScorer:
     """The scorer that `block` describes. `run_cache` is the file for scores whose `cache` option is `run`.
 
-    Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot be sent, cache cannot
-    be opened.
+    Models run on `compute`. Raises ScorerError, of a member with its place in the config: cannot be loaded, key cannot
+    be sent, cache cannot be opened.
     """
-    loading = _Loading(run_cache, block.max_unscored)
+    loading = _Loading(run_cache, block.max_unscored, compute)
     with loading.ending:
         scorer = loading.scorer(block, ())
         return LoadedScorer(scorer, loading.usages, loading.ending.pop_all())
@@ -63,10 +68,10 @@ def load_scorer(block: ScoringBlock, run_cache: Path) -> LoadedScorer:
 class _Loading:
     """Loads one tree of scorers."""
 
-    def __init__(self, run_cache: Path, max_unscored: float) -> None:
+    def __init__(self, run_cache: Path, max_unscored: float, compute: Compute) -> None:
         self.usages: dict[str, Usage] = {}
         self.ending = ExitStack()
-        self._run_cache, self._max_unscored = run_cache, max_unscored
+        self._run_cache, self._max_unscored, self._compute = run_cache, max_unscored, compute
 
     def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
         # The limit is of the whole.
@@ -96,6 +101,8 @@ class _Loading:
             case JudgeScoringBlock():
                 judge = JudgeScorer(block)
                 return self._cached(block, MeasuredScorer(judge, usage, judge.amounts), usage, grouped=True)
+            case ModelScoringBlock():
+                return self._model(block, usage)
             case HttpScoringBlock():
                 service = HttpScorer(block)
                 return self._cached(
@@ -105,6 +112,13 @@ class _Loading:
                     contents=[] if block.chat_template is None else [file_hash(block.chat_template)],
                     context=lambda item: label_of(item, block),
                 )
+
+    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock, usage: Usage) -> Scorer:
+        # An actor without a model starts, and is replaced, in a second or two instead of ten.
+        from raylign.scoring.models import load_model, model_hashes  # noqa: PLC0415 - torch and transformers
+
+        scorer = MeasuredScorer(load_model(block, self._compute), usage)
+        return self._cached(block, scorer, usage, contents=[] if block.cache is None else model_hashes(block))
 
     def _cached(
         self,

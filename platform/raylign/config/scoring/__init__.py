@@ -17,7 +17,10 @@ from raylign.config.scoring.composition import (
 )
 from raylign.config.scoring.function import FunctionScoringBlock
 from raylign.config.scoring.http_service import HttpScoringBlock
+from raylign.config.scoring.implicit import ImplicitScoringBlock
 from raylign.config.scoring.judge import JudgeScoringBlock
+from raylign.config.scoring.model import ModelScoringBlock
+from raylign.config.scoring.reward_model import RewardModelScoringBlock
 from raylign.config.scoring.verifier import ANSWER, VerifierScoringBlock
 
 __all__ = [
@@ -30,10 +33,13 @@ __all__ = [
     "FunctionScoringBlock",
     "GateScoringBlock",
     "HttpScoringBlock",
+    "ImplicitScoringBlock",
     "JudgeScoringBlock",
     "LeafBlock",
     "MeanStdScoringBlock",
     "MinScoringBlock",
+    "ModelScoringBlock",
+    "RewardModelScoringBlock",
     "ScoringBlock",
     "ScoringUnion",
     "VerifierScoringBlock",

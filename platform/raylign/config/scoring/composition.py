@@ -10,7 +10,9 @@ from raylign.config.base import Block
 from raylign.config.blocks import Fraction
 from raylign.config.scoring.function import FunctionScoringBlock
 from raylign.config.scoring.http_service import HttpScoringBlock
+from raylign.config.scoring.implicit import ImplicitScoringBlock
 from raylign.config.scoring.judge import JudgeScoringBlock
+from raylign.config.scoring.reward_model import RewardModelScoringBlock
 from raylign.config.scoring.verifier import VerifierScoringBlock
 
 MEAN, STD = "mean", "std"
@@ -126,7 +128,14 @@ class GateScoringBlock(CompositionBlock):
         return {"gate": self.gate, "score": self.score}
 
 
-LeafBlock = FunctionScoringBlock | JudgeScoringBlock | VerifierScoringBlock | HttpScoringBlock
+LeafBlock = (
+    FunctionScoringBlock
+    | JudgeScoringBlock
+    | VerifierScoringBlock
+    | HttpScoringBlock
+    | RewardModelScoringBlock
+    | ImplicitScoringBlock
+)
 Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock
 ScoringBlock = LeafBlock | Composition
 ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]

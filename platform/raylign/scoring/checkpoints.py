@@ -1,0 +1,140 @@
+"""Checkpoints that scorers run: whole models, and PEFT adapters on their bases."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from raylign.config.blocks import ModelBlock
+from raylign.config.scoring import ModelScoringBlock
+from raylign.errors import ModelError, ScorerError
+from raylign.export import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes, stored_shapes
+from raylign.fingerprints import fingerprint
+from raylign.models import resolve_model
+from raylign.models.resolve import locate
+
+_DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files that decide what a model says of a text: weights, config, tokenizer, template, code."""
+# What errors of models call the policy's options, or would call a scorer's.
+_OF_SCORERS = {
+    "model.chat_template": "scoring.chat_template",
+    "model.trust_remote_code": "scoring.trust_remote_code",
+    "reference.path": "scoring.reference_path",
+    "scoring.policy.": "scoring.policy_",
+    "scoring.reference.": "scoring.reference_",
+}
+_OPTION = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _OF_SCORERS))})")
+PLAIN = "a scorer loads the plain ones; give the 16-bit model"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a model is. Made by `find_checkpoint`, read by the scorers that load it.
+
+    `folders` are the base's folder, and the adapter's behind it if the model is an adapter.
+    """
+
+    folders: tuple[Path, ...]
+
+    @property
+    def base(self) -> str:
+        return str(self.folders[0])
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """One folder, or none."""
+        return self.folders[1:]
+
+    @property
+    def tokenizer(self) -> str:
+        """The folder with the tokenizer: the adapter's own goes before its base's."""
+        own = [folder for folder in self.folders if (folder / TOKENIZER_CONFIG).is_file()]
+        return str([self.folders[0], *own][-1])
+
+    def parameters(self) -> int:
+        """Numbers in the files, by their headers alone."""
+        return sum(math.prod(shape) for folder in self.folders for shape in stored_shapes(folder).values())
+
+
+def find_checkpoint(path: str, revision: str | None, task: str, option: str = "scoring") -> Checkpoint:
+    """What `path` names: a folder or hub id of a whole model, or of an adapter for PEFT's `task`, whose base is found.
+
+    Raises ModelError naming `option`: nothing there, no safetensors, an adapter for another task, no base.
+    """
+    folder = locate(path, revision, option)
+    if (folder / MODEL_CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        return Checkpoint((Path(resolve_model(path, revision, option)),))
+    adapter_file(folder)
+    config = _adapter_config(folder)
+    if config.get("task_type") != task:
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} has task_type={config.get('task_type')}, and {option}.path takes {task}; "
+            "give an adapter of that task"
+        )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{folder}: {ADAPTER_CONFIG} names no base_model_name_or_path; add its base model's folder")
+    try:
+        found = resolve_model(base, config.get("revision"), option)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: its base, base_model_name_or_path in {ADAPTER_CONFIG}, cannot be used ({error}); correct it "
+            "there, or give a merged model"
+        ) from error
+    return Checkpoint((Path(found), folder.resolve()))
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}: {ADAPTER_CONFIG} is not JSON ({error}); copy the adapter again") from error
+    return config if isinstance(config, dict) else {}
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 (hex) over weights, config, tokenizer, template and code of a checkpoint; it reads every byte of them."""
+    digest = hashlib.sha256()
+    for folder in checkpoint.folders:
+        for file in sorted({file for pattern in _DECISIVE for file in folder.glob(pattern)}):
+            digest.update(f"{file.name} {fingerprint(file)['sha256']}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def model_block(block: ModelScoringBlock) -> ModelBlock:
+    """What `raylign.models` asks of a model that is loaded to be run as it is."""
+    return ModelBlock(dtype=block.dtype, trust_remote_code=block.trust_remote_code)
+
+
+def adapted(model: nn.Module, adapter: Path) -> PeftModel:
+    """`model` under an adapter, every weight of which has its place. Raises ModelError."""
+    stored = stored_shapes(adapter)
+    try:
+        found: PeftModel = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{adapter}: the adapter does not fit its base ({error}); give the base it has") from error
+    # PEFT only warns of names that it cannot place.
+    if differing := sorted(name for name, _ in stored.items() ^ shapes(get_peft_model_state_dict(found)).items()):
+        raise ModelError(
+            f"{adapter}: {len(differing)} of its {len(stored)} weights do not fit its base, first {differing[0]}; "
+            "correct base_model_name_or_path in adapter_config.json"
+        )
+    return found
+
+
+@contextmanager
+def of_scorer() -> Iterator[None]:
+    """Make a ModelError a ScorerError that names the scorer's options instead of the policy's."""
+    try:
+        yield
+    except ModelError as error:
+        raise ScorerError(_OPTION.sub(lambda found: _OF_SCORERS[found[0]], str(error))) from error

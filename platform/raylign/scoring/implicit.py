@@ -1,0 +1,144 @@
+"""Scores from the log-ratio of two language models: the implicit reward of DPO."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import groupby
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from raylign.config.scoring import ImplicitScoringBlock
+from raylign.data.examples import Completion, Example
+from raylign.data.tokens import Tokenized, tokenized
+from raylign.models import DTYPES, end_ids, load_tokenizer
+from raylign.prompts.tables import Fault
+from raylign.records import Score
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.checkpoints import of_scorer
+from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
+from raylign.scoring.implicit_checkpoints import Pair, find_pair, load_language_model
+from raylign.training.logprobs import CompletionLogps
+from raylign.training.packing_check import packs_exactly
+from raylign.training.sequences import Completions, Layout, token_batch
+
+Ids = tuple[int, ...]
+Row = tuple[Ids, Ids]
+"""A prompt and a completion of it, in tokens."""
+_Module = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class ImplicitScorer:
+    """beta (log pi(y|x) - log pi_ref(y|x)), summed over the tokens of y, or their mean where `length_normalised`.
+
+    Log-probs are the trainer's: same packing and fp32 log-softmax, so that with its models and template the score of a
+    completion that ended by itself is its `rewards/chosen` or `rewards/rejected`. y is the text as the policy's
+    template writes it, up to and with its end token; a completion that was cut gets that too. `parts` has both
+    log-probs (`policy_logps`, `reference_logps`, nats) and `tokens`.
+
+    Unscored are completions that are too long, refused by the template, no Unicode, or that write a special token.
+    """
+
+    def __init__(self, block: ImplicitScoringBlock, device: torch.device) -> None:
+        """Load both models, or one where the reference is the base of the policy's adapter.
+
+        Raises ScorerError: no such model, no language model, weights missing, two vocabularies.
+        """
+        self._block, self._device = block, device
+        with of_scorer():
+            pair = find_pair(block)
+            self._tokenizer = load_tokenizer(pair.policy.tokenizer, block.trust_remote_code, block.chat_template)
+            self._ends = end_ids(self._tokenizer, pair.policy.folders)
+            model = load_language_model(pair.policy, block, device)
+            self._policy = CompletionLogps(model)
+            self._reference = self._reference_of(model, pair)
+        self._limit = length_limit(block, pair.positions, block.policy_path)
+        self._layout = self._supported_layout()
+
+    def _reference_of(self, model: nn.Module, pair: Pair) -> _Module:
+        if isinstance(model, PeftModel) and pair.reference.folders == pair.policy.folders[:1]:
+            return partial(_without_adapter, model, self._policy)
+        reference: nn.Module = CompletionLogps(load_language_model(pair.reference, self._block, self._device))
+        return lambda: nullcontext(reference)
+
+    def _supported_layout(self) -> Layout:
+        dtype, vocabulary = DTYPES[self._block.dtype], len(self._tokenizer)
+        with self._reference() as reference:
+            modules = (self._policy, reference)
+            packs = all(packs_exactly(module, vocabulary, self._device, dtype) for module in modules)
+        return "shared" if packs else "padded"
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops once more than `allowed` of `items` are unscored."""
+        return in_batches(self._rows(items), self._plan, self._forward, self._block, allowed)
+
+    def _rows(self, items: Sequence[ScoringItem]) -> list[Row | Score]:
+        faults = [fault_of(item.completion, self._tokenizer) for item in items]
+        sound = (_example(item) for item, fault in zip(items, faults, strict=True) if not fault)
+        found = tokenized(sound, self._tokenizer, "demonstrations", None, self._ends)
+        return [Score(None, reason=fault) if fault else self._row(next(found)) for fault in faults]
+
+    def _row(self, one: Tokenized | Fault) -> Row | Score:
+        if isinstance(one, Fault):
+            return Score(None, reason=one.problem)
+        (ids,) = one.ids
+        if not ids:
+            return Score(None, reason="the chat template wrote nothing of it")
+        total = len(one.prompt) + len(ids)
+        return (one.prompt, ids) if total <= self._limit else too_long(total, self._limit)
+
+    def _plan(self, rows: Mapping[int, Row]) -> list[list[int]]:
+        if self._layout == "padded":
+            return by_length({index: len(prompt) + len(ids) for index, (prompt, ids) in rows.items()}, self._block)
+        return by_prompt(rows, self._block)
+
+    def _forward(self, rows: Sequence[Row]) -> list[Score]:
+        groups = [
+            Completions(prompt, [ids for _, ids in group]) for prompt, group in groupby(rows, key=lambda row: row[0])
+        ]
+        batch = token_batch(groups, self._layout, self._tokenizer.pad_token_id).to(self._device)
+        policy = self._policy(batch).logps.tolist()
+        with self._reference() as module:
+            reference = module(batch).logps.tolist()
+        lengths = [len(ids) for _, ids in rows]
+        return [self._score(*found) for found in zip(policy, reference, lengths, strict=True)]
+
+    def _score(self, policy: float, reference: float, tokens: int) -> Score:
+        ratio = self._block.beta * (policy - reference)
+        parts = {"policy_logps": policy, "reference_logps": reference, "tokens": float(tokens)}
+        return finite(ratio / tokens if self._block.length_normalised else ratio, parts)
+
+
+@contextmanager
+def _without_adapter(model: PeftModel, module: nn.Module) -> Iterator[nn.Module]:
+    with model.disable_adapter():
+        yield module
+
+
+def _example(item: ScoringItem) -> Example:
+    answer = Completion(({"role": "assistant", "content": item.completion},))
+    return Example(0, item.prompt.messages, (answer,), ranked=True)
+
+
+def by_prompt(rows: Mapping[int, Row], block: ImplicitScoringBlock) -> list[list[int]]:
+    """Batches of indices, those of one prompt together, within `batch_size` and `max_tokens_per_batch`.
+
+    A prompt counts once in a batch, as in the `shared` layout.
+    """
+    first: dict[Ids, int] = {}
+    for index, (prompt, _) in rows.items():
+        first.setdefault(prompt, index)
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(rows, key=lambda index: first[rows[index][0]]):
+        prompt, ids = rows[index]
+        last = batches[-1] if batches else []
+        more = len(ids) + (0 if last and rows[last[-1]][0] == prompt else len(prompt))
+        if last and len(last) < block.batch_size and tokens + more <= block.max_tokens_per_batch:
+            last.append(index)
+            tokens += more
+        else:
+            batches.append([index])
+            tokens = len(prompt) + len(ids)
+    return batches

@@ -1,0 +1,63 @@
+"""Folders to the two language models of an implicit reward."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from raylign.config.scoring import ImplicitScoringBlock
+from raylign.errors import ModelError
+from raylign.models.load import load_whole, read_config, require_weights, without_dropout
+from raylign.models.reference import require_same_vocabulary
+from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
+
+_TASK = "CAUSAL_LM"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Where both models are. `positions` is the shorter context in tokens, None where config.json names none."""
+
+    policy: Checkpoint
+    reference: Checkpoint
+    positions: int | None
+
+
+def find_pair(block: ImplicitScoringBlock) -> Pair:
+    """Find both; no weights are read but their headers.
+
+    Raises ModelError: nothing there, no language model, or the reference reads other tokens than the policy.
+    """
+    policy = find_checkpoint(block.policy_path, block.policy_revision, _TASK, "scoring.policy")
+    reference = find_checkpoint(block.reference_path, block.reference_revision, _TASK, "scoring.reference")
+    configs = [_config(checkpoint, block) for checkpoint in (policy, reference)]
+    if policy.base != reference.base:
+        require_same_vocabulary(policy.base, reference.base, block.trust_remote_code)
+    positions = [config.get_text_config().to_dict().get("max_position_embeddings") for config in configs]
+    known = [count for count in positions if count is not None]
+    return Pair(policy, reference, min(known, default=None))
+
+
+def _config(checkpoint: Checkpoint, block: ImplicitScoringBlock) -> PreTrainedConfig:
+    config = read_config(checkpoint.base, block.trust_remote_code, PLAIN)
+    names = config.architectures or []
+    if any(name.endswith("Classification") for name in names):
+        raise ModelError(
+            f"{checkpoint.base} is a {', '.join(names)}, not a language model; take scoring.type=reward_model for it"
+        )
+    return config
+
+
+def load_language_model(checkpoint: Checkpoint, block: ImplicitScoringBlock, device: torch.device) -> nn.Module:
+    """The model in `block.dtype` on `device`, to be evaluated, an adapter unmerged as in the trainer.
+
+    Raises ModelError when a weight is in no file, or an adapter's weight has no place.
+    """
+    config = without_dropout(_config(checkpoint, block))
+    plain, missing = load_whole(AutoModelForCausalLM, checkpoint.base, model_block(block), config)
+    require_weights(checkpoint.base, missing)
+    model: nn.Module = plain
+    for adapter in checkpoint.adapters:
+        model = adapted(plain, adapter)
+    return model.to(device).eval()

@@ -1,0 +1,83 @@
+"""Scores from a reward model: a sequence classifier with one output."""
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from raylign.config.scoring import RewardModelScoringBlock
+from raylign.records import Score
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.checkpoints import of_scorer
+from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
+from raylign.scoring.reward_checkpoint import find_reward_model, load_reward_scorer, load_reward_tokenizer
+
+Ids = tuple[int, ...]
+
+
+class RewardModelScorer:
+    """Reads the conversation with the completion as its last message, as the model's own chat template writes it.
+
+    The text of a completion is tokenised again here, by the reward model's own tokenizer; a completion that was cut is
+    closed by the template like any other. The score is the model's output where its own forward reads it: decoders
+    read at the last token that is not `pad_token_id` of config.json, at the very last where that names none. An
+    adapter's is its tokenizer's pad token, as in TRL. Batches are padded on the right and score as single ones do.
+
+    Unscored are completions that are too long, refused by the template, no Unicode, or that write a special token of
+    the reward model, with which a policy could end its turn and praise itself in the next; and outputs that are not
+    finite.
+    """
+
+    def __init__(self, block: RewardModelScoringBlock, device: torch.device) -> None:
+        """Load the model. Raises ScorerError: no such model, not a reward model, weights missing, no template."""
+        self._block, self._device = block, device
+        with of_scorer():
+            checkpoint, config = find_reward_model(block)
+            self._tokenizer = load_reward_tokenizer(checkpoint, block)
+            self._model = load_reward_scorer(checkpoint, config, block).to(device)  # type: ignore[arg-type]
+        self._text_config = self._model.config.get_text_config()
+        if checkpoint.adapters:
+            self._text_config.pad_token_id = self._tokenizer.pad_token_id
+        positions = self._text_config.to_dict().get("max_position_embeddings")
+        self._limit = length_limit(block, positions, checkpoint.base)
+        self._pad = self._text_config.pad_token_id
+        self._rows = self._model.get_input_embeddings().get_parameter("weight").shape[0]
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. Stops once more than `allowed` of `items` are unscored."""
+        return in_batches([self._read(item) for item in items], self._plan, self._forward, self._block, allowed)
+
+    def _read(self, item: ScoringItem) -> Ids | Score:
+        if fault := fault_of(item.completion, self._tokenizer):
+            return Score(None, reason=fault)
+        turns: list[Any] = [*map(dict, item.prompt.messages), {"role": "assistant", "content": item.completion}]
+        try:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            return Score(None, reason=f"refused by the chat template: {error}")
+        ids = tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            return Score(None, reason="the chat template wrote nothing")
+        return ids if len(ids) <= self._limit else too_long(len(ids), self._limit)
+
+    def _plan(self, rows: Mapping[int, Ids]) -> list[list[int]]:
+        return by_length({index: len(row) for index, row in rows.items()}, self._block)
+
+    def _forward(self, rows: Sequence[Ids]) -> list[Score]:
+        pad = self._padding(rows)
+        self._text_config.pad_token_id = pad
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
+        rewards: Tensor = self._model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        return [finite(reward) for reward in rewards.float().tolist()]
+
+    def _padding(self, rows: Sequence[Ids]) -> int:
+        """The model's pad token; where it has none, a token that ends no row, so that each is read at its end."""
+        if self._pad is not None and 0 <= self._pad < self._rows:
+            return int(self._pad)
+        ends = {row[-1] for row in rows}
+        return next(token for token in count() if token not in ends)
