@@ -1,5 +1,6 @@
 """From a trained reward model to a folder that transformers reads as a sequence classifier of one output."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def export_reward_model(
 
     transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
     the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own. Nor may the
-    template, that of the file `chat_template` or else the base's, write white space behind the EOS of an answer, where
-    training has read the reward: the folder's template goes without.
+    template write white space behind the end token of an answer, where training has read the reward: the folder's
+    template goes without.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
@@ -67,10 +68,10 @@ def export_reward_model(
     folder = required_base(base, source)
     named = str(source if (source / TOKENIZER_CONFIG).is_file() else folder)
     tokenizer = load_tokenizer(named, chat_template=chat_template)
-    _end_at_eos(tokenizer)
     model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
     score_head(model)
     ends = end_ids(tokenizer, (source, folder))
+    _end_at_end_token(tokenizer, ends)
     _use_own_pad_token(model, tokenizer, ends)
     with appearing_whole(to) as staging:
         model.save_pretrained(staging)
@@ -130,9 +131,10 @@ def _filled(
     return model
 
 
-def _end_at_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+def _end_at_end_token(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> None:
     template, written = tokenizer.chat_template, str(tokenizer.apply_chat_template(_ANSWERED, tokenize=False))
-    if written != written.rstrip() and written.rstrip().endswith(str(tokenizer.eos_token)):
+    texts = tuple(token for token in tokenizer.convert_ids_to_tokens(sorted(ends)) if token)
+    if written != written.rstrip() and written.rstrip().endswith(texts):
         tokenizer.chat_template = f"{{% set conversation %}}{template}{{% endset %}}{{{{ conversation.rstrip() }}}}"
 
 

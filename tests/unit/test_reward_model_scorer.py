@@ -51,7 +51,9 @@ CPU = torch.device("cpu")
 def save_tokenizer(folder: Path, template: str | None = TEMPLATE, **special: str) -> None:
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{"eos_token": "</s>", "unk_token": "<unk>"} | special
+    )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
 
@@ -277,14 +279,16 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter: tuple[Path, nn.Module]
         scorer(folder)
 
 
-def test_an_exported_reward_model_scores_as_it_was_trained(tmp_path: Path) -> None:
-    """Training reads at the EOS; the newline that the template writes behind it is not in the exported one."""
+@pytest.mark.parametrize("eos", [EOS, [0, EOS]])
+def test_an_exported_reward_model_scores_as_it_was_trained(tmp_path: Path, eos: Any) -> None:
+    """Training reads at the end token; the newline that the template writes behind it is not in the exported one."""
     chatml = "{% for m in messages %}{{ m.role }} {{ m.content }} </s>{{ ' \n ' }}{% endfor %}"
     base = tmp_path / "base"
     model = tiny()
-    model.config.eos_token_id = model.generation_config.eos_token_id = EOS
+    model.config.eos_token_id = model.generation_config.eos_token_id = eos
     model.save_pretrained(base)
-    save_tokenizer(base, chatml + "{% if add_generation_prompt %}assistant {% endif %}")
+    ended = "<unk>" if isinstance(eos, list) else "</s>"
+    save_tokenizer(base, chatml + "{% if add_generation_prompt %}assistant {% endif %}", eos_token=ended)
     trained = load_reward_model(str(base), ModelBlock(dtype="float32"), 0, whole)
     source = tmp_path / "source"
     source.mkdir()
