@@ -79,7 +79,7 @@ def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
 
 def said(data: PreferenceData) -> str:
     """What became of the rows of the source."""
-    left = {name.replace("_", " "): count for name, count in data.counts.items() if count and name not in ("used",)}
+    left = {name.replace("_", " "): count for name, count in data.counts.items() if count and name != "used"}
     return ", ".join(f"{count} {name}" for name, count in left.items())
 
 

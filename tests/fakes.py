@@ -278,6 +278,31 @@ class FakeTrainers(SupervisedTrainers):
             engine.weights = self.version
 
 
+class CountingTrainers(FakeTrainers):
+    """Every optimizer step is an event."""
+
+    def _train_step(self) -> Metrics:
+        self._events.append("step")
+        return super()._train_step()
+
+
+class Killed(BaseException):
+    """The process ends here; nothing of it runs any more."""
+
+
+class Deadly(list[str]):
+    """What the roles did; the `last` thing they do is their last."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self._last = last
+
+    def append(self, event: str) -> None:
+        if len(self) >= self._last:
+            raise Killed
+        super().append(event)
+
+
 def _logps(preference: Preference, version: int) -> list[float]:
     return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
 

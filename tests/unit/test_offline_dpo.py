@@ -12,7 +12,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from raylign.checkpoints import Metrics
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.config.offline import HeldOutBlock
 from raylign.data.preferences import PreferenceData
@@ -24,7 +23,7 @@ from raylign.tracking.tracker import Tracker
 from raylign.training.held_out import HeldOut
 from recipes.campaign import Campaign
 from recipes.offline_dpo import train
-from tests.fakes import FakeTrainers, NoFeed
+from tests.fakes import CountingTrainers, Deadly, Killed, NoFeed
 
 
 def row(name: str, better: int, worse: int) -> Preference:
@@ -44,29 +43,6 @@ DATA = PreferenceData(
     invalid=(),
     counts={},
 )
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-class Deadly(list[str]):
-    """What the trainers did; the `last` thing they do is their last."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__()
-        self._last = last
-
-    def append(self, event: str) -> None:
-        if len(self) >= self._last:
-            raise Killed
-        super().append(event)
-
-
-class CountingTrainers(FakeTrainers):
-    def _train_step(self) -> Metrics:
-        self._events.append("step")
-        return super()._train_step()
 
 
 def config_in(folder: Path) -> OfflineDpoConfig:

@@ -29,7 +29,17 @@ from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
 from recipes.online_campaign import bring_up
 from recipes.online_dpo import train
-from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed
+from tests.fakes import (
+    WEIGHT,
+    CountingTrainers,
+    Deadly,
+    FakeEngine,
+    FakeGenerators,
+    FakeScorer,
+    FakeTrainers,
+    Killed,
+    NoFeed,
+)
 from tests.faults import record
 
 SETTINGS: dict[str, Any] = {
@@ -45,29 +55,6 @@ def prompts(*names: str) -> tuple[Prompt, ...]:
 
 
 PROMPTS = PromptSet(prompts("a", "b", "c"), prompts("x", "y"), "here", "00")
-
-
-class Killed(BaseException):
-    """The process ends here; nothing of it runs any more."""
-
-
-class Deadly(list[str]):
-    """What the roles did; the `last` thing they do is their last."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__()
-        self._last = last
-
-    def append(self, event: str) -> None:
-        if len(self) >= self._last:
-            raise Killed
-        super().append(event)
-
-
-class CountingTrainers(FakeTrainers):
-    def _train_step(self) -> Metrics:
-        self._events.append("step")
-        return super()._train_step()
 
 
 def config_in(folder: Path, **options: Any) -> OnlineDpoConfig:

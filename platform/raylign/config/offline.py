@@ -17,9 +17,9 @@ from raylign.config.losses import (
 )
 from raylign.config.reference import (
     InitialReferenceBlock,
-    NoReferenceBlock,
     ReferenceUnion,
     SamplerReferenceBlock,
+    require_reference,
 )
 from raylign.config.tree import RunConfig
 
@@ -89,11 +89,7 @@ class OfflineDpoConfig(OfflineConfig):
 
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
-        if self.loss.needs_reference and isinstance(self.reference, NoReferenceBlock):
-            raise ValueError(
-                f"loss.loss_type={self.loss.loss_type} reads reference log-probs; "
-                "set reference.policy=initial, or take a loss without reference such as simpo"
-            )
+        require_reference(self.loss, self.reference)
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from raylign.config.blocks import (
 )
 from raylign.config.losses import LossUnion, SigmoidLossBlock
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
-from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceUnion
+from raylign.config.reference import InitialReferenceBlock, ReferenceUnion, require_reference
 from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
@@ -63,11 +63,7 @@ class OnlineDpoConfig(RunConfig):
 
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
-        if self.loss.needs_reference and isinstance(self.reference, NoReferenceBlock):
-            raise ValueError(
-                f"loss.loss_type={self.loss.loss_type} reads reference log-probs; "
-                "set reference.policy=initial, or take a loss without reference such as simpo"
-            )
+        require_reference(self.loss, self.reference)
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from raylign.config.base import Block
+from raylign.config.losses import LossBlock
 
 
 class InitialReferenceBlock(Block):
@@ -76,3 +77,12 @@ ReferenceBlock = (
     | NoReferenceBlock
 )
 ReferenceUnion = Annotated[ReferenceBlock, Field(discriminator="policy")]
+
+
+def require_reference(loss: LossBlock, reference: ReferenceBlock) -> None:
+    """Raise ValueError when `loss` reads log-probs of a reference and there is none."""
+    if loss.needs_reference and isinstance(reference, NoReferenceBlock):
+        raise ValueError(
+            f"loss.loss_type={loss.loss_type} reads reference log-probs; "
+            "set reference.policy=initial, or take a loss without reference such as simpo"
+        )
