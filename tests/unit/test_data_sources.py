@@ -16,7 +16,7 @@ from raylign.config.data import SourceBlock
 from raylign.data import json_array
 from raylign.data.examples import Example
 from raylign.data.load import ExampleStream, read_examples
-from raylign.data.rows import _hub_rows
+from raylign.data.rows import RowStream, _hub_rows
 from raylign.errors import DataError
 from raylign.prompts.tables import Fault, Row
 
@@ -32,6 +32,11 @@ ROW = json.dumps(row(0))
 
 def open_source(path: Path, **block: Any) -> ExampleStream:
     return read_examples(SourceBlock.model_validate({"source": str(path)} | block))
+
+
+def hub(folder: Path, **block: Any) -> RowStream:
+    """`datasets` reads a folder as it reads the hub, and no network is needed."""
+    return _hub_rows(str(folder), SourceBlock.model_validate({"source": "some-org/some-data"} | block))
 
 
 def good(stream: Iterable[Example | Fault]) -> list[Example]:
@@ -115,15 +120,30 @@ def test_a_folder_of_files_named_after_splits_gives_one_split(tmp_path: Path) ->
 
 
 def test_a_hub_data_set_is_streamed(tmp_path: Path) -> None:
-    # `datasets` reads a folder as it reads the hub, and no network is needed.
     (tmp_path / "hub").mkdir()
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "hub" / "train-00000-of-00001.parquet")
-    stream = _hub_rows(str(tmp_path / "hub"), "train")
+    stream = hub(tmp_path / "hub")
     assert [item.number for item in stream if isinstance(item, Row)] == [0, 1, 2, 3, 4]
     with pytest.raises(DataError, match="no split 'tran'; did you mean 'train'"):
-        _hub_rows(str(tmp_path / "hub"), "tran")
+        hub(tmp_path / "hub", split="tran")
     with pytest.raises(DataError, match="is a slice; name the whole split and use limit"):
-        _hub_rows(str(tmp_path / "hub"), "train[:2]")
+        hub(tmp_path / "hub", split="train[:2]")
+
+
+def test_a_part_of_a_hub_data_set_is_named_by_its_subset_or_its_folder(tmp_path: Path) -> None:
+    for folder, rows in (("helpful", 2), ("harmless", 3)):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.Table.from_pylist(ROWS[:rows]), tmp_path / folder / "train.parquet")
+    assert len(list(hub(tmp_path, data_dir="harmless"))) == 3
+    configs = [{"config_name": name, "data_dir": name} for name in ("helpful", "harmless")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert [len(list(hub(tmp_path, subset=name))) for name in ("helpful", "harmless")] == [2, 3]
+    with pytest.raises(DataError, match=r"(?s)helpfull.*'helpful'.*correct the name or the subset"):
+        hub(tmp_path, subset="helpfull")
+    (tmp_path / "a.jsonl").write_text(ROW)
+    assert "subset=helpful: for hub data sets, but the source is a file or folder here" in refused(
+        tmp_path / "a.jsonl", subset="helpful"
+    )
 
 
 def test_code_that_ships_with_a_data_set_is_never_run(tmp_path: Path) -> None:
@@ -131,7 +151,7 @@ def test_code_that_ships_with_a_data_set_is_never_run(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "hub.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(DataError, match="code that ships with data is never run"):
-        list(_hub_rows(str(folder), "train"))
+        list(hub(folder))
     assert not (tmp_path / "ran").exists()
 
 

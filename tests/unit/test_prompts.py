@@ -300,13 +300,13 @@ def test_a_hub_data_set_reads_only_the_splits_it_needs(
 ) -> None:
     parts = {"train[:50%]": ["red", "blue"], "validation": ["green"]}
 
-    def read(name: str, split: str) -> datasets.Dataset:
-        assert name == "some-org/some-data"
+    def read(name: str, subset: str | None, *, data_dir: str | None, split: str, streaming: bool) -> datasets.Dataset:
+        assert (name, subset, data_dir, streaming) == ("some-org/some-data", "main", None, False)
         return datasets.Dataset.from_list([{"prompt": text} for text in parts[split]])
 
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation", "huge"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *part, **more: ["train", "validation", "huge"])
     monkeypatch.setattr(datasets, "load_dataset", read)
-    prompts = load(tokenizer, "some-org/some-data", split="train[:50%]")
+    prompts = load(tokenizer, "some-org/some-data", split="train[:50%]", subset="main")
     assert [prompt.token_ids[1] for prompt in prompts.train] == [RED, BLUE]
     assert [prompt.token_ids[1] for prompt in prompts.held_out] == [GREEN]
 
@@ -314,7 +314,7 @@ def test_a_hub_data_set_reads_only_the_splits_it_needs(
 def test_an_unreachable_hub_is_a_prompt_error(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str) -> list[str]:
+    def fail(*part: str, **more: str) -> list[str]:
         raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)

@@ -144,7 +144,7 @@ def test_data_sets_with_a_loading_script_are_refused_unread(
         with pytest.raises(PromptError, match=r"not a folder made by|not a \.jsonl, \.json, \.parquet file"):
             read_source(PromptsBlock(source=str(source)))
     from_hub = datasets.get_dataset_split_names
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: from_hub(str(folder)))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *part, **more: from_hub(str(folder)))
     with pytest.raises(PromptError, match="scripts are no longer supported.*code that ships with data is never run"):
         read_source(PromptsBlock(source="someone/scripted"))
     assert not mark.exists()

@@ -71,13 +71,22 @@ class ModelBlock(Block):
         return self.lora is not None and not self.load_in_4bit
 
 
-class PromptsBlock(Block):
+class PartBlock(Block):
+    """Which part of a data set to read."""
+
+    subset: str | None = None
+    """Configuration of a hub data set, such as `main`: `name` of datasets.load_dataset, `dataset_config` of TRL."""
+    data_dir: str | None = None
+    """Folder within a hub data set to read alone, such as `helpful-base`."""
+    split: str = "train"
+    """Split to read, where the source has splits."""
+
+
+class PromptsBlock(PartBlock):
     """Where prompts come from. Held-out prompts are never trained on."""
 
     source: str = "embedded:review-topics"
     """`embedded:review-topics`, a .jsonl/.json/.parquet file, a `save_to_disk` folder, or a hub data set id."""
-    split: str = "train"
-    """Split to read, for `datasets` sources."""
     column: str = "prompt"
     """Column with a string or a list of chat messages."""
     system: str | None = None

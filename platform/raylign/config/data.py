@@ -4,13 +4,12 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from raylign.config.base import Block
-from raylign.config.blocks import Fraction
+from raylign.config.blocks import Fraction, PartBlock
 
 Format = Literal["auto", "trl", "sharegpt", "alpaca", "hh", "helpsteer2", "ultrafeedback", "ultrafeedback_zh"]
 
 
-class SourceBlock(Block):
+class SourceBlock(PartBlock):
     """One source of judged text."""
 
     source: str
@@ -18,8 +17,6 @@ class SourceBlock(Block):
     or a hub data set id."""
     format: Format = "auto"
     """`auto` tells it from the columns; see `raylign.data.formats`."""
-    split: str = "train"
-    """Split to read, where the source has splits."""
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     """ISO 639 code of every row; null reads the row's own, or detects it where it matters."""
 

@@ -127,7 +127,7 @@ class OnlineDpoConfig(RunConfig):
 
     @property
     def max_preferences_per_round(self) -> int:
-        """What a round gives to train on at most."""
+        """What a round gives to train on at most, unless its prompts are sampled again."""
         return self.schedule.prompts_per_round * self.pairing.most(self.sampling.num_generations)
 
     @property

@@ -43,7 +43,9 @@ class WeightedSourceBlock(SourceBlock):
     @property
     def name(self) -> str:
         """What reports and the column `source` call it."""
-        return self.source if self.split == "train" else f"{self.source} ({self.split})"
+        split = None if self.split == "train" else self.split
+        part = ", ".join(name for name in (self.subset, self.data_dir, split) if name)
+        return f"{self.source} ({part})" if part else self.source
 
 
 class WeightsBlock(Block):

@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from raylign.config.data import SourceBlock
 from raylign.data.json_array import array_values, has_splits
 from raylign.errors import DataError
+from raylign.prompts.hub import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Unit, closest, json_lines
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
@@ -31,8 +32,8 @@ SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval|held_out)\b[
 BATCH = 256
 UNREADABLE = (OSError, ValueError, RuntimeError, zlib.error, pa.ArrowException, DatasetsError, httpx.HTTPError)
 HUB_CURE = (
-    "take a data set in Parquet or JSON (code that ships with data is never run), correct the name, log in with "
-    "`hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
+    "take a data set in Parquet or JSON (code that ships with data is never run), correct the name or the subset, log "
+    "in with `hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
 )
 
 
@@ -71,7 +72,9 @@ def open_rows(block: SourceBlock) -> RowStream:
     name = block.source
     path = Path(name).expanduser()
     if not (path.name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or os.path.exists(path)):
-        return _hub_rows(name, block.split)
+        return _hub_rows(name, block)
+    if problem := local_part(block):
+        raise DataError(f"{name}: {problem}")
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder (from {Path.cwd()}); correct source")
     if path.is_dir():
@@ -200,15 +203,16 @@ def _saved_rows(path: Path, split: str) -> RowStream:
     return RowStream(where, "row", len(saved), lambda: _arrow_rows(table.iter(batch_size=BATCH)))
 
 
-def _hub_rows(name: str, split: str) -> RowStream:
+def _hub_rows(name: str, block: SourceBlock) -> RowStream:
     """Streamed from the hub: nothing is stored here, and a slice such as train[:100] is not known to streams."""
+    split = block.split
     if "[" in split:
         raise DataError(f"{name}: split {split!r} is a slice; name the whole split and use limit")
     try:
-        splits = datasets.get_dataset_split_names(name)
+        splits = hub_splits(name, block)
         if split not in splits:
             raise DataError(f"{name}: no split {split!r}; {closest(split, splits)}; correct split")
-        stream = datasets.load_dataset(name, split=split, streaming=True)
+        stream = hub_split(name, block, split, streaming=True)
     except UNREADABLE as error:
         raise DataError(
             f"{name}: neither a file or folder here nor a hub data set that can be read ({error}): {HUB_CURE}"

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
+from raylign.prompts.hub import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Table, closest, json_lines
 
 PREFIX = "embedded:"
@@ -35,11 +36,12 @@ def read_source(block: PromptsBlock) -> Source:
     """Read `block.source`. Raises PromptError when it is missing or in no known format."""
     name = block.source
     path = Path(name).expanduser()
-    if name.startswith(PREFIX):
-        return _read_embedded(block)
-    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or os.path.exists(path):
-        return _read_path(path, block)
-    return _read_hub(block)
+    is_embedded = name.startswith(PREFIX)
+    if not (is_embedded or path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or os.path.exists(path)):
+        return _read_hub(block)
+    if problem := local_part(block):
+        raise PromptError(f"{name}: {problem}")
+    return _read_embedded(block) if is_embedded else _read_path(path, block)
 
 
 def _read_embedded(block: PromptsBlock) -> Source:
@@ -147,9 +149,9 @@ def _read_hub(block: PromptsBlock) -> Source:
     """`split` may be a slice such as `train[:1000]`; only the splits that are used are read."""
     name = block.source
     try:
-        base, held_out = _pick_splits(name, datasets.get_dataset_split_names(name), block.split.partition("[")[0])
+        _, held_out = _pick_splits(name, hub_splits(name, block), block.split.partition("[")[0])
         wanted = [block.split] if held_out is None else [block.split, held_out]
-        loaded = [datasets.load_dataset(name, split=split) for split in wanted]
+        loaded = [hub_split(name, block, split) for split in wanted]
     except RuntimeError as error:
         raise PromptError(
             f"{name}: its data set cannot be read ({error}); code that ships with data is never run: take a data set "
@@ -158,7 +160,8 @@ def _read_hub(block: PromptsBlock) -> Source:
     except (OSError, ValueError, DatasetsError) as error:
         raise PromptError(
             f"{name}: neither a file or folder here nor a hub data set that can be read ({error}); correct "
-            "prompts.source, log in with `hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
+            "prompts.source or prompts.subset, log in with `hf auth login` if it is gated, or check the network "
+            "and HF_HUB_OFFLINE"
         ) from error
     tables = [
         _dataset_table(f"{name} split {split}", part, block.column) for split, part in zip(wanted, loaded, strict=True)
