@@ -14,7 +14,7 @@ from tests.benchmarks.harness.report import Check, finish, results_folder, table
 
 NAME = "data_demos"
 SOURCES = [ROOT.parent / "shared/data" / f"dpo_{language}_demo.json" for language in ("en", "zh")]
-SETTINGS = ("data.max_length=256", "data.held_out=48", "schedule.rounds_per_epoch=1")
+SETTINGS = ("data.max_length=512", "data.held_out=48", "schedule.num_train_epochs=2", "schedule.rounds_per_epoch=1")
 
 
 def main(
