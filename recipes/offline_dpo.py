@@ -24,11 +24,12 @@ def run_round(
     log: RoundLog,
     rows: Sequence[Preference],
     held_out: Sequence[Preference],
+    known: dict[str, Preference],
     trainers: SupervisedTrainers,
     config: OfflineDpoConfig,
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
-    preferences = reference(log, rows, trainers, config)
+    preferences = reference(log, rows, known, trainers, config)
     steps = train_rows(log, preferences, trainers, config)
     evaluation = evaluate_policy(log, held_out, trainers, config)
     counts = {"preferences": len(preferences)}
@@ -36,13 +37,20 @@ def run_round(
 
 
 def reference(
-    log: RoundLog, rows: Sequence[Preference], trainers: SupervisedTrainers, config: OfflineDpoConfig
+    log: RoundLog,
+    rows: Sequence[Preference],
+    known: dict[str, Preference],
+    trainers: SupervisedTrainers,
+    config: OfflineDpoConfig,
 ) -> tuple[Preference, ...]:
-    """Reference log-probs of the round's rows, once."""
+    """Reference log-probs of the round's rows; of a reference that never moves they stay `known` in later epochs."""
     with log.stage("reference", len(rows), "preferences") as stage:
         if stage.done:
             return log.read_preferences([row.prompt for row in rows], [c for row in rows for c in row.candidates])
-        preferences = trainers.with_reference(rows, config.run.seed + log.index, log.index - 1)
+        if new := [row for row in rows if row.prompt.id not in known]:
+            measured = trainers.with_reference(new, config.run.seed + log.index, log.index - 1)
+            known.update((row.prompt.id, row) for row in measured)
+        preferences = tuple(known[row.prompt.id] for row in rows)
         log.save_preferences(stage, preferences)
     return preferences
 
@@ -64,14 +72,14 @@ def evaluate_policy(
 
 def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: OfflineDpoConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
-    # Of a reference that never moves once for all evaluations.
-    held_out = data.held_out
-    if pace(config.reference) is None:
-        held_out = trainers.with_reference(held_out, config.run.seed, 0)
+    moves = pace(config.reference) is not None
+    # Of a reference that never moves once for all evaluations and epochs.
+    held_out = data.held_out if moves else trainers.with_reference(data.held_out, config.run.seed, 0)
+    known: dict[str, Preference] = {}
     run.finish_baseline(evaluate_policy(run.round_log(0), held_out, trainers, config))
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
-        run.finish_round(run_round(run.round_log(index), rows, held_out, trainers, config))
+        run.finish_round(run_round(run.round_log(index), rows, held_out, {} if moves else known, trainers, config))
 
 
 def main(config: OfflineDpoConfig) -> Path:

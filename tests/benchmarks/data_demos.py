@@ -14,12 +14,12 @@ from tests.benchmarks.harness.report import Check, finish, results_folder, table
 
 NAME = "data_demos"
 SOURCES = [ROOT.parent / "shared/data" / f"dpo_{language}_demo.json" for language in ("en", "zh")]
-SETTINGS = ("data.max_length=512", "data.held_out=48", "schedule.num_train_epochs=2", "schedule.rounds_per_epoch=1")
+SETTINGS = ("data.max_length=1024", "data.held_out=80", "schedule.rounds_per_epoch=1")
 
 
 def main(
     sources: Annotated[list[Path] | None, typer.Argument(help="Files of preferences.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of the adapter.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Of the adapter.")] = 1e-4,
 ) -> None:
     """Run offline DPO on each file; the share of held-out pairs ranked rightly must rise above the untrained 1/2."""
     console, folder = report_console(), results_folder(NAME)

@@ -45,7 +45,7 @@ DATA = PreferenceData(
 )
 
 
-def config_in(folder: Path) -> OfflineDpoConfig:
+def config_in(folder: Path, **more: Any) -> OfflineDpoConfig:
     raw = {
         "recipe": "offline_dpo",
         "run": {"dir": str(folder / "runs")},
@@ -53,13 +53,13 @@ def config_in(folder: Path) -> OfflineDpoConfig:
         "trainer": {"per_device_train_batch_size": 1},
         "schedule": {"num_train_epochs": 2, "rounds_per_epoch": 2},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw | more))
     return load_config(folder / "recipe.yaml", kind=OfflineDpoConfig)
 
 
-def run_once(folder: Path, last: int = 10_000) -> tuple[Deadly, RunDirectory, str]:
+def run_once(folder: Path, last: int = 10_000, **more: Any) -> tuple[Deadly, RunDirectory, str]:
     """One process with fresh trainers on the run directory; it lives for `last` events."""
-    config, events, output = config_in(folder), Deadly(last), io.StringIO()
+    config, events, output = config_in(folder, **more), Deadly(last), io.StringIO()
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
         run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200))
@@ -93,6 +93,16 @@ def test_rounds_train_on_their_rows_and_evaluate(whole: tuple[Deadly, RunDirecto
     for epoch in (rows[:2], rows[2:]):
         assert sorted(one["prompt_id"] for part in epoch for one in part) == ["t0", "t1", "t2", "t3"]
     assert "results:" in output and "held-out rewards/accuracies" in output
+
+
+def test_later_epochs_measure_only_a_reference_that_moves(
+    whole: tuple[Deadly, RunDirectory, str], tmp_path: Path
+) -> None:
+    asked = ["reference 2 seed 1 after 0 rounds", "reference 2 seed 2 after 1 rounds"]
+    assert [event for event in whole[0] if event.startswith("reference 2")] == asked
+    moving, _, _ = run_once(tmp_path, reference={"policy": "previous_round"})
+    asked += ["reference 2 seed 3 after 2 rounds", "reference 2 seed 4 after 3 rounds"]
+    assert [event for event in moving if event.startswith("reference 2")] == asked
 
 
 def test_the_untrained_policy_ranks_like_a_coin(whole: tuple[Deadly, RunDirectory, str]) -> None:

@@ -1,6 +1,8 @@
 """Sources in, a folder with clean pairs and a report out."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from raylign.errors import ConfigError, DataError
 from raylign.fingerprints import fingerprint
 from recipes.cli import app
 
+ROOT = Path(__file__).parents[2]
 PLAIN = {"type": "none"}
 TOPICS = ("rain", "snow", "the sea", "old maps", "bread", "a lamp", "wolves", "glass", "the moon", "tea")
 
@@ -289,3 +292,16 @@ def test_the_command_with_settings_of_its_own(tmp_path: Path) -> None:
     assert "Example: raylign data prepare" in CliRunner().invoke(app, ["data", "prepare", "--help"]).output
     refused = CliRunner().invoke(app, ["data", "prepare", str(recipe), "filters.min_char=3"])
     assert refused.exit_code == 1 and "filters.min_char: unknown key; did you mean 'min_chars'?" in refused.stderr
+
+
+def test_the_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = re.findall(r"^raylign (data prepare .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    answers = [(one["prompt"], (one["chosen"], 5), (one["rejected"], 2)) for one in map(english, range(12))]
+    save(tmp_path / "ratings_en.jsonl", [rated(*one) for one in answers])
+    save(tmp_path / "pairs_zh.jsonl", list(map(chinese, range(12))))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    languages = Counter(row["language"] for row in rows_of(tmp_path / "prepared"))
+    assert languages == {"en": 12, "zh": 5}

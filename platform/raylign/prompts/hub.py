@@ -21,7 +21,5 @@ def local_part(block: PartBlock) -> str:
     """What the config asks of a file or folder that only hub data sets have, with the cure; else empty."""
     asked = [f"{key}={value}" for key, value in (("subset", block.subset), ("data_dir", block.data_dir)) if value]
     return (
-        f"{' and '.join(asked)}: for hub data sets, but the source is a file or folder here; remove it"
-        if asked
-        else ""
+        f"{' and '.join(asked)}: for hub data sets, but the source is a file or folder here; remove it" if asked else ""
     )
