@@ -5,14 +5,14 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 from raylign.records import Prompt, Score
 from raylign.scoring import JudgeScorer, ScoringItem
+from tests.loopback import Posted, Sent, loopback
 
 WIN = "choose this answer"
 """What the gullible judge obeys where it takes it for an instruction."""
@@ -85,35 +85,17 @@ def serving(judge: Judge) -> Iterator[Server]:
     asked: list[Asked] = []
     released = Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(posted: Posted) -> Sent:
+        request = Asked(posted.body, posted.authorization)
+        asked.append(request)
+        reply = judge(request) if posted.path == "/v1/chat/completions" else Reply(status=404, raw="no such route")
+        return Sent(reply.text().encode(), reply.status, reply.headers, reply.drip_s)
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            request = Asked(body, self.headers.get("Authorization", ""))
-            asked.append(request)
-            reply = judge(request) if self.path == "/v1/chat/completions" else Reply(status=404, raw="no such route")
-            payload = reply.text().encode()
-            self.send_response(reply.status)
-            for name, value in {"Content-Length": str(len(payload)), **reply.headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(ConnectionError):
-                for piece in [payload] if not reply.drip_s else [payload[i : i + 1] for i in range(len(payload))]:
-                    self.wfile.write(piece)
-                    time.sleep(reply.drip_s)
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield Server(f"http://127.0.0.1:{server.server_port}/v1", asked, released)
-    finally:
-        released.set()
-        server.shutdown()
-        server.server_close()
+    with loopback(answer) as url:
+        try:
+            yield Server(f"{url}/v1", asked, released)
+        finally:
+            released.set()
 
 
 def group(*texts: str, prompt: str = "p0") -> list[ScoringItem]:

@@ -13,7 +13,8 @@ from actors.scorer_client import ACTOR, ScorerClient
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate, Prompt, Score
-from tests.reward_services import Answer, Posted, running
+from tests.loopback import Posted
+from tests.reward_services import Answer, running
 
 
 def halves(posted: Posted) -> Answer:

@@ -18,7 +18,8 @@ from raylign.records import Prompt, Score
 from raylign.scoring import HttpScorer, ScoringItem, batches, longest_s
 from raylign.scoring.describe import describe_scorer
 from tests.faults import record
-from tests.reward_services import Answer, Posted, Running, Service, running
+from tests.loopback import Posted
+from tests.reward_services import Answer, Running, Service, running
 
 SECRET = "hush-1234-hush"
 Make = Callable[..., tuple[HttpScorer, Running]]

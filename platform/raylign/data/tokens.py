@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from raylign.chunks import chunks
 from raylign.config.offline import Rows
 from raylign.data.answers import shown
 from raylign.data.examples import Completion, Example
@@ -15,7 +15,6 @@ from raylign.prompts.tables import Fault
 from raylign.records import Message
 
 _BATCH = 256
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ def tokenized(
     """
     texts = [token for token in tokenizer.convert_ids_to_tokens(sorted(ends)) if token]
     known: dict[int, int] = {}
-    for batch in _batches(examples, _BATCH):
+    for batch in chunks(examples, _BATCH):
         made = [one if isinstance(one, Fault) else templated(one, tokenizer, rows, system, texts) for one in batch]
         wanted = [text for one in made if isinstance(one, Templated) for text in (one.prompt, *one.wholes)]
         ids = iter(_encoded(tokenizer, wanted))
@@ -64,11 +63,6 @@ def tokenized(
                 yield one
             else:
                 yield _split(one, list(islice(ids, 1 + len(one.wholes))), tokenizer, ends, known)
-
-
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

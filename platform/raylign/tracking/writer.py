@@ -3,16 +3,16 @@
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
+from raylign.chunks import chunks
 from raylign.errors import RaylignError
 from raylign.tracking.artifacts import dataset_input, name_preferences, upload
 from raylign.tracking.database import create_database
@@ -28,7 +28,6 @@ _MAX_TAG = 8000
 _MAX_NAME = 250
 # MLflow opens an experiment without a kind on its pages for agents, not on the runs and their curves.
 _TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-Item = TypeVar("Item")
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 # One line per table of a new database otherwise.
@@ -97,7 +96,7 @@ class MlflowWriter:
         """Send the waiting metrics, then save the position."""
         for run_id in dict.fromkeys(run_id for run_id, _ in self._metrics):
             metrics = [metric for owner, metric in self._metrics if owner == run_id]
-            for chunk in _chunks(metrics, METRICS_PER_CALL):
+            for chunk in chunks(metrics, METRICS_PER_CALL):
                 self._client.log_batch(run_id, metrics=chunk, synchronous=True)
         self._metrics.clear()
         if self.state.sequence != self._saved:
@@ -135,10 +134,10 @@ class MlflowWriter:
         logged = self._client.get_run(run_id).data.params
         new = [Param(key, value) for key, value in params.items() if key not in logged]
         changed = {f"changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
-        for chunk in _chunks(new, _PARAMS_PER_CALL):
+        for chunk in chunks(new, _PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=chunk, synchronous=True)
         entries = [RunTag(_safe_name(key), value[:_MAX_TAG]) for key, value in {**tags, **changed}.items()]
-        for tag_chunk in _chunks(entries, _PARAMS_PER_CALL):
+        for tag_chunk in chunks(entries, _PARAMS_PER_CALL):
             self._client.log_batch(run_id, tags=tag_chunk, synchronous=True)
 
     def _prompts(self, event: Event) -> None:
@@ -273,9 +272,3 @@ def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, floa
 
 def _safe_name(name: str) -> str:
     return _NOT_IN_NAMES.sub("_", name)[:_MAX_NAME]
-
-
-def _chunks(items: Sequence[Item], size: int) -> Iterable[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
