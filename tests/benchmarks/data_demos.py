@@ -17,10 +17,7 @@ SOURCES = [ROOT.parent / "shared/data" / f"dpo_{language}_demo.json" for languag
 SETTINGS = ("data.max_length=1024", "data.held_out=80", "schedule.rounds_per_epoch=1")
 
 
-def main(
-    sources: Annotated[list[Path] | None, typer.Argument(help="Files of preferences.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of the adapter.")] = 1e-4,
-) -> None:
+def main(sources: Annotated[list[Path] | None, typer.Argument(help="Files of preferences.")] = None) -> None:
     """Run offline DPO on each file: more held-out pairs must be ranked rightly than the untrained 1/2, at less loss."""
     console, folder = report_console(), results_folder(NAME)
     folder.mkdir(parents=True)
@@ -28,10 +25,9 @@ def main(
     rows: list[list[object]] = []
     with measured(NAME):
         for source in sources or SOURCES:
-            rate = f"trainer.learning_rate={learning_rate:g}"
             recipe = ROOT / "recipes/offline_dpo_smollm2.yaml"
             place = (f"data.source={source}", f"run.dir={folder}", f"run.name={source.stem}")
-            seconds = raylign(console, folder / f"{source.stem}.log", "run", str(recipe), *place, rate, *SETTINGS)
+            seconds = raylign(console, folder / f"{source.stem}.log", "run", str(recipe), *place, *SETTINGS)
             before, after = _evaluations(RunDirectory(folder / source.stem))
             rows.append([source.stem, *_cells(before), *_cells(after), seconds])
             checks += _checks(f"{source.stem}: {after.rows} held-out pairs", before, after)

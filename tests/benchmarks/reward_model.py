@@ -28,6 +28,7 @@ GAP = 0.4
 """Least difference of VADER's scores in a pair."""
 SAMPLED = ("schedule.rounds=1", "schedule.prompts_per_round=96", "sampling.num_generations=32", "prompts.held_out=8")
 TRAINED = ("data.max_length=192", "data.held_out=160", "schedule.num_train_epochs=2", "schedule.rounds_per_epoch=1")
+DRIVEN = ("pairing.min_margin=0", "evaluation.num_generations=4")
 
 
 def main(rounds: Annotated[int, typer.Option(help="Of online DPO on the reward model.")] = 3) -> None:
@@ -42,14 +43,7 @@ def main(rounds: Annotated[int, typer.Option(help="Of online DPO on the reward m
         raylign(console, folder / "reward.log", "run", str(REWARD), *settings)
         raylign(console, folder / "export.log", "export", str(folder / "reward"), "--to", str(folder / "exported"))
         scoring = f"scoring={{type: reward_model, path: {folder / 'exported'}}}"
-        online = (
-            place,
-            "run.name=online",
-            scoring,
-            f"schedule.rounds={rounds}",
-            "pairing.min_margin=0",
-            "evaluation.num_generations=4",
-        )
+        online = (place, "run.name=online", scoring, f"schedule.rounds={rounds}", *DRIVEN)
         raylign(console, folder / "online.log", "run", str(ONLINE), *online)
     accuracy = RunDirectory(folder / "reward").reports()[-1].evaluation
     assert isinstance(accuracy, HeldOutEvaluation)

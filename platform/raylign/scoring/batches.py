@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from raylign.chunks import chunks
 from raylign.config.scoring import (
     CompositionBlock,
     FunctionScoringBlock,
@@ -33,7 +34,7 @@ def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[
     limit = max(_at_once(leaf) for leaf in members)
     if any(isinstance(leaf, JudgeScoringBlock) for leaf in members):
         return _whole_groups(items, limit)
-    return [items[start : start + limit] for start in range(0, len(items), limit)]
+    return [*chunks(items, limit)]
 
 
 def _at_once(block: LeafBlock) -> int:

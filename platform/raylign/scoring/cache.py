@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
+from raylign.chunks import chunks
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring.base import Scorer, ScoringItem
@@ -80,8 +81,7 @@ class ScoreCache:
 
 def _read(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Score]:
     found: dict[bytes, Score] = {}
-    for start in range(0, len(keys), _KEYS_PER_QUERY):
-        some = keys[start : start + _KEYS_PER_QUERY]
+    for some in chunks(keys, _KEYS_PER_QUERY):
         query = f"SELECT key, value, parts FROM scores WHERE key IN ({', '.join('?' * len(some))})"
         found |= {key: Score(value, json.loads(parts)) for key, value, parts in connection.execute(query, some)}
     return found

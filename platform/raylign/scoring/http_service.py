@@ -12,6 +12,7 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
+from raylign.chunks import chunks
 from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
@@ -60,11 +61,9 @@ class HttpScorer:
         return {"requests": self.spent.requests, "failed_requests": self.spent.failures}
 
     async def _score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
-        size = self._block.batch_size
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
         async with connections(self._block, self._key) as http:
             asking = _Asking(self._block, self._key, http, self.spent, self._template, allowed)
-            found = await asyncio.gather(*(asking.batch(part) for part in parts))
+            found = await asyncio.gather(*map(asking.batch, chunks(items, self._block.batch_size)))
         return [score for scores in found for score in scores]
 
 

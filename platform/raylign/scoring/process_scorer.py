@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raylign.chunks import chunks
 from raylign.config.scoring import FunctionScoringBlock, VerifierScoringBlock
 from raylign.records import Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
@@ -47,8 +48,8 @@ class ProcessScorer:
         By default that is a share of `max_unscored`; who asks in several calls says how many the whole may still lose.
         """
         tally = _Tally(most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed)
-        for start in range(0, len(items), self._block.batch_size):
-            self._score_batch(items[start : start + self._block.batch_size], tally)
+        for batch in chunks(items, self._block.batch_size):
+            self._score_batch(batch, tally)
         return tally.scores
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raylign.chunks import chunks
+
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
@@ -50,8 +52,7 @@ def plan_steps(costs: Sequence[int], shape: BatchShape, *, epochs: int, seed: in
     for epoch in range(epochs):
         order = list(range(len(costs)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        starts = range(0, len(order), shape.batch)
-        steps += [_step(order[start : start + shape.batch], costs, shape) for start in starts]
+        steps += [_step(indices, costs, shape) for indices in chunks(order, shape.batch)]
     return steps
 
 
