@@ -21,6 +21,7 @@ from raylign.errors import GeneratorError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
 from tests.faults import record
+from tests.integration.listeners import descendants
 from tests.integration.tiny import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -76,7 +77,7 @@ class Stage:
         return psutil.Process(process_of(self.roles.generators.handles[slot]).pid)
 
     def engine(self, slot: int) -> psutil.Process:
-        (core,) = [child for child in self.process(slot).children() if "EngineCore" in " ".join(child.cmdline())]
+        (core,) = [child for child, line in descendants(self.process(slot)).items() if "EngineCore" in line]
         return core
 
     def sample(self, on_first: Callable[[], None] = lambda: None) -> list[Candidate]:
@@ -208,9 +209,7 @@ def test_actors_that_nobody_uses_are_missed(stage: Stage) -> None:
     """A generator, the trainer and the scorer, all idle."""
     stage.roles.generators.settle()
     moment = time.monotonic()
-    (scorer,) = [
-        p for p in psutil.Process().children(recursive=True) if " ".join(p.cmdline()).startswith("ray::_Scorer")
-    ]
+    (scorer,) = [process for process, line in descendants().items() if line.startswith("ray::_Scorer")]
     trainer = process_of(stage.roles.trainers.handles[0]).pid
     for pid in (stage.process(1).pid, trainer, scorer.pid):
         os.kill(pid, signal.SIGKILL)
@@ -272,8 +271,9 @@ def test_a_worker_of_the_only_generator_is_killed(
     ) as roles:
         two = Stage(roles, prompts, seen, [], tmp_path / "workers/stacks", version=0)
         expected = two.sample()
-        workers = [p for p in two.process(0).children(recursive=True) if "Worker" in " ".join(p.cmdline())]
-        assert len(workers) == 2, [" ".join(p.cmdline()) for p in two.process(0).children(recursive=True)]
+        lines = descendants(two.process(0))
+        workers = [process for process, line in lines.items() if "Worker" in line]
+        assert len(workers) == 2, lines
         detected, recovered, _ = _struck(replace(two, expected=expected), workers[1], signal.SIGKILL)
     assert detected < 10
     record(
