@@ -258,7 +258,7 @@ def test_a_worker_of_the_only_generator_is_killed(
             "model": {"dtype": "float32"},
             "generators": {"count": 1, "tensor_parallel_size": 2, "max_model_len": 512, "max_num_seqs": 8}
             | {"kv_cache_gb": 0.1},
-            "placement": {"mode": "disaggregated", "generator_cpus": 2, "trainer_cpus": 1},
+            "placement": {"mode": "disaggregated", "generator_cpus": 1, "trainer_cpus": 1},
         }
     )
     with team(
