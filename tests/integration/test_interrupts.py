@@ -35,7 +35,13 @@ END_S = 30.0
     [
         pytest.param(signal.SIGINT, script, (), "starting; actor logs are in", [], id="ctrl-c-while-actors-load"),
         pytest.param(
-            signal.SIGINT, command_line, LONG_SAMPLING, "round 0: held-out score", [], id="ctrl-c-while-sampling"
+            signal.SIGINT,
+            command_line,
+            LONG_SAMPLING,
+            "round 0: held-out score",
+            [],
+            id="ctrl-c-while-sampling",
+            marks=pytest.mark.long_fault,
         ),
         pytest.param(
             signal.SIGTERM,
@@ -92,6 +98,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     )
 
 
+@pytest.mark.long_fault
 def test_a_second_ctrl_c_ends_at_once(served_llama: str, tmp_path: Path) -> None:
     name = f"stop-{uuid.uuid4().hex[:12]}"
     settings = (*SMALLEST, f"model.path={served_llama}", *LONG_SAMPLING, "run.dir=runs", f"run.name={name}")
