@@ -38,6 +38,7 @@ from actors.trainer_state import (
 )
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.checkpoints import Metrics
+from raylign.chunks import chunks
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
@@ -216,11 +217,10 @@ class _TrainerRank:
     def _logps(self, module: nn.Module, rows: Sequence[Completions], count: int) -> list[list[float]]:
         """Every rank runs `count` rows, one at a time with fillers, so that ZeRO-3 gathers line up."""
         filled = [*rows, *[rows[-1] if rows else Completions((0,), ((0,),))] * (count - len(rows))]
-        size = self._spec.trainer.per_device_train_batch_size
         logps: list[float] = []
         with torch.no_grad():
-            for start in range(0, count, size):
-                tokens = token_batch(filled[start : start + size], self._layout, self._spec.pad_id)
+            for batch in chunks(filled, self._spec.trainer.per_device_train_batch_size):
+                tokens = token_batch(batch, self._layout, self._spec.pad_id)
                 logps += module(tokens.to(self._device)).logps.tolist()
         found = iter(logps)
         return [[next(found) for _ in row.completions] for row in rows]

@@ -10,30 +10,16 @@ import torch
 import torch.distributed as dist
 
 from actors.bound_store import listen_on_own_address
-
-
-def descendants(root: psutil.Process | None = None) -> dict[psutil.Process, str]:
-    """``root`` (this process), all that it started and what those started, each with its command line.
-
-    One that has ended is left out, a zombie too: it has no command line any more.
-    """
-    root = root or psutil.Process()
-    found = {}
-    for process in (root, *root.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found[process] = " ".join(process.cmdline())
-    return found
+from tests.processes import descendants
 
 
 def listening() -> dict[tuple[str, int], str]:
     """(address, port) of every listening TCP socket of this process and its descendants, and the process's name."""
     found: dict[tuple[str, int], str] = {}
     for process, line in descendants().items():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             sockets = process.net_connections(kind="tcp")
-        except psutil.NoSuchProcess:
-            continue
-        found |= {tuple(each.laddr): line[:120] for each in sockets if each.status == psutil.CONN_LISTEN}
+            found |= {tuple(each.laddr): line[:120] for each in sockets if each.status == psutil.CONN_LISTEN}
     return found
 
 

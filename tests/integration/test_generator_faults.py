@@ -21,8 +21,8 @@ from raylign.errors import GeneratorError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling import Decoding
 from tests.faults import record
-from tests.integration.listeners import descendants
 from tests.integration.tiny import wait_until
+from tests.processes import descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray._private import ray_constants
@@ -15,8 +14,9 @@ from ray._private import ray_constants
 from actors.cluster import cluster
 from actors.generator import EngineSpec, Generator
 from actors.network import free_address
-from tests.integration.listeners import Member, descendants, listening
-from tests.integration.tiny import clean_environment, wait_until
+from tests.integration.listeners import Member, listening
+from tests.integration.tiny import clean_environment
+from tests.processes import descendants
 
 BIN = Path(sys.executable).parent
 RAY_PARTS = ("gcs_server", "raylet", "ray::")
@@ -111,10 +111,3 @@ def test_no_command_line_shows_the_token(private: None) -> None:
     lines = list(descendants().values())
     assert any("raylet" in line for line in lines), lines
     assert [line for line in lines if token in line] == []
-
-
-def test_a_process_that_ended_has_no_part_in_this() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as child:
-        zombie = psutil.Process(child.pid)
-        wait_until(lambda: zombie.status() == psutil.STATUS_ZOMBIE, 20, lambda: "the child has ended")
-        assert child.pid not in {process.pid for process in descendants()}

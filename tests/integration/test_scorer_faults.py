@@ -24,6 +24,7 @@ from raylign.records import Candidate, Prompt, Score
 from raylign.scoring import check_unscored
 from tests import faults
 from tests.integration.tiny import wait_until
+from tests.processes import alive
 
 WAIT_S = 60.0
 RESTARTS_S = 2.0
@@ -98,13 +99,6 @@ def open_desk(tmp_path: Path, resources: Mapping[str, float]) -> Iterator[Open]:
             ray.kill(actor)
 
 
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def hit_while_waiting(desk: Desk, number: signal.Signals) -> tuple[list[Score], float, int]:
     """Scores of five batches whose third waits until its actor got the signal; when that was, and the actor's pid."""
     with ThreadPoolExecutor(1) as pool:
@@ -156,7 +150,7 @@ def test_a_hung_scorer_is_replaced_at_its_deadline(open_desk: Open) -> None:
         f"no answer within {deadline:g} s; process {actor} writes no stacks: it is stopped"
     )
     assert lost - stopped < deadline + 15
-    wait_until(lambda: gone(actor), WAIT_S, lambda: f"the stopped actor {actor} is still there")
+    wait_until(lambda: not alive(actor), WAIT_S, lambda: f"the stopped actor {actor} is still there")
     faults.record(
         "scorer actor hangs",
         f"SIGSTOP while it scores the third of five batches, whose deadline is {deadline:g} s",

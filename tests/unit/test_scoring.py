@@ -20,6 +20,7 @@ from raylign.scoring.process import child_environment
 from raylign.scoring.roots import is_inside, trusted_roots
 from raylign.scoring.vader import compound
 from tests.faults import record
+from tests.processes import alive
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -64,15 +65,6 @@ def wait_for(condition: Callable[[], T], seconds: float = 20.0) -> T:
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return value
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie that nobody has reaped does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_scores_keep_the_order_over_batches(make: Make) -> None:

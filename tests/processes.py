@@ -1,0 +1,26 @@
+"""Which processes of a test are there."""
+
+import contextlib
+
+import psutil
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody has reaped does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def descendants(root: psutil.Process | None = None) -> dict[psutil.Process, str]:
+    """`root` (this process), all that it started and what those started, each with its command line.
+
+    One that has ended is left out, a zombie too: it has no command line any more.
+    """
+    root = root or psutil.Process()
+    found = {}
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[process] = " ".join(process.cmdline())
+    return found
