@@ -11,20 +11,26 @@ from raylign.rundir import RunDirectory
 from tests.benchmarks.harness.children import ROOT, measured
 from tests.benchmarks.harness.commands import raylign
 from tests.benchmarks.harness.report import Check, finish, results_folder, table
+from tests.benchmarks.harness.sampled import sampled_pairs
 
 NAME = "data_demos"
-SOURCES = [ROOT.parent / "shared/data" / f"dpo_{language}_demo.json" for language in ("en", "zh")]
 SETTINGS = ("data.max_length=1024", "data.held_out=80", "schedule.rounds_per_epoch=1")
+SAMPLED, SAMPLED_TOKENS = 240, 48
+"""Pairs, and tokens of a completion, where no file is given."""
 
 
-def main(sources: Annotated[list[Path] | None, typer.Argument(help="Files of preferences.")] = None) -> None:
+def main(
+    sources: Annotated[
+        list[Path] | None, typer.Argument(exists=True, dir_okay=False, help="Files of preferences; else sampled pairs.")
+    ] = None,
+) -> None:
     """Run offline DPO on each file: more held-out pairs must be ranked rightly than the untrained 1/2, at less loss."""
     console, folder = report_console(), results_folder(NAME)
     folder.mkdir(parents=True)
     checks: list[Check] = []
     rows: list[list[object]] = []
     with measured(NAME):
-        for source in sources or SOURCES:
+        for source in sources or [sampled_pairs(SAMPLED, SAMPLED_TOKENS, console.print)]:
             recipe = ROOT / "recipes/offline_dpo_smollm2.yaml"
             place = (f"data.source={source}", f"run.dir={folder}", f"run.name={source.stem}")
             seconds = raylign(console, folder / f"{source.stem}.log", "run", str(recipe), *place, *SETTINGS)

@@ -1,9 +1,7 @@
 """A DPO step: TRL's DPOTrainer and raylign's trainer in turn, on the same pairs, reference pass included."""
 
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,14 +12,22 @@ from transformers import AutoConfig
 from raylign.config.blocks import LoraBlock
 from raylign.models import load_tokenizer, resolve_model
 from raylign.reporting import report_console
-from raylign.training.batches import BatchShape, plan_steps
-from tests.benchmarks.harness.children import ROOT, Outcome, Stage, measured
-from tests.benchmarks.harness.dpo import DpoJob, DpoResult, RateJob, RateResult, loss_tolerances
+from tests.benchmarks.harness.children import Outcome, Stage, measured
+from tests.benchmarks.harness.dpo import (
+    DpoJob,
+    DpoResult,
+    RateJob,
+    RateResult,
+    in_planned_order,
+    loss_tolerances,
+    planned_steps,
+)
 from tests.benchmarks.harness.flops import SCORED, TRAINED, step_flops
 from tests.benchmarks.harness.meter import gpu_is_present
 from tests.benchmarks.harness.models import save_random_llama, save_random_qwen3
-from tests.benchmarks.harness.pairs import TokenPair, read_pairs
+from tests.benchmarks.harness.pairs import read_pairs
 from tests.benchmarks.harness.report import Check, cores, finish, machine, plain, results_folder, table
+from tests.benchmarks.harness.sampled import sampled_pairs
 
 MIN_SPEED_UP = {"cpu": 5.0, "gpu": 1.8}
 MAX_MEMORY_SHARE = 0.6
@@ -29,6 +35,8 @@ MAX_FP32_DIFFERENCE = 1e-3
 """In fp32 two correct trainers differ by the order of their additions only."""
 MAX_QLORA_GIB = 16.0
 GPU_MAX_LENGTH = 1024
+SAMPLED_TOKENS = 192
+"""Of a completion, where no file of pairs is given."""
 GIB = 2**30
 
 Outcomes = dict[str, Outcome[DpoResult]]
@@ -37,8 +45,8 @@ TrlDtype = Literal["float32", "bfloat16"]
 
 def main(
     data: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Pairs in LLaMA-Factory's ShareGPT preference format.")
-    ] = ROOT.parent / "shared/data/dpo_en_demo.json",
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Pairs in LLaMA-Factory's format; else sampled.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps; the first is reported apart.")] = 6,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 4,
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence, at most; 1024 with --gpu.")] = 512,
@@ -63,7 +71,8 @@ def main(
         embedded = resolve_model("embedded:smollm2-135m")
         tokenizer = load_tokenizer(embedded)
         model = save_random_qwen3(Path(scratch, "qwen3")) if gpu else embedded
-        pairs = read_pairs(data, tokenizer, steps * batch, GPU_MAX_LENGTH if gpu else max_length)
+        source = data or sampled_pairs(steps * batch, SAMPLED_TOKENS, stage.say)
+        pairs = read_pairs(source, tokenizer, steps * batch, GPU_MAX_LENGTH if gpu else max_length)
         longest = sorted(range(len(pairs)), key=lambda index: -pairs[index].real_tokens)[:batch]
         job = DpoJob(
             folder=model,
@@ -98,26 +107,12 @@ def _best_attention(gpu: bool) -> str:
 
 def _contest(stage: Stage, job: DpoJob, trl: dict[str, Any], precomputed: bool) -> Outcomes:
     """Every contestant in turn, TRL's pairs in the order in which raylign's plan takes them."""
-    peer = DpoJob.model_validate(job.model_dump() | _in_planned_order(job) | trl)
+    peer = in_planned_order(job).model_copy(update=trl)
     outcomes = {"TRL": stage.run("TRL", "dpo_trl", peer, DpoResult)}
     if precomputed:
         ahead = peer.model_copy(update={"precomputed": True})
         outcomes["TRL precomputed"] = stage.run("TRL precomputed", "dpo_trl", ahead, DpoResult)
     return outcomes | {"raylign": stage.run("raylign", "dpo_raylign", job, DpoResult)}
-
-
-def _in_planned_order(job: DpoJob) -> dict[str, tuple[TokenPair, ...]]:
-    return {
-        "warm_up": tuple(chain.from_iterable(_steps(job, job.warm_up, 0))),
-        "steady": tuple(chain.from_iterable(_steps(job, job.steady, 1))),
-    }
-
-
-def _steps(job: DpoJob, pairs: Sequence[TokenPair], seed: int) -> list[list[TokenPair]]:
-    """The steps that raylign's trainer takes over `pairs` with `seed`."""
-    shape = BatchShape(1, job.batch, job.micro_batch, 1 << 30)
-    plan = plan_steps([pair.real_tokens for pair in pairs], shape, epochs=1, seed=seed)
-    return [[pairs[index] for micro in step.micro_batches[0] for index in micro.indices] for step in plan]
 
 
 def _contest_in_fp32(stage: Stage, job: DpoJob, folder: Path) -> Outcomes:
@@ -126,9 +121,8 @@ def _contest_in_fp32(stage: Stage, job: DpoJob, folder: Path) -> Outcomes:
     tiny = save_random_llama(folder, width=64, layers=2, vocabulary=vocabulary)
     changes: dict[str, Any] = {"folder": tiny, "dtype": "float32", "learning_rate": 1e-4, "trl_attention": "sdpa"}
     exact = job.model_copy(update=changes | {"steady": job.steady[: 2 * job.batch]})
-    peer = exact.model_copy(update=_in_planned_order(exact))
     return {
-        "TRL": stage.run("TRL fp32", "dpo_trl", peer, DpoResult),
+        "TRL": stage.run("TRL fp32", "dpo_trl", in_planned_order(exact), DpoResult),
         "raylign": stage.run("raylign fp32", "dpo_raylign", exact, DpoResult),
     }
 
@@ -202,7 +196,7 @@ def _differences(outcomes: Outcomes) -> list[float]:
 
 
 def _tolerances(job: DpoJob) -> list[float]:
-    return loss_tolerances([*_steps(job, job.warm_up, 0), *_steps(job, job.steady, 1)], job.beta)
+    return loss_tolerances([*planned_steps(job, job.warm_up, 0), *planned_steps(job, job.steady, 1)], job.beta)
 
 
 def _checks(job: DpoJob, outcomes: Outcomes) -> list[Check]:

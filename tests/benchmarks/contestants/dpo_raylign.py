@@ -1,27 +1,33 @@
 """raylign's trainer on given pairs, driven as a recipe drives it."""
 
+import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from actors.cluster import cluster
 from actors.trainer_group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import SigmoidLossBlock
+from raylign.models.resolve import CONFIG
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult
 from tests.benchmarks.harness.pairs import TokenPair
-from tests.benchmarks.harness.trainers import preference, trainer_group
+from tests.benchmarks.harness.trainers import Place, preference, trainer_group
 
 
 def run(job: DpoJob) -> DpoResult:
     model = ModelBlock(path=job.folder, dtype=job.dtype, lora=job.lora, load_in_4bit=job.load_in_4bit)
     loss = SigmoidLossBlock(beta=job.beta)
     steps: list[dict[str, float]] = []
-    starting = trainer_group(model, _block(job), loss, pad_id=job.pad_id, threads=job.threads, on_gpu=job.on_gpu)
+    place = Place(threads=job.threads, on_gpu=job.on_gpu, wide_products=job.wide_products)
+    starting = trainer_group(model, _block(job), loss, place, pad_id=job.pad_id)
     with cluster(), starting as (group, _):
         progress("trainer ready")
         first_s, _ = _round(group, job.warm_up, 0, steps)
         steady_s, reference_s = _round(group, job.steady, 1, steps)
+        if job.saved is not None:
+            _save(group, Path(job.folder), Path(job.saved))
     return DpoResult(
         losses=tuple(step["loss"] for step in steps),
         margins=tuple(step["rewards/margins"] for step in steps),
@@ -46,6 +52,13 @@ def _round(
         steps.append(dict(metrics))
         progress(f"step {len(steps)}: loss {metrics['loss']:.4f} after {time.perf_counter() - started:.1f} s")
     return time.perf_counter() - started, reference_s
+
+
+def _save(group: TrainerGroup, source: Path, folder: Path) -> None:
+    """The trained weights as they are published, beside the configuration of the model they started from."""
+    folder.mkdir(parents=True)
+    shutil.copy(source / CONFIG, folder)
+    group.save_weights(str(folder / "model.safetensors"))
 
 
 def _block(job: DpoJob) -> TrainerBlock:

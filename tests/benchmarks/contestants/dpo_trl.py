@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Tra
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from actors.host_memory import keep_freed_memory
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult
+from tests.benchmarks.harness.products import widen_products
 
 
 class _Clock(TrainerCallback):
@@ -48,6 +50,9 @@ class _OnTokenIds(DPOTrainer):
 
 def run(job: DpoJob) -> DpoResult:
     torch.set_num_threads(job.threads)
+    if job.wide_products:
+        keep_freed_memory()
+        widen_products()
     pairs = [*job.warm_up, *job.steady]
     clock = _Clock(len(job.warm_up) // job.batch)
     with tempfile.TemporaryDirectory(prefix="bench-trl-") as folder:
@@ -64,6 +69,8 @@ def run(job: DpoJob) -> DpoResult:
         trainer.remove_callback(PrinterCallback)
         progress("trainer ready")
         trainer.train()
+        if job.saved is not None:
+            trainer.save_model(job.saved)
     return DpoResult(
         losses=tuple(log["loss"] for log in clock.logs),
         margins=tuple(log["rewards/margins"] for log in clock.logs),

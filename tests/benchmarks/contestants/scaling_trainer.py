@@ -18,7 +18,7 @@ from tests.benchmarks.harness.flops import SCORED, TRAINED, sequence_flops
 from tests.benchmarks.harness.meter import memory_of
 from tests.benchmarks.harness.models import save_random_llama
 from tests.benchmarks.harness.scaling import Point, ScalingJob, ScalingResult, Series, Shape
-from tests.benchmarks.harness.trainers import preference, trainer_group
+from tests.benchmarks.harness.trainers import Place, preference, trainer_group
 
 _SMALLEST = Shape(preferences=1, candidates=2, prompt=2, completion=2)
 _ONE_MICRO_BATCH = 1 << 20
@@ -40,7 +40,7 @@ def _points(series: Series, job: ScalingJob, folder: Path) -> Iterator[Point]:
         max_tokens_per_micro_batch=_ONE_MICRO_BATCH,
     )
     loss = PlackettLuceLossBlock(beta=0.1)
-    with trainer_group(ModelBlock(path=path), block, loss, pad_id=2, threads=job.threads) as (group, pid):
+    with trainer_group(ModelBlock(path=path), block, loss, Place(job.threads), pad_id=2) as (group, pid):
         _step(group, _preferences(_SMALLEST, series.vocabulary))
         own = memory_of(pid)["VmHWM"]
         for at, shape in series.shapes.items():

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal
 
 from raylign.config.base import Block
 from raylign.config.blocks import LoraBlock
+from raylign.training.batches import BatchShape, plan_steps
 from tests.benchmarks.harness.pairs import TokenPair
 
 _TOKEN_NOISE = 0.05
@@ -19,6 +21,7 @@ class DpoJob(Block):
 
     A step has `batch` pairs, `micro_batch` of them at a time. Both contestants compute in `dtype`, on fp32 weights or
     masters unless `trl_dtype` says otherwise for TRL, whose reference log-probs are made ahead if `precomputed`.
+    What is trained goes into `saved`; with `wide_products`, hosts without bf16 instructions multiply in fp32.
     """
 
     folder: str
@@ -38,6 +41,8 @@ class DpoJob(Block):
     trl_attention: str = "sdpa"
     lora: LoraBlock | None = None
     load_in_4bit: bool = False
+    saved: str | None = None
+    wide_products: bool = False
 
 
 class DpoResult(Block):
@@ -69,6 +74,19 @@ class RateResult(Block):
     """Operations a second."""
 
     flops: float
+
+
+def planned_steps(job: DpoJob, pairs: Sequence[TokenPair], seed: int) -> list[list[TokenPair]]:
+    """The steps that raylign's trainer takes over `pairs` with `seed`."""
+    shape = BatchShape(1, job.batch, job.micro_batch, 1 << 30)
+    plan = plan_steps([pair.real_tokens for pair in pairs], shape, epochs=1, seed=seed)
+    return [[pairs[index] for micro in step.micro_batches[0] for index in micro.indices] for step in plan]
+
+
+def in_planned_order(job: DpoJob) -> DpoJob:
+    """The job with its pairs in the order in which raylign's trainer takes them, for a contestant that keeps theirs."""
+    parts = {"warm_up": planned_steps(job, job.warm_up, 0), "steady": planned_steps(job, job.steady, 1)}
+    return job.model_copy(update={name: tuple(chain.from_iterable(steps)) for name, steps in parts.items()})
 
 
 def loss_tolerances(steps: Sequence[Sequence[TokenPair]], beta: float) -> list[float]:

@@ -3,23 +3,41 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from actors.network import free_address
-from actors.trainer import TrainerRank, TrainerSpec
+from actors.trainer import TrainerRank, TrainerSpec, _TrainerRank
 from actors.trainer_group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.records import Candidate, Preference, Prompt
+from tests.benchmarks.harness.products import widen_products
 
 _TIMEOUT_S = 1200.0
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank computes; with `wide_products`, hosts without bf16 instructions multiply bf16 matrices in fp32."""
+
+    threads: int
+    on_gpu: bool = False
+    wide_products: bool = False
+
+
+class _WideRank(_TrainerRank):
+    def __init__(self, *arguments: Any) -> None:
+        widen_products()
+        super().__init__(*arguments)
+
+
 @contextmanager
 def trainer_group(
-    model: ModelBlock, trainer: TrainerBlock, loss: LossBlock, *, pad_id: int, threads: int, on_gpu: bool = False
+    model: ModelBlock, trainer: TrainerBlock, loss: LossBlock, place: Place, *, pad_id: int
 ) -> Iterator[tuple[TrainerGroup, int]]:
     """A loaded group of one rank with the initial policy as reference, and its process id."""
     spec = TrainerSpec(
@@ -32,11 +50,12 @@ def trainer_group(
         reference=InitialReferenceBlock(),
         total_steps=1,
         seed=0,
-        threads=threads,
-        on_gpu=on_gpu,
+        threads=place.threads,
+        on_gpu=place.on_gpu,
         stacks=tempfile.gettempdir(),
     )
-    actor = TrainerRank.options(num_cpus=1, num_gpus=1 if on_gpu else 0).remote(spec, 0, *free_address())
+    kind: Any = ray.remote(_WideRank) if place.wide_products else TrainerRank
+    actor = kind.options(num_cpus=1, num_gpus=1 if place.on_gpu else 0).remote(spec, 0, *free_address())
     try:
         pid: int = ray.get(actor.ready.remote(), timeout=_TIMEOUT_S)
         yield TrainerGroup([actor], loss=loss, reference=spec.reference, step_timeout_s=_TIMEOUT_S), pid
