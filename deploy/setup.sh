@@ -84,8 +84,8 @@ make_venv() {
   : >"$log"
 }
 
-# Copies pip's output to the log and reports about every 15 s.
-follow_pip() {
+# Copies an installer's output to the log and reports about every 15 s.
+follow() {
   local total=$1 began=$SECONDS said=$SECONDS seen=0 state='' line
   while true; do
     line=''
@@ -93,8 +93,9 @@ follow_pip() {
       printf '%s\n' "$line" >>"$log"
       case $line in
         Collecting* | Processing* | 'Requirement already'*) seen=$((seen + 1)) state="$seen of $total found" ;;
-        'Building wheels'*) state="building from source" ;;
-        'Installing collected'*) state="copying into .venv" ;;
+        *Downloading\ *) state="downloading" ;;
+        'Building wheels'* | *Building\ *) state="building from source" ;;
+        'Installing collected'* | 'Prepared '*) state="copying into .venv" ;;
       esac
     elif (($? <= 128)); then
       break
@@ -106,62 +107,120 @@ follow_pip() {
   done
 }
 
-# install LABEL COUNT PIP_ARGUMENTS...
+# install LABEL COUNT ARGUMENTS...; arguments and their meaning are the same in uv and pip.
 install() {
-  local label=$1 count=$2 began=$SECONDS
+  local label=$1 count=$2 began=$SECONDS installer
   shift 2
   say "$label"
-  PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --no-deps --no-build-isolation \
-    --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 | follow_pip "$count" || return
+  if [[ $use_uv == yes ]]; then
+    installer=("$venv/bin/uv" pip install --python "$venv/bin/python" ${no_index:+--no-index})
+  else
+    installer=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off)
+  fi
+  PYTHONUNBUFFERED=1 "${installer[@]}" --no-deps --no-build-isolation "$@" 2>&1 | follow "$count" || return
   say "  done in $((SECONDS - began)) s"
+}
+
+# or_pip COMMAND...: the command, with pip should it fail with uv.
+or_pip() {
+  "$@" && return
+  [[ $use_uv == yes ]] || return
+  use_uv=no
+  say "  uv could not (whole output: $log); pip goes on"
+  "$@"
 }
 
 stop_with_log() {
   tail -n 12 "$log" >&2
-  die "pip could not install $1 (whole output: $log). Check the network and pip's index settings, then run it again: it goes on where it stopped"
+  die "could not install $1 (whole output: $log). Check the network and pip's index settings, then run it again: it goes on where it stopped"
 }
 
-# pin NAME: the line of the requirement file that pins this package.
-pin() { grep "^$1==" "$requirements"; }
+# pin NAME: the line of the list that pins this package, hashes and all, in a file of its own. Says the file's name.
+pin() {
+  grep "^$1==" "$requirements" >"$venv/setup-$1.txt"
+  echo "$venv/setup-$1.txt"
+}
+
+version() { grep -o "^$1==[^ ]*" "$requirements"; }
+
+# uv copies in seconds what takes pip minutes. It reads no settings of pip, so it gets them; its own, where set, win.
+install_uv() {
+  local setting
+  use_uv=no
+  if ! install "installing $(version uv)" 1 --require-hashes -r "$(pin uv)"; then
+    say "  not to be had from this machine's package sources: pip installs the rest, which takes minutes longer"
+    return
+  fi
+  while IFS= read -r setting; do
+    export "${setting?}"
+  done < <("$venv/bin/python" -m pip config list | "$venv/bin/python" "$root/deploy/pip_to_uv.py")
+  use_uv=yes
+}
 
 install_torch() {
   local torch
-  torch=$(pin torch)
+  torch=$(version torch)
   if [[ $device == gpu ]]; then
-    install "installing $torch" 1 "$torch" || stop_with_log "$torch"
+    install "installing $torch" 1 --require-hashes -r "$(pin torch)"
     return
   fi
   # PyPI holds only CUDA builds; a local version such as +cpu can come from nowhere but a CPU index or mirror.
-  install "installing $torch from this machine's package sources" 1 "$torch" ||
-    install "not there; installing $torch from $torch_cpu_index" 1 --index-url "$torch_cpu_index" "$torch" ||
-    stop_with_log "$torch"
+  install "installing $torch from this machine's package sources" 1 --require-hashes -r "$(pin torch)" ||
+    install "not there; installing $torch from $torch_cpu_index" 1 --index-url "$torch_cpu_index" --require-hashes -r "$(pin torch)"
+}
+
+# load MODULES...: imports them, and leaves their bytecode behind even where PYTHONDONTWRITEBYTECODE is set: without it
+# every start of every process compiles them again.
+load() {
+  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c '
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)' "$@"
+}
+
+# A GPU set-up can be made where no GPU is, for other machines; what fails to load there is said and no more.
+failed_to_load() {
+  tail -n 12 "$1" >&2
+  [[ $device == gpu && $(find_device) == cpu ]] || die "what was installed does not import (whole output: $1)"
+  say "warning: not everything imports, and no GPU answers here; see ${1} and try raylign doctor where one does"
 }
 
 install_all() {
-  local wheels=$venv/setup-wheels.txt source count
-  source=$(pin deepspeed)
-  grep '^[^#]*==' "$requirements" | grep -vxF "$source" >"$wheels"
+  local wheels=$venv/setup-wheels.txt count
+  grep '^[^#]*==' "$requirements" | grep -v -e '^uv==' -e '^deepspeed==' >"$wheels"
   count=$(wc -l <"$wheels")
-  install_torch
-  install "installing $count packages of deploy/${requirements##*/}" "$count" --only-binary :all: -r "$wheels" ||
-    stop_with_log "deploy/${requirements##*/}"
-  # Published as source only, and its build asks the installed torch what this machine has: so it comes last.
-  install "building $source" 1 "$source" || stop_with_log "$source"
-  install "installing raylign itself, editable" 1 -e "$root" || stop_with_log raylign
+  install_uv
+  or_pip install_torch || stop_with_log "$(version torch)"
+  or_pip install "installing $count packages of deploy/${requirements##*/}" "$count" \
+    --only-binary :all: --require-hashes -r "$wheels" || stop_with_log "deploy/${requirements##*/}"
+  # While one core builds DeepSpeed, the other loads the largest libraries.
+  load vllm.entrypoints.llm vllm.v1.engine.core ray mlflow transformers trl >"$venv/setup-load.log" 2>&1 &
+  loading=$!
+  # Published as source only, and its build asks the installed torch what this machine has: so it comes last and no
+  # build of it for another torch is taken from a cache.
+  or_pip install "building $(version deepspeed)" 1 --no-cache-dir --require-hashes -r "$(pin deepspeed)" ||
+    stop_with_log "$(version deepspeed)"
+  or_pip install "installing raylign itself, editable" 1 -e "$root" || stop_with_log raylign
 }
 
 check_import() {
-  DEVICE=$device "$venv/bin/python" -c '
-import os, sys
-import raylign, torch
-if os.environ["DEVICE"] == "gpu" and torch.version.cuda is None:
-    sys.exit("setup: error: torch %s is a build without CUDA: a CPU wheel among the package sources of pip came first. "
-             "Take it out of find-links or extra-index-url, then: make clean setup" % torch.__version__)
-print("setup: raylign and torch %s import" % torch.__version__)'
+  say "importing everything once"
+  wait "$loading" || failed_to_load "$venv/setup-load.log"
+  loading=''
+  load deepspeed recipes.cli actors.team >>"$log" 2>&1 || failed_to_load "$log"
+  say "raylign and $(version torch) import"
+}
+
+interrupted() {
+  [[ -z $loading ]] || kill "$loading" 2>/dev/null || true
+  die "interrupted; run it again: it goes on where it stopped"
 }
 
 device=auto
 dry_run=no
+use_uv=no
+no_index=''
+loading=''
 while (($#)); do
   case $1 in
     --device) device=${2:-} && shift ;;
@@ -194,9 +253,9 @@ if ! flock --nonblock 9; then
   flock 9
   stop_if_up_to_date
 fi
-trap 'die "interrupted; run it again: it goes on where it stopped"' INT TERM
+trap interrupted INT TERM
 
-say "device $device, Python $python_version; this takes a few minutes the first time"
+say "device $device, Python $python_version"
 check_machine
 make_venv
 install_all

@@ -15,21 +15,26 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!]+)")
+PIN = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!]+)(?P<hashes>( --hash=sha256:[0-9a-f]{64})+)")
 MACHINE_HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def pins(device: str) -> dict[str, Version]:
-    """Canonical name -> version of one list; fails on a line that is no exact pin and on a package named twice."""
-    found: dict[str, Version] = {}
+    """Canonical name -> version of one list."""
+    return {name: Version(match["version"]) for name, match in lines(device).items()}
+
+
+def lines(device: str) -> dict[str, re.Match[str]]:
+    """Canonical name -> line of one list; fails on a line that is no exact pin with hashes and on a name twice."""
+    found: dict[str, re.Match[str]] = {}
     for line in (DEPLOY / f"requirements-{device}.txt").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
         match = PIN.fullmatch(line)
-        assert match is not None, f"{device}: {line!r} is not NAME==VERSION"
+        assert match is not None, f"{device}: {line!r} is not NAME==VERSION --hash=sha256:..."
         name = canonicalize_name(match["name"])
         assert name not in found, f"{device}: {name} is pinned twice"
-        found[name] = Version(match["version"])
+        found[name] = match
     return found
 
 
@@ -39,7 +44,7 @@ def header(device: str) -> str:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_every_line_is_one_exact_pin(device: str) -> None:
+def test_every_line_is_one_exact_pin_with_hashes(device: str) -> None:
     assert len(pins(device)) > 200
 
 
@@ -60,6 +65,18 @@ def test_shared_packages_have_one_version_unless_the_header_says_why() -> None:
     unexplained = {name for name in different if name not in header("gpu")}
     assert unexplained == set(), {name: (str(cpu[name]), str(gpu[name])) for name in unexplained}
     assert different.isdisjoint({"torch", "ray", "deepspeed", "transformers", "mlflow", "peft", "pydantic"})
+
+
+def test_shared_pins_have_the_same_hashes() -> None:
+    cpu, gpu = lines("cpu"), lines("gpu")
+    shared = [name for name in cpu.keys() & gpu.keys() if cpu[name]["version"] == gpu[name]["version"]]
+    assert len(shared) > 200
+    assert [name for name in shared if cpu[name]["hashes"] != gpu[name]["hashes"]] == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_torch_has_a_wheel_for_each_python(device: str) -> None:
+    assert len(lines(device)["torch"]["hashes"].split()) == 3
 
 
 def test_each_list_has_its_own_torch_and_vllm() -> None:
