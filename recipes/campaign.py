@@ -4,6 +4,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from actors.incidents import Incidents
 from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Checkpoint
 from raylign.config import OnlineDpoConfig, RunConfig
+from raylign.console import keep_library_log
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.reporting import Sample, report_console, samples_block
@@ -165,6 +167,12 @@ def finished_before(config: RunConfig) -> list[RunDirectory]:
     console.print(rounds_table(directory.baseline(), directory.reports()))
     console.print(Text(f"all {config.rounds} rounds are done: {directory.path}"), soft_wrap=True)
     return [directory]
+
+
+def starting(directory: RunDirectory, actor_logs: Path) -> str:
+    """The first line of a start: where to read what libraries say, which is kept from the console."""
+    here = "".join(f", this process's in {path}" for path in keep_library_log(directory.path))
+    return f"starting; actor logs are in {actor_logs}{here}"
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The `raylign` command. What a command needs is imported when it runs, so that `--help` answers at once."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,12 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from raylign.config import load_config, load_recipe
+from raylign.console import libraries_aside, log_to_console, own_stdout
 from raylign.errors import RaylignError
 from raylign.text import escape_control
 from raylign.tracking.params import without_credentials
 from recipes.checks.ray_cluster import require_named_cluster
 from recipes.signals import INTERRUPTED, STOPPED, terminable
-
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-CHATTY = ("bitsandbytes", "vllm.triton_utils")
-"""Loggers of libraries that warn at import of what raylign does not use."""
-
 
 _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
@@ -67,21 +62,9 @@ app = typer.Typer(
 )
 
 
-class PlainLines(logging.Formatter):
-    """Text of models, servers and files in a log line can neither steer the terminal nor show credentials."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escape_control(without_credentials(super().format(record)), keep="\n\t")
-
-
 def main() -> None:
     """Entry point of the console script."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainLines(LOG_FORMAT))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("raylign").setLevel(logging.INFO)
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    log_to_console()
     app()
 
 
@@ -126,6 +109,7 @@ def _version() -> str:
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
+@libraries_aside()
 def run(recipe: Recipe, settings: Settings = None) -> None:
     """Run a recipe, until its schedule is done: online DPO, offline DPO, SFT or a reward model.
 
@@ -139,6 +123,7 @@ def run(recipe: Recipe, settings: Settings = None) -> None:
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
+@libraries_aside()
 def resume(
     run_directory: Annotated[
         Path, typer.Argument(metavar="RUN", callback=_no_options, help="A run's directory, such as runs/online-dpo.")
@@ -160,6 +145,7 @@ def resume(
 
 
 @app.command()
+@libraries_aside()
 def sync(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
     uri: Annotated[
@@ -211,6 +197,7 @@ def submit(
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
+@libraries_aside()
 def plan(recipe: Recipe, settings: Settings = None) -> None:
     """Show what a recipe would run and what it needs, starting nothing. Status 1 when it could not run here.
 
@@ -224,6 +211,7 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
 
 
 @app.command()
+@libraries_aside()
 def doctor(
     tracking_uri: Annotated[
         str, typer.Option(metavar="URI", help="MLflow server or database to look at.")
@@ -241,6 +229,7 @@ def doctor(
 
 
 @app.command()
+@libraries_aside()
 def export(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
@@ -256,7 +245,7 @@ def export(
     from recipes.export import export_run  # noqa: PLC0415 - torch and transformers
 
     exported = export_run(run_directory, to, merge=merge, version=version)
-    console = Console(soft_wrap=True)
+    console = Console(file=own_stdout(), soft_wrap=True)
     console.print(Text(f"policy version {exported.version} is in {exported.folder}"))
     console.print(Text(f"use it: {exported.use}"))
 
@@ -266,6 +255,7 @@ app.add_typer(data)
 
 
 @data.command("prepare", context_settings=SETTINGS_CONTEXT)
+@libraries_aside()
 def data_prepare(recipe: Recipe, settings: Settings = None) -> None:
     """Make clean, mixed pairs of any sources: ratings weighed, duplicates and templates dropped, shares of languages.
 

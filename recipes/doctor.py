@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -47,7 +48,10 @@ def show(checks: Sequence[Check], console: Console) -> None:
 
 def doctor(tracking_uri: str, console: Console) -> bool:
     """Print the table; true when nothing stops a run."""
-    with console.status("looking around"):
+    columns = (SpinnerColumn(), TextColumn("looking around"))
+    # Not `console.status`: it would print on the console what libraries write to stdout meanwhile.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as spinner:
+        spinner.add_task("")
         checks = examine(tracking_uri)
     show(checks, console)
     return all(check.status != "fail" for check in checks)

@@ -22,7 +22,7 @@ from raylign.reporting import report_console
 from raylign.rundir import continue_or_create, require_continuable
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
-from recipes.campaign import Campaign, recorded
+from recipes.campaign import Campaign, recorded, starting
 from recipes.signals import terminable
 
 
@@ -44,7 +44,7 @@ def offline_campaign(
             run = Campaign(config, directory, tracker, console)
             run.open_record(data, config.data.split)
             run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {said(data)}")
-            console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
+            console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             started = time.monotonic()
             with trainer_team(
                 config,

@@ -22,7 +22,7 @@ from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
-from recipes.campaign import Campaign, recorded
+from recipes.campaign import Campaign, recorded, starting
 from recipes.signals import terminable
 
 _CANARY_PROMPTS = 4
@@ -50,7 +50,7 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             run = Campaign(config, directory, tracker, console)
             run.open_record(prompts, config.prompts.split)
-            console.print(Text(f"starting; actor logs are in {log_folder()}"), soft_wrap=True)
+            console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             canary, pad_id, started = _canary(prompts.held_out), int(tokenizer.pad_token_id), time.monotonic()
             with team(
                 config, folder=folder, pad_id=pad_id, canary_ids=canary, plan=plan, incidents=run.incidents

@@ -27,8 +27,10 @@ def stage_progress(console: Console, name: str, total: int | None, unit: str = "
         finally:
             lines.finish()
         return
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+    shown = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (*shown, TimeElapsedColumn(), TimeRemainingColumn())
+    # Left alone, rich prints on the console what anyone writes to stdout while a bar is shown.
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(name, total=total)
         yield lambda finished: bar.advance(task, finished)
 

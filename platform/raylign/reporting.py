@@ -1,6 +1,5 @@
 """What a campaign with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +11,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from raylign.console import own_stdout
 from raylign.records import AnyEvaluation, Evaluation, Prompt, RoundReport, Score
 from raylign.text import escape_control, optional
 
@@ -37,7 +37,8 @@ class Sample:
 
 def report_console() -> Console:
     """Standard output; wide enough for the table of rounds when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    out = own_stdout()
+    return Console(file=out, width=None if out.isatty() else PLAIN_WIDTH)
 
 
 def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:

@@ -14,11 +14,11 @@ import yaml
 from rich.console import Console
 
 from raylign.config.blocks import ModelBlock
+from raylign.console import PlainLines
 from raylign.model_card import Method, ModelFacts, card_text
 from raylign.records import Evaluation, Prompt, Score
 from raylign.reporting import Sample, samples_block
 from raylign.tracking.pages import table_page
-from recipes.cli import PlainLines
 from tests.faults import record
 
 HOSTILE = (
