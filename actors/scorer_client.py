@@ -57,6 +57,8 @@ class ScorerClient:
         self._spawn, self._block, self._incidents = spawn, block, incidents
         self._stacks, self._start_timeout_s, self._restarts_s = stacks, start_timeout_s, restarts_s
         self._handle = spawn()
+        self._loads = True
+        """Whether nobody has seen yet that the first actor has loaded."""
         self._starting: list[Any] = []
         """The answer that a replacement has loaded, while it is waited for."""
         self._usages: dict[str, Usage] = {}
@@ -65,6 +67,7 @@ class ScorerClient:
     def wait_ready(self) -> None:
         """Wait until the first actor has loaded. Raises ScorerError when it cannot."""
         get_all([self._handle.ready.remote()], self._start_timeout_s, "starting the scorer", ScorerError)
+        self._loads = False
 
     @attended
     def score(
@@ -115,7 +118,7 @@ class ScorerClient:
         cause = ""
         for _ in range(TRIES):
             try:
-                self._finish_replacing()
+                self._finish_starting()
                 found: ScoredBatch = _result(self._handle.score.remote(batch, allowed), deadline)
                 add_up(self._usages, found.usage)
                 return found.scores
@@ -135,7 +138,15 @@ class ScorerClient:
         kill([self._handle])
         self._incidents.lost(ROLE, ACTOR, cause, ScorerError)
         self._handle = self._spawn()
+        self._loads = False
         self._starting = [self._handle.ready.remote()]
+
+    def _finish_starting(self) -> None:
+        """Wait until the actor has loaded: the time of a call is that of its items alone."""
+        if self._loads:
+            self._loads = False
+            _result(self._handle.ready.remote(), self._start_timeout_s)
+        self._finish_replacing()
 
     def _finish_replacing(self) -> None:
         for ready in self._starting:
