@@ -34,7 +34,12 @@ def is_dead(handle: ActorHandle[Any]) -> bool:
 
 
 def send_signal(process: ActorProcess, number: signal.Signals, timeout_s: float) -> None:
-    """Signal the process from its node. Raises RayError when the node does not do it within `timeout_s`."""
+    """Signal the process from its node. Raises OSError when it has ended or is somebody else's, RayError when another
+    node does not do it within `timeout_s`.
+    """
+    if process.node == ray.get_runtime_context().get_node_id():
+        os.kill(process.pid, number)  # a task of Ray waits until a busy machine has started a process for it
+        return
     place = NodeAffinitySchedulingStrategy(process.node, soft=False)
     send = ray.remote(_send).options(num_cpus=0, scheduling_strategy=place)
     ray.get(send.remote(process.pid, int(number)), timeout=timeout_s)

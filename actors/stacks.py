@@ -15,6 +15,7 @@ from actors.processes import process_of, send_signal
 FOLDER = "stacks"
 _OPEN: list[IO[str]] = []
 """Files of this process that the signal writes to; they stay open as long as it lives."""
+_SEND_S = 60.0
 _ANSWER_S = 5.0
 _POLL_S = 0.1
 
@@ -33,7 +34,7 @@ def dump_stacks(handle: ActorHandle[Any], folder: Path, name: str) -> str:
     if not process.pid:
         return "no stacks: it has no process"
     try:
-        send_signal(process, signal.SIGUSR1, _ANSWER_S)
+        send_signal(process, signal.SIGUSR1, _SEND_S)
     except (RayError, OSError) as error:
         return f"no stacks: process {process.pid} cannot be signalled ({type(error).__name__})"
     path = folder / f"{name}-{process.pid}.txt"
