@@ -1,6 +1,7 @@
-"""One Ray cluster for all in-process integration tests, and small models to run on it."""
+"""One Ray cluster for the integration tests of a process, and small models to run on it."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from actors.cluster import cluster
 from raylign.models import resolve_model
+from tests.integration.ranks import Processes
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +51,55 @@ def _random_llama(folder: Path, tokenizer: str, *, width: int, spread: float) ->
     return str(folder)
 
 
+class Shared:
+    """What the tests of one process share: a private Ray cluster, and processes in it that become trainer ranks.
+
+    Either is started when it is first asked for.
+    """
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._resources: dict[str, float] = {}
+        self._ranks = Processes()
+
+    def resources(self) -> dict[str, float]:
+        """The cluster's; four logical CPUs whatever the machine has."""
+        if not self._resources:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("RAY_ADDRESS", raising=False)
+                self._resources = dict(self._open.enter_context(cluster(num_cpus=4)))
+        return dict(self._resources)
+
+    def ranks(self) -> Processes:
+        self.resources()
+        self._ranks.start(1, 2)
+        return self._ranks
+
+    def stop(self) -> None:
+        self._open.close()
+        self._resources, self._ranks = {}, Processes()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[Shared]:
+    made = Shared()
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="module")
-def resources() -> Iterator[dict[str, float]]:
-    """A private Ray cluster for one test module; four logical CPUs whatever the machine has."""
-    with cluster(num_cpus=4) as available:
-        yield dict(available)
+def resources(shared: Shared) -> dict[str, float]:
+    """A private Ray cluster that other test modules use too."""
+    return shared.resources()
+
+
+@pytest.fixture(scope="module")
+def ranks(shared: Shared) -> Processes:
+    """Groups of trainer ranks that other test modules use too."""
+    return shared.ranks()
+
+
+@pytest.fixture(scope="module")
+def no_cluster(shared: Shared) -> None:
+    """This process is in no Ray cluster: the module starts its own."""
+    shared.stop()

@@ -1,8 +1,7 @@
 """Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -47,14 +46,19 @@ class Processes:
         self._groups: dict[int, list[Any]] = {}
 
     def start(self, *sizes: int) -> None:
-        """Begin to start groups, so that they start at the same time."""
-        process = ray.remote(_Process)
+        """Begin to start groups that are not there, at the same time."""
         for ranks in sizes:
+            self._of(ranks)
+
+    def _of(self, ranks: int) -> list[Any]:
+        if ranks not in self._groups:
+            process = ray.remote(_Process)
             self._groups[ranks] = [process.options(num_cpus=0).remote() for _ in range(ranks)]
+        return self._groups[ranks]
 
     def group(self, spec: TrainerSpec) -> TrainerGroup:
         """A trainer group in processes that were another before."""
-        handles = self._groups[spec.trainer.ranks]
+        handles = self._of(spec.trainer.ranks)
         for attempt in range(_PORTS):
             address, port = free_address()
             refs = [handle.become.remote(spec, rank, address, port) for rank, handle in enumerate(handles)]
@@ -67,10 +71,10 @@ class Processes:
                     raise
         return group_of(handles, spec)
 
-    def end(self) -> None:
-        for handles in self._groups.values():
-            for handle in handles:
-                ray.kill(handle)
+    def end(self, ranks: int) -> None:
+        """Whoever asks for a group of that size next gets another."""
+        for handle in self._groups.pop(ranks, []):
+            ray.kill(handle)
 
 
 def spec_of(
@@ -101,17 +105,6 @@ def spec_of(
 
 def group_of(handles: Sequence[Any], spec: TrainerSpec) -> TrainerGroup:
     return TrainerGroup(handles, loss=spec.loss, reference=spec.reference, step_timeout_s=_STEP_S)
-
-
-@contextmanager
-def processes(*sizes: int) -> Iterator[Processes]:
-    """Groups of `sizes` ranks, killed at the end."""
-    made = Processes()
-    made.start(*sizes)
-    try:
-        yield made
-    finally:
-        made.end()
 
 
 def _candidate(index: int, token_ids: Sequence[int]) -> Candidate:

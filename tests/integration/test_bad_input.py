@@ -41,6 +41,9 @@ CASES = ("raises", "hangs", "short", "nan", "plain", "simple")
 PROMPTS = [{"prompt": f"Write about film number {number}."} for number in range(8)]
 
 
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
+
 @pytest.fixture
 def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where Ray would put its files if a cluster were started; its socket paths may have 107 characters."""
@@ -159,7 +162,7 @@ def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path, served_llama: str) -> None:
     """Round 1 goes on with what was scored; in round 2 nothing is, and only that round is lost."""
     settings = (

@@ -26,7 +26,7 @@ START_S = 90
 
 
 @pytest.fixture
-def nodes() -> Iterator[Cluster]:
+def nodes(no_cluster: None) -> Iterator[Cluster]:
     """A head and two workers of one core each, all on this machine."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

@@ -1,7 +1,7 @@
 """Reference policies over real trainer groups: what each one is, and when it moves."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from raylign.config.reference import (
 )
 from raylign.records import Preference
 from raylign.training.preferences import completions_of
-from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
+from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = pytest.mark.slow
 
 PAIRS, HELD_OUT = preferences(9)[:8], preferences(9)[8:]
 SAME = 2e-4
@@ -40,12 +40,6 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "1 rank": {"per_device_train_batch_size": 4},
     "2 ranks, ZeRO 3": {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks(resources: dict[str, float]) -> Iterator[Processes]:
-    with processes(1, 2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Reward models, demonstrations and held-out preferences on real DeepSpeed ranks."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from raylign.export_reward import export_reward_model
 from raylign.records import Candidate, Preference
 from raylign.reward_card import RewardModelFacts
 from raylign.training.held_out import HeldOut
-from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
+from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = pytest.mark.slow
 
 EOS = 2
 PAIRS = 16
@@ -40,12 +40,6 @@ REWARD: dict[str, Any] = {
 SFT: dict[str, Any] = {"loss": SftLossBlock(), "reference": NoReferenceBlock()}
 CARD = RewardModelFacts("tiny-rm", "someone/tiny", "someone/pairs", "`bradley_terry`", {"accuracy": 1.0}, {})
 Steps = list[Metrics]
-
-
-@pytest.fixture(scope="module")
-def ranks(resources: dict[str, float]) -> Iterator[Processes]:
-    with processes(1, 2) as made:
-        yield made
 
 
 def ended(number: int) -> list[Preference]:

@@ -1,7 +1,6 @@
 """Real DeepSpeed ranks in Ray actors: ZeRO stage, ranks, accumulation, offload and layout change no step."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from safetensors.torch import load_file
 from raylign.checkpoints import Metrics
 from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import ActorsLost
-from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
+from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = pytest.mark.slow
 
 Steps = list[Metrics]
 RATE = 1e-2
@@ -45,12 +44,6 @@ SAME_STEPS: dict[str, dict[str, Any]] = {
     "2 ranks, ZeRO 3": QUARTERS | {"zero_stage": 3},
     "2 ranks, ZeRO 3, offload": HALVES | {"zero_stage": 3, "offload": OFFLOAD_ALL, "gradient_checkpointing": True},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks(resources: dict[str, float]) -> Iterator[Processes]:
-    with processes(1, 2) as made:
-        yield made
 
 
 def _trajectory(ranks: Processes, folder: str, model: dict[str, Any], options: dict[str, Any]) -> Steps:
@@ -172,9 +165,10 @@ def test_an_overflow_that_no_scale_can_cure_is_skipped_and_counted(
 
 
 def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str, ranks: Processes) -> None:
-    """The last test: it uses up the group of two."""
+    """The last test of those that share ranks: it uses up the group of two."""
     group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, {"ranks": 2, "per_device_train_batch_size": 2}))
     pairs = group.with_reference(preferences(8), seed=0, rounds_done=0)
     ray.kill(group.handles[1])
     with pytest.raises(ActorsLost, match="died"):
         list(group.train(pairs, seed=0))
+    ranks.end(2)

@@ -1,6 +1,5 @@
 """What a trainer saves is all it needs: other ranks, under another ZeRO stage, go on as if nothing had happened."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from raylign.config.losses import BcoPairLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
 from raylign.errors import TrainerError
 from tests.faults import record
-from tests.integration.ranks import Processes, preferences, processes, spec_of
+from tests.integration.ranks import Processes, preferences, spec_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = pytest.mark.slow
 
 LORA = {"r": 4, "lora_alpha": 8}
 ONE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
@@ -23,12 +22,6 @@ TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4, "adam_epsil
 PAIRS = 24
 DONE = 2
 METRICS = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate")
-
-
-@pytest.fixture(scope="module")
-def ranks(resources: dict[str, float]) -> Iterator[Processes]:
-    with processes(1, 2) as made:
-        yield made
 
 
 def begin(group: TrainerGroup, done: list[dict[str, float]]) -> int:

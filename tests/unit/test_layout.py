@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG, SHARING_RANKS
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = ("platform", "actors", "recipes")
 MAX_FILE_LINES = 400
@@ -60,7 +62,7 @@ def run_python(code: str, *search_path: Path) -> str:
     """What a child Python prints, started in the repository root with this PYTHONPATH."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, search_path))}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -137,3 +139,11 @@ def test_no_weights_and_no_run_output_is_tracked() -> None:
         if name.suffix in {".safetensors", ".gguf"} or name.name.startswith("mlflow.db") or "runs" in name.parts
     ]
     assert unwanted == []
+
+
+def test_the_order_of_tests_knows_the_files_that_share_ranks() -> None:
+    """The last of them ends with what no other test can go on with."""
+    files = {path.name: path.read_text() for path in (ROOT / "tests/integration").glob("test_*.py")}
+    assert {f"integration/{name}" for name, text in files.items() if "ranks: Processes" in text} == set(SHARING_RANKS)
+    assert "ranks.end(" in files[SHARING_RANKS[-1].removeprefix("integration/")]
+    assert all((ROOT / "tests" / name).is_file() for name in LONG)
