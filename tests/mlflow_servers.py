@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-START_S = 120.0
+START_S = 400.0
 
 
 def free_port() -> int:
@@ -71,7 +71,7 @@ def _process(command: list[str], log: Path, environment: dict[str, str]) -> Iter
 
 def _answers(address: str) -> bool:
     try:
-        return requests.get(address, timeout=2).ok
+        return requests.get(address, timeout=30).ok
     except requests.RequestException:
         return False
 

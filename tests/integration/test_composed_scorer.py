@@ -13,6 +13,7 @@ from actors.scorer_client import ACTOR, ScorerClient
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate, Prompt, Score
+from tests.integration.tiny import START_S
 from tests.loopback import Posted
 from tests.reward_services import Answer, running
 
@@ -39,7 +40,7 @@ def test_correct_first_then_good(resources: Mapping[str, float], tmp_path: Path)
             return handles[-1]
 
         incidents = Incidents(RecoveryBlock(), lambda *entry: None)
-        client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=60.0)
+        client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=START_S)
         try:
             first, taken = client.score([prompt], candidates), client.metrics()
             again, kept = client.score([prompt], candidates), client.metrics()

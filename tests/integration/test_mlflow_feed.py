@@ -47,7 +47,7 @@ def test_runs_that_start_together_share_a_new_database(run_dir: Path, uri: str) 
             journal.append("campaign_started", {"campaign": name, "name": name, "params": {}, "tags": {}})
         command = [sys.executable, "-c", start_feed, str(journal.path.parent), uri]
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    outputs = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(str(run.info.run_name) for run in all_runs(MlflowClient(tracking_uri=uri))) == ["a", "b"]
     assert [output for output in outputs if "INFO" in output] == []

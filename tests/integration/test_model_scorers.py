@@ -17,6 +17,7 @@ from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate, Prompt
 from raylign.scoring import Compute
+from tests.integration.tiny import START_S
 
 TEXTS = ["Yes.", "No, never.", "It is a good film, and I would see it again."]
 
@@ -49,7 +50,7 @@ def test_models_score_in_their_actor(resources: Mapping[str, float], tmp_path: P
         return handles[-1]
 
     incidents = Incidents(RecoveryBlock(), lambda *entry: None)
-    client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=60.0)
+    client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=START_S)
     try:
         client.wait_ready()
         first, taken = client.score([prompt], candidates), client.metrics()

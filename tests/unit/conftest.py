@@ -21,7 +21,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
 
         def make(judge: Judge, **options: Any) -> tuple[JudgeScorer, Server]:
             server = stack.enter_context(serving(judge))
-            settings = {"canaries": False, "max_unscored": 1.0, "timeout_s": 5.0} | options
+            settings = {"canaries": False, "max_unscored": 1.0, "timeout_s": 60.0} | options
             return JudgeScorer(JudgeScoringBlock(base_url=server.base_url, model="judge-1", **settings)), server
 
         yield make

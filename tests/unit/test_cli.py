@@ -120,7 +120,7 @@ def test_an_error_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "error: [bold]row[/bold] :smile:\n  \\x1b[2Jsecond\n"
 
 
-def test_ctrl_c_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_with_130(interruptible: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, ended_cleanly():
         signal.raise_signal(signal.SIGINT)
     assert ended.value.code == 130

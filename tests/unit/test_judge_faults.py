@@ -141,23 +141,25 @@ def test_retry_after_is_waited_for(judged: Judged) -> None:
 
 
 def test_retry_after_may_be_a_date(judged: Judged) -> None:
-    times: list[float] = []
+    asked_at: list[datetime] = []
+    until: list[datetime] = []
 
     def busy(asked: Asked) -> Reply:
-        times.append(time.monotonic())
+        asked_at.append(datetime.now(UTC))
         then = datetime.now(UTC) + timedelta(seconds=2)
+        until.append(then.replace(microsecond=0))
         return Reply(status=429, headers={"Retry-After": format_datetime(then, usegmt=True)})
 
     scorer, _ = judged(after(1, busy), retries=1)
     assert values(scorer.score(group("good"))) == [None]
-    assert times[1] - times[0] >= 0.9
+    assert asked_at[1] >= until[0]
 
 
 def test_a_wait_beyond_the_deadline_is_not_waited_for(judged: Judged) -> None:
     busy = Reply(status=429, headers={"Retry-After": "3600"}, raw="slow down")
     scorer, server = judged(after(1, lambda asked: busy))
     scores = scorer.score(group("good"))
-    assert scores[0].reason == "HTTP 429: slow down; asks to wait 3600 s, scoring.timeout_s=5"
+    assert scores[0].reason == "HTTP 429: slow down; asks to wait 3600 s, scoring.timeout_s=60"
     assert len(server.asked) == 2
 
 
@@ -167,20 +169,20 @@ def test_a_request_ends_at_its_deadline(judged: Judged, drip: bool) -> None:
     held: list[Server] = []
 
     def hanging(asked: Asked) -> Reply:
-        held[0].released.wait(20.0)
+        held[0].released.wait()
         return honest(asked)
 
     scorer, server = judged(
         after(1, (lambda asked: Reply(raw="x" * 400, drip_s=0.05)) if drip else hanging),
-        timeout_s=0.3,
+        timeout_s=1.0,
         retries=1,
     )
     held.append(server)
     started = time.monotonic()
     scores = scorer.score(group("good", "bad"))
-    assert 0.6 <= time.monotonic() - started < 5.0
+    assert time.monotonic() - started >= 2.0
     assert [score.reason for score in scores] == [
-        "no answer within 0.3 s; see to the server, or raise scoring.timeout_s"
+        "no answer within 1 s; see to the server, or raise scoring.timeout_s"
     ] * 2
 
 
