@@ -200,13 +200,14 @@ def test_nothing_is_asked_once_too_many_are_unscored(served: Make) -> None:
 
 
 def test_no_more_requests_than_allowed_are_under_way(served: Make) -> None:
-    lock, now, most = threading.Lock(), [0], [0]
+    lock, now, most, together = threading.Lock(), [0], [0], threading.Barrier(3, timeout=300)
 
     def service(posted: Posted) -> Answer:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.02)
+        together.wait()
+        time.sleep(0.02)  # for a fourth that should not come
         with lock:
             now[0] -= 1
         return lengths(posted)

@@ -109,12 +109,17 @@ def test_a_server_that_takes_no_choices_is_asked_plainly(judged: Judged) -> None
 
 
 def test_no_more_requests_than_allowed_are_under_way(judged: Judged) -> None:
-    lock, now, most = threading.Lock(), [0], [0]
+    lock, now, most, met, three = threading.Lock(), [0], [0], threading.Event(), threading.Event()
 
     def counting(asked: Asked) -> Reply:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
+            if now[0] == 3:
+                three.set()
+        if met.is_set():
+            three.wait()
+        met.set()  # the first question is asked alone
         reply = slow(honest, 0.02)(asked)
         with lock:
             now[0] -= 1
