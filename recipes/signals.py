@@ -27,7 +27,8 @@ def terminable(grace_s: float = 0.0) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, _end_at_once)
+        if signal.SIGINT in numbers:
+            signal.signal(signal.SIGINT, _end_at_once)
         if number == signal.SIGTERM and grace_s:
             signal.signal(signal.SIGALRM, _end_at_once)
             signal.setitimer(signal.ITIMER_REAL, grace_s)

@@ -19,9 +19,9 @@ from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
 
-_START_S = 300.0
+_START_S = 1200.0
 _PORTS = 5
-_STEP_S = 300.0
+_STEP_S = 1200.0
 
 
 class _Process(_TrainerRank):
