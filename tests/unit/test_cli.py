@@ -155,6 +155,16 @@ def test_a_signal_ignored_outside_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_sigterm_leaves_an_ignored_ctrl_c_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit), terminable():
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def evaluation(score: float) -> Evaluation:
     return Evaluation(score, score - 0.1, score + 0.1, 2.0, 8.0, 0.5, 1.0, 3, 0)
 
