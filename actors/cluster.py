@@ -61,6 +61,8 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     if address:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
     else:
+        # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with _on_loopback(), _ended_with_this_process():
             ray.init(
                 address="local",

@@ -74,6 +74,12 @@ def test_an_engine_listens_on_loopback_alone(resources: dict[str, float], served
     ray.kill(generator)
 
 
+def test_actors_have_the_priority_of_their_driver(resources: dict[str, float]) -> None:
+    """Beside a busy program a lower one would make every start and step look like a hang."""
+    priority = ray.remote(lambda: os.nice(0))
+    assert ray.get(priority.remote()) == os.nice(0)
+
+
 def test_the_cluster_turns_away_who_has_no_token(resources: dict[str, float], tmp_path: Path) -> None:
     (tmp_path / "token").write_text("f" * 64)
     address = ray.get_runtime_context().gcs_address
