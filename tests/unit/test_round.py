@@ -151,6 +151,7 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
         eos_rate=1.0,
         completions=2,
         unscored=0,
+        kl_initial=1.0,
     )
     assert tuple(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
     assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
@@ -325,7 +326,7 @@ def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk
     assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
-    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0))
+    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0, 0.0))
     names = [event.name for event in read_events(desk.folder / JOURNAL_NAME)]
     assert names.index("evaluation") < names.index("round_started") and names.count("round_finished") == 3
     text = desk.output.getvalue()
