@@ -139,7 +139,7 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
 
 
 def _kl_sample(row: Mapping[str, Any]) -> KlSample | None:
-    if row["kl_token_ids"] is None:
+    if row.get("kl_token_ids") is None:
         return None
     prompt, tokens = tuple(row["kl_prompt_token_ids"]), tuple(row["kl_token_ids"])
     return KlSample(prompt, tokens, row["kl_sampler_logp"], row["kl_reference_logp"])
