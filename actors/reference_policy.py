@@ -8,13 +8,18 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from actors.sharding import Sharding
 from actors.trainer_state import own_part, whole
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
+    ModelReferenceBlock,
+    NoReferenceBlock,
     PreviousRoundReferenceBlock,
     ReferenceBlock,
+    SamplerReferenceBlock,
 )
 
 Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
@@ -178,6 +183,54 @@ def pace(block: ReferenceBlock) -> Pace | None:
             return Pace(block.alpha, 1)
         case _:
             return None
+
+
+@dataclass(slots=True)
+class References:
+    """What a rank can measure against, none or one of each: the reference, and the policy before round 1.
+
+    `followed` is the number of rounds that the reference has taken its part of.
+    """
+
+    reference: Sequence[ReferencePolicy]
+    initial: Sequence[ReferencePolicy]
+    followed: int = 0
+
+    def follow(self, rounds_done: int) -> None:
+        """Let the reference take its part of the policy, once for each number of rounds."""
+        if rounds_done > self.followed:
+            for reference in self.reference:
+                reference.advance(rounds_done)
+            self.followed = rounds_done
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What cannot be loaded from the model's folder; all ranks must ask."""
+        return (named for reference in self.reference for named in reference.tensors())
+
+    def load(self, get: Callable[[str], Tensor], followed: int) -> None:
+        """Take what `tensors` gave, by name, `followed` rounds being in it."""
+        for reference in self.reference:
+            reference.load(get)
+        self.followed = followed
+
+
+def references(
+    block: ReferenceBlock,
+    policy: PreTrainedModel | PeftModel,
+    module: nn.Module,
+    sharding: Sharding,
+    copy: Callable[[], nn.Module],
+) -> References:
+    """`module` wraps the policy; `copy` loads a second, frozen model where one is needed.
+
+    An adapter's base is the policy before round 1, whatever the reference is, and costs nothing.
+    """
+    initial = (DisabledAdapter(policy, module),) if isinstance(policy, PeftModel) else ()
+    if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
+        return References((), initial)
+    if isinstance(policy, PeftModel) and not isinstance(block, ModelReferenceBlock):
+        return References((adapter_reference(block, policy, module, sharding.writable),), initial)
+    return References((copied_reference(block, copy(), module, sharding.stored),), initial)
 
 
 def adapter_reference(block: ReferenceBlock, policy: PeftModel, module: nn.Module, access: Access) -> ReferencePolicy:

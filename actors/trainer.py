@@ -24,7 +24,7 @@ from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, tr
 from actors.host_memory import keep_freed_memory, memory_errors
 from actors.model_files import drain, write_adapter, write_weights
 from actors.process_group import join_group
-from actors.reference_policy import ReferencePolicy, adapter_reference, copied_reference
+from actors.reference_policy import ReferencePolicy, references
 from actors.sharding import Sharding
 from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
@@ -38,28 +38,23 @@ from actors.trainer_state import (
 )
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.checkpoints import Metrics
-from raylign.chunks import chunks
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import TrainerLoss
-from raylign.config.reference import ModelReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
+from raylign.config.reference import NoReferenceBlock, ReferenceBlock
 from raylign.losses import LossState
 from raylign.models import DTYPES, load_policy
 from raylign.records import Preference
-from raylign.reference_samples import reference_version
+from raylign.reference_versions import is_new_reference, reference_version
 from raylign.training.backbone import inner_model
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.learners import Totals, learner_of
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.packing_check import packs_exactly
-from raylign.training.preferences import (
-    PreferenceBatch,
-    completions_of,
-    preference_batch,
-    to_device,
-)
+from raylign.training.passes import Passes
+from raylign.training.preferences import PreferenceBatch, mean_chosen_tokens, pass_cost, preference_batch, to_device
 from raylign.training.reference_logps import require_reference
 from raylign.training.schedule import learning_rate
-from raylign.training.sequences import Completions, Layout, token_batch, token_cost
+from raylign.training.sequences import Completions, Layout, token_batch
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +97,7 @@ class _TrainerRank:
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         self._spec, self._rank = spec, rank
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
-        self._steps_done = self._followed = 0
+        self._steps_done = 0
         self._round = _Round(0, (), [], [])
         self._state = LossState()
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
@@ -120,7 +115,9 @@ class _TrainerRank:
         self._engine = training_engine(self._learner.module(), config, spec.trainer)
         self._engine.train()
         self._layout = self._supported_layout()
-        self._references = self._load_references()
+        self._passes = Passes(self._layout, spec.pad_id, self._device)
+        block = spec.reference if self._learner.has_reference else NoReferenceBlock()
+        self._references = references(block, self._model, self._engine.module, self._sharding, self._frozen_copy)
 
     def _checkpointed(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         if self._spec.trainer.gradient_checkpointing:
@@ -140,22 +137,14 @@ class _TrainerRank:
         """How sequences are laid out: trainer.packing, or `padded` where the architecture cannot be packed."""
         return self._layout
 
-    def _load_references(self) -> list[ReferencePolicy]:
-        """None or one. An adapter's base costs nothing, so that KL can be told even where no loss reads it."""
-        block, model, module = self._spec.reference, self._model, self._engine.module
-        if not self._learner.has_reference:
-            return []
-        if isinstance(model, PeftModel) and not isinstance(block, ModelReferenceBlock):
-            return [adapter_reference(block, model, module, self._sharding.writable)]
-        if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
-            return []
+    def _frozen_copy(self) -> nn.Module:
+        """The model of the reference's folder."""
         whole = self._spec.model.model_copy(update={"lora": None})
         copy = self._checkpointed(load_policy(self._spec.reference_folder, whole, self._spec.seed))
         copy.requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
         frozen: nn.Module = frozen_engine(CompletionLogps(copy), config)
-        frozen.eval()
-        return [copied_reference(block, frozen, module, self._sharding.stored)]
+        return frozen.eval()
 
     def ready(self) -> int:
         """The process id, once the group has formed."""
@@ -164,40 +153,35 @@ class _TrainerRank:
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
     ) -> dict[int, tuple[float, ...]]:
-        """Reference log-probs of the candidates of this rank's preferences, by index.
+        """Reference log-probs of the candidates of this rank's preferences, then of the KL sample, by index.
 
         Runs the micro-batches of the first epoch of `train` with the same seed, so that a policy equal to the
         reference gets bit-equal log-probs there: the loss of its first step is ln 2 exactly.
         """
         found: dict[int, tuple[float, ...]] = {}
-        self._follow(rounds_done)
-        plan = self._plan(preferences, seed, epochs=1)
-        with self._references[0].scoring() as module, torch.no_grad():
+        self._references.follow(rounds_done)
+        plan, loss = self._plan(preferences, seed, epochs=1), self._spec.loss
+        with self._references.reference[0].scoring() as module, torch.no_grad():
             for micro in (micro for step in plan for micro in self._mine(step)):
-                batch = self._batch([replace(preferences[i], reference_logps=()) for i in micro.indices], micro)
-                logps = iter(module(batch.tokens, batch.token_weights).logps.tolist())
+                mine = [replace(preferences[i], reference_logps=()) for i in micro.indices]
+                batch = self._batch(mine, micro)
+                logps = kl_logps = iter(module(batch.tokens, batch.token_weights).logps.tolist())
+                if loss.needs_kl_baseline and not loss.needs_kl_gradient:
+                    kl_logps = iter(self._passes.kl_logps(module, mine).tolist())
                 for index, weight in zip(micro.indices, micro.weights, strict=True):
                     values = tuple(next(logps) for _ in preferences[index].candidates)
+                    values += (next(kl_logps),) if loss.needs_kl_sample else ()
                     found |= {index: values} if weight else {}
         return found
 
-    def _follow(self, rounds_done: int) -> None:
-        """Let the reference take its part of the policy, once for each number of rounds."""
-        if rounds_done > self._followed:
-            for reference in self._references:
-                reference.advance(rounds_done)
-            self._followed = rounds_done
-
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
-        version = reference_version(self._spec.reference, self._followed)
-        batch = preference_batch(
-            preferences, micro.weights, self._layout, self._spec.pad_id, self._spec.loss.tail_weight, version
-        )
-        return to_device(batch, self._device)
+        loss, version = self._spec.loss, reference_version(self._spec.reference, self._references.followed)
+        form = (self._layout, self._spec.pad_id, loss.tail_weight, version, loss.needs_kl_gradient)
+        return to_device(preference_batch(preferences, micro.weights, *form), self._device)
 
     def _plan(self, preferences: Sequence[Preference], seed: int, epochs: int) -> list[Step]:
         block = self._spec.trainer
-        costs = [token_cost(completions_of(preference), self._layout) for preference in preferences]
+        costs = [pass_cost(preference, self._layout, self._spec.loss) for preference in preferences]
         shape = BatchShape(
             block.ranks, block.train_batch_size, block.per_device_train_batch_size, block.max_tokens_per_micro_batch
         )
@@ -208,30 +192,31 @@ class _TrainerRank:
 
         Empty where there is no reference to ask.
         """
-        if not self._references:
-            return []
-        world = self._spec.trainer.ranks
-        with self._references[0].scoring() as module:
-            return self._logps(module, rows[self._rank :: world], math.ceil(len(rows) / world))
+        return self._logps(self._references.reference, rows)
 
-    def _logps(self, module: nn.Module, rows: Sequence[Completions], count: int) -> list[list[float]]:
-        """Every rank runs `count` rows, one at a time with fillers, so that ZeRO-3 gathers line up."""
-        filled = [*rows, *[rows[-1] if rows else Completions((0,), ((0,),))] * (count - len(rows))]
-        logps: list[float] = []
-        with torch.no_grad():
-            for batch in chunks(filled, self._spec.trainer.per_device_train_batch_size):
-                tokens = token_batch(batch, self._layout, self._spec.pad_id)
-                logps += module(tokens.to(self._device)).logps.tolist()
-        found = iter(logps)
-        return [[next(found) for _ in row.completions] for row in rows]
+    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
+        return self._logps(self._references.initial, rows)
+
+    def _logps(self, policies: Sequence[ReferencePolicy], rows: Sequence[Completions]) -> list[list[float]]:
+        """Under the first of the policies, if there is one."""
+        block = self._spec.trainer
+        for policy in policies:
+            with policy.scoring() as module:
+                mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
+                return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
+        return []
 
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
         """Plan the optimizer steps of a round, of which a checkpoint has done `steps`; returns how many there are."""
         require_reference(preferences, self._spec.loss)
-        self._follow(rounds_done)
+        self._references.follow(rounds_done)
         plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
+        if self._spec.loss.needs_reward_shift and not steps and is_new_reference(self._spec.reference, rounds_done):
+            means = self._measured(preferences, plan[:1], self._state)[0]
+            self._state = self._learner.under_new_reference(self._state, means)
         self._round = _Round(rounds_done + 1, tuple(preferences), plan, list(steps))
         return len(plan)
 
@@ -242,12 +227,18 @@ class _TrainerRank:
         """
         require_reference(preferences, self._spec.loss)
         plan = self._plan(preferences, seed=0, epochs=1)
-        state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences))
+        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens(preferences))
+        return self._measured(preferences, plan, self._with_kl(state, preferences, plan))
+
+    def _measured(
+        self, preferences: Sequence[Preference], steps: Sequence[Step], state: LossState
+    ) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        """What `evaluate` returns, of the preferences of `steps`."""
         found: dict[int, tuple[float, float, float]] = {}
         totals: list[Totals] = []
         self._engine.eval()
         with torch.no_grad():
-            for micro in (micro for step in plan for micro in self._mine(step)):
+            for micro in (micro for step in steps for micro in self._mine(step)):
                 batch = self._batch([preferences[index] for index in micro.indices], micro)
                 loss, own = self._learner.measure(self._engine.module, batch, state)
                 totals.append(own)
@@ -256,6 +247,17 @@ class _TrainerRank:
                     found |= {index: (values[0], values[1], values[2])} if weight else {}
         self._engine.train()
         return self._metrics(totals, tuple(loss.metrics)), found
+
+    def _with_kl(self, state: LossState, preferences: Sequence[Preference], steps: Sequence[Step]) -> LossState:
+        """With the KL of the policy as it is, estimated over all of `steps` and all ranks, where the loss reads it."""
+        if not self._spec.loss.needs_kl_baseline:
+            return state
+        self._engine.eval()
+        micro_batches = (micro for step in steps for micro in self._mine(step))
+        totals = self._passes.kl_totals(self._engine.module, preferences, micro_batches)
+        self._engine.train()
+        dist.all_reduce(totals)
+        return replace(state, kl=max(0.0, (totals[0] / totals[1]).item()))
 
     def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
         """Of all ranks; `own` are the names of what the loss logs itself."""
@@ -288,9 +290,8 @@ class _TrainerRank:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._state = replace(
-            self._state, mean_chosen_tokens=_mean_chosen_tokens([preferences[i] for i in step.indices()])
-        )
+        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens([preferences[i] for i in step.indices()]))
+        self._state = self._with_kl(state, preferences, [step])
         report = self._accumulate(preferences, step) | {"learning_rate": rate}
         norm, scale, skipped = gradient_norm(self._engine), loss_scale(self._engine), self._engine.skipped_steps
         if norm is not None and not math.isfinite(norm):
@@ -347,18 +348,18 @@ class _TrainerRank:
     def state_bytes(self) -> int:
         """Disk space of a checkpoint, at most: the state and the exported policy."""
         exported = sum(p.nbytes for p in self._model.parameters()) if self._spec.model.lora is None else 0
-        kept = sum(tensor.nbytes for reference in self._references for _, tensor in reference.tensors())
+        kept = sum(tensor.nbytes for _, tensor in self._references.tensors())
         return self._engine_state().nbytes() * 4 // 3 + exported + kept
 
     def save_state(self, folder: str, round_index: int) -> list[Metrics]:
         """All ranks gather, rank 0 writes what training goes on from; returns the reports of that round's steps."""
         reports = self._round.reports if self._round.index == round_index else []
-        tensors = chain(self._engine_state().tensors(), *(reference.tensors() for reference in self._references))
+        tensors = chain(self._engine_state().tensors(), self._references.tensors())
         if self._rank > 0:
             drain(tensors)
             return reports
         store(Path(folder), tensors)
-        state = {"steps_done": self._steps_done, "followed": self._followed, "loss": asdict(self._state)}
+        state = {"steps_done": self._steps_done, "followed": self._references.followed, "loss": asdict(self._state)}
         write_state(Path(folder), state | {"loss_scaler": loss_scaler_state(self._engine)})
         return reports
 
@@ -366,9 +367,8 @@ class _TrainerRank:
         """Take what `save_state` wrote, on any number of ranks and ZeRO stage. TrainerError when it does not fit."""
         stored, state = StoredTensors(Path(folder)), read_state(Path(folder))
         self._engine_state().load(stored, state["steps_done"])
-        for reference in self._references:
-            reference.load(stored.get)
-        self._steps_done, self._followed = state["steps_done"], state["followed"]
+        self._references.load(stored.get, state["followed"])
+        self._steps_done = state["steps_done"]
         self._state = LossState(**state["loss"])
         set_loss_scaler(self._engine, state["loss_scaler"])
 
@@ -388,11 +388,6 @@ class _TrainerRank:
                 )
             )
         self._senders[0].send_weights()
-
-
-def _mean_chosen_tokens(preferences: Sequence[Preference]) -> float:
-    """Mean length of the best candidates, which are those of the whole step over all ranks; of no token counts 1."""
-    return max(1, sum(len(preference.candidates[0].token_ids) for preference in preferences)) / len(preferences)
 
 
 TrainerRank: Any = ray.remote(_TrainerRank)

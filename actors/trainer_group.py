@@ -34,26 +34,35 @@ class TrainerGroup:
 
     def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """Summed log-probs (nats) of the completions of each row under the reference, in order; [] without one."""
-        shares = self._call("reference_logps", rows, what="reference log-probs", steps=len(rows))
+        return self._in_order("reference_logps", rows, "reference log-probs")
+
+    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
+        return self._in_order("initial_logps", rows, "log-probs of the initial policy")
+
+    def _in_order(self, method: str, rows: Sequence[Completions], what: str) -> list[list[float]]:
+        shares = self._call(method, rows, what=what, steps=len(rows))
         world = len(self.handles)
         return [shares[index % world][index // world] for index in range(len(rows))] if shares[0] else []
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
-        """The preferences with `reference_logps` filled in, once for all epochs; `seed` is that of `train`.
+        """The preferences with the reference's log-probs filled in, once for all epochs; `seed` is that of `train`.
 
         A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are trained.
         """
         logps = self._reference_of(preferences, seed, rounds_done)
-        return tuple(dataclasses.replace(p, reference_logps=logps[index]) for index, p in enumerate(preferences))
+        return tuple(_filled(p, logps[index]) for index, p in enumerate(preferences))
 
     def _reference_of(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
     ) -> Mapping[int, tuple[float, ...]]:
+        """By index: of the candidates, then of the KL sample where there is one."""
         match self._reference:
             case NoReferenceBlock():
                 return {index: (0.0,) * len(p.candidates) for index, p in enumerate(preferences)}
             case SamplerReferenceBlock():
-                return {index: sampler_logps(p, self._loss.tail_weight) for index, p in enumerate(preferences)}
+                tail = self._loss.tail_weight
+                return {i: (*sampler_logps(p, tail), *_sampled_kl(p)) for i, p in enumerate(preferences)}
         arguments = (preferences, seed, rounds_done)
         shares = self._call("reference_candidates", *arguments, what="reference log-probs", steps=len(preferences))
         return {index: values for share in shares for index, values in share.items()}
@@ -141,3 +150,16 @@ class TrainerGroup:
         """Every rank's answer, or ActorsLost. The deadline is that of `steps` optimizer steps."""
         refs = [getattr(handle, method).remote(*args) for handle in self.handles]
         return get_together(refs, self._step_timeout_s * max(1, steps), what, TrainerError)
+
+
+def _filled(preference: Preference, logps: Sequence[float]) -> Preference:
+    count = len(preference.candidates)
+    filled = dataclasses.replace(preference, reference_logps=tuple(logps[:count]))
+    if preference.kl_sample is None:
+        return filled
+    return dataclasses.replace(filled, kl_sample=dataclasses.replace(preference.kl_sample, reference_logp=logps[count]))
+
+
+def _sampled_kl(preference: Preference) -> tuple[float, ...]:
+    sample = preference.kl_sample
+    return () if sample is None else (sample.sampler_logp,)

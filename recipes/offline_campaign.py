@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.text import Text
@@ -17,6 +18,7 @@ from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.errors import ConfigError
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model, resolve_reference
+from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
 from raylign.rundir import continue_or_create, require_continuable
@@ -74,6 +76,10 @@ def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
         seed=config.run.seed,
         refused_to=refused_path(config.run),
     )
+    if config.mismatched:
+        length, seed = config.data.max_length, config.run.seed
+        train = with_mismatched(data.train, length, seed, "to train on")
+        data = replace(data, train=train, held_out=with_mismatched(data.held_out, length, seed, "held out"))
     return data, int(tokenizer.pad_token_id)
 
 

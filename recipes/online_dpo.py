@@ -6,15 +6,23 @@ file before the next one starts; run again, it goes on at the first stage that i
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.team import Team
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.curriculum import History, draw_open
 from raylign.evaluation import evaluate
-from raylign.pairing import PairingResult, build_preferences, require_preferences, without_pair
+from raylign.pairing import (
+    PairingResult,
+    build_preferences,
+    require_preferences,
+    with_policy_samples,
+    without_pair,
+)
 from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
+from raylign.reference_versions import is_initial_reference
 from raylign.reporting import Sample
 from raylign.resampling import attempt_seed, joined
 from raylign.rounds import RoundLog, numbered
@@ -114,7 +122,11 @@ def prefer(
     with log.stage("prefer", len(prompts), "prompts", again=True):
         pairing = build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
         require_preferences(pairing, log.index)
-    return pairing
+        if not config.loss.needs_kl_sample:
+            return pairing
+        count, seed = config.sampling.num_generations, config.run.seed + log.index
+        preferences = with_policy_samples(pairing.preferences, prompts, candidates, count, seed)
+    return replace(pairing, preferences=preferences)
 
 
 def reference(
@@ -167,8 +179,10 @@ def evaluate_policy(
             scores = team.scorer.score(held_out, candidates)
             rows = [Completions(by_id[c.prompt_id].token_ids, (c.token_ids,)) for c in candidates]
             logps = [row[0] for row in team.trainers.reference_logps(rows)]
+            same = bool(logps) and is_initial_reference(config.reference, max(0, log.index - 1))
+            initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
             log.save_held_out(stage, held_out, candidates, scores)
-            evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed)
+            evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed, initial)
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]

@@ -20,6 +20,7 @@ from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import Transport, choose_transport, require_room
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
+from raylign.config.reference import InitialReferenceBlock
 from raylign.errors import ConfigError, ModelError, PlacementError
 from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
@@ -219,6 +220,11 @@ def notes(plan: RunPlan) -> list[str]:
         found.append(
             f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
             f"{config.max_preferences_per_round}: every step will be smaller"
+        )
+    if config.model.lora is None and not isinstance(config.reference, InitialReferenceBlock):
+        found.append(
+            f"reference.policy={config.reference.policy} without an adapter keeps no copy of the initial policy: how "
+            "far the policy has moved from it is not told"
         )
     passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
     if passes > 1:

@@ -23,7 +23,7 @@ from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
-from raylign.reference_samples import reference_version
+from raylign.reference_versions import reference_version
 from raylign.sampling import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
@@ -190,8 +190,11 @@ class FakeTrainers(SupervisedTrainers):
                 has_none = isinstance(self._reference, NoReferenceBlock | SamplerReferenceBlock)
                 rows: Sequence[Completions] = () if has_none else args[0]
                 return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
+            case "initial_logps":
+                rows = args[0] if self._config.model.lora is not None else ()
+                return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
             case "reference_candidates":
-                return [{index: tuple(_logps(p, version=0)) for index, p in enumerate(args[0])}]
+                return [{index: (*_logps(p, version=0), *_kl_logps(p)) for index, p in enumerate(args[0])}]
             case "evaluate":
                 return [self._evaluate(args[0])]
             case "state_bytes":
@@ -257,6 +260,7 @@ class FakeTrainers(SupervisedTrainers):
             entropies=torch.zeros_like(policy),
             certainty=torch.zeros_like(policy),
             from_reference=torch.tensor([[candidate.policy_version == version for candidate in preference.candidates]]),
+            kl_logratios=torch.zeros(1),
         )
         return preference_loss(logps, self._config.loss, LossState()).losses.item()
 
@@ -305,6 +309,11 @@ class Deadly(list[str]):
 
 def _logps(preference: Preference, version: int) -> list[float]:
     return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
+
+
+def _kl_logps(preference: Preference) -> list[float]:
+    sample = preference.kl_sample
+    return [] if sample is None else [token_logp(0) * len(sample.token_ids)]
 
 
 def quiet_incidents() -> Incidents:

@@ -22,13 +22,14 @@ def evaluate(
     reference_logps: Sequence[float],
     block: EvaluationBlock,
     seed: int,
+    initial_logps: Sequence[float] = (),
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
-    `candidates` is prompt-major; `scores` and `reference_logps` (summed log-probability under the reference, nats;
-    empty where there is no reference) run parallel to it. The score is the mean over prompts of the mean over their
-    scored completions; unscored ones are counted and left out. Its interval is the percentile bootstrap over prompts,
-    drawn with `seed`.
+    `candidates` is prompt-major; `scores`, `reference_logps` and `initial_logps` (summed log-probability, in nats,
+    under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it. The
+    score is the mean over prompts of the mean over their scored completions; unscored ones are counted and left out.
+    Its interval is the percentile bootstrap over prompts, drawn with `seed`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
@@ -41,12 +42,13 @@ def evaluate(
         score=float(means.mean()),
         score_low=low,
         score_high=high,
-        kl=_kl(candidates, reference_logps) if reference_logps else None,
+        kl=_kl(candidates, reference_logps),
         length=float(np.mean([len(candidate.token_ids) for candidate in candidates])),
         distinct_2=_distinct_2(candidates),
         eos_rate=float(np.mean([candidate.finish_reason == "stop" for candidate in candidates])),
         completions=len(candidates),
         unscored=sum(score.value is None for score in scores),
+        kl_initial=_kl(candidates, initial_logps),
     )
 
 
@@ -64,8 +66,10 @@ def _prompt_means(prompts: Sequence[Prompt], candidates: Sequence[Candidate], sc
     return means
 
 
-def _kl(candidates: Sequence[Candidate], reference_logps: Sequence[float]) -> float:
-    return float(np.mean([sum(c.logprobs) - logp for c, logp in zip(candidates, reference_logps, strict=True)]))
+def _kl(candidates: Sequence[Candidate], logps: Sequence[float]) -> float | None:
+    if not logps:
+        return None
+    return float(np.mean([sum(c.logprobs) - logp for c, logp in zip(candidates, logps, strict=True)]))
 
 
 class Resampling(Protocol):

@@ -195,6 +195,7 @@ On held-out prompts after the last round ({result.completions} completions, {res
 | Score by the scorer above | {result.score:.3f} |
 | {confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
 | KL to the reference, nats per completion | {optional(result.kl)} |
+| KL to the initial policy, nats per completion | {optional(result.kl_initial)} |
 | Mean completion length, tokens | {result.length:.1f} |
 | Distinct bigrams | {result.distinct_2:.3f} |
 | Completions that ended by themselves | {result.eos_rate:.0%} |

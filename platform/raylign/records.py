@@ -58,12 +58,28 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class KlSample:
+    """A completion on which KL(pi || pi_ref) is estimated: never compared, chosen or rejected.
+
+    Made by `raylign.pairing.kl_samples`, read by the trainer. It need not belong to the prompt of the preference that
+    carries it. `sampler_logp` and `reference_logp` are summed log-probabilities (nats) under the policy that sampled it
+    (0 where nobody did) and under the reference (None until the reference stage has filled it).
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampler_logp: float = 0.0
+    reference_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Preference:
     """Candidates of one prompt in order best..worst; a pair is a Preference of two. Made by `raylign.pairing`.
 
     `scores`, `weights` and `reference_logps` run parallel to `candidates`. `weights` scale each candidate's share
     of the loss (1 = full): their mean multiplies the loss of the preference. `reference_logps[i]` is the summed
     log-probability (nats) of candidate i under the reference policy; empty until the reference stage has filled it.
+    `kl_sample` is there where the loss asks for one (`needs_kl_sample`).
     """
 
     prompt: Prompt
@@ -71,6 +87,7 @@ class Preference:
     scores: tuple[float, ...]
     weights: tuple[float, ...]
     reference_logps: tuple[float, ...] = ()
+    kl_sample: KlSample | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +95,9 @@ class Evaluation:
     """Held-out quality of one policy version. Made by `raylign.evaluation`, read by reports and tracking.
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
-    log pi(y|x) - log pi_ref(y|x) in nats, None where there is no reference to ask. `length` is in tokens; the rates lie
-    in 0..1.
+    log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
+    same against the policy before round 1. None where there is no such policy to ask. `length` is in tokens; the rates
+    lie in 0..1.
     """
 
     score: float
@@ -91,6 +109,7 @@ class Evaluation:
     eos_rate: float
     completions: int
     unscored: int
+    kl_initial: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

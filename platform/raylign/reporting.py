@@ -42,17 +42,23 @@ def report_console() -> Console:
 
 
 def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
-    """One row per evaluation, round 0 being the policy before training. Needs 140 columns."""
+    """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
+
+    KL is that to the reference; that to the policy before round 1 has a column where it is another one.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for header in ("round", "score [low, high]", "KL\nnats", "length\ntokens", "distinct\n-2", "EOS\nrate"):
+    evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
+    apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
+    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
+    for header in ("round", "score [low, high]", *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate"):
         table.add_column(Text(header), justify="right", overflow="fold")
     for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
         table.add_column(Text(header), justify="right", overflow="fold")
     for stage in STAGES:
         table.add_column(f"{stage}\ns", justify="right", overflow="fold")
-    table.add_row("0", *_evaluation_cells(baseline), *[NOTHING] * (4 + len(STAGES)))
-    for report in reports:
-        table.add_row(str(report.index), *_evaluation_cells(sampled(report.evaluation)), *_training_cells(report))
+    trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
+    for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
+        table.add_row(str(index), *_evaluation_cells(evaluation, apart=apart), *cells)
     return table
 
 
@@ -81,12 +87,8 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
         *_fall_note("distinct-2", baseline.distinct_2, last.distinct_2, "completions repeat themselves"),
         *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
         *_length_notes(baseline.length, last.length),
+        *_kl_notes(last),
     ]
-    if last.kl is not None and last.kl > KL_LIMIT_NATS:
-        notes.append(
-            f"KL to the reference is {last.kl:.1f} nats per completion (noted above {KL_LIMIT_NATS:g}): the policy has "
-            "moved far; if the samples got worse, raise loss.beta or train fewer rounds"
-        )
     if last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
         notes.append(
             f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
@@ -111,6 +113,24 @@ def _length_notes(before: float, after: float) -> list[str]:
     return [
         f"mean length went from {before:.1f} to {after:.1f} tokens{change}: "
         "the scorer may reward length rather than quality"
+    ]
+
+
+def _kl_notes(last: Evaluation) -> list[str]:
+    measured = (("initial policy", last.kl_initial), ("reference", last.kl))
+    far = [
+        f"KL to the {name} is {kl:.1f} nats per completion (noted above {KL_LIMIT_NATS:g}): the policy has moved far; "
+        "if the samples got worse, raise loss.beta or train fewer rounds"
+        for name, kl in measured
+        if kl is not None and kl > KL_LIMIT_NATS
+    ][:1]
+    if last.kl is None or last.kl_initial is not None:
+        return far
+    return [
+        "KL to the initial policy is not known: no copy of it is kept beside this reference, and the KL shown is that "
+        "to the reference alone; to tell how far the policy has moved, train an adapter (model.lora) or set "
+        "reference.policy=initial",
+        *far,
     ]
 
 
@@ -142,10 +162,11 @@ def sampled(evaluation: AnyEvaluation) -> Evaluation:
     return evaluation
 
 
-def _evaluation_cells(evaluation: Evaluation) -> list[str]:
+def _evaluation_cells(evaluation: Evaluation, *, apart: bool) -> list[str]:
     return [
         _interval_text(evaluation),
         optional(evaluation.kl),
+        *([optional(evaluation.kl_initial)] if apart else []),
         f"{evaluation.length:.1f}",
         f"{evaluation.distinct_2:.3f}",
         f"{evaluation.eos_rate:.2f}",

@@ -1,7 +1,8 @@
 """Candidates, scores and preferences as Parquet: what a round saw and chose, for people and for later rounds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raylign.files import publish_file
-from raylign.records import Candidate, Preference, Prompt, Score
+from raylign.records import Candidate, KlSample, Preference, Prompt, Score
 
 _CANDIDATES = pa.schema(
     [
@@ -39,6 +40,10 @@ _PREFERENCES = pa.schema(
         ("indices", pa.list_(pa.int32())),
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.list_(pa.int32()))),
+        ("kl_prompt_token_ids", pa.list_(pa.int32())),
+        ("kl_token_ids", pa.list_(pa.int32())),
+        ("kl_sampler_logp", pa.float64()),
+        ("kl_reference_logp", pa.float64()),
     ]
 )
 
@@ -99,13 +104,17 @@ def read_preferences(path: Path, prompts: Sequence[Prompt], candidates: Sequence
             scores=tuple(row["scores"]),
             weights=tuple(row["weights"]),
             reference_logps=tuple(row["reference_logps"]),
+            kl_sample=_kl_sample(row),
         )
         for row in pq.read_table(path).to_pylist()
     )
 
 
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
-    """One row per preference, candidates best..worst; `chosen` and `rejected` are the texts of the ends."""
+    """One row per preference, candidates best..worst; `chosen` and `rejected` are the texts of the ends.
+
+    The columns `kl_*` are null where the loss asks for no KL sample.
+    """
     rows = [
         {
             "prompt_id": preference.prompt.id,
@@ -119,9 +128,21 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
             "prompt_token_ids": preference.prompt.token_ids,
             "token_ids": [candidate.token_ids for candidate in preference.candidates],
         }
+        | (
+            {f"kl_{name}": value for name, value in asdict(preference.kl_sample).items()}
+            if preference.kl_sample
+            else {}
+        )
         for preference in preferences
     ]
     _write(path, rows, _PREFERENCES)
+
+
+def _kl_sample(row: Mapping[str, Any]) -> KlSample | None:
+    if row.get("kl_token_ids") is None:
+        return None
+    prompt, tokens = tuple(row["kl_prompt_token_ids"]), tuple(row["kl_token_ids"])
+    return KlSample(prompt, tokens, row["kl_sampler_logp"], row["kl_reference_logp"])
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

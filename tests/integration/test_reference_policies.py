@@ -57,6 +57,10 @@ def of_reference(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float
     return [logp for row in rows for logp in row]
 
 
+def of_initial(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float]:
+    return [logp for row in group.initial_logps([completions_of(pair) for pair in pairs]) for logp in row]
+
+
 def of_policy(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float]:
     rows = [(pair.prompt.token_ids, candidate.token_ids) for pair in pairs for candidate in pair.candidates]
     found = group.token_logps([(*prompt, *completion) for prompt, completion in rows])
@@ -132,6 +136,21 @@ def test_a_hard_update_comes_after_every_second_round(
     assert all(before != pytest.approx(after, abs=SAME) for before, after in pairwise(policy))
 
 
+@pytest.mark.parametrize("reference", [PreviousRoundReferenceBlock(), EmaReferenceBlock()], ids=lambda one: one.policy)
+@pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
+def test_the_initial_policy_stays_at_hand_beside_an_adapters_reference(
+    tiny_llama: str, ranks: Processes, trainer: dict[str, Any], reference: ReferenceBlock
+) -> None:
+    group = ranks.group(spec_of(tiny_llama, MODELS["lora"], trainer, reference=reference))
+    initial = of_model(loaded(tiny_llama), HELD_OUT)
+    for rounds_done in range(2):
+        train_round(group, PAIRS, rounds_done=rounds_done)
+        assert of_initial(group, HELD_OUT) == pytest.approx(initial, abs=SAME)
+    assert of_reference(group, HELD_OUT) != pytest.approx(initial, abs=SAME)
+    whole = ranks.group(spec_of(tiny_llama, MODELS["full"], trainer, reference=reference))
+    assert of_initial(whole, HELD_OUT) == []
+
+
 def _mixed(before: dict[str, Tensor], after: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     return {name: alpha * after[name] + (1 - alpha) * before[name] for name in before}
 
@@ -177,8 +196,8 @@ def test_the_sampler_is_its_own_reference(tiny_llama: str, ranks: Processes, nam
     filled = group.with_reference(pairs, seed=0, rounds_done=0)
     assert stored_logps(filled) == [-1.25 * len(c.token_ids) for pair in pairs for c in pair.candidates]
     assert len(list(group.train(filled, seed=0))) == 3
-    # KL is still told where it costs no second model.
-    assert bool(of_reference(group, pairs)) is (name == "lora")
+    # There is no model of it; KL to the initial policy is told where that costs no second one.
+    assert of_reference(group, pairs) == [] and bool(of_initial(group, pairs)) is (name == "lora")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -187,7 +206,7 @@ def test_no_reference_for_a_loss_without_one(tiny_llama: str, ranks: Processes, 
     group = ranks.group(spec)
     steps = train_round(group, preferences(12))
     assert len(steps) == 3 and all(math.isfinite(step["loss"]) for step in steps)
-    assert bool(of_reference(group, preferences(2))) is (name == "lora")
+    assert of_reference(group, PAIRS) == [] and bool(of_initial(group, PAIRS)) is (name == "lora")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock
-from raylign.losses import CandidateLogps, LossState, next_state, preference_loss
+from raylign.losses import CandidateLogps, LossState, next_state, preference_loss, under_new_reference
 
 LOSS_UNION: TypeAdapter[LossBlock] = TypeAdapter(LossUnion)
 START = LossState()
@@ -55,6 +55,7 @@ def candidates(
         entropies=zeros + 0.5,
         certainty=given(certainty, zeros),
         from_reference=given(from_reference, zeros).bool(),
+        kl_logratios=torch.zeros(len(leaf), dtype=dtype),
     )
 
 
@@ -73,6 +74,7 @@ def random_candidates(groups: int, size: int, seed: int = 0, dtype: torch.dtype 
         entropies=torch.rand(groups, size, generator=generator, dtype=dtype).requires_grad_(),
         certainty=-torch.rand(groups, size, generator=generator, dtype=dtype),
         from_reference=torch.rand(groups, size, generator=generator, dtype=dtype) < 0.5,
+        kl_logratios=torch.randn(groups, generator=generator, dtype=dtype).requires_grad_(),
     )
 
 
@@ -330,18 +332,26 @@ def test_sft_and_nll_divide_by_the_steps_mean_length() -> None:
 
 
 def test_the_next_state_follows_the_steps_means() -> None:
-    output = preference_loss(hand_made(), block("kto"), START)
-    assert output.metrics["kl"].tolist() == pytest.approx([-1.5, 0.5])
-    assert next_state(START, block("kto"), {"kl": 0.5}) == LossState(kl=0.5)
-    assert next_state(LossState(kl=0.5), block("kto"), {"kl": -0.1}) == LossState(kl=0.0)
-
     shift = preference_loss(hand_made(), block("bco_pair"), START).metrics["reward_shift"]
     assert shift.tolist() == pytest.approx([-0.15, 0.05])
     running = next_state(LossState(reward_shift=1.0), block("bco_pair", reward_shift_decay=0.9), {"reward_shift": 0.5})
     assert running.reward_shift == pytest.approx(0.95)
     assert next_state(START, block("bco_pair"), {"reward_shift": 0.5}) == START
-    mix = block("mix", losses=[{"loss_type": "sigmoid"}, {"loss_type": "kto"}])
-    assert next_state(START, mix, {"kl": 2.0}) == LossState(kl=2.0)
+    mix = block("mix", losses=[{"loss_type": "sigmoid"}, {"loss_type": "bco_pair", "reward_shift_decay": 0.5}])
+    assert next_state(START, mix, {"reward_shift": 2.0}) == LossState(reward_shift=1.0)
+
+
+def test_under_a_new_reference_the_shift_is_what_the_next_preferences_say() -> None:
+    before, means = LossState(kl=1.0, reward_shift=3.0), {"reward_shift": -0.25}
+    running = block("bco_pair", reward_shift_decay=0.9)
+    assert under_new_reference(before, running, means) == LossState(kl=1.0, reward_shift=-0.25)
+    assert under_new_reference(before, block("bco_pair"), {}) == under_new_reference(before, block("kto"), {}) == before
+
+
+def test_the_kl_of_the_step_is_ktos_own_and_the_compared_candidates_are_not_asked() -> None:
+    logged = preference_loss(hand_made(), block("kto"), LossState(kl=1.5)).metrics["kl"]
+    assert logged.tolist() == [1.5, 1.5]
+    assert next_state(LossState(kl=1.5), block("kto"), {"kl": 1.5}) == LossState(kl=1.5)
 
 
 def test_a_mix_is_the_weighted_sum_with_the_rewards_of_its_first_member() -> None:
@@ -351,13 +361,14 @@ def test_a_mix_is_the_weighted_sum_with_the_rewards_of_its_first_member() -> Non
         {"loss_type": "kl"},
         {"loss_type": "entropy"},
     ]
-    output = preference_loss(hand_made(), block("mix", losses=parts, loss_weights=[0.5, 1.0, 0.01, 0.1]), START)
+    logps = replace(hand_made(), kl_logratios=torch.tensor([3.0, -1.0]))
+    output = preference_loss(logps, block("mix", losses=parts, loss_weights=[0.5, 1.0, 0.01, 0.1]), START)
     ipo, sigmoid = (preference_loss(hand_made(), block(**part), START) for part in parts[:2])
-    # k2: (4 + 25) / 4, (1 + 4) / 4; every entropy is 0.5
-    expected = 0.5 * ipo.losses + sigmoid.losses + 0.01 * torch.tensor([7.25, 1.25]) - 0.05
+    # k2 of the KL samples: 9 / 2, 1 / 2; every entropy is 0.5
+    expected = 0.5 * ipo.losses + sigmoid.losses + 0.01 * torch.tensor([4.5, 0.5]) - 0.05
     torch.testing.assert_close(output.losses, expected)
     assert output.chosen_rewards.tolist() == ipo.chosen_rewards.tolist()
-    assert output.metrics["loss/kl"].tolist() == pytest.approx([7.25, 1.25])
+    assert output.metrics["loss/kl"].tolist() == [4.5, 0.5] and output.metrics["kl"].tolist() == [3.0, -1.0]
 
 
 def test_the_gradient_of_the_kl_term_is_the_reverse_kls() -> None:

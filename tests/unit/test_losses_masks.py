@@ -10,14 +10,15 @@ from tests.unit.test_losses import LISTWISE, OBJECTIVES, START, block, random_ca
 
 
 def padded(logps: CandidateLogps, size: int, value: float) -> CandidateLogps:
-    """Filled up to `size` candidates with `value`."""
+    """Filled up to `size` candidates with `value`; what a group has once stays."""
     extra = size - logps.policy.shape[1]
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         filler = tensor.new_full((tensor.shape[0], extra), value if tensor.is_floating_point() else 0)
         return torch.cat([tensor, filler], 1)
 
-    return CandidateLogps(**{name: fill(getattr(logps, name)) for name in CandidateLogps.__slots__})
+    values = {name: getattr(logps, name) for name in CandidateLogps.__slots__}
+    return CandidateLogps(**{name: value if value.dim() == 1 else fill(value) for name, value in values.items()})
 
 
 def stacked(*parts: CandidateLogps) -> CandidateLogps:

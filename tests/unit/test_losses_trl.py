@@ -117,6 +117,7 @@ class Batch:
             entropies=torch.zeros(len(lengths), 2),
             certainty=(sums(certainty) / lengths).detach(),
             from_reference=torch.zeros(len(lengths), 2, dtype=torch.bool),
+            kl_logratios=torch.zeros(len(lengths)),
         )
 
 

@@ -70,6 +70,7 @@ def test_what_needs_samples_is_refused(tmp_path: Path) -> None:
     assert "set reference.policy=initial" in wrong("reference.policy=sampler")
     assert "loss.loss_type=sigmoid reads reference log-probs" in wrong("reference.policy=none")
     assert "leave xpo out" in wrong("loss={loss_type: mix, losses: [{loss_type: sigmoid}, {loss_type: xpo}]}")
+    assert "leave kl out" in wrong("loss={loss_type: mix, losses: [{loss_type: kto}, {loss_type: kl}]}")
     assert "set schedule.num_train_epochs" in wrong("trainer.num_train_epochs=2")
 
 

@@ -73,6 +73,19 @@ def test_the_facts_of_a_plan(load: Load) -> None:
     assert "offline_dpo" in text and "4 rows to train on, 2 held out" in text and "6 rounds" in text
 
 
+def test_ktos_rows_carry_answers_of_other_rows(load: Load) -> None:
+    plain, data = (make_offline_plan(load(f"loss={{loss_type: {name}}}")).data for name in ("sigmoid", "kto"))
+    assert [row.kl_sample for row in plain.train + plain.held_out] == [None] * 6
+    assert [row.prompt for row in data.train + data.held_out] == [row.prompt for row in plain.train + plain.held_out]
+    for rows in (data.train, data.held_out):
+        answers = {candidate.token_ids for row in rows for candidate in row.candidates}
+        for row in rows:
+            assert row.kl_sample and row.kl_sample.prompt_token_ids == row.prompt.token_ids
+            assert row.kl_sample.token_ids in answers
+    with pytest.raises(DataError, match="the 1 rows held out have 1 different prompt; give at least 2"):
+        make_offline_plan(load("loss={loss_type: kto}", "data.held_out=1"))
+
+
 def test_what_cannot_run_is_refused(load: Load) -> None:
     with pytest.raises(PlacementError, match="the cluster is too small"):
         make_offline_plan(load("trainer.ranks=500"))

@@ -138,6 +138,13 @@ def test_notes_are_about_what_may_not_be_meant(plan: Plan, tmp_path: Path) -> No
     assert passes == "the rounds use each of the 7 training prompts 1.4 times"
 
 
+def test_a_plan_says_where_the_initial_policy_is_not_kept(plan: Plan) -> None:
+    moving = ("schedule.rounds=1", "reference.policy=previous_round")
+    (note,) = notes(plan(*moving, "model.lora=null"))
+    assert note.startswith("reference.policy=previous_round without an adapter keeps no copy of the initial policy")
+    assert notes(plan(*moving)) == [] and notes(plan("schedule.rounds=1", "model.lora=null")) == []
+
+
 def test_rows_that_a_run_would_leave_out_are_noted(plan: Plan, tmp_path: Path) -> None:
     with (tmp_path / "prompts.jsonl").open("a") as prompts:
         prompts.write("{\n")

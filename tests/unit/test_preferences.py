@@ -6,19 +6,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raylign.config.losses import EntropyLossBlock, LossBlock, MixLossBlock, OdpoLossBlock, SigmoidLossBlock
+from raylign.config.losses import (
+    EntropyLossBlock,
+    KlLossBlock,
+    KtoLossBlock,
+    LossBlock,
+    MixLossBlock,
+    OdpoLossBlock,
+    SigmoidLossBlock,
+)
+from raylign.errors import TrainerError
 from raylign.losses import LossState, preference_loss
-from raylign.records import Candidate, Preference, Prompt
+from raylign.records import Candidate, KlSample, Preference, Prompt
 from raylign.training.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import (
     PreferenceBatch,
     candidate_logps,
     completions_of,
+    pass_cost,
     preference_batch,
     sampler_logps,
     to_device,
+    without_kl_samples,
 )
+from raylign.training.reference_logps import require_reference
 from raylign.training.sequences import Layout, token_batch
 
 
@@ -122,7 +134,7 @@ def test_the_sampler_sums_its_own_log_probs(tail_weight: float, expected: tuple[
 def test_a_batch_moves_as_a_whole() -> None:
     meta = torch.device("meta")
     for tail_weight in (1.0, 0.5):
-        moved = to_device(preference_batch([THREE, TWO], [1.0, 1.0], "shared", 0, tail_weight), meta)
+        moved = to_device(preference_batch([OWN, TWO], [1.0, 1.0], "shared", 0, tail_weight), meta)
         tensors = [getattr(moved, name) for name in PreferenceBatch.__slots__]
         assert all(value.is_meta for value in tensors if isinstance(value, torch.Tensor))
         assert moved.tokens.labels.is_meta and moved.num_tokens == 21
@@ -177,3 +189,62 @@ def test_a_completion_without_any_token_keeps_losses_and_gradients_finite(block:
     losses = preference_loss(candidate_logps(batch, scores), block, LossState()).losses
     (gradient,) = torch.autograd.grad(losses.sum(), scores.tokens.logps)
     assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+OWN = replace(THREE, kl_sample=KlSample((5, 6), (8, 8), reference_logp=-4.0))
+FOREIGN = replace(TWO, kl_sample=KlSample((9, 9, 9, 9), (7,), reference_logp=-0.25))
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_kl_samples_stand_behind_their_preferences_and_change_nothing_else(layout: Layout) -> None:
+    plain = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0)
+    batch = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0, with_kl=True)
+    assert plain.kl_samples is None and batch.kl_samples is not None
+    assert batch.kl_samples.tolist() == [False, False, False, True, False, False, True]
+    assert batch.kl_reference.tolist() == plain.kl_reference.tolist() == [-4.0, -0.25]
+    assert batch.tokens.labels.tolist() == [7, 8, 9, 4, 3, 2, 8, 8, 2, 3, 4, 7]
+    for name in ("places", "reference", "lengths", "scores", "mask", "weights", "num_tokens"):
+        one, other = getattr(plain, name), getattr(batch, name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    # Shared, the sample to the preference's own prompt costs its tokens alone, the other one its prompt too.
+    more = {"shared": 2 + 5, "packed": 2 + 2 + 5}
+    if layout != "padded":
+        assert batch.tokens.input_ids.numel() - plain.tokens.input_ids.numel() == more[layout]
+
+
+def test_the_candidates_scores_are_those_without_kl_samples() -> None:
+    """Token n of the batch with samples has log p = -(n + 1): the samples' tokens are 6, 7 and 11."""
+    batch = preference_batch([OWN, FOREIGN], [1.0, 1.0], "shared", pad_id=0, with_kl=True)
+    scores, logratios = without_kl_samples(batch, scored(batch))
+    assert logratios.tolist() == [-7 - 8 + 4, -12 + 0.25] and logratios.requires_grad
+    assert scores.logps.tolist() == [-6, -4, -11, -9, -21]
+    assert scores.tokens.logps.tolist() == [-1, -2, -3, -4, -5, -6, -9, -10, -11]
+    assert scores.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
+    found = candidate_logps(batch, scores, logratios)
+    assert found.policy.tolist() == [[-6, -4, -11], [-9, -21, 0]] and found.kl_logratios is logratios
+    assert found.entropies.tolist() == [[0.5, 1.5, 2.25], [4, 4.75, 0]]
+
+
+def test_a_batch_without_kl_samples_is_read_as_it_is() -> None:
+    batch = preference_batch([THREE, TWO], [1.0, 1.0], "shared", pad_id=0)
+    given = scored(batch)
+    scores, logratios = without_kl_samples(batch, given)
+    assert scores is given and logratios.tolist() == [0.0, 0.0]
+
+
+def test_a_preference_costs_its_largest_pass_and_without_a_kl_what_it_did() -> None:
+    """OWN has 2 + 6 tokens and FOREIGN 3 + 3; their samples 2 behind the same prompt, and 4 + 1."""
+    long = replace(FOREIGN, kl_sample=KlSample((9,) * 20, (7,)))
+    kl = MixLossBlock(losses=(SigmoidLossBlock(), KlLossBlock()))
+    for loss, costs in ((SigmoidLossBlock(), [8, 6, 6]), (KtoLossBlock(), [8, 6, 21]), (kl, [10, 11, 27])):
+        assert [pass_cost(one, "shared", loss) for one in (OWN, FOREIGN, long)] == costs
+    assert [pass_cost(one, "packed", kl) for one in (OWN, FOREIGN)] == [12 + 4, 9 + 5]
+
+
+@pytest.mark.parametrize("loss", [KtoLossBlock(), MixLossBlock(losses=(SigmoidLossBlock(), KlLossBlock()))])
+def test_a_kl_sample_that_a_loss_reads_must_be_there_with_its_reference(loss: LossBlock) -> None:
+    require_reference([OWN, FOREIGN], loss)
+    for missing in (TWO, replace(TWO, kl_sample=KlSample((1,), (2,)))):
+        with pytest.raises(TrainerError, match=r"preference 1 \(prompt p\) has no KL sample with a reference log-prob"):
+            require_reference([OWN, missing], loss)
+        require_reference([OWN, missing], SigmoidLossBlock())

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from raylign.progress import stage_progress
 from raylign.records import Evaluation, Prompt, RoundReport, Score
 from raylign.reporting import STAGES, Sample, report_console, round_table, samples_block, warnings
+from raylign.summary import headline
 from raylign.text import escape_control
 
 BASELINE = Evaluation(
@@ -22,8 +23,9 @@ BASELINE = Evaluation(
     eos_rate=0.6,
     completions=32,
     unscored=0,
+    kl_initial=0.0,
 )
-BETTER = replace(BASELINE, score=0.5, score_low=0.4, score_high=0.6, kl=2.5)
+BETTER = replace(BASELINE, score=0.5, score_low=0.4, score_high=0.6, kl=2.5, kl_initial=2.5)
 STEPS = (
     {"loss": 0.6931, "rewards/accuracies": 0.0, "rewards/margins": 0.0},
     {"loss": 0.5, "rewards/accuracies": 0.9, "rewards/margins": 0.3},
@@ -84,10 +86,33 @@ def test_a_round_without_steps_or_times_shows_dashes() -> None:
 
 
 def test_a_kl_that_was_not_measured_is_a_dash_and_no_note() -> None:
-    lines = rendered(round_table(replace(BASELINE, kl=None), [])).splitlines()
+    lines = rendered(round_table(replace(BASELINE, kl=None, kl_initial=None), [])).splitlines()
     (row,) = [line.split() for line in lines if line.split()[:1] == ["0"]]
     assert row[3:5] == ["0.200]", "-"]
     assert warnings(BASELINE, [settled(1), settled(2, replace(BETTER, kl=None))]) == []
+
+
+def test_kl_to_the_initial_policy_has_a_column_where_it_is_another_one() -> None:
+    moved = replace(BETTER, kl=0.5, kl_initial=11.25)
+    plain, apart = (rendered(round_table(BASELINE, [report(1, one)]), 160) for one in (BETTER, moved))
+    assert "initial" in apart and "initial" not in plain
+    (row,) = [line.split() for line in apart.splitlines() if line.split()[:1] == ["1"]]
+    assert row[3:7] == ["0.600]", "0.50", "11.25", "40.0"]
+    assert headline(moved) == "held-out score 0.500, KL 0.50 nats, 11.25 to the initial policy"
+    assert headline(BETTER) == "held-out score 0.500, KL 2.50 nats"
+
+
+def test_drift_past_a_moving_reference_is_noted() -> None:
+    """Six rounds of 2 nats each are 12 from where the run began."""
+    (note,) = warnings(BASELINE, [settled(1), settled(2, replace(BETTER, kl=2.0, kl_initial=12.0))])
+    assert note.startswith("KL to the initial policy is 12.0 nats per completion (noted above 10)")
+
+
+def test_a_kl_to_the_initial_policy_that_cannot_be_had_is_said() -> None:
+    far = replace(BETTER, kl=12.0, kl_initial=None)
+    unknown, note = warnings(BASELINE, [settled(1), settled(2, far)])
+    assert unknown.startswith("KL to the initial policy is not known") and "set reference.policy=initial" in unknown
+    assert note.startswith("KL to the reference is 12.0 nats")
 
 
 def sample(completion: str, value: float | None, name: str = "p1") -> Sample:

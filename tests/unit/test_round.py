@@ -151,6 +151,7 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
         eos_rate=1.0,
         completions=2,
         unscored=0,
+        kl_initial=1.0,
     )
     assert tuple(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
     assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
@@ -183,6 +184,42 @@ def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tm
     assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
     desk.run.finish_round(report, [])
     assert "held-out score 1.000, KL - nats" in desk.output.getvalue()
+
+
+def test_ktos_preferences_carry_samples_of_the_policy(open_desk: Open, tmp_path: Path) -> None:
+    """To prompts of the round, whether they gave a pair; read back, they are the same."""
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "loss.loss_type=kto"]))
+    desk.round(1)
+    rows = desk.rows(1, "preferences")
+    assert [row["prompt_id"] for row in rows] == ["a", "b"]
+    candidates = [row["token_ids"] for row in desk.rows(1, "candidates")]
+    assert all(row["kl_prompt_token_ids"] == [1, 2, 3] and row["kl_token_ids"] in candidates for row in rows)
+    lengths = [len(row["kl_token_ids"]) for row in rows]  # type: ignore[arg-type]
+    assert [row["kl_reference_logp"] for row in rows] == [-float(length) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["reference.policy=initial"], [1.0, 2.0]),
+        (["reference.policy=previous_round"], [1.0, None]),
+        (["reference.policy=previous_round", "model.lora.r=4"], [1.0, 2.0]),
+        (["reference.policy=ema"], [1.0, None]),
+        (["reference.policy=sampler"], [None, None]),
+        (["reference.policy=sampler", "model.lora.r=4"], [1.0, 2.0]),
+        (["reference={policy: none}", "loss={loss_type: simpo}", "model.lora.r=4"], [1.0, 2.0]),
+    ],
+)
+def test_kl_to_the_initial_policy_is_told_wherever_it_can_be_had(
+    options: list[str], expected: list[float | None], open_desk: Open, tmp_path: Path
+) -> None:
+    """2 tokens of -1/2 nats after round 1 and 3 of -1/3 after round 2, -1 each under version 0.
+
+    Without an adapter and after its first move, nothing else than the initial policy takes its place.
+    """
+    desk = open_desk(parse_config(CONFIG, [f"run.dir={tmp_path}/runs", *options]))
+    found = [sampled(desk.round(index)[0].evaluation).kl_initial for index in (1, 2)]
+    assert found == [None if kl is None else pytest.approx(kl) for kl in expected]
 
 
 def test_the_sampler_is_a_reference_by_the_log_probs_it_sampled_with(open_desk: Open, tmp_path: Path) -> None:
@@ -325,7 +362,7 @@ def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk
     assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
-    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0))
+    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0, 0.0))
     names = [event.name for event in read_events(desk.folder / JOURNAL_NAME)]
     assert names.index("evaluation") < names.index("round_started") and names.count("round_finished") == 3
     text = desk.output.getvalue()

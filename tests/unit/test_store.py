@@ -11,9 +11,9 @@ from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, DiskError
 from raylign.files import publish_file, publish_folder, publish_text
-from raylign.records import Candidate, Evaluation, Preference, Prompt, RoundReport, Score
+from raylign.records import Candidate, Evaluation, KlSample, Preference, Prompt, RoundReport, Score
 from raylign.rundir import RunDirectory, create_run, open_run
-from raylign.store import write_candidates, write_preferences
+from raylign.store import read_preferences, write_candidates, write_preferences
 
 PROMPT = Prompt("p000001", ({"role": "user", "content": "Say “hi”\n\ud83d"},), (5, 6, 7))
 OTHER = Prompt("p000002", ({"role": "system", "content": "s"}, {"role": "user", "content": "?"}), (8,))
@@ -89,8 +89,17 @@ def test_preferences_read_back_best_first(tmp_path: Path) -> None:
         "indices": [1, 0],
         "prompt_token_ids": [5, 6, 7],
         "token_ids": [[13], [11, 12]],
-    }
+    } | dict.fromkeys(("kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp"))
     assert (second["reference_logps"], second["token_ids"]) == ([], [[], [11, 12]])
+
+
+def test_preferences_come_back_with_their_kl_samples(tmp_path: Path) -> None:
+    """Also one without a token, and one whose prompt is another than the preference's."""
+    pair = Preference(PROMPT, (CUT, GOOD), (0.75, -1.0), (1.0, 0.5), (-3.25, -4.125))
+    samples = (KlSample((9, 9), (4, 2), -1.5, -2.25), KlSample(PROMPT.token_ids, (), 0.0, 0.0), None)
+    written = tuple(replace(pair, kl_sample=sample) for sample in samples)
+    write_preferences(tmp_path / "preferences.parquet", written)
+    assert read_preferences(tmp_path / "preferences.parquet", [PROMPT], [CUT, GOOD]) == written
 
 
 def test_no_rows_keep_the_columns(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the driver makes of the answers of several trainer ranks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.records import Candidate, Preference, Prompt
+from raylign.records import Candidate, KlSample, Preference, Prompt
 from raylign.training.sequences import Completions
 
 
@@ -60,6 +61,14 @@ def test_every_preference_gets_the_log_probs_of_the_rank_that_had_it(block: Refe
     assert [p.reference_logps for p in found] == [(-3.0, -4.0), (-5.0, -6.0, -7.0), (-1.0, -2.0)]
     assert group.calls == [("reference_candidates", preferences, 3, 1)]
     assert [p.candidates for p in found] == [p.candidates for p in preferences]
+
+
+def test_a_kl_sample_gets_its_log_prob_beside_the_candidates() -> None:
+    with_sample = replace(preference(1, 1), kl_sample=KlSample((1,), (5, 5), sampler_logp=-7.0))
+    (found,) = Ranks(InitialReferenceBlock(), [{0: (-1.0, -2.0, -3.0)}]).with_reference([with_sample], 0, 0)
+    assert found.reference_logps == (-1.0, -2.0) and found.kl_sample == KlSample((1,), (5, 5), -7.0, -3.0)
+    (found,) = Ranks(SamplerReferenceBlock(), [{}]).with_reference([with_sample], 0, 0)
+    assert found.reference_logps == (-1.0, -1.0) and found.kl_sample == KlSample((1,), (5, 5), -7.0, -7.0)
 
 
 def test_without_a_reference_its_log_probs_are_0_and_no_rank_is_asked() -> None:

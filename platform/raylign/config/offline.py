@@ -56,6 +56,11 @@ class OfflineConfig(RunConfig):
         """What a row of the data set is to this recipe."""
 
     @property
+    def mismatched(self) -> bool:
+        """Whether every row carries an answer of another row, to estimate a KL on."""
+        return False
+
+    @property
     def rounds(self) -> int:
         return self.schedule.num_train_epochs * self.schedule.rounds_per_epoch
 
@@ -87,6 +92,10 @@ class OfflineDpoConfig(OfflineConfig):
     def rows(self) -> Rows:
         return "pairs" if self.loss.pairs_only else "rankings"
 
+    @property
+    def mismatched(self) -> bool:
+        return self.loss.needs_kl_sample
+
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
         require_reference(self.loss, self.reference)
@@ -103,6 +112,12 @@ class OfflineDpoConfig(OfflineConfig):
             raise ValueError(
                 f"loss.loss_type={self.loss.loss_type} has xpo, a bonus on samples of the reference, which a data set "
                 "does not have; leave xpo out, or use the recipe online_dpo"
+            )
+        if self.loss.needs_kl_gradient:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} has kl, a mean over samples of the policy, which a data set "
+                "does not have; leave kl out (a higher beta holds the policy nearer to its reference), or use the "
+                "recipe online_dpo"
             )
         return self
 

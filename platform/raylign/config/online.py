@@ -86,6 +86,15 @@ class OnlineDpoConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def kl_is_not_weighed_by_score(self) -> Self:
+        if self.loss.needs_kl_gradient and self.pairing.weights != "none":
+            raise ValueError(
+                f"pairing.weights={self.pairing.weights} would weigh the term kl by score, and it is a mean over "
+                "samples of the policy whatever their score; set pairing.weights=none, or leave kl out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def tensor_parallel_engines_have_their_own_devices(self) -> Self:
         width = self.generators.tensor_parallel_size
         if width > 1 and self.placement.mode == "colocated":

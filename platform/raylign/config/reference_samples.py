@@ -1,7 +1,7 @@
 """Rules on candidates that the reference samples: who can serve it, and who reads its samples. All raise ValueError."""
 
 from raylign.config.blocks import ModelBlock, SamplingBlock, WeightSyncBlock
-from raylign.config.losses import KtoLossBlock, LossBlock, MixLossBlock
+from raylign.config.losses import LossBlock
 from raylign.config.pairing import PairingBlock, PolicyReferencePairingBlock, RankingPairingBlock
 from raylign.config.reference import (
     InitialReferenceBlock,
@@ -50,14 +50,8 @@ def require_served_reference(
 def require_reference_samples(
     sampling: SamplingBlock, reference: ReferenceBlock, pairing: PairingBlock, loss: LossBlock
 ) -> None:
-    """Who reads samples of the reference gets some, unchosen; who reads samples of the policy gets no others."""
+    """Who reads samples of the reference gets some, unchosen."""
     count, against = sampling.reference_generations, isinstance(pairing, PolicyReferencePairingBlock)
-    members = loss.losses if isinstance(loss, MixLossBlock) else (loss,)
-    if count and any(isinstance(member, KtoLossBlock) for member in members):
-        raise ValueError(
-            f"sampling.reference_generations={count} with kto: its KL is the mean log-ratio of all candidates, which "
-            "must be samples of the policy; set it to 0, or take another loss"
-        )
     if (against or loss.needs_reference_samples) and not (count or sampler_is_reference(reference)):
         reader = "pairing.type=policy_reference" if against else "xpo, a bonus in the loss,"
         raise ValueError(

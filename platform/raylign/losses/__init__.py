@@ -3,7 +3,7 @@
 `raylign.config.losses` has one block per loss, with its equation; `preference_loss` takes any of them.
 """
 
-from raylign.losses.dispatch import next_state, preference_loss
+from raylign.losses.dispatch import next_state, preference_loss, under_new_reference
 from raylign.losses.inputs import CandidateLogps, LossOutput, LossState
 from raylign.losses.weighting import ld_weights, wpo_weights
 
@@ -14,5 +14,6 @@ __all__ = [
     "ld_weights",
     "next_state",
     "preference_loss",
+    "under_new_reference",
     "wpo_weights",
 ]

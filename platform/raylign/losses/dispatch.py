@@ -83,12 +83,15 @@ def next_state(state: LossState, block: LossBlock, means: Mapping[str, float]) -
     """The state of the next step, from the means of `LossOutput.metrics` over all preferences of this step."""
     for member in block.losses if isinstance(block, MixLossBlock) else (block,):
         match member:
-            case KtoLossBlock():
-                state = replace(state, kl=max(0.0, means["kl"]))
             case BcoPairLossBlock(reward_shift_decay=float(decay)):
                 shift = decay * state.reward_shift + (1 - decay) * means["reward_shift"]
                 state = replace(state, reward_shift=shift)
     return state
+
+
+def under_new_reference(state: LossState, block: LossBlock, means: Mapping[str, float]) -> LossState:
+    """The state when the reference has become another one, from the means over the preferences of the next step."""
+    return replace(state, reward_shift=means["reward_shift"]) if block.needs_reward_shift else state
 
 
 def _losses_and_metrics(
@@ -219,7 +222,7 @@ def _term(logps: CandidateLogps, block: Term, state: LossState) -> Tensor:
         case SftLossBlock():
             return _nll(logps, state)
         case KlLossBlock():
-            return list_mean(terms.kl_penalty(logps.policy - logps.reference), logps.mask)
+            return terms.kl_penalty(logps.kl_logratios)
         case EntropyLossBlock():
             return -list_mean(logps.entropies, logps.mask)
         case XpoLossBlock():
@@ -269,8 +272,10 @@ def _metrics(logps: CandidateLogps, block: Member, state: LossState) -> dict[str
                 "log_odds_ratio": logsigmoid(log_odds),
                 "log_odds_chosen": log_odds,
             }
-        case KtoLossBlock() | KlLossBlock():
-            return {"kl": list_mean(logps.policy - logps.reference, logps.mask)}
+        case KtoLossBlock():
+            return {"kl": torch.full_like(logps.kl_logratios, state.kl)}
+        case KlLossBlock():
+            return {"kl": logps.kl_logratios}
         case BcoPairLossBlock():
             return {"reward_shift": block.beta * list_mean(logps.policy - logps.reference, logps.mask)}
         case _:

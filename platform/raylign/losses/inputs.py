@@ -30,6 +30,8 @@ class CandidateLogps:
     """[G, K] detached: mean over tokens of log p(y_t) - log sum_v p(v)^2."""
     from_reference: Tensor
     """[G, K] bool: True is a sample of the reference."""
+    kl_logratios: Tensor
+    """[G] fp32: log pi - log pi_ref of the preferences' KL samples, with gradients; zeros when no loss asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,9 @@ class LossState:
     """What a loss must know beyond its micro-batch. Made by the trainer, constant during an optimizer step."""
 
     kl: float = 0.0
-    """KTO's reference point: estimate of KL(pi || pi_ref), nats per completion."""
+    """KTO's reference point: estimate of KL(pi || pi_ref) of this step, nats per completion."""
     reward_shift: float = 0.0
-    """BCO's shift: running mean of the implicit rewards."""
+    """BCO's shift: running mean of the implicit rewards over the steps before, against the present reference."""
     mean_chosen_tokens: float | None = None
     """Mean length of the best candidates over the whole step, all ranks; None takes the micro-batch's own mean."""
 
@@ -74,6 +76,7 @@ def real_groups(logps: CandidateLogps, real: Tensor) -> CandidateLogps:
         entropies=filled(logps.entropies, 0.0),
         certainty=filled(logps.certainty, 0.0),
         from_reference=filled(logps.from_reference, False),
+        kl_logratios=logps.kl_logratios[real],
     )
 
 

@@ -17,7 +17,7 @@ def kto(
     """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), elementwise: lambda_y - v(x, y) with
 
     v = lambda_D sigmoid(beta (h - kl)) for desirable and lambda_U sigmoid(beta (kl - h)) for undesirable completions.
-    `kl` >= 0 estimates KL(pi || pi_ref) and takes no gradient.
+    `kl` >= 0 estimates KL(pi || pi_ref), on other completions than these, and takes no gradient.
     """
     gain = beta * (policy - reference - kl)
     desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)

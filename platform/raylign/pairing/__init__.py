@@ -2,6 +2,7 @@
 
 from raylign.pairing.build import PairingResult, build_preferences, require_preferences, without_pair
 from raylign.pairing.groups import Group, group_by_prompt
+from raylign.pairing.kl_samples import with_mismatched, with_policy_samples
 from raylign.pairing.strengths import Strengths, bradley_terry_strengths
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "build_preferences",
     "group_by_prompt",
     "require_preferences",
+    "with_mismatched",
+    "with_policy_samples",
     "without_pair",
 ]

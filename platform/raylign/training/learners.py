@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from raylign.config.blocks import ModelBlock
 from raylign.config.losses import LossBlock, RewardLossBlock, TrainerLoss
 from raylign.config.losses.reward_model import RewardLossBase
-from raylign.losses import LossOutput, LossState, next_state, preference_loss
+from raylign.losses import LossOutput, LossState, next_state, preference_loss, under_new_reference
 from raylign.losses.reward_model import reward_loss
 from raylign.models import load_policy
 from raylign.models.reward_model import load_reward_model
 from raylign.training import metrics, reward_metrics
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.preferences import PreferenceBatch, candidate_logps, placed
+from raylign.training.preferences import PreferenceBatch, candidate_logps, placed, without_kl_samples
 from raylign.training.rewards import CompletionRewards
 from raylign.training.weights import Gather
 
@@ -54,6 +54,9 @@ class Learner(Protocol):
     def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
         """The state of the next step, from the metrics of this one."""
 
+    def under_new_reference(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        """The state when the reference has become another one, from the metrics of the next step's preferences."""
+
 
 def learner_of(loss: TrainerLoss, folder: str, block: ModelBlock, seed: int, writable: Gather) -> Learner:
     """The learner of `loss`, with the model of `folder` loaded; `writable` as for `load_reward_model`."""
@@ -74,8 +77,8 @@ class PolicyLearner:
         return CompletionLogps(self.model)
 
     def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
-        scores = module(batch.tokens, batch.token_weights)
-        loss = preference_loss(candidate_logps(batch, scores), self._loss, state)
+        scores, kl_logratios = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
+        loss = preference_loss(candidate_logps(batch, scores, kl_logratios), self._loss, state)
         return loss, Totals(metrics.sums(loss, scores, batch), torch.empty(0, dtype=torch.float64))
 
     def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
@@ -83,6 +86,9 @@ class PolicyLearner:
 
     def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
         return next_state(state, self._loss, means)
+
+    def under_new_reference(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        return under_new_reference(state, self._loss, means)
 
 
 class RewardLearner:
@@ -105,4 +111,7 @@ class RewardLearner:
         return reward_metrics.finish(totals.sums, totals.highest)
 
     def next_state(self, state: LossState, means: Mapping[str, float]) -> LossState:
+        return state
+
+    def under_new_reference(self, state: LossState, means: Mapping[str, float]) -> LossState:
         return state

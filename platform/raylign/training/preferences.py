@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from raylign.config.losses import TrainerLoss
 from raylign.losses import CandidateLogps, ld_weights
 from raylign.records import Preference
+from raylign.training.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.sequences import Completions, Layout, TokenBatch, token_batch, token_cost
 
@@ -20,10 +23,12 @@ class PreferenceBatch:
 
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
     `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates,
-    `from_reference` [G, K] on samples of the reference.
+    `from_reference` [G, K] on samples of the reference. `kl_samples` [C] is True on the completions of `tokens` that
+    are KL samples (one of each preference, behind its candidates), None where they are left out; `kl_reference` [G]
+    fp32 are their reference log-probs.
     `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
     [N] scale tokens, 1 when None.
-    `num_tokens` counts prompts once per candidate, as TRL does, and fillers not at all.
+    `num_tokens` counts prompts once per candidate, as TRL does, fillers and KL samples not at all.
     """
 
     tokens: TokenBatch
@@ -33,6 +38,8 @@ class PreferenceBatch:
     scores: Tensor
     mask: Tensor
     from_reference: Tensor
+    kl_samples: Tensor | None
+    kl_reference: Tensor
     weights: Tensor
     token_weights: Tensor | None
     num_tokens: int
@@ -43,6 +50,28 @@ def completions_of(preference: Preference) -> Completions:
     return Completions(preference.prompt.token_ids, [candidate.token_ids for candidate in preference.candidates])
 
 
+def kl_completions(preference: Preference) -> Completions:
+    """The KL sample behind its prompt. Every preference of a loss that asks for one has it (`require_reference`)."""
+    sample = preference.kl_sample
+    assert sample is not None
+    return Completions(sample.prompt_token_ids, (sample.token_ids,))
+
+
+def forward_groups(preference: Preference, with_kl: bool) -> list[Completions]:
+    """What one forward pass runs: the candidates and, `with_kl`, the KL sample; their prompt once if it is the same."""
+    own = completions_of(preference)
+    if not with_kl:
+        return [own]
+    kl = kl_completions(preference)
+    return [Completions(own.prompt, [*own.completions, *kl.completions])] if kl.prompt == own.prompt else [own, kl]
+
+
+def pass_cost(preference: Preference, layout: Layout, loss: TrainerLoss) -> int:
+    """Tokens of the preference in the largest pass that `loss` makes over it; see `token_cost`."""
+    cost = sum(token_cost(group, layout) for group in forward_groups(preference, loss.needs_kl_gradient))
+    return max(cost, token_cost(kl_completions(preference), layout)) if loss.needs_kl_baseline else cost
+
+
 def preference_batch(
     preferences: Sequence[Preference],
     weights: Sequence[float],
@@ -50,15 +79,17 @@ def preference_batch(
     pad_id: int,
     tail_weight: float = 1.0,
     reference_version: int | None = None,
+    with_kl: bool = False,
 ) -> PreferenceBatch:
     """`weights` are 1 for a real preference, 0 for a filler. `tail_weight` is the loss's; 1 weighs all tokens alike.
 
-    The reference is policy version `reference_version`, None where nobody samples it.
+    The reference is policy version `reference_version`, None where nobody samples it. `with_kl` puts the KL samples
+    behind the candidates of their preferences.
     """
     size = max(len(preference.candidates) for preference in preferences)
     groups = [completions_of(preference) for preference in preferences]
     return PreferenceBatch(
-        tokens=token_batch(groups, layout, pad_id),
+        tokens=token_batch([group for p in preferences for group in forward_groups(p, with_kl)], layout, pad_id),
         places=torch.tensor([g * size + k for g, p in enumerate(preferences) for k in range(len(p.candidates))]),
         reference=_grid([p.reference_logps for p in preferences], size),
         lengths=_grid([[max(1, len(c.token_ids)) for c in p.candidates] for p in preferences], size, 1.0),
@@ -67,12 +98,29 @@ def preference_batch(
         from_reference=_grid(
             [[c.policy_version == reference_version for c in p.candidates] for p in preferences], size
         ).bool(),
+        kl_samples=torch.tensor([k == len(p.candidates) for p in preferences for k in range(len(p.candidates) + 1)])
+        if with_kl
+        else None,
+        kl_reference=kl_reference_logps(preferences),
         weights=torch.tensor(
             [weight * fmean(p.weights) for weight, p in zip(weights, preferences, strict=True)], dtype=torch.float32
         ),
         token_weights=None if tail_weight == 1.0 else torch.cat([_tail_weights(p, tail_weight) for p in preferences]),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
+
+
+def kl_reference_logps(preferences: Sequence[Preference]) -> Tensor:
+    """[G] fp32: reference log-probs of the KL samples, 0 where there is none yet."""
+    samples = [preference.kl_sample for preference in preferences]
+    return torch.tensor(
+        [0.0 if sample is None else sample.reference_logp or 0.0 for sample in samples], dtype=torch.float32
+    )
+
+
+def mean_chosen_tokens(preferences: Sequence[Preference]) -> float:
+    """Mean length of the best candidates, which are those of the whole step over all ranks; of no token counts 1."""
+    return max(1, sum(len(preference.candidates[0].token_ids) for preference in preferences)) / len(preferences)
 
 
 def sampler_logps(preference: Preference, tail_weight: float = 1.0) -> tuple[float, ...]:
@@ -87,14 +135,26 @@ def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:
 
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The same batch on `device`."""
-    names = ("places", "reference", "lengths", "scores", "mask", "from_reference", "weights")
-    moved = {name: getattr(batch, name).to(device) for name in names}
-    token_weights = None if batch.token_weights is None else batch.token_weights.to(device)
-    return replace(batch, tokens=batch.tokens.to(device), token_weights=token_weights, **moved)
+    values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor | TokenBatch)}
+    return replace(batch, **moved)
 
 
-def candidate_logps(batch: PreferenceBatch, scores: CompletionScores) -> CandidateLogps:
-    """What losses read, from a forward pass over `batch.tokens`."""
+def without_kl_samples(batch: PreferenceBatch, scores: CompletionScores) -> tuple[CompletionScores, Tensor]:
+    """The scores of the candidates alone, and the log-ratios [G] of the KL samples: zeros where they are left out."""
+    if batch.kl_samples is None:
+        return scores, torch.zeros_like(batch.kl_reference)
+    own = ~batch.kl_samples
+    tokens = own[scores.owners]
+    owners = (own.cumsum(0) - 1)[scores.owners[tokens]]
+    of_candidates = CompletionScores(scores.logps[own], TokenScores(*(one[tokens] for one in scores.tokens)), owners)
+    return of_candidates, scores.logps[batch.kl_samples] - batch.kl_reference
+
+
+def candidate_logps(
+    batch: PreferenceBatch, scores: CompletionScores, kl_logratios: Tensor | None = None
+) -> CandidateLogps:
+    """What losses read, from the two of `without_kl_samples`; zeros are the log-ratios of KL samples that are None."""
     tokens = scores.tokens
     lengths = batch.lengths.flatten()[batch.places]
     certainty = (tokens.logps.detach() - tokens.log_collisions).detach()
@@ -107,6 +167,7 @@ def candidate_logps(batch: PreferenceBatch, scores: CompletionScores) -> Candida
         entropies=placed(batch, _per_completion(tokens.entropies, scores) / lengths),
         certainty=placed(batch, _per_completion(certainty, scores) / lengths),
         from_reference=batch.from_reference,
+        kl_logratios=torch.zeros_like(batch.kl_reference) if kl_logratios is None else kl_logratios,
     )
 
 

@@ -22,7 +22,21 @@ class LossBase(Block):
     """Whether `CandidateLogps.entropies` must carry gradients."""
     needs_reference_samples: ClassVar[bool] = False
     """Whether it reads `CandidateLogps.from_reference`."""
+    needs_kl_baseline: ClassVar[bool] = False
+    """Whether it reads `LossState.kl`: KL(pi || pi_ref) of the step, without gradients."""
+    needs_kl_gradient: ClassVar[bool] = False
+    """Whether it reads `CandidateLogps.kl_logratios`, with gradients."""
     starts_at_ln2: ClassVar[bool] = False
+
+    @property
+    def needs_kl_sample(self) -> bool:
+        """Whether every preference must carry a completion to estimate the KL on."""
+        return self.needs_kl_baseline or self.needs_kl_gradient
+
+    @property
+    def needs_reward_shift(self) -> bool:
+        """Whether it reads `LossState.reward_shift`."""
+        return False
 
     @property
     def tail_weight(self) -> float:

@@ -18,11 +18,14 @@ class ListLossBlock(LossBase):
 class KtoLossBlock(ListLossBlock):
     """KTO (arXiv 2402.01306): weight (1 - sigmoid(+-beta (h(y) - KL))), + for desirable and - for undesirable y.
 
-    A group's loss is the mean over its candidates. The KL is the mean log-ratio of all candidates of the step before,
-    not below 0: they are samples of the policy, so that is its reverse KL from the reference (0 at the start).
+    A group's loss is the mean over its candidates. The KL is that of the policy as the step finds it: the mean
+    log-ratio, not below 0, of completions that are not chosen by their score, one for each preference of the step (all
+    micro-batches and ranks), without gradients. On a data set that is, as in TRL, an answer of another row after the
+    row's own prompt; online a sample of the policy to one of the round's prompts.
     """
 
     loss_type: Literal["kto"] = "kto"
+    needs_kl_baseline: ClassVar[bool] = True
     desirable_weight: PositiveFloat = 1.0
     """Weight of desirable candidates."""
     undesirable_weight: PositiveFloat = 1.0

@@ -113,6 +113,22 @@ class MixLossBlock(Block):
         return any(member.needs_reference_samples for member in self.losses)
 
     @property
+    def needs_kl_baseline(self) -> bool:
+        return any(member.needs_kl_baseline for member in self.losses)
+
+    @property
+    def needs_kl_gradient(self) -> bool:
+        return any(member.needs_kl_gradient for member in self.losses)
+
+    @property
+    def needs_kl_sample(self) -> bool:
+        return any(member.needs_kl_sample for member in self.losses)
+
+    @property
+    def needs_reward_shift(self) -> bool:
+        return any(member.needs_reward_shift for member in self.losses)
+
+    @property
     def tail_weight(self) -> float:
         return self.losses[0].tail_weight
 

@@ -132,7 +132,13 @@ class BcoPairLossBlock(WeightedLossBlock):
 
     loss_type: Literal["bco_pair"] = "bco_pair"
     reward_shift_decay: Fraction | None = None
-    """Keep of the running mean (r(w) + r(l)) / 2 per step, which is the shift; null keeps the shift 0 as TRL does."""
+    """Keep of the running mean (r(w) + r(l)) / 2 per step, which is the shift; null keeps the shift 0 as TRL does.
+
+    The mean starts anew, from the rewards of the next step's preferences, whenever the reference is another one."""
+
+    @property
+    def needs_reward_shift(self) -> bool:
+        return self.reward_shift_decay is not None
 
 
 class SppoHardLossBlock(WeightedLossBlock):

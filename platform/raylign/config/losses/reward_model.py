@@ -15,6 +15,10 @@ class RewardLossBase(Block):
     """Weight of (2 mean r)^2 over the candidates, which keeps rewards around 0 (arXiv 2312.09244); for a pair TRL's
     (r(w) + r(l))^2. null leaves it out; 0.01 is usual."""
     needs_reference: ClassVar[bool] = False
+    needs_kl_baseline: ClassVar[bool] = False
+    needs_kl_gradient: ClassVar[bool] = False
+    needs_kl_sample: ClassVar[bool] = False
+    needs_reward_shift: ClassVar[bool] = False
     pairs_only: ClassVar[bool] = True
     """Whether every preference must hold exactly two candidates; else the whole list is used."""
 

@@ -19,12 +19,14 @@ class SftLossBlock(TermBlock):
 
 
 class KlLossBlock(TermBlock):
-    """Penalty on KL(pi || pi_ref): h(y)^2 / 2, mean over the candidates (Schulman's k2).
+    """Penalty on KL(pi || pi_ref): h(y)^2 / 2 (Schulman's k2), on samples of the policy whatever their scores.
 
-    On samples of the policy its gradient is that of the reverse KL in expectation.
+    Each preference carries one, to some prompt of the round. On samples of the policy at `sampling.temperature` 1,
+    without `top_p` and `top_k`, its gradient is that of the reverse KL in expectation.
     """
 
     loss_type: Literal["kl"] = "kl"
+    needs_kl_gradient: ClassVar[bool] = True
 
 
 class EntropyLossBlock(TermBlock):

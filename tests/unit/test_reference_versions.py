@@ -18,7 +18,7 @@ from raylign.config.reference import (
 )
 from raylign.errors import ConfigError
 from raylign.records import Candidate, Prompt
-from raylign.reference_samples import reference_version
+from raylign.reference_versions import is_initial_reference, is_new_reference, reference_version
 from raylign.sampled import sampled_sheet
 from raylign.sampling import Decoding, policy_versions, prompt_seed
 from tests.fakes import FakeEngine, FakeGenerators
@@ -49,6 +49,26 @@ def test_the_version_that_is_the_reference(block: ReferenceBlock, versions: list
     assert [reference_version(block, rounds_done) for rounds_done in range(5)] == versions
 
 
+@pytest.mark.parametrize(
+    ("block", "new", "initial"),
+    [
+        (InitialReferenceBlock(), [0], [0, 1, 2, 3, 4]),
+        (PreviousRoundReferenceBlock(), [0, 1, 2, 3, 4], [0]),
+        (SamplerReferenceBlock(), [0, 1, 2, 3, 4], [0]),
+        (EveryReferenceBlock(n=2), [0, 2, 4], [0, 1]),
+        (EmaReferenceBlock(), [0, 1, 2, 3, 4], [0]),
+        (ModelReferenceBlock(path="other"), [0], []),
+        (NoReferenceBlock(), [0], []),
+    ],
+    ids=lambda value: getattr(value, "policy", ""),
+)
+def test_the_rounds_with_a_new_reference_and_with_the_initial_one(
+    block: ReferenceBlock, new: list[int], initial: list[int]
+) -> None:
+    assert [rounds_done for rounds_done in range(5) if is_new_reference(block, rounds_done)] == new
+    assert [rounds_done for rounds_done in range(5) if is_initial_reference(block, rounds_done)] == initial
+
+
 def accepted(*overrides: str) -> OnlineDpoConfig:
     return parse_config({}, overrides)
 
@@ -66,7 +86,6 @@ def accepted(*overrides: str) -> OnlineDpoConfig:
         ([ONE, LORA, "reference={policy: model, path: x}"], "not that reference; set reference.policy=initial"),
         ([ONE, LORA, "reference.policy=previous_round"], "every candidate is a sample of that reference as it is"),
         ([ONE, LORA, "reference.policy=sampler"], "set sampling.reference_generations=0"),
-        ([ONE, LORA, "loss.loss_type=kto"], "with kto: its KL is the mean log-ratio of all candidates"),
         ([XPO, AGAINST, LORA], "set sampling.reference_generations=1 with reference.policy=initial"),
         ([AGAINST, LORA], "pairing.type=policy_reference needs samples of the reference"),
         (
@@ -89,6 +108,7 @@ def test_references_that_can_be_sampled() -> None:
     accepted(ONE, LORA)
     accepted(ONE, LORA, AGAINST)
     accepted(ONE, LORA, XPO_LISTS, "pairing.type=ranking")
+    accepted(ONE, LORA, "loss.loss_type=kto")
     for policy in ("sampler", "previous_round"):
         accepted(XPO, AGAINST, f"reference.policy={policy}")
 

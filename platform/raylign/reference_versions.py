@@ -1,4 +1,4 @@
-"""Which candidates are samples of the reference."""
+"""Which policy version the reference is, round by round."""
 
 from typing import assert_never
 
@@ -30,3 +30,15 @@ def reference_version(block: ReferenceBlock, rounds_done: int) -> int | None:
             return None
         case _:
             assert_never(block)
+
+
+def is_new_reference(block: ReferenceBlock, rounds_done: int) -> bool:
+    """Whether the round after `rounds_done` has another reference than the round before it; the first one always."""
+    if rounds_done == 0 or isinstance(block, EmaReferenceBlock):
+        return True
+    return reference_version(block, rounds_done) != reference_version(block, rounds_done - 1)
+
+
+def is_initial_reference(block: ReferenceBlock, rounds_done: int) -> bool:
+    """Whether the reference of the round after `rounds_done` is known to be the policy before round 1."""
+    return reference_version(block, rounds_done) == 0 or (isinstance(block, EmaReferenceBlock) and rounds_done == 0)
