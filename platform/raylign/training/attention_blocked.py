@@ -57,7 +57,7 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         wide = torch.promote_types(key.dtype, torch.float32)
-        of_key, of_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+        of_key, of_value = (torch.zeros(part.shape, dtype=wide) for part in (key, value))
         for batch in ctx.batches:
             blocks, _, queries, keys = batch.mask.shape
             taken = (
