@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -86,6 +86,11 @@ class FrozenCopy(_Still):
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+
+    @property
+    def scored(self) -> Any:
+        """The module itself, a `CompletionLogps`, without an engine around it."""
+        return getattr(self._module, "module", self._module)
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:

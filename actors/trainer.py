@@ -24,7 +24,7 @@ from actors.deepspeed_engine import frozen_engine
 from actors.host_memory import keep_freed_memory, memory_errors
 from actors.model_files import drain, write_adapter, write_weights
 from actors.process_group import join_group
-from actors.reference_policy import ReferencePolicy, references
+from actors.reference_policy import FrozenCopy, ReferencePolicy, references
 from actors.sharding import Sharding
 from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
@@ -43,14 +43,13 @@ from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock
 from raylign.losses import LossState
-from raylign.models import DTYPES, load_policy
+from raylign.models import load_policy
 from raylign.records import Preference
 from raylign.reference_versions import is_new_reference, reference_version
-from raylign.training.backbone import inner_model
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
+from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.packing_check import packs_exactly
 from raylign.training.passes import Passes
 from raylign.training.preferences import PreferenceBatch, mean_chosen_tokens, pass_cost, preference_batch, to_device
 from raylign.training.reference_logps import require_reference
@@ -123,10 +122,10 @@ class _TrainerRank:
             self._sharding.writable,
         )
         self._engine.module.train()
-        self._layout = self._supported_layout()
-        self._passes = Passes(self._layout, spec.pad_id, self._device)
         block = spec.reference if self._learner.has_reference else NoReferenceBlock()
         self._references = references(block, self._model, self._engine.module, self._sharding, self._frozen_copy)
+        self._layout = self._supported_layout()
+        self._passes = Passes(self._layout, spec.pad_id, self._device)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -137,16 +136,12 @@ class _TrainerRank:
         return model
 
     def _supported_layout(self) -> Layout:
-        wanted = self._spec.trainer.packing
-        config = inner_model(self._model).config
-        vocabulary, dtype = config.get_text_config().vocab_size, DTYPES[self._spec.model.dtype]
-        if wanted == "padded" or packs_exactly(self._engine.module, vocabulary, self._device, dtype):
-            return wanted
-        log.warning("%s cannot be packed exactly; training on padded rows", config.model_type)
-        return "padded"
+        """Holds for a second model too, which may be of another architecture."""
+        copies = [reference.scored for reference in self._references.reference if isinstance(reference, FrozenCopy)]
+        return supported_layout([self._engine.module, *copies], self._spec.trainer.packing, self._device)
 
     def layout(self) -> Layout:
-        """How sequences are laid out: trainer.packing, or `padded` where the architecture cannot be packed."""
+        """How sequences are laid out: trainer.packing, or `padded` where an architecture cannot be packed."""
         return self._layout
 
     def _frozen_copy(self) -> nn.Module:

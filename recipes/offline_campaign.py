@@ -16,8 +16,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, load_preferences
-from raylign.errors import ConfigError
-from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model, resolve_reference
+from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
@@ -34,7 +33,8 @@ def offline_campaign(
 ) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
     """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
-    resolve_reference(reference, config.model, folder)
+    measured = resolve_reference(reference, config.model, folder)
+    require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)
@@ -67,7 +67,7 @@ def offline_campaign(
 def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:
     """The rows in tokens, and the id of the padding token. Raises RaylignError, naming the cure."""
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
-    _require_context(config, context_limit(folder, config.model.trust_remote_code))
+    require_context("data.max_length", config.data.max_length, folder, config.model)
     data = load_preferences(
         config.data,
         tokenizer,
@@ -87,11 +87,3 @@ def said(data: PreferenceData) -> str:
     """What became of the rows of the source."""
     left = {name.replace("_", " "): count for name, count in data.counts.items() if count and name != "used"}
     return ", ".join(f"{count} {name}" for name, count in left.items())
-
-
-def _require_context(config: OfflineConfig, limit: int) -> None:
-    if config.data.max_length > limit:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} is more than the {limit} positions of {config.model.path}; "
-            "lower it"
-        )

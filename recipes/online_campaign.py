@@ -12,8 +12,7 @@ from actors.weight_sync.publish import Publisher
 from raylign.checkpoints import Checkpoint
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
-from raylign.errors import ConfigError
-from raylign.models import context_limit, load_tokenizer, resolve_model, resolve_reference
+from raylign.models import load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reporting import report_console
@@ -32,13 +31,13 @@ _CANARY_PROMPTS = 4
 def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
-    resolve_reference(config.reference, config.model, folder)
+    for read in (folder, resolve_reference(config.reference, config.model, folder)):
+        require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(
         config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed, refused_to=refused_path(config.run)
     )
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
-    _require_context(config, context_limit(folder, config.model.trust_remote_code))
     require_references((*prompts.train, *prompts.held_out), config.scoring)
     describe_scorer(config.scoring)
     default_uri(config.tracking, config.run.dir / config.run.name)
@@ -78,14 +77,6 @@ def agree_on_weights(publisher: Publisher, block: ModelBlock, newest: Checkpoint
     """
     version = newest.rounds_done if newest else 0
     return publisher.publish(version) if version or block.load_in_4bit else publisher.verify()
-
-
-def _require_context(config: OnlineDpoConfig, limit: int) -> None:
-    asked = config.generators.max_model_len
-    if asked > limit:
-        raise ConfigError(
-            f"generators.max_model_len={asked} is more than the {limit} positions of {config.model.path}; lower it"
-        )
 
 
 def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:

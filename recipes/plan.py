@@ -21,8 +21,8 @@ from actors.weight_sync.transports import Transport, choose_transport, require_r
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import InitialReferenceBlock
-from raylign.errors import ConfigError, ModelError, PlacementError
-from raylign.models import DTYPES, context_limit, load_tokenizer, resolve_model
+from raylign.errors import ModelError, PlacementError
+from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
@@ -97,7 +97,8 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
     scorer = describe_scorer(config.scoring)
     model = model_facts(config.model)
-    _require_context(config, model)
+    for read in (str(model.folder), resolve_reference(config.reference, config.model, str(model.folder))):
+        require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     reference = reference_facts(config, model.folder, model.trained)
     tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
@@ -158,14 +159,6 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _require_context(config: OnlineDpoConfig, model: ModelFacts) -> None:
-    if config.generators.max_model_len > model.context:
-        raise ConfigError(
-            f"generators.max_model_len={config.generators.max_model_len} exceeds the {model.context} positions of "
-            f"{config.model.path}; lower it"
-        )
 
 
 def prompt_facts(prompts: PromptSet) -> PromptFacts:

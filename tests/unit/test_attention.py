@@ -7,13 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DeepseekV3Config
 
 from raylign.training.attention import packed_attention
 from raylign.training.attention_blocked import blocked_attention
 from raylign.training.attention_joined import joined_attention
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, Segment, TokenBatch, token_batch
-from tests.unit.tiny_models import PACKABLE, WINDOW, build
+from tests.unit.tiny_models import IDS, PACKABLE, SMALL, WINDOW, build
 
 PACKED: list[Layout] = ["shared", "packed"]
 GROUPS = [
@@ -116,6 +117,24 @@ def assert_same(module: nn.Module, layout: Layout) -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     for one, other in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * max(1.0, other.abs().max().item()))
+
+
+def test_values_may_be_of_another_size_than_keys() -> None:
+    """As in multi-head latent attention."""
+    config = DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4},
+        **IDS,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+        n_routed_experts=4,
+        first_k_dense_replace=2,
+    )
+    assert_same(CompletionLogps(build(config)), "shared")
 
 
 @pytest.mark.parametrize("layout", PACKED)

@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -204,17 +206,31 @@ def test_what_the_template_refuses_is_unscored(tmp_path: Path) -> None:
     assert (found[1].value, found[1].reason) == (None, "refused by the chat template: no bad words")
 
 
-def test_an_output_that_is_no_number_is_unscored_and_the_rest_is_skipped(tmp_path: Path) -> None:
+def with_a_hole(found: RewardModelScorer) -> RewardModelScorer:
+    """Whose model knows one word less. Of these few words the start check reads all, and would refuse the model."""
+    with torch.no_grad():
+        found._model.get_input_embeddings().get_parameter("weight")[WORDS.index("bad")] = math.nan
+    return found
+
+
+def test_a_model_that_computes_no_number_is_refused(tmp_path: Path) -> None:
     save_reward_model(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    weights["model.embed_tokens.weight"][WORDS.index("bad")] = math.nan
+    weights["model.embed_tokens.weight"].fill_(math.nan)
     save_file(weights, file, {"format": "pt"})
-    found = scorer(tmp_path, batch_size=1).score(items("good", "bad", "two"))
+    with pytest.raises(ScorerError, match="what it computes is not finite"):
+        scorer(tmp_path)
+
+
+def test_an_output_that_is_no_number_is_unscored_and_the_rest_is_skipped(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    found = with_a_hole(scorer(tmp_path, batch_size=1)).score(items("good", "bad", "two"))
     assert [score.value is None for score in found] == [False, True, False]
     assert found[1].reason == "the model gave nan"
     # The longest goes first.
-    found = scorer(tmp_path, batch_size=1, max_unscored=0.5).score(items("good", "bad bad", "two"), allowed=0)
+    half = with_a_hole(scorer(tmp_path, batch_size=1, max_unscored=0.5))
+    found = half.score(items("good", "bad bad", "two"), allowed=0)
     assert [score.reason for score in found] == [
         "skipped: more than 50% of items already unscored",
         "the model gave nan",
@@ -338,3 +354,29 @@ def test_scores_are_kept_by_what_is_in_the_folder(folder: Path, tmp_path: Path) 
     other = load_scorer(block.model_copy(update={"path": str(moved)}), tmp_path / "scores.sqlite")
     assert other.score(items("good"))[0] != expected[0]
     assert other.take_usage()["reward_model"].cache_hits == 0
+
+
+def test_soft_capped_attention_scores_as_transformers_eager_one(tmp_path: Path) -> None:
+    """transformers' own default for this architecture leaves the capping out."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"pad_token_id": PAD, "num_labels": 1, "attn_logit_softcapping": 2.0}
+    model = Gemma2ForSequenceClassification(Gemma2Config(**SMALL, head_dim=8, **options))
+    spread(model)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, TEMPLATE, pad_token="<pad>")
+    eager = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = [float(eager(input_ids=torch.tensor([ids_of(text)])).logits[0, 0]) for text in TEXTS]
+    assert expected != pytest.approx(plain(tmp_path, [ids_of(text) for text in TEXTS]), abs=0.01)
+    assert values(scorer(tmp_path), *TEXTS) == pytest.approx(expected, abs=1e-5)
+
+
+def test_longrope_is_scored_up_to_the_length_at_which_it_changes(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    path = save_reward_model(tmp_path, rope_parameters=rope | {"original_max_position_embeddings": 48})
+    (score,) = scorer(path).score(items(" ".join(["say"] * 60)))
+    assert score.value is None and "limit 48" in score.reason
+    with pytest.raises(ScorerError, match=r"scoring\.max_length=49 exceeds the 48 tokens up to which rotary"):
+        scorer(path, max_length=49)

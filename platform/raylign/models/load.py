@@ -82,15 +82,6 @@ def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | 
     return adapted
 
 
-def context_limit(folder: str, trust_remote_code: bool = False) -> int:
-    """Longest sequence, in tokens, that the model of `folder` has positions for. Raises ModelError if it names none."""
-    config = read_config(folder, trust_remote_code).get_text_config()
-    try:
-        return int(config.max_position_embeddings)
-    except AttributeError as error:
-        raise ModelError(f"{folder}: config.json has no max_position_embeddings; add it") from error
-
-
 def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
     """Token ids that the model of `folder` can read, padding of its embedding included."""
     return int(read_config(folder, trust_remote_code).get_text_config().vocab_size)
@@ -112,18 +103,17 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Log-ratios need one and the same function for policy and sampler, so that dropout stays 0 in train mode too."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
-            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name or name.endswith("pdrop")):
                 setattr(part, name, 0.0)
     return config
 
 
 def load_whole(
-    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig, attention: Literal["sdpa"] | None = "sdpa"
+    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model that `kind`, one of transformers' Auto classes, makes, and the names that the files have no weight of.
 
-    `attention` None takes what the architecture has. Raises ModelError when it cannot be loaded, or weights have
-    another shape.
+    Raises ModelError when it cannot be loaded, or weights have another shape.
     """
     try:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
@@ -131,7 +121,6 @@ def load_whole(
             config=config,
             dtype=DTYPES[block.dtype],
             use_safetensors=True,
-            attn_implementation=attention,
             trust_remote_code=block.trust_remote_code,
             quantization_config=_quantisation(block),
             output_loading_info=True,

@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ScorerError
+from raylign.models.context import limit_of, longest_sequence
 from raylign.records import Score
 from raylign.scoring.base import most_unscored, skipped
 
@@ -91,17 +92,17 @@ def too_long(tokens: int, limit: int) -> Score:
     return Score(None, reason=f"too long: {tokens} tokens of prompt and completion, limit {limit}")
 
 
-def length_limit(block: ModelScoringBlock, positions: int | None, folder: str) -> int:
-    """Tokens of prompt and completion, at most. Raises ScorerError when the model has fewer positions, or tells none.
+def length_limit(block: ModelScoringBlock, configs: Sequence[PreTrainedConfig], folder: str) -> int:
+    """Tokens of prompt and completion, at most. Raises ScorerError when a model reads fewer, or tells no number.
 
-    `positions` are those of the model in `folder`.
+    `configs` are those of all models that read them, the first of them in `folder`.
     """
+    known = [(limit, limit_of(config)) for config in configs if (limit := longest_sequence(config)) is not None]
+    positions, what = min(known, default=(None, ""))
     if block.max_length is None:
         if positions is None:
             raise ScorerError(f"{folder}: config.json has no max_position_embeddings; set scoring.max_length")
         return positions
     if positions is not None and block.max_length > positions:
-        raise ScorerError(
-            f"scoring.max_length={block.max_length} exceeds the {positions} positions of {folder}; lower it"
-        )
+        raise ScorerError(f"scoring.max_length={block.max_length} exceeds the {positions} {what} of {folder}; lower it")
     return block.max_length

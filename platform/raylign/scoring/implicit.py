@@ -12,21 +12,21 @@ from torch import nn
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.data.examples import Completion, Example
 from raylign.data.tokens import Tokenized, tokenized
-from raylign.models import DTYPES, end_ids, load_tokenizer
+from raylign.models import end_ids, load_tokenizer
 from raylign.prompts.tables import Fault
 from raylign.records import Score
 from raylign.scoring.base import ScoringItem
 from raylign.scoring.checkpoints import of_scorer
 from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
 from raylign.scoring.implicit_checkpoints import Pair, find_pair, load_language_model
+from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.packing_check import packs_exactly
 from raylign.training.sequences import Completions, Layout, token_batch
 
 Ids = tuple[int, ...]
 Row = tuple[Ids, Ids]
 """A prompt and a completion of it, in tokens."""
-_Module = Callable[[], AbstractContextManager[nn.Module]]
+_Module = Callable[[], AbstractContextManager[CompletionLogps]]
 
 
 class ImplicitScorer:
@@ -53,21 +53,20 @@ class ImplicitScorer:
             model = load_language_model(pair.policy, block, device)
             self._policy = CompletionLogps(model)
             self._reference = self._reference_of(model, pair)
-        self._limit = length_limit(block, pair.positions, block.policy_path)
+        self._limit = length_limit(block, pair.configs, block.policy_path)
         self._layout = self._supported_layout()
 
     def _reference_of(self, model: nn.Module, pair: Pair) -> _Module:
         if isinstance(model, PeftModel) and pair.reference.folders == pair.policy.folders[:1]:
             return partial(_without_adapter, model, self._policy)
-        reference: nn.Module = CompletionLogps(load_language_model(pair.reference, self._block, self._device))
+        reference = CompletionLogps(load_language_model(pair.reference, self._block, self._device))
         return lambda: nullcontext(reference)
 
     def _supported_layout(self) -> Layout:
-        dtype, vocabulary = DTYPES[self._block.dtype], len(self._tokenizer)
         with self._reference() as reference:
-            modules = (self._policy, reference)
-            packs = all(packs_exactly(module, vocabulary, self._device, dtype) for module in modules)
-        return "shared" if packs else "padded"
+            modules = [self._policy] if reference is self._policy else [self._policy, reference]
+        with of_scorer():
+            return supported_layout(modules, "shared", self._device)
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order. Stops once more than `allowed` of `items` are unscored."""
@@ -111,7 +110,7 @@ class ImplicitScorer:
 
 
 @contextmanager
-def _without_adapter(model: PeftModel, module: nn.Module) -> Iterator[nn.Module]:
+def _without_adapter(model: PeftModel, module: CompletionLogps) -> Iterator[CompletionLogps]:
     with model.disable_adapter():
         yield module
 

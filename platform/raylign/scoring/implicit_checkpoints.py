@@ -17,11 +17,11 @@ _TASK = "CAUSAL_LM"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Where both models are. `positions` is the shorter context in tokens, None where config.json names none."""
+    """Where both models are, and what their config.json say."""
 
     policy: Checkpoint
     reference: Checkpoint
-    positions: int | None
+    configs: tuple[PreTrainedConfig, PreTrainedConfig]
 
 
 def find_pair(block: ImplicitScoringBlock) -> Pair:
@@ -31,12 +31,10 @@ def find_pair(block: ImplicitScoringBlock) -> Pair:
     """
     policy = find_checkpoint(block.policy_path, block.policy_revision, _TASK, "scoring.policy")
     reference = find_checkpoint(block.reference_path, block.reference_revision, _TASK, "scoring.reference")
-    configs = [_config(checkpoint, block) for checkpoint in (policy, reference)]
+    configs = (_config(policy, block), _config(reference, block))
     if policy.base != reference.base:
         require_same_vocabulary(policy.base, reference.base, block.trust_remote_code)
-    positions = [config.get_text_config().to_dict().get("max_position_embeddings") for config in configs]
-    known = [count for count in positions if count is not None]
-    return Pair(policy, reference, min(known, default=None))
+    return Pair(policy, reference, configs)
 
 
 def _config(checkpoint: Checkpoint, block: ImplicitScoringBlock) -> PreTrainedConfig:

@@ -73,7 +73,7 @@ def load_reward_scorer(
     options = model_block(block)
     if checkpoint.adapters:
         options = options.model_copy(update={"dtype": "float32"})
-    model, missing = load_whole(AutoModelForSequenceClassification, checkpoint.base, options, config, attention=None)
+    model, missing = load_whole(AutoModelForSequenceClassification, checkpoint.base, options, config)
     for adapter in checkpoint.adapters:
         require_weights(checkpoint.base, [name for name in missing if not name.endswith(_ADAPTER_HEADS)])
         merged: PreTrainedModel = adapted(model, adapter).merge_and_unload(safe_merge=True)

@@ -1,12 +1,13 @@
 """Scores from a reward model: a sequence classifier with one output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from raylign.config.scoring import RewardModelScoringBlock
 from raylign.records import Score
@@ -14,6 +15,10 @@ from raylign.scoring.base import ScoringItem
 from raylign.scoring.checkpoints import of_scorer
 from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
 from raylign.scoring.reward_checkpoint import find_reward_model, load_reward_scorer, load_reward_tokenizer
+from raylign.training.backbone import PaddedAttention, inner_model
+from raylign.training.layout_check import supported_layout
+from raylign.training.plain_forward import configs_of
+from raylign.training.sequences import TokenBatch
 
 Ids = tuple[int, ...]
 
@@ -41,10 +46,13 @@ class RewardModelScorer:
         self._text_config = self._model.config.get_text_config()
         if checkpoint.adapters:
             self._text_config.pad_token_id = self._tokenizer.pad_token_id
-        positions = self._text_config.to_dict().get("max_position_embeddings")
-        self._limit = length_limit(block, positions, checkpoint.base)
+        self._limit = length_limit(block, [self._model.config], checkpoint.base)
         self._pad = self._text_config.pad_token_id
         self._rows = self._model.get_input_embeddings().get_parameter("weight").shape[0]
+
+        self._module = PlainRewards(self._model, self._padding)
+        with of_scorer():
+            supported_layout([self._module], "padded", device)
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order. Stops once more than `allowed` of `items` are unscored."""
@@ -67,13 +75,7 @@ class RewardModelScorer:
         return by_length({index: len(row) for index, row in rows.items()}, self._block)
 
     def _forward(self, rows: Sequence[Ids]) -> list[Score]:
-        pad = self._padding(rows)
-        self._text_config.pad_token_id = pad
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=self._device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
-        rewards: Tensor = self._model(input_ids=ids, attention_mask=mask).logits[:, 0]
-        return [finite(reward) for reward in rewards.float().tolist()]
+        return [finite(reward) for reward in self._module.rewards(rows, self._device).tolist()]
 
     def _padding(self, rows: Sequence[Ids]) -> int:
         """The model's pad token; where it has none, a token that ends no row, so that each is read at its end."""
@@ -81,3 +83,36 @@ class RewardModelScorer:
             return int(self._pad)
         ends = {row[-1] for row in rows}
         return next(token for token in count() if token not in ends)
+
+
+class PlainRewards(nn.Module):
+    """A sequence classifier that reads rows by its own forward, padded on the right, its way of attending checked."""
+
+    def __init__(self, model: PreTrainedModel, padding: Callable[[Sequence[Ids]], int]) -> None:
+        super().__init__()
+        self.model: nn.Module = model
+        self._padding = padding
+        self.padded_attention: PaddedAttention = "sdpa"
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Rewards [C] of a padded batch."""
+        lengths = batch.attention_mask.sum(1).tolist()
+        rows = [tuple(row[:length]) for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+        return self.rewards(rows, batch.input_ids.device)
+
+    def rewards(self, rows: Sequence[Ids], device: torch.device) -> Tensor:
+        """fp32 rewards [C] of token ids."""
+        pad, width = self._padding(rows), max(map(len, rows))
+        inner = inner_model(self.model)
+        inner.config.get_text_config().pad_token_id = pad
+        for config in configs_of(inner):
+            config._attn_implementation = self.padded_attention
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+        rewards: Tensor = self.model(input_ids=ids, attention_mask=mask).logits[:, 0]
+        return rewards.float()
+
+    def own_values(self, prompt: Sequence[int], completion: Sequence[int], device: torch.device) -> Tensor:
+        """The reward [1] of one row, for the check against transformers."""
+        rewards: Tensor = self.model(input_ids=torch.tensor([[*prompt, *completion]], device=device)).logits[0]
+        return rewards

@@ -23,7 +23,10 @@ def blocked_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attention [1, T, H, D] of a packed row; query is [1, H, T, D], key and value are [1, H_kv, T, D]."""
+    """Attention [1, T, H, D] of a packed row; query is [1, H, T, D], key and value are [1, H_kv, T, D].
+
+    Values may be of another size than keys.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     batches = batches_of(tuple(segments), window, query.dtype)
     output: Tensor = _BlockedAttention.apply(query, key, value, batches, scale)  # type: ignore[no-untyped-call]
@@ -34,7 +37,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, batches: Sequence[Batch], scale: float) -> Tensor:
         rows = tuple(_by_position(part) for part in (query, key, value))
-        output = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
+        output = query.new_empty(*rows[0].shape[:2], value.shape[-1])
         for batch in batches:
             blocks = batch.mask.shape[0]
             indices = (batch.queries, batch.keys, batch.keys)
@@ -54,7 +57,7 @@ class _BlockedAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         wide = torch.promote_types(key.dtype, torch.float32)
-        of_key, of_value = (torch.zeros(key.shape, dtype=wide) for _ in range(2))
+        of_key, of_value = (torch.zeros(part.shape, dtype=wide) for part in (key, value))
         for batch in ctx.batches:
             blocks, _, queries, keys = batch.mask.shape
             taken = (

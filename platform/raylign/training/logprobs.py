@@ -1,5 +1,6 @@
 """Completion log-probabilities of a causal language model; the one place with the label shift."""
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raylign.errors import ModelError
-from raylign.training.backbone import inner_model, last_hidden_states, use_lean_layers
+from raylign.training.backbone import PaddedAttention, inner_model, last_hidden_states, use_lean_layers
 from raylign.training.head import TokenScores, linear_scores
 from raylign.training.sequences import TokenBatch
 
@@ -44,7 +45,8 @@ class CompletionLogps(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: nn.Module = model
+        self.padded_attention: PaddedAttention = "sdpa"
         causal = inner_model(model)
         _require_plain_head(causal)
         use_lean_layers(causal)
@@ -55,11 +57,18 @@ class CompletionLogps(nn.Module):
     def forward(self, batch: TokenBatch, token_weights: Tensor | None = None) -> CompletionScores:
         """Scores of `batch`; `token_weights` [N] scale each token's share of its completion's sum (1 when None)."""
         causal = inner_model(self.model)
-        hidden = last_hidden_states(causal, batch)[batch.predictors]
+        hidden = last_hidden_states(causal, batch, self.padded_attention)[batch.predictors]
         tokens: TokenScores = causal.get_output_embeddings()(hidden, batch.labels)
         shares = tokens.logps if token_weights is None else tokens.logps * token_weights
         logps = torch.zeros(batch.completions, device=hidden.device).index_add(0, batch.owners, shares)
         return CompletionScores(logps, tokens, batch.owners)
+
+    def own_values(self, prompt: Sequence[int], completion: Sequence[int], device: torch.device) -> Tensor:
+        """Log-probs of a completion's tokens from the logits of one row, for the check against transformers."""
+        logits = inner_model(self.model)(input_ids=torch.tensor([[*prompt, *completion]], device=device)).logits[0]
+        labels = torch.tensor(completion, device=device)[:, None]
+        logps: Tensor = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, labels)[:, 0]
+        return logps
 
 
 def _score_labels(head: nn.Linear, hidden: Tensor, labels: Tensor) -> TokenScores:

@@ -1,13 +1,15 @@
 """Rewards of completions under a reward model: a linear score of the hidden state at the last token."""
 
+from collections.abc import Sequence
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from raylign.errors import ModelError
-from raylign.training.backbone import inner_model, last_hidden_states, use_lean_layers
+from raylign.training.backbone import PaddedAttention, inner_model, last_hidden_states, use_lean_layers
 from raylign.training.sequences import TokenBatch
 
 
@@ -20,7 +22,8 @@ class CompletionRewards(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: nn.Module = model
+        self.padded_attention: PaddedAttention = "sdpa"
         inner = inner_model(model)
         head = score_head(inner)
         use_lean_layers(inner)
@@ -30,7 +33,14 @@ class CompletionRewards(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Rewards [C] fp32 of the completions of `batch`, with gradients."""
         inner = inner_model(self.model)
-        rewards: Tensor = score_head(inner)(last_hidden_states(inner, batch)[batch.ends])
+        rewards: Tensor = score_head(inner)(last_hidden_states(inner, batch, self.padded_attention)[batch.ends])
+        return rewards
+
+    def own_values(self, prompt: Sequence[int], completion: Sequence[int], device: torch.device) -> Tensor:
+        """The reward [1] of one row, for the check against transformers."""
+        rewards: Tensor = inner_model(self.model)(
+            input_ids=torch.tensor([[*prompt, *completion]], device=device)
+        ).logits[0]
         return rewards
 
 
