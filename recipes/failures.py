@@ -22,32 +22,39 @@ log = logging.getLogger(__name__)
 _LIBRARIES = ("ray", "vllm", "deepspeed", "torch")
 _WAITED = ("GetTimeoutError",)
 """Errors of theirs that say no more than ours on top of them."""
+_REST = "rest"
+"""Attribute of an error: the file it was written to; of our own errors a field."""
 _SHOWN = 300
 _GO_ON = "what is finished is saved, the same command goes on with it; if it ends so again, report it with that file"
 
 
 @contextmanager
 def told(run: RunBlock) -> Iterator[None]:
-    """Errors inside leave everything that is known of them in the run directory, or beside where it would be.
-
-    Raises RaylignError alone: what nobody has foreseen becomes UnexpectedError.
-    """
+    """Errors inside leave everything that is known of them in the run directory, or beside where it would be."""
     try:
         yield
     except Exception as error:
         folder = (run.dir / run.name).absolute()
-        place = folder / "error" if folder.is_dir() else folder.with_name(f"{folder.name}-error")
-        known = explained(error, place)
-        if known is error:
-            raise
-        raise known from error
+        keep(error, folder / "error" if folder.is_dir() else folder.with_name(f"{folder.name}-error"))
+        raise
 
 
-def explained(error: Exception, place: Path) -> RaylignError:
-    """The error as the user gets it. What other libraries say is in a file whose name begins with `place`."""
+def keep(error: Exception, place: Path) -> Path | None:
+    """Write what is known of an error that other libraries stand behind, once, to a file named `place`-TIME.txt.
+
+    None where there is no more to know than the error's own message.
+    """
+    kept: Path | None = getattr(error, _REST, None)
+    if kept is None and (not isinstance(error, RaylignError) or any(_is_foreign(part) for part in _chain(error))):
+        kept = _written(error, place)
+        setattr(error, _REST, kept)
+    return kept
+
+
+def explained(error: Exception) -> RaylignError:
+    """The error as the user gets it."""
     known = error if isinstance(error, RaylignError) else _unexpected(error)
-    if known.rest is None and (known is not error or any(_is_foreign(part) for part in _chain(error))):
-        known.rest = _written(error, place)
+    known.rest = keep(error, Path(tempfile.gettempdir()) / "raylign-error")
     return known
 
 
@@ -98,7 +105,7 @@ def _written(error: BaseException, place: Path) -> Path | None:
 
 def say(error: Exception) -> None:
     """Print what happened, and on a second line the cure and where the rest is."""
-    known = explained(error, Path(tempfile.gettempdir()) / "raylign-error")
+    known = explained(error)
     complain(f"error: {known}")
     rest = f"the rest is in {known.rest}" if known.rest else ""
     if second := "; ".join(part for part in (known.cure and f"cure: {known.cure}", rest) if part):

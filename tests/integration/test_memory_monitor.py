@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from raylign.rundir import RunDirectory, open_run
 from raylign.tracking.journal import Event, read_events
 from tests.faults import record
-from tests.integration.test_offline_recipes import ROWS
 from tests.integration.tiny import START_S, Watched, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.long_fault, pytest.mark.timeout(1200)]
@@ -39,7 +38,8 @@ time.sleep(600)
 
 
 def command(model: str, folder: Path) -> list[str]:
-    (folder / "rows.json").write_text(json.dumps(ROWS * 8))
+    rows = [{"instruction": f"Count to {n}", "chosen": f"good {n}", "rejected": f"bad {n} {n}"} for n in range(208)]
+    (folder / "rows.json").write_text(json.dumps(rows))
     raw = {
         "recipe": "offline_dpo",
         "run": {"dir": "runs", "name": "short"},

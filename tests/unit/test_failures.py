@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from raylign.config.blocks import RunBlock
-from raylign.errors import ConfigError, PlacementError, RaylignError, TrainerError, UnexpectedError
+from raylign.errors import ConfigError, PlacementError, RaylignError, TrainerError
 from recipes.cli import ended_cleanly
 from recipes.failures import as_script, explained, told
 
@@ -107,7 +107,7 @@ def test_outside_of_a_run_it_goes_to_the_temporary_folder(
 def test_no_secret_reaches_the_file(run: RunBlock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("RUN_KEY", "ab")
-    with pytest.raises(UnexpectedError), told(run):
+    with pytest.raises(RaySystemError), told(run):
         error = RaySystemError(f"401 for {SECRET} at https://me:{SECRET}@host/x and postgres://u:pw@db \x1b[2J")
         error.add_note(f"The end of worker.err:\ntoken={SECRET}")
         raise error
@@ -122,7 +122,9 @@ def test_an_error_keeps_its_type_for_whoever_calls_a_recipe(run: RunBlock) -> No
     with pytest.raises(TrainerError) as caught, told(run):
         raise error
     assert caught.value is error and error.rest is not None
-    assert explained(error, run.dir / "again").rest == error.rest, "it is written once"
+    assert explained(error).rest == error.rest, "it is written once"
+    with pytest.raises(KeyError), told(run):
+        raise KeyError("x")
 
 
 def test_a_file_that_cannot_be_written_is_no_second_error(
