@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,12 @@ from pathlib import Path
 import psutil
 import ray
 from ray._private import ray_constants
+from ray.exceptions import RayError
 
+from actors.cures import cure_of
+from actors.endings import one_line
 from actors.janitor import clean_up_processes
+from raylign.errors import PlacementError
 
 LOOPBACK = "127.0.0.1"
 _QUIET = {
@@ -28,6 +33,8 @@ _LOCAL = {
     "VLLM_LOOPBACK_IP": LOOPBACK,
 }
 """Process groups and engines of a cluster that is this machine alone: nobody else needs to reach them."""
+_LAST_LINES = 100
+_PID = re.compile(r"\bpid(?:=|: )(\d+)")
 
 
 def actor_environment(*, private: bool = False) -> dict[str, str]:
@@ -47,20 +54,36 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     """Connect or start, yield the cluster's total resources, and leave it clean.
 
     `num_cpus` sizes a private cluster; by default it has the machine's cores. A private cluster listens on loopback
-    alone, and asks for a token (Ray's default; RAY_AUTH_MODE says otherwise).
+    alone, and asks for a token (Ray's default; RAY_AUTH_MODE says otherwise). Raises PlacementError when there is none.
+    An error that ends the work on it gets the last lines of the actors that it names as notes.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
+    terminate = signal.getsignal(signal.SIGTERM)
+    _join(num_cpus)
+    # Ray's own handler aborts the process three seconds after SIGTERM, in the middle of the clean-up.
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield ray.cluster_resources()
+    except Exception as error:
+        for words in last_words(error):
+            error.add_note(words)
+        raise
+    finally:
+        ray.shutdown()
+
+
+def _join(num_cpus: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Inside a Ray job: variables that the job sets too are no conflict, `actor_environment` has the job's values.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    terminate = signal.getsignal(signal.SIGTERM)
     address = os.environ.get("RAY_ADDRESS")
     runtime_env = {"env_vars": actor_environment(private=not address)}
-    if address:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
-    else:
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
+            return
         # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
         with _on_loopback(), _ended_with_this_process():
@@ -72,12 +95,25 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-    # Ray's own handler aborts the process three seconds after SIGTERM, in the middle of the clean-up.
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
+    except (OSError, RuntimeError, ValueError, RayError) as cause:
+        what = f"RAY_ADDRESS={address}: cannot join the cluster" if address else "Ray cannot start on this machine"
+        error = PlacementError(f"{what} ({one_line(str(cause))})")
+        known = cure_of("cluster", f"{type(cause).__name__}: {cause}" if address else str(cause))
+        error.cure = known if address else f"`raylign doctor` says what this machine lacks; {known}"
+        raise error from cause
+
+
+def last_words(error: BaseException) -> list[str]:
+    """The ends of the logs, as far as they are on this node, of the actors whose processes the error names."""
+    text, seen = "", error
+    while seen.__cause__ is not None:
+        text, seen = f"{text}\n{seen}", seen.__cause__
+    found = []
+    for pid in dict.fromkeys(_PID.findall(f"{text}\n{seen}")):
+        for path in sorted(log_folder().glob(f"worker-*-{pid}.*")):
+            if lines := path.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
+                found.append("\n".join([f"The end of {path}:", *lines]))
+    return found
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Generators that outlive their engines: a lost one is replaced, brought up to date, and only its prompts wait."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,19 +9,21 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.endings import Loss, ended, loss_of
 from actors.generator_pool import GeneratorPool
 from actors.in_flight import InFlight
 from actors.incidents import Incidents
-from actors.processes import is_dead, kill
+from actors.node_memory import Pause
+from actors.processes import kill, process_of
 from actors.stacks import dump_stacks
-from actors.waiting import get_all, get_together
-from actors.watch import GONE, Guard, attended
+from actors.waiting import cured, get_together
+from actors.watch import Guard, attended
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
-from raylign.errors import ActorsLost, GeneratorError
+from raylign.errors import ActorsLost, GeneratorError, RaylignError
 from raylign.records import Candidate, Prompt
 from raylign.sampling import Decoding, prompt_seed
 
-log = logging.getLogger(__name__)
+_FIRST_START = "starting the generators"
 
 Spawn = Callable[[int], ActorHandle[Any]]
 """Starts the generator of a slot."""
@@ -57,12 +58,28 @@ class SupervisedGenerators(GeneratorPool):
         self.guard = Guard()
         self._loaded = False
         self._starting: dict[Any, tuple[int, float]] = {}
-        """Replacements that have not answered yet: slot, and until when they are waited for."""
+        """Those that have not answered yet: slot, and until when they are waited for."""
+        self._paused: dict[int, Pause] = {}
+        """Slots whose replacement waits for memory."""
 
     def wait_ready(self) -> None:
-        """Wait until the first generators have loaded. Raises GeneratorError when one cannot."""
-        ready = [handle.ready.remote() for handle in self.handles]
-        get_all(ready, self._block.start_timeout_s, "starting the generators", GeneratorError)
+        """Wait until the first generators have loaded, or their replacements. Raises GeneratorError when one cannot."""
+        deadline = time.monotonic() + self._block.start_timeout_s
+        refs: list[Any] = [handle.ready.remote() for handle in self.handles]
+        for slot, ref in enumerate(refs):
+            try:
+                get_together([ref], max(0.0, deadline - time.monotonic()), _FIRST_START, GeneratorError)
+            except ActorsLost as lost:
+                loss = loss_of(lost)
+                if loss.kind == "silent":
+                    limit = f"{self._block.start_timeout_s:g} s (generators.start_timeout_s)"
+                    raise GeneratorError(f"{_FIRST_START}: no answer within {limit}") from lost
+                if loss.kind == "start":
+                    raise cured(GeneratorError(str(lost)), loss, "generator") from lost.__cause__
+                self._replace(slot, loss)
+        self.settle()
+        if missing := len(self.handles) - len(self._ready_slots()):
+            raise self._late(f"{missing} of {len(self.handles)} generators have not started")
         self._loaded = True
 
     def shut_down(self, timeout_s: float) -> None:
@@ -98,20 +115,19 @@ class SupervisedGenerators(GeneratorPool):
             for prompt, slot in work.next_for(self._ready_slots()):
                 request_seed = prompt_seed(seed, round_index, prompt.id)
                 work.sent(self.handles[slot].sample.remote(prompt, decoding, request_seed, version), prompt, slot)
-            done, _ = ray.wait([*work.refs, *self._starting], timeout=self._heartbeat_s)
-            for ref in done:
+            for ref in self._wait([*work.refs, *self._starting]):
                 for slot in work.slot_of(ref):
                     try:
                         found: list[Candidate] = get_together([ref], 0.0, "sampling", GeneratorError)[0]
                     except ActorsLost as lost:
-                        self._take_from(slot, str(lost), work)
+                        self._take_from(slot, loss_of(lost), work)
                         continue
                     finished[work.finished(ref).id] = found
                     on_finished(found)
                     advance(1)
             for slot in work.silent(self._block.request_timeout_s):
                 limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
-                self._take_from(slot, f"no prompt finished within {limit}; {self._stacks_of(slot)}", work)
+                self._take_from(slot, self._silent(slot, f"no prompt finished within {limit}"), work)
             self.look_after_starting()
             self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
@@ -131,8 +147,10 @@ class SupervisedGenerators(GeneratorPool):
                 try:
                     answers[slot] = get_together([ref], 0.0, what, GeneratorError)[0]
                 except ActorsLost as lost:
-                    late = "" if lost.__cause__ else f" within {timeout_s:g} s; {self._stacks_of(slot)}"
-                    self._replace(slot, f"{lost}{late}")
+                    loss = loss_of(lost)
+                    if loss.kind == "silent":
+                        loss = self._silent(slot, f"{lost} within {timeout_s:g} s")
+                    self._replace(slot, loss)
             self.settle()
         return [answers[slot] for slot in sorted(answers)]
 
@@ -140,17 +158,33 @@ class SupervisedGenerators(GeneratorPool):
     def settle(self) -> None:
         """Wait until every generator has started, or those that have not are late."""
         self.look_after_starting()
-        while any(time.monotonic() < deadline for _, deadline in self._starting.values()):
-            ray.wait(list(self._starting), timeout=self._heartbeat_s)
+        while self._awaited():
+            self._wait(list(self._starting))
             self.look_after_starting()
         self._require_one()
 
+    def _awaited(self) -> bool:
+        """Whether a replacement is still waited for."""
+        on_time = any(time.monotonic() < deadline for _, deadline in self._starting.values())
+        return on_time or any(not pause.expired for pause in self._paused.values())
+
+    def _wait(self, refs: Sequence[Any]) -> list[Any]:
+        """The first of the calls to be done within a heartbeat."""
+        if not refs:
+            self.guard.sleep(self._heartbeat_s)
+            return []
+        return list(ray.wait(list(refs), timeout=self._heartbeat_s)[0])
+
     def _require_one(self) -> None:
-        if self._ready_slots() or any(time.monotonic() < deadline for _, deadline in self._starting.values()):
-            return
+        if not self._ready_slots() and not self._awaited():
+            raise self._late("no generator is left")
+
+    def _late(self, what: str) -> RaylignError:
+        if self._paused:
+            return self._incidents.late("generator", actor_name(min(self._paused)), GeneratorError)
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        raise GeneratorError(
-            f"no generator is left: no replacement started within {self._block.start_timeout_s:g} s "
+        return GeneratorError(
+            f"{what}: no replacement started within {self._block.start_timeout_s:g} s "
             f"(generators.start_timeout_s); free in the cluster: {free}. Give it the node back that it lost, or lower "
             "generators.count, then run the same command again: it goes on where it stopped"
         )
@@ -158,39 +192,50 @@ class SupervisedGenerators(GeneratorPool):
     def tend(self) -> None:
         """Replace dead generators while nobody asks anything of them."""
         for slot in self._ready_slots():
-            if is_dead(self.handles[slot]):
-                self._replace(slot, GONE)
+            if loss := ended(self.handles[slot]):
+                self._replace(slot, loss)
 
     def _ready_slots(self) -> list[int]:
         starting = {slot for slot, _ in self._starting.values()}
-        return [slot for slot in range(len(self.handles)) if slot not in starting]
+        return [slot for slot in range(len(self.handles)) if slot not in starting and slot not in self._paused]
 
-    def _stacks_of(self, slot: int) -> str:
-        return dump_stacks(self.handles[slot], self._stacks, actor_name(slot))
+    def _silent(self, slot: int, cause: str) -> Loss:
+        return Loss("silent", f"{cause}; {dump_stacks(self.handles[slot], self._stacks, actor_name(slot))}")
 
-    def _take_from(self, slot: int, cause: str, work: InFlight) -> None:
+    def _take_from(self, slot: int, loss: Loss, work: InFlight) -> None:
         work.give_back(slot)
-        self._replace(slot, cause)
+        self._replace(slot, loss)
 
-    def _replace(self, slot: int, cause: str) -> None:
-        """Start a new generator for `slot`. Raises GeneratorError past the cap of restarts."""
-        self._incidents.lost("generator", actor_name(slot), cause, GeneratorError)
+    def _replace(self, slot: int, loss: Loss) -> None:
+        """Let a new generator start for `slot` once there is room for it. Raises GeneratorError past the cap."""
+        node = process_of(self.handles[slot]).node if loss.kind == "process" else ""
+        self._paused[slot] = self._incidents.lost("generator", actor_name(slot), loss, GeneratorError, node)
         kill([self.handles[slot]])
-        handles = list(self.handles)
-        handles[slot] = self._spawn(slot)
-        self.handles = tuple(handles)
-        self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
+        self._start_paused()
+
+    def _start_paused(self) -> None:
+        for slot in [slot for slot, pause in self._paused.items() if pause.over()]:
+            del self._paused[slot]
+            handles = list(self.handles)
+            handles[slot] = self._spawn(slot)
+            self.handles = tuple(handles)
+            self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
 
     def look_after_starting(self) -> None:
-        """Bring replacements that have started up to date; one that dies is replaced again."""
+        """Start replacements that have room, bring those that have started up to date; one that dies is replaced again.
+
+        The first generators need no bringing up: they serve what they have loaded.
+        """
+        self._start_paused()
         starting = list(self._starting)
         done = ray.wait(starting, num_returns=len(starting), timeout=0)[0] if starting else []
         for ref in done:
             slot, _ = self._starting.pop(ref)
             try:
                 get_together([ref], 0.0, "starting it", GeneratorError)
-                self._catch_up(self.handles[slot])
+                if self._loaded:
+                    self._catch_up(self.handles[slot])
             except ActorsLost as lost:
-                self._replace(slot, str(lost))
+                self._replace(slot, loss_of(lost))
                 continue
             self._incidents.recovered("generator", actor_name(slot))

@@ -27,12 +27,6 @@ def process_of(handle: ActorHandle[Any]) -> ActorProcess:
     return ActorProcess(known.get("Pid", 0), known.get("Address", {}).get("NodeID", ""))
 
 
-def is_dead(handle: ActorHandle[Any]) -> bool:
-    """Whether its process has ended, as far as Ray knows."""
-    known: dict[str, Any] = state.actors(handle._actor_id.hex()) or {}
-    return bool(known.get("State") == "DEAD")
-
-
 def send_signal(process: ActorProcess, number: signal.Signals, timeout_s: float) -> None:
     """Signal the process from its node. Raises OSError when it has ended or is somebody else's, RayError when another
     node does not do it within `timeout_s`.

@@ -1,19 +1,22 @@
 """The scorer actor as the driver sees it: candidates in, scores out, in order, through the deaths of actors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
+from actors.endings import Loss, ended, ending
 from actors.incidents import Incidents
-from actors.processes import is_dead, kill
+from actors.node_memory import Pause
+from actors.processes import kill, process_of
 from actors.scorer import ScoredBatch
 from actors.stacks import dump_stacks
-from actors.waiting import get_all, root_cause
-from actors.watch import GONE, Guard, attended
+from actors.waiting import failure
+from actors.watch import Guard, attended
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
@@ -26,11 +29,11 @@ _RESTARTS_S = 60.0
 
 
 class _LostActor(Exception):
-    """The actor died, or is past the deadline of a call; the text says which."""
+    """The actor is gone, or past the deadline of a call."""
 
-
-class _SilentActor(_LostActor):
-    """It is past the deadline and may still run."""
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.cause)
+        self.loss = loss
 
 
 class ScorerClient:
@@ -57,17 +60,23 @@ class ScorerClient:
         self._spawn, self._block, self._incidents = spawn, block, incidents
         self._stacks, self._start_timeout_s, self._restarts_s = stacks, start_timeout_s, restarts_s
         self._handle = spawn()
-        self._loads = True
-        """Whether nobody has seen yet that the first actor has loaded."""
-        self._starting: list[Any] = []
-        """The answer that a replacement has loaded, while it is waited for."""
+        self._starting: list[Any] = [self._handle.ready.remote()]
+        """The answer that an actor has loaded, while it is waited for."""
+        self._pauses: list[Pause] = []
+        """What a replacement waits for before it is started."""
+        self._replaced = False
         self._usages: dict[str, Usage] = {}
         self.guard = Guard()
 
     def wait_ready(self) -> None:
-        """Wait until the first actor has loaded. Raises ScorerError when it cannot."""
-        get_all([self._handle.ready.remote()], self._start_timeout_s, "starting the scorer", ScorerError)
-        self._loads = False
+        """Wait until the first actor has loaded, or its replacement. Raises ScorerError when it cannot."""
+        while self._starting or self._pauses:
+            try:
+                self._finish_starting()
+            except _LostActor as lost:
+                if lost.loss.kind == "silent":
+                    raise ScorerError(f"starting the scorer: {lost}") from lost
+                self._replace(lost.loss)
 
     @attended
     def score(
@@ -106,53 +115,61 @@ class ScorerClient:
     def tend(self) -> None:
         """Replace a dead actor while nobody asks anything of it, and say when its successor has loaded."""
         try:
+            if all(pause.over() for pause in self._pauses):
+                self._start_replacement()
             if self._starting and ray.wait(self._starting, timeout=0)[0]:
-                self._finish_replacing()
-        except _LostActor as loss:
-            self._replace(str(loss))
-        if not self._starting and is_dead(self._handle):
-            self._replace(GONE)
+                self._finish_starting()
+        except _LostActor as lost:
+            self._replace(lost.loss)
+        if not self._starting and not self._pauses and (loss := ended(self._handle)):
+            self._replace(loss)
 
     def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
         deadline = self._restarts_s + longest_s(batch, self._block)
-        cause = ""
-        for _ in range(TRIES):
+        losses: list[str] = []
+        while len(losses) < TRIES:
             try:
                 self._finish_starting()
                 found: ScoredBatch = _result(self._handle.score.remote(batch, allowed), deadline)
                 add_up(self._usages, found.usage)
                 return found.scores
-            except _LostActor as loss:
-                cause = self._diagnosed(loss)
-                self._replace(cause)
-        return [Score(None, reason=f"{TRIES} scorer actors in turn were lost with this batch: {cause}")] * len(batch)
+            except _LostActor as lost:
+                loss = self._diagnosed(lost.loss)
+                # A node short of memory says nothing against the batch.
+                losses += [loss.cause] if loss.kind != "memory" else []
+                self._replace(loss)
+        reason = f"{TRIES} scorer actors in turn were lost with this batch: {losses[-1]}"
+        return [Score(None, reason=reason)] * len(batch)
 
-    def _diagnosed(self, loss: _LostActor) -> str:
-        """The cause; of an actor that hangs also where its stacks are."""
-        if not isinstance(loss, _SilentActor):
-            return str(loss)
-        return f"{loss}; {dump_stacks(self._handle, self._stacks, ACTOR)}"
+    def _diagnosed(self, loss: Loss) -> Loss:
+        """With the place of its stacks where an actor hangs."""
+        if loss.kind != "silent":
+            return loss
+        return replace(loss, cause=f"{loss.cause}; {dump_stacks(self._handle, self._stacks, ACTOR)}")
 
-    def _replace(self, cause: str) -> None:
-        """Start another actor. Raises ScorerError past the cap of restarts."""
+    def _replace(self, loss: Loss) -> None:
+        """Let another actor start, once there is room for it. Raises ScorerError past the cap of restarts."""
+        node = process_of(self._handle).node if loss.kind == "process" else ""
         kill([self._handle])
-        self._incidents.lost(ROLE, ACTOR, cause, ScorerError)
-        self._handle = self._spawn()
-        self._loads = False
-        self._starting = [self._handle.ready.remote()]
+        self._pauses, self._starting = [self._incidents.lost(ROLE, ACTOR, loss, ScorerError, node)], []
+
+    def _start_replacement(self) -> None:
+        for _ in self._pauses:
+            self._pauses = []
+            self._handle = self._spawn()
+            self._starting = [self._handle.ready.remote()]
+            self._replaced = True
 
     def _finish_starting(self) -> None:
-        """Wait until the actor has loaded: the time of a call is that of its items alone."""
-        if self._loads:
-            self._loads = False
-            _result(self._handle.ready.remote(), self._start_timeout_s)
-        self._finish_replacing()
-
-    def _finish_replacing(self) -> None:
+        """Wait until the actor has loaded, a replacement also for room: the time of a call is that of its items."""
+        for pause in self._pauses:
+            pause.wait(self.guard.sleep, lambda: self._incidents.late(ROLE, ACTOR, ScorerError))
+        self._start_replacement()
         for ready in self._starting:
             self._starting = []
             _result(ready, self._start_timeout_s)
-            self._incidents.recovered(ROLE, ACTOR)
+            if self._replaced:
+                self._incidents.recovered(ROLE, ACTOR)
 
 
 def _result(ref: Any, timeout_s: float) -> Any:
@@ -160,12 +177,10 @@ def _result(ref: Any, timeout_s: float) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError as cause:
-        raise _SilentActor(f"no answer within {timeout_s:g} s") from cause
-    except RayTaskError as cause:
-        raise ScorerError(f"scoring: {root_cause(cause)}") from cause
-    except RayActorError as cause:
-        if cause.actor_init_failed:
-            raise ScorerError(f"starting the scorer: {cause.error_msg.splitlines()[-1]}") from cause
-        raise _LostActor(cause.error_msg.splitlines()[0]) from cause
+        raise _LostActor(Loss("silent", f"no answer within {timeout_s:g} s")) from cause
     except RayError as cause:
-        raise _LostActor(f"{type(cause).__name__}: {cause}") from cause
+        loss = ending(cause)
+        if loss is None or loss.kind == "start":
+            what = "scoring" if loss is None else "starting the scorer"
+            raise failure(cause, timeout_s, what, ScorerError) from cause
+        raise _LostActor(loss) from cause

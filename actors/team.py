@@ -96,6 +96,7 @@ def team(
             keeps_base=config.sampling.reference_generations > 0,
         )
         mover = _transport(config, folder, transport, directory)
+        incidents.memory.note()
         actors: list[ActorHandle[Any]] = []
         stack.callback(kill, actors)
         stacks = (config.run.dir / config.run.name).absolute() / STACKS

@@ -9,14 +9,15 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
+from actors.endings import Loss, ended, loss_of
 from actors.incidents import Incidents
 from actors.network import free_address
-from actors.processes import is_dead, kill
+from actors.processes import kill, process_of
 from actors.stacks import dump_stacks
 from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
-from actors.waiting import get_all, get_together
-from actors.watch import GONE, Guard, attended
+from actors.waiting import cured, get_all, get_together
+from actors.watch import Guard, attended
 from raylign.checkpoints import PARTIAL, Checkpoint, Metrics
 from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import TrainerLoss
@@ -73,7 +74,7 @@ class SupervisedTrainers(TrainerGroup):
         incidents: Incidents,
         stacks: Path,
     ) -> None:
-        super().__init__(start(), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s)
+        super().__init__((), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s)
         self._start, self._block, self._adapter, self._incidents, self._stacks = (
             start,
             block,
@@ -84,6 +85,17 @@ class SupervisedTrainers(TrainerGroup):
         self._newest: tuple[Checkpoint, ...] = ()
         self._in_round = False
         self.guard = Guard()
+        self._start_first()
+
+    def _start_first(self) -> None:
+        """Raises TrainerError when the ranks cannot start; those that are lost while they load are replaced."""
+        try:
+            self.handles = tuple(self._start())
+        except ActorsLost as lost:
+            loss = loss_of(lost)
+            if loss.kind in ("start", "silent"):
+                raise cured(TrainerError(str(lost)), loss, "trainer") from lost
+            self._replace(loss)
 
     @attended
     def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
@@ -181,26 +193,28 @@ class SupervisedTrainers(TrainerGroup):
                     raise  # to `train_round`, which knows where a new group goes on from
                 self._replace(self._diagnosed(lost))
 
-    def _diagnosed(self, lost: ActorsLost) -> str:
-        """The cause; of ranks that did not answer also where their stacks are."""
-        if lost.__cause__ is not None:
-            return str(lost)
+    def _diagnosed(self, lost: ActorsLost) -> Loss:
+        """What was lost; of ranks that did not answer also where their stacks are."""
+        loss = loss_of(lost)
+        if loss.kind != "silent":
+            return loss
         where = [dump_stacks(handle, self._stacks, f"trainer-{rank}") for rank, handle in enumerate(self.handles)]
-        return "; ".join([str(lost), *where])
+        return Loss("silent", "; ".join([loss.cause, *where]))
 
     def tend(self) -> None:
         """New ranks when one is dead; between rounds the newest checkpoint is what they hold."""
-        if any(is_dead(handle) for handle in self.handles):
-            self._replace(GONE)
+        if loss := next((loss for handle in self.handles if (loss := ended(handle))), None):
+            self._replace(loss)
 
-    def _replace(self, cause: str) -> None:
-        """New ranks that go on from the newest checkpoint.
+    def _replace(self, loss: Loss) -> None:
+        """New ranks that go on from the newest checkpoint, once their nodes have room for them.
 
         Raises TrainerError past the cap of restarts, and when they do not start in time, as where a node is gone.
         """
         while True:
-            self._incidents.lost("trainer", _NAME, cause, TrainerError)
+            pause = self._incidents.lost("trainer", _NAME, loss, TrainerError, self._node_of(loss))
             kill(self.handles)
+            pause.wait(self.guard.sleep, lambda: self._incidents.late("trainer", _NAME, TrainerError))
             try:
                 self.handles = tuple(self._start())
                 for checkpoint in self._newest:
@@ -208,10 +222,15 @@ class SupervisedTrainers(TrainerGroup):
             except ActorsLost as again:
                 if again.__cause__ is None:
                     raise TrainerError(f"{again}; {_TOO_SMALL}") from again
-                cause = self._diagnosed(again)
+                loss = self._diagnosed(again)
                 continue
             self._incidents.recovered("trainer", _NAME)
             return
+
+    def _node_of(self, loss: Loss) -> str:
+        """The node of the rank that died, where its process did."""
+        dead = (handle for handle in self.handles if loss.kind == "process" and ended(handle))
+        return next((process_of(handle).node for handle in dead), "")
 
 
 def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list[ActorHandle[Any]]:

@@ -43,6 +43,7 @@ def trainer_team(
     with ExitStack() as stack:
         group = reserve(plan, config.placement.ready_timeout_s)
         stack.callback(remove_placement_group, group)
+        incidents.memory.note()
         stacks = (config.run.dir / config.run.name).absolute() / STACKS
         stack.callback(remove_empty, stacks)
         spec = TrainerSpec(

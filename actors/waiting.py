@@ -5,33 +5,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from raylign.errors import ActorsLost, RaylignError
+from actors.cures import Role, cure_of
+from actors.endings import Loss, ending, one_line
+from raylign.errors import ActorsLost, GeneratorError, RaylignError, ScorerError, TrainerError
 
 _SETTLE_S = 3.0
 """How long after a failure the others may take to show its cause."""
+_ROLES: dict[type[RaylignError], Role] = {GeneratorError: "generator", TrainerError: "trainer", ScorerError: "scorer"}
 
 
 def get_all(refs: Sequence[Any], timeout_s: float, what: str, error: type[RaylignError]) -> list[Any]:
     """Results of `refs` in order. Raises `error` when one fails, dies, or `timeout_s` passes for all of them."""
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
-    except GetTimeoutError as cause:
-        raise error(f"{what}: no answer within {timeout_s:g} s") from cause
-    except RayTaskError as cause:
-        raise error(f"{what}: {root_cause(cause)}") from cause
-    except RayActorError as cause:
-        raise error(f"{what}: the actor died ({cause.error_msg.splitlines()[0]})") from cause
     except RayError as cause:
-        raise error(f"{what}: {type(cause).__name__}: {cause}") from cause
+        raise failure(cause, timeout_s, what, error) from cause
 
 
 def get_together(refs: Sequence[Any], timeout_s: float, what: str, error: type[RaylignError]) -> list[Any]:
     """Results of calls that need each other, in order; ends with the first that fails.
 
-    Raises ActorsLost when an actor has died, also where another one's failure is seen first and the death explains it,
-    or when one has not answered within `timeout_s`; else `error` with what was raised.
+    Raises ActorsLost when an actor is gone, also where another one's failure is seen first and that explains it, or
+    when one has not answered within `timeout_s`; else `error` with what was raised.
     """
     waiting, deadline = list(refs), time.monotonic() + timeout_s
     failures: list[RayError] = []
@@ -46,18 +43,36 @@ def get_together(refs: Sequence[Any], timeout_s: float, what: str, error: type[R
         return list(ray.get(list(refs)))
     done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_SETTLE_S) if waiting else ([], [])
     failures += _failures(done)
-    deaths = [failure for failure in failures if isinstance(failure, RayActorError)]
-    if deaths:
-        raise ActorsLost(f"{what}: the actor died ({_cause_of(deaths[0])})") from deaths[0]
-    cause = failures[0]
-    text = root_cause(cause) if isinstance(cause, RayTaskError) else f"{type(cause).__name__}: {cause}"
-    raise error(f"{what}: {text}") from cause
+    losses = [(failure, loss) for failure in failures if (loss := ending(failure))]
+    if losses:
+        cause, loss = min(losses, key=lambda pair: _EXPLAINS.index(pair[1].kind))
+        raise ActorsLost(f"{what}: {loss.cause}") from cause
+    raise failure(failures[0], timeout_s, what, error) from failures[0]
 
 
-def _cause_of(death: RayActorError) -> str:
-    """Ray's first line, and what the constructor raised if that ended the actor."""
-    lines = [line.strip() for line in death.error_msg.splitlines() if line.strip()]
-    return f"{lines[0]} {lines[-1]}" if "creation task" in lines[0] else lines[0]
+_EXPLAINS = ("memory", "node", "process", "start", "silent")
+"""Of several losses the one that explains the others comes first."""
+
+
+def failure(cause: RayError, timeout_s: float, what: str, error: type[RaylignError]) -> RaylignError:
+    """The error of a role for Ray's, in one line, with its cure."""
+    role = _ROLES.get(error, "cluster")
+    if isinstance(cause, GetTimeoutError):
+        return error(f"{what}: no answer within {timeout_s:g} s")
+    loss = ending(cause)
+    if loss is None and isinstance(cause, RayTaskError):
+        found = error(f"{what}: {root_cause(cause)}")
+        own = cause.cause if isinstance(cause.cause, RaylignError) else None
+        found.cure = own.cure if own else cure_of(role, f"{type(cause.cause).__name__}: {cause.cause}")
+        return found
+    text = loss.cause if loss else f"{type(cause).__name__}: {one_line(str(cause))}"
+    return cured(error(f"{what}: {text}"), loss, role)
+
+
+def cured(found: RaylignError, loss: Loss | None, role: Role) -> RaylignError:
+    """The error with the cure of what its message tells."""
+    found.cure = cure_of(role, "out of memory" if loss and loss.kind == "memory" else str(found))
+    return found
 
 
 def _failures(refs: Sequence[Any]) -> list[RayError]:
@@ -75,4 +90,4 @@ def root_cause(error: RayTaskError) -> str:
     cause: BaseException = error.cause if isinstance(error.cause, BaseException) else error
     if isinstance(cause, RaylignError):
         return str(cause)
-    return f"{type(cause).__name__}: {cause}"
+    return f"{type(cause).__name__}: {one_line(str(cause))}"

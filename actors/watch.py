@@ -9,11 +9,10 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ray.exceptions import RayError
 
-from raylign.errors import RaylignError
+from raylign.errors import ActorsLost, RaylignError
 
 log = logging.getLogger(__name__)
 
-GONE = "its process is gone"
 _JOIN_S = 10.0
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,6 +24,16 @@ class Guard:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._failures: list[RaylignError] = []
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Whoever waits for a replacement stops to: the role is being taken down."""
+        self._closed.set()
+
+    def sleep(self, seconds: float) -> None:
+        """Raises ActorsLost once the role is being taken down."""
+        if self._closed.wait(seconds):
+            raise ActorsLost("the role is being taken down")
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -84,6 +93,8 @@ def watched(roles: Sequence[Role], every_s: float) -> Iterator[None]:
         yield
     finally:
         stop.set()
+        for role in roles:
+            role.guard.close()
         for thread in threads:
             thread.join(_JOIN_S)
 

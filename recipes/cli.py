@@ -11,13 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from raylign.config import load_config, load_recipe
 from raylign.console import libraries_aside, log_to_console, own_stdout
-from raylign.errors import RaylignError
-from raylign.text import escape_control
-from raylign.tracking.params import without_credentials
 from recipes.checks.ray_cluster import require_named_cluster
+from recipes.failures import complain, say
 from recipes.signals import INTERRUPTED, STOPPED, terminable
 
 _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
@@ -25,22 +24,22 @@ _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """An error raised on purpose becomes one message and status 1; Ctrl-C and SIGTERM unwind what is open."""
+    """An error becomes a line that says what happened and one with the cure, and status 1.
+
+    Ctrl-C and SIGTERM unwind what is open.
+    """
     try:
         with terminable():
             yield
-    except RaylignError as error:
-        _complain(f"error: {error}")
+    except (typer.Exit, typer.Abort, TyperException):
+        raise
+    except Exception as error:
+        say(error)
         raise typer.Exit(1) from error
     except SystemExit as end:
         if end.code in (INTERRUPTED, STOPPED):
-            _complain(f"{_STOPS[end.code]}; what is finished is saved, the same command goes on with it")
+            complain(f"{_STOPS[end.code]}; what is finished is saved, the same command goes on with it")
         raise
-
-
-def _complain(message: str) -> None:
-    text = escape_control(without_credentials(message), keep="\n")
-    Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 class Commands(TyperGroup):

@@ -24,6 +24,7 @@ from raylign.rundir import continue_or_create, require_continuable
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.campaign import Campaign, recorded, starting
+from recipes.failures import told
 from recipes.signals import terminable
 
 
@@ -39,7 +40,7 @@ def offline_campaign(
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)
     console = report_console()
-    with terminable(config.recovery.grace_s), cluster() as available:
+    with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_trainer_team(config, available)
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):

@@ -16,6 +16,7 @@ from raylign.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
+from recipes.failures import as_script
 from recipes.offline_campaign import offline_campaign
 from recipes.offline_stages import train_rows
 
@@ -92,4 +93,5 @@ def main(config: OfflineDpoConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=OfflineDpoConfig))
+    with as_script():
+        main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=OfflineDpoConfig))

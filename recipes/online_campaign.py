@@ -22,6 +22,7 @@ from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.campaign import Campaign, recorded, starting
+from recipes.failures import told
 from recipes.signals import terminable
 
 _CANARY_PROMPTS = 4
@@ -43,7 +44,7 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
     default_uri(config.tracking, config.run.dir / config.run.name)
     require_continuable(config)
     console = report_console()
-    with terminable(config.recovery.grace_s), cluster() as available:
+    with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_team(config, available)
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):

@@ -31,6 +31,7 @@ from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
 from recipes.campaign import Campaign, finished_before
+from recipes.failures import as_script
 from recipes.online_campaign import campaign
 
 
@@ -221,4 +222,5 @@ def main(config: OnlineDpoConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main(load_config(Path(sys.argv[1]), sys.argv[2:]))
+    with as_script():
+        main(load_config(Path(sys.argv[1]), sys.argv[2:]))

@@ -10,7 +10,6 @@ from statistics import median
 
 import torch
 from peft import LoraConfig, get_peft_model
-from ray.exceptions import RayError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.cluster import cluster
@@ -21,7 +20,7 @@ from actors.weight_sync.transports import Transport, choose_transport, require_r
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import InitialReferenceBlock
-from raylign.errors import ModelError, PlacementError
+from raylign.errors import ModelError
 from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.scoring import require_references
@@ -194,11 +193,8 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
     if not address:
         return THIS_MACHINE, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
     require_named_cluster()
-    try:
-        with cluster() as available:
-            return f"the cluster at {address}", dict(available)
-    except (ConnectionError, RuntimeError, RayError) as error:
-        raise PlacementError(f"RAY_ADDRESS={address}: cannot join the cluster ({error})") from error
+    with cluster() as available:
+        return f"the cluster at {address}", dict(available)
 
 
 def notes(plan: RunPlan) -> list[str]:

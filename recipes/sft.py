@@ -16,6 +16,7 @@ from raylign.data.preferences import PreferenceData
 from raylign.records import Preference, RoundReport
 from raylign.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
+from recipes.failures import as_script
 from recipes.offline_campaign import offline_campaign
 from recipes.offline_stages import evaluate_rows, train_rows
 
@@ -51,4 +52,5 @@ def main(config: SftConfig) -> Path:
 
 
 if __name__ == "__main__":
-    main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=SftConfig))
+    with as_script():
+        main(load_config(Path(sys.argv[1]), sys.argv[2:], kind=SftConfig))

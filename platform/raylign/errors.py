@@ -1,8 +1,15 @@
 """Errors a person can act on: each message gives the value, the limit and the cure."""
 
+from pathlib import Path
+
 
 class RaylignError(Exception):
     """Base of every error raylign raises on purpose; the CLI prints it without a traceback."""
+
+    cure: str = ""
+    """What to do, where the message does not say it; shown on a line of its own."""
+    rest: Path | None = None
+    """The file with everything that is known of it, where other libraries' errors stand behind it."""
 
 
 class ConfigError(RaylignError):
@@ -47,6 +54,10 @@ class GeneratorError(RaylignError):
 
 class ActorsLost(RaylignError):
     """Actors died or stopped answering; they can be replaced."""
+
+
+class UnexpectedError(RaylignError):
+    """An error of Python or of another library that nothing has foreseen."""
 
 
 class DiskError(RaylignError):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from actors.endings import Loss
 from actors.incidents import Incidents
 from actors.trainer_group import TrainerGroup
 from actors.trainer_supervision import SupervisedTrainers
@@ -88,7 +89,7 @@ class Lost(SupervisedTrainers):
                 raise ActorsLost("rank 1 died") from RuntimeError("killed")
         raise AssertionError(method)
 
-    def _replace(self, cause: str) -> None:
+    def _replace(self, loss: Loss) -> None:
         self.replaced += 1
 
     def _save(self, record: Any, *, complete: bool) -> list[Any]:

@@ -252,6 +252,9 @@ class RecoveryBlock(Block):
     """Actors (or trainer groups) replaced within `window_s`; one more stops the run with everything saved."""
     window_s: PositiveFloat = 3600.0
     """Restarts longer ago than this, in seconds, no longer count."""
+    memory_timeout_s: PositiveFloat = 1800.0
+    """An actor that was ended for lack of memory, which others took, is replaced once its node has room; this long, in
+    seconds, that is waited for."""
     heartbeat_s: PositiveFloat = 2.0
     """How often waiting roles are asked whether they are alive, in seconds."""
     grace_s: PositiveFloat = 25.0

@@ -10,6 +10,8 @@ _SECRET_WORDS = frozenset(
     {"token", "key", "secret", "password", "passwd", "passphrase", "authorization", "apikey"}
     | {"credential", "credentials"}
 )
+_SECRET_LENGTH = 6
+"""Shorter values of variables are words that stand in any text."""
 _WORD_BREAK = re.compile(r"[._\-/\s]+|(?<=[a-z0-9])(?=[A-Z])")
 _USERINFO = re.compile(r"(?<=://)[^/\s]*@")
 
@@ -40,6 +42,14 @@ def redacted(tree: Mapping[str, Any]) -> dict[str, Any]:
 def without_credentials(text: str) -> str:
     """`text` with the `user:password@` of every URI in it removed."""
     return _USERINFO.sub("", text)
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """`text` without credentials in URIs and without the values of variables that are secrets by their name."""
+    values = {value for name, value in environment.items() if names_secret(name) and len(value) >= _SECRET_LENGTH}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, REDACTED)
+    return without_credentials(text)
 
 
 def _redacted(name: str, value: Any) -> Any:
