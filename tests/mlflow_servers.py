@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-START_S = 400.0
+START_S = 1200.0
 
 
 def free_port() -> int:

@@ -39,7 +39,7 @@ def score(prompts, completions):
 """A scoring module for random models, whose texts VADER scores all alike: without differences there are no pairs."""
 LONG_SAMPLING = ("schedule.prompts_per_round=48", "sampling.num_generations=6", "sampling.max_new_tokens=400")
 LONG_TRAINING = ("trainer.num_train_epochs=2000", "trainer.per_device_train_batch_size=1")
-START_S = 400.0
+START_S = 1200.0
 """Longest start of engines and trainers; 35 s on two idle cores."""
 _MARK = "RAYLIGN_TEST_MARK"
 _POLL_S = 0.2
