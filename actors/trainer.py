@@ -58,7 +58,7 @@ from raylign.training.preferences import (
     to_device,
 )
 from raylign.training.reference_logps import require_reference
-from raylign.training.schedule import learning_rate
+from raylign.training.schedule import Schedule
 from raylign.training.sequences import Completions, Layout, token_batch, token_cost
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class TrainerSpec:
     trainer: TrainerBlock
     loss: TrainerLoss
     reference: ReferenceBlock
-    total_steps: int
+    rounds: int
     seed: int
     threads: int
     on_gpu: bool
@@ -104,7 +104,7 @@ class _TrainerRank:
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
         self._steps_done = self._followed = 0
         self._round = _Round(0, (), [], [])
-        self._state = LossState()
+        self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         torch.set_num_threads(spec.threads)
@@ -285,7 +285,8 @@ class _TrainerRank:
         return self._round.steps[number].indices()
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
-        rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
+        place = self._round.index - 1 + len(self._round.reports) / len(self._round.steps)
+        rate = self._schedule.rate(self._steps_done, place)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._state = replace(
@@ -359,7 +360,8 @@ class _TrainerRank:
             return reports
         store(Path(folder), tensors)
         state = {"steps_done": self._steps_done, "followed": self._followed, "loss": asdict(self._state)}
-        write_state(Path(folder), state | {"loss_scaler": loss_scaler_state(self._engine)})
+        scaler = loss_scaler_state(self._engine)
+        write_state(Path(folder), state | {"warm_at": self._schedule.warm_at, "loss_scaler": scaler})
         return reports
 
     def load_state(self, folder: str) -> None:
@@ -369,7 +371,7 @@ class _TrainerRank:
         for reference in self._references:
             reference.load(stored.get)
         self._steps_done, self._followed = state["steps_done"], state["followed"]
-        self._state = LossState(**state["loss"])
+        self._state, self._schedule.warm_at = LossState(**state["loss"]), state["warm_at"]
         set_loss_scaler(self._engine, state["loss_scaler"])
 
     def _engine_state(self) -> EngineState:

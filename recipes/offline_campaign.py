@@ -13,7 +13,6 @@ from actors.trainer_team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
-from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.errors import ConfigError
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model, resolve_reference
@@ -52,7 +51,6 @@ def offline_campaign(
                 reference,
                 folder=folder,
                 pad_id=pad_id,
-                total_steps=total_steps(len(data.train), config.schedule, config.trainer),
                 plan=plan,
                 incidents=run.incidents,
             ) as trainers:

@@ -353,3 +353,5 @@ def test_more_pairs_a_prompt_plan_more_steps() -> None:
         for kind in ("best_worst", "all_pairs")
     )
     assert (few.max_preferences_per_round, many.max_preferences_per_round) == (10, 60)
+    again = parse_config({}, ["sampling={max_resamples: 2}", "schedule.prompts_per_round=10", "pairing.type=all_pairs"])
+    assert again.max_preferences_per_round == 10 * 12 * 11 // 2

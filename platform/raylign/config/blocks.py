@@ -115,6 +115,11 @@ class SamplingBlock(Block):
     top_k: NonNegativeInt = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
 
+    @property
+    def max_generations(self) -> int:
+        """Candidates of one prompt, at most."""
+        return self.num_generations * (1 + self.max_resamples)
+
     @model_validator(mode="after")
     def the_policy_answers_too(self) -> Self:
         if self.reference_generations >= self.num_generations:
@@ -145,7 +150,7 @@ class TrainerBlock(Block):
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warm-up, over the steps the whole campaign plans."""
+    """Decay after warm-up, to 0 at the end of the run: every round takes the same share of it, whatever its steps."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
     weight_decay: NonNegativeFloat = 0.0

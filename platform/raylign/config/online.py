@@ -127,8 +127,8 @@ class OnlineDpoConfig(RunConfig):
 
     @property
     def max_preferences_per_round(self) -> int:
-        """What a round gives to train on at most, unless its prompts are sampled again."""
-        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.num_generations)
+        """What a round gives to train on, at most."""
+        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.max_generations)
 
     @property
     def max_prompt_tokens(self) -> int:
