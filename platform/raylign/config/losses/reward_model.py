@@ -6,6 +6,9 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from raylign.config.base import Block
 
+Link = Literal["logistic", "probit"]
+"""From the gap of two rewards to the probability that the first is better: sigmoid, or the normal Phi."""
+
 
 class RewardLossBase(Block):
     """What the trainer asks of a reward model's loss."""
@@ -17,6 +20,8 @@ class RewardLossBase(Block):
     needs_reference: ClassVar[bool] = False
     pairs_only: ClassVar[bool] = True
     """Whether every preference must hold exactly two candidates; else the whole list is used."""
+    link: ClassVar[Link] = "logistic"
+    """The probability that the loss learns."""
 
     @property
     def tail_weight(self) -> float:
@@ -49,6 +54,7 @@ class ProbitRewardLossBlock(RewardPairLossBlock):
     """Thurstone-Mosteller: -log Phi(r(w) - r(l) - margin)."""
 
     loss_type: Literal["probit"] = "probit"
+    link: ClassVar[Link] = "probit"
 
 
 class PlackettLuceRewardLossBlock(RewardLossBase):
