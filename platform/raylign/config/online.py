@@ -115,6 +115,16 @@ class OnlineDpoConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def thresholds_read_the_scorers_own_score(self) -> Self:
+        if self.pairing.length_penalty and self.loss.score_thresholds:
+            raise ValueError(
+                f"loss.{self.loss.score_thresholds[0]} would read scores less "
+                f"pairing.length_penalty={self.pairing.length_penalty:g} a token, so that length decides what is "
+                "desirable; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def the_scorer_gives_the_std_that_pairing_reads(self) -> Self:
         # A user's function can give one with its scores.
         if self.pairing.needs_std and not isinstance(self.scoring, MeanStdScoringBlock | FunctionScoringBlock):

@@ -30,6 +30,11 @@ class LossBase(Block):
         return 1.0
 
     @property
+    def score_thresholds(self) -> tuple[str, ...]:
+        """Its options that say what a score must exceed."""
+        return ()
+
+    @property
     def ln2_at_start(self) -> bool:
         """Whether a policy equal to its reference loses ln 2 on every group."""
         return self.starts_at_ln2

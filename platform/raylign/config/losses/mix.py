@@ -113,6 +113,10 @@ class MixLossBlock(Block):
         return any(member.needs_reference_samples for member in self.losses)
 
     @property
+    def score_thresholds(self) -> tuple[str, ...]:
+        return tuple(option for member in self.losses for option in member.score_thresholds)
+
+    @property
     def tail_weight(self) -> float:
         return self.losses[0].tail_weight
 
