@@ -13,7 +13,7 @@ from actors.trainer_team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
-from raylign.data.preferences import PreferenceData, load_preferences
+from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.errors import ConfigError
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model, resolve_reference
 from raylign.prompts import refused_path
@@ -43,6 +43,8 @@ def offline_campaign(
             run = Campaign(config, directory, tracker, console)
             run.open_record(data, config.data.split)
             run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {said(data)}")
+            if note := mixed_scales(data, config.score_options):
+                run.say(f"note: {note}")
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             started = time.monotonic()
             with trainer_team(

@@ -48,13 +48,18 @@ def _inputs(plan: RunPlan) -> list[Line]:
 
 def _scorer(plan: RunPlan) -> list[Line]:
     config, (name, *facts) = plan.config, plan.scorer
-    if judges := sum(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(config.scoring)):
-        count = config.sampling.max_generations
-        asked = judges * config.schedule.prompts_per_round * count * (count - 1)
-        facts.append(
-            f"at most {asked:,} questions a round, {judges * plan.prompts.held_out:,} an evaluation, without retries"
-        )
+    if judges := [leaf for leaf in leaves(config.scoring) if isinstance(leaf, JudgeScoringBlock)]:
+        asked = config.schedule.prompts_per_round * sum(_questions(judge, config.sampling) for judge in judges)
+        rated = len(judges) * plan.prompts.held_out
+        facts.append(f"at most {asked:,} questions a round, {rated:,} an evaluation, without retries")
     return [("scorer", name), *(("", fact) for fact in facts)]
+
+
+def _questions(judge: JudgeScoringBlock, block: SamplingBlock) -> int:
+    """About one prompt at most. Verdicts that are not kept are asked for again with every attempt."""
+    first = 1 if judge.cache is None else 1 + block.max_resamples
+    counts = [block.num_generations * attempt for attempt in range(first, block.max_resamples + 2)]
+    return sum(count * (count - 1) for count in counts)
 
 
 def _base(plan: RunPlan) -> str:

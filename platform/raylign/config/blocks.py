@@ -103,7 +103,8 @@ class SamplingBlock(Block):
     num_generations: int = Field(4, ge=2)
     """K, candidates per prompt; a preference needs at least two."""
     max_resamples: NonNegativeInt = 0
-    """How often prompts whose candidates gave no pair get `num_generations` more in the same round."""
+    """How often prompts whose candidates gave no pair get `num_generations` more in the same round. A judge compares
+    them with all earlier ones: of n candidates that is n (n - 1) questions in all."""
     reference_generations: NonNegativeInt = 0
     """How many of them the initial model answers instead: the generators leave the policy's adapter off."""
     max_new_tokens: PositiveInt = 64

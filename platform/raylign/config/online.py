@@ -17,10 +17,8 @@ from raylign.config.reference import InitialReferenceBlock, ReferenceUnion, requ
 from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
-    JudgeScoringBlock,
     MeanStdScoringBlock,
     ScoringUnion,
-    leaves,
 )
 from raylign.config.tree import RunConfig
 
@@ -97,7 +95,7 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def a_judge_rates_held_out_completions_alone(self) -> Self:
         count = self.evaluation.num_generations
-        if count > 1 and any(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(self.scoring)):
+        if count > 1 and self.scoring.compares:
             raise ValueError(
                 f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
                 "compared with each other, and their mean is 1/2 however good they are; "

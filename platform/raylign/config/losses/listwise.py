@@ -64,6 +64,10 @@ class ListNetLossBlock(ListLossBlock):
     score_temperature: PositiveFloat = 1.0
     """Softness of the target, in units of score."""
 
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return ("loss_type=list_net",)
+
 
 class LambdaLossBlock(ListLossBlock):
     """LiPO-lambda (arXiv 2402.01878): sum over score_i > score_j of Delta_ij log(1 + e^(r_j - r_i)).

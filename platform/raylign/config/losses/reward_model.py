@@ -24,6 +24,11 @@ class RewardLossBase(Block):
     """The probability that the loss learns."""
 
     @property
+    def score_options(self) -> tuple[str, ...]:
+        """Its options that read more of scores than their order in a row, so that all must be on one scale."""
+        return ()
+
+    @property
     def tail_weight(self) -> float:
         """A reward belongs to the whole completion: no token is weighed."""
         return 1.0
@@ -36,6 +41,10 @@ class RewardPairLossBlock(RewardLossBase):
     """`scores`: the gap must exceed margin_scale (score(w) - score(l)), as in Llama 2 (arXiv 2307.09288)."""
     margin_scale: PositiveFloat = 1.0
     """Units of reward per unit of score; of use with margin: scores alone."""
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return () if self.margin == "none" else (f"margin={self.margin}",)
 
     @model_validator(mode="after")
     def scale_has_a_margin(self) -> Self:
