@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import PreTrainedTokenizerBase
 
-from raylign.config import OfflineDpoConfig, RewardModelConfig, SftConfig, parse_config
+from raylign.config import OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.data.answers import scale_of
 from raylign.data.preferences import mixed_scales
 from tests.unit.test_data_tokens import everything, load, policy, tokenizer, write
 from tests.unit.test_prepare_pipeline import run, save
 
 __all__ = ["policy", "tokenizer"]
+DATA = {"data": {"source": "x.jsonl"}}
 PAIR = {"chosen": "good", "rejected": "bad"}
 MIXED: list[dict[str, Any]] = [
     {"prompt": "film", **PAIR, "score_chosen": 9, "score_rejected": 2},
@@ -60,12 +62,12 @@ def test_a_prepared_mix_says_what_its_scores_are(tokenizer: PreTrainedTokenizerB
         "d": rated("three"),
         "e": rows("good"),
     }
-    files = [{"name": name, "source": save(tmp_path / f"{name}.jsonl", found)} for name, found in sources.items()]
-    run(tmp_path, *files, filters={"min_chars": 1, "near_duplicates": None})  # type: ignore[arg-type]
+    files = [save(tmp_path / f"{name}.jsonl", found) for name, found in sources.items()]
+    run(tmp_path, *files, filters={"min_chars": 1, "near_duplicates": None})
     data = load(str(tmp_path / "out" / "pairs.parquet"), tokenizer)
     note = mixed_scales(data, ("margin=scores",))
     assert "they are on 4: 8 rows have ratings in 0..1, " in note
-    for part in ("4 rows have scores of a", "4 rows have scores of b", "4 rows have order alone"):
+    for part in (f"4 rows have scores of {files[0]}", f"4 rows have scores of {files[1]}", "4 rows have order alone"):
         assert part in note
 
 
@@ -86,17 +88,21 @@ def test_a_prepared_mix_says_what_its_scores_are(tokenizer: PreTrainedTokenizerB
     ],
 )
 def test_losses_say_what_they_read(loss: str, options: tuple[str, ...]) -> None:
-    config = parse_config({"data": {"source": "x.jsonl"}}, [f"loss={loss}"], kind=OfflineDpoConfig)
+    config = OfflineDpoConfig.model_validate(DATA | {"loss": yaml.safe_load(loss)})
     assert config.score_options == options
 
 
 def test_reward_models_and_demonstrations_say_what_they_read() -> None:
-    data = {"data": {"source": "x.jsonl"}}
-    plain = parse_config(data, [], kind=RewardModelConfig)
-    margin = parse_config(data, ["loss={loss_type: probit, margin: scores}"], kind=RewardModelConfig)
-    ranking = parse_config(data, ["loss.loss_type=plackett_luce"], kind=RewardModelConfig)
+    plain, margin, ranking = (
+        RewardModelConfig.model_validate(DATA | {"loss": loss})
+        for loss in (
+            {"loss_type": "bradley_terry"},
+            {"loss_type": "probit", "margin": "scores"},
+            {"loss_type": "plackett_luce"},
+        )
+    )
     assert (plain.score_options, margin.score_options, ranking.score_options) == ((), ("margin=scores",), ())
-    assert parse_config(data, [], kind=SftConfig).score_options == ()
+    assert SftConfig.model_validate(DATA).score_options == ()
 
 
 def test_the_file_of_the_audit(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
