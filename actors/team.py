@@ -49,7 +49,6 @@ from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
-from raylign.training.schedule import planned_steps
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_S = 20.0
@@ -210,7 +209,7 @@ def _start_trainers(
         trainer=config.trainer,
         loss=config.loss,
         reference=config.reference,
-        total_steps=planned_steps(config.max_preferences_per_round, config.schedule.rounds, config.trainer),
+        rounds=config.rounds,
         seed=config.run.seed,
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",

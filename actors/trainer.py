@@ -53,7 +53,7 @@ from raylign.training.logprobs import CompletionLogps
 from raylign.training.passes import Passes
 from raylign.training.preferences import PreferenceBatch, mean_chosen_tokens, pass_cost, preference_batch, to_device
 from raylign.training.reference_logps import require_reference
-from raylign.training.schedule import learning_rate
+from raylign.training.schedule import Schedule
 from raylign.training.sequences import Completions, Layout, token_batch
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class TrainerSpec:
     trainer: TrainerBlock
     loss: TrainerLoss
     reference: ReferenceBlock
-    total_steps: int
+    rounds: int
     seed: int
     threads: int
     on_gpu: bool
@@ -99,7 +99,7 @@ class _TrainerRank:
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
         self._steps_done = 0
         self._round = _Round(0, (), [], [])
-        self._state = LossState()
+        self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._senders: list[TrainerWeightTransferEngine[Any]] = []
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         torch.set_num_threads(spec.threads)
@@ -294,7 +294,8 @@ class _TrainerRank:
         return self._round.steps[number].indices()
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
-        rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
+        place = self._round.index - 1 + len(self._round.reports) / len(self._round.steps)
+        rate = self._schedule.rate(self._steps_done, place)
         state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens([preferences[i] for i in step.indices()]))
         self._state = self._with_kl(state, preferences, [step])
         report = self._accumulate(preferences, step) | {"learning_rate": rate}
@@ -360,7 +361,8 @@ class _TrainerRank:
             return reports
         store(Path(folder), tensors)
         state = {"steps_done": self._steps_done, "followed": self._references.followed, "loss": asdict(self._state)}
-        write_state(Path(folder), state | {"loss_scaler": dict(self._engine.loss_scaler())})
+        scaler = dict(self._engine.loss_scaler())
+        write_state(Path(folder), state | {"warm_at": self._schedule.warm_at, "loss_scaler": scaler})
         return reports
 
     def load_state(self, folder: str) -> None:
@@ -369,7 +371,7 @@ class _TrainerRank:
         load_tensors(self._engine.state, stored, state["steps_done"])
         self._references.load(stored.get, state["followed"])
         self._steps_done = state["steps_done"]
-        self._state = LossState(**state["loss"])
+        self._state, self._schedule.warm_at = LossState(**state["loss"]), state["warm_at"]
         self._engine.set_loss_scaler(state["loss_scaler"])
 
     def send_nccl(

@@ -35,7 +35,6 @@ def trainer_team(
     *,
     folder: str,
     pad_id: int,
-    total_steps: int,
     plan: PlacementPlan,
     incidents: Incidents,
 ) -> Iterator[SupervisedTrainers]:
@@ -54,7 +53,7 @@ def trainer_team(
             trainer=config.trainer,
             loss=loss,
             reference=reference,
-            total_steps=total_steps,
+            rounds=config.rounds,
             seed=config.run.seed,
             threads=config.placement.trainer_cpus,
             on_gpu=plan.device == "gpu",

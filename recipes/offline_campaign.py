@@ -14,8 +14,8 @@ from actors.trainer_team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
-from raylign.data.epochs import total_steps
-from raylign.data.preferences import PreferenceData, load_preferences
+from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
+from raylign.errors import ConfigError
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
@@ -47,6 +47,8 @@ def offline_campaign(
             run = Campaign(config, directory, tracker, console)
             run.open_record(data, config.data.split)
             run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {said(data)}")
+            if note := mixed_scales(data, config.score_options):
+                run.say(f"note: {note}")
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             started = time.monotonic()
             with trainer_team(
@@ -55,7 +57,6 @@ def offline_campaign(
                 reference,
                 folder=folder,
                 pad_id=pad_id,
-                total_steps=total_steps(len(data.train), config.schedule, config.trainer),
                 plan=plan,
                 incidents=run.incidents,
             ) as trainers:

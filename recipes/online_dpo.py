@@ -24,7 +24,7 @@ from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
 from raylign.reference_versions import is_initial_reference
 from raylign.reporting import Sample
-from raylign.resampling import attempt_seed, joined
+from raylign.resampling import NOTHING_KNOWN, Place, attempt_seed, filled_in, joined, place, regrouped, scores_by_place
 from raylign.rounds import RoundLog, numbered
 from raylign.sampling import evaluation_decoding, policy_versions, training_decoding
 from raylign.scoring import check_unscored
@@ -79,15 +79,18 @@ def score(
     team: Team,
     config: OnlineDpoConfig,
     attempt: int = 0,
+    known: Mapping[Place, Score] = NOTHING_KNOWN,
 ) -> list[Score]:
-    """What the scorer says of every candidate; too many that it cannot judge stop the round."""
-    with log.stage(f"score{numbered(attempt)}", len(candidates), "candidates") as stage:
+    """What the scorer says of every candidate that is not `known`; too many that it cannot judge stop the round."""
+    asked = [candidate for candidate in candidates if place(candidate) not in known]
+    with log.stage(f"score{numbered(attempt)}", len(asked), "candidates") as stage:
         if stage.done:
             return log.read_scores(attempt)
-        scores = team.scorer.score(prompts, candidates, stage.advance)
+        found = team.scorer.score(prompts, asked, stage.advance)
+        scores = filled_in(candidates, known, found)
         log.save_candidates(stage, prompts, candidates, scores, attempt)
         log.save_scoring(stage, team.scorer.metrics(), attempt)
-        check_unscored(scores, config.scoring.max_unscored)
+        check_unscored(found, config.scoring.max_unscored)
     return scores
 
 
@@ -99,7 +102,10 @@ def sample_again(
     team: Team,
     config: OnlineDpoConfig,
 ) -> tuple[list[Candidate], list[Score]]:
-    """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have."""
+    """More candidates for prompts without a pair, at most `max_resamples` times, beside those they have.
+
+    A scorer that compares candidates looks at all of them anew: its earlier scores were among fewer.
+    """
     for attempt in range(1, config.sampling.max_resamples + 1):
         again = without_pair(
             prompts, build_preferences(prompts, candidates, scores, config.pairing, config.run.seed + log.index)
@@ -107,8 +113,10 @@ def sample_again(
         if not again:
             break
         more = sample(log, again, team, config, attempt)
-        found = score(log, again, more, team, config, attempt)
-        candidates, scores = joined(prompts, (candidates, scores), (more, found))
+        group = joined(again, candidates, more)
+        known = NOTHING_KNOWN if config.scoring.compares else scores_by_place(candidates, scores)
+        found = score(log, again, group, team, config, attempt, known)
+        candidates, scores = regrouped((candidates, scores), (group, found))
     return candidates, scores
 
 

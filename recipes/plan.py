@@ -26,7 +26,7 @@ from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.schedule import planned_steps, steps_per_round
+from raylign.training.schedule import steps_per_round
 from recipes.checks.ray_cluster import require_named_cluster
 from recipes.plan_reference import ReferenceFacts, reference_facts
 
@@ -175,15 +175,16 @@ def prompt_facts(prompts: PromptSet) -> PromptFacts:
 def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
     """Evaluation runs before round 1 and after each of the `schedule.rounds` rounds."""
     schedule, sampling = config.schedule, config.sampling
-    per_round = schedule.prompts_per_round * sampling.num_generations * sampling.max_new_tokens
+    per_round = schedule.prompts_per_round * sampling.max_generations * sampling.max_new_tokens
+    steps = steps_per_round(config.max_preferences_per_round, config.trainer)
     evaluated = held_out * config.evaluation.num_generations * sampling.max_new_tokens
     return Amounts(
         sampled_per_round=per_round,
         evaluated_per_round=evaluated,
         sampled=schedule.rounds * per_round,
         evaluated=(schedule.rounds + 1) * evaluated,
-        steps_per_round=steps_per_round(config.max_preferences_per_round, config.trainer),
-        steps=planned_steps(config.max_preferences_per_round, schedule.rounds, config.trainer),
+        steps_per_round=steps,
+        steps=schedule.rounds * steps,
     )
 
 

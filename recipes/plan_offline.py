@@ -10,7 +10,7 @@ from actors.placement import PlacementPlan
 from actors.trainer_team import plan_trainer_team
 from raylign.config import OfflineConfig
 from raylign.data.epochs import total_steps
-from raylign.data.preferences import PreferenceData
+from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
 from recipes.offline_campaign import load_rows, said
@@ -43,7 +43,7 @@ def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
 def show_offline_plan(plan: OfflinePlan, console: Console) -> None:
     """`name value` lines, then notes."""
     console.print(grid([*_inputs(plan), *_work(plan), *_outside(plan)]))
-    notes = [left_out(plan.data.invalid)]
+    notes = [left_out(plan.data.invalid), mixed_scales(plan.data, plan.config.score_options)]
     if run_directory(plan.config).exists():
         notes.append(f"{run_directory(plan.config)} exists already: `raylign run` goes on with it")
     for note in filter(None, notes):

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylign.config import OnlineDpoConfig
+from raylign.config.blocks import SamplingBlock
 from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.text import escape_control
 from raylign.tracking.uri import default_uri
@@ -48,13 +48,18 @@ def _inputs(plan: RunPlan) -> list[Line]:
 
 def _scorer(plan: RunPlan) -> list[Line]:
     config, (name, *facts) = plan.config, plan.scorer
-    if judges := sum(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(config.scoring)):
-        count = config.sampling.num_generations
-        asked = judges * config.schedule.prompts_per_round * count * (count - 1)
-        facts.append(
-            f"at most {asked:,} questions a round, {judges * plan.prompts.held_out:,} an evaluation, without retries"
-        )
+    if judges := [leaf for leaf in leaves(config.scoring) if isinstance(leaf, JudgeScoringBlock)]:
+        asked = config.schedule.prompts_per_round * sum(_questions(judge, config.sampling) for judge in judges)
+        rated = len(judges) * plan.prompts.held_out
+        facts.append(f"at most {asked:,} questions a round, {rated:,} an evaluation, without retries")
     return [("scorer", name), *(("", fact) for fact in facts)]
+
+
+def _questions(judge: JudgeScoringBlock, block: SamplingBlock) -> int:
+    """About one prompt at most. Verdicts that are not kept are asked for again with every attempt."""
+    first = 1 if judge.cache is None else 1 + block.max_resamples
+    counts = [block.num_generations * attempt for attempt in range(first, block.max_resamples + 2)]
+    return sum(count * (count - 1) for count in counts)
 
 
 def _base(plan: RunPlan) -> str:
@@ -67,9 +72,11 @@ def _base(plan: RunPlan) -> str:
     return f" on a base in 4 bits ({model.bnb_4bit_quant_type}{nested}; {size} on every rank)"
 
 
-def _apart(config: OnlineDpoConfig) -> str:
-    count = config.sampling.reference_generations
-    return f" ({count} of the reference)" if count else ""
+def _candidates(block: SamplingBlock) -> str:
+    """How many a prompt gets, of whom, and how often."""
+    of_reference = f" ({block.reference_generations} of the reference)" if block.reference_generations else ""
+    again = f", up to {block.max_resamples + 1} times until they give a pair," if block.max_resamples else ""
+    return f"{block.num_generations} candidates{of_reference}{again}"
 
 
 def _work(plan: RunPlan) -> list[Line]:
@@ -78,7 +85,7 @@ def _work(plan: RunPlan) -> list[Line]:
     return [
         (
             "each round",
-            f"{schedule.prompts_per_round} prompts x {sampling.num_generations} candidates{_apart(config)} x at most "
+            f"{schedule.prompts_per_round} prompts x {_candidates(sampling)} x at most "
             f"{sampling.max_new_tokens} tokens = at most {amounts.sampled_per_round:,} sampled tokens",
         ),
         (

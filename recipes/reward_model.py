@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.trainer_supervision import SupervisedTrainers
-from raylign.calibration import calibration
+from raylign.calibration import calibration, random_pairs
 from raylign.config import RewardModelConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.epochs import rows_of_round
@@ -44,7 +44,9 @@ def evaluate_model(
         if stage.done:
             return log.read_evaluation()
         measured = trainers.evaluate(held_out)
-        reliability = calibration(measured.chosen, measured.rejected, config.evaluation.bins)
+        lists = any(len(row.candidates) > 2 for row in held_out)
+        compared = trainers.evaluate(random_pairs(held_out, config.run.seed)) if lists else measured
+        reliability = calibration(compared.chosen, compared.rejected, config.evaluation.bins, config.loss.link)
         log.save_reliability(stage, reliability)
         evaluation = held_out_evaluation(
             measured, "rewards/accuracies", config.evaluation, config.run.seed, reliability.measures()

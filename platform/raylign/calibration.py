@@ -1,12 +1,21 @@
 """Whether the probabilities that rewards predict for held-out preferences are those that come true."""
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.special import log_expit, log_ndtr
+
+from raylign.config.losses.reward_model import Link
+from raylign.records import Preference
+
+_LINKS = {"logistic": (log_expit, "sigmoid"), "probit": (log_ndtr, "Phi")}
+"""log P(better) of a gap of rewards, and how people write P."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +38,10 @@ class Calibration:
 
     `expected_calibration_error` is the mean gap between confidence and accuracy of the bins, weighted by pairs
     (Naeini et al. 2015). `brier` is the mean squared error of the probability (Brier 1950), 0.25 for a model that
-    knows nothing; `nll` is the negative log-likelihood in nats, ln 2 for such a model.
+    knows nothing; `nll` is the negative log-likelihood in nats, ln 2 for such a model. `link` is that of the loss.
     """
 
+    link: Link
     bins: tuple[Bin, ...]
     pairs: int
     accuracy: float
@@ -50,8 +60,32 @@ class Calibration:
         }
 
 
-def calibration(chosen: Sequence[float], rejected: Sequence[float], bins: int = 10) -> Calibration:
-    """Reliability of p = sigmoid(r(w) - r(l)), Bradley-Terry's probability that the chosen candidate is better.
+def random_pairs(rows: Sequence[Preference], seed: int) -> list[Preference]:
+    """Two candidates of each row, drawn among those whose scores differ, the better first.
+
+    Under Plackett-Luce any two compare as in Bradley-Terry. The best and the worst of a longer list do not: that they
+    are its ends says more of them than which one is better.
+    """
+    return [_random_pair(row, random.Random(f"{seed}/{row.prompt.id}")) for row in rows]
+
+
+def _random_pair(row: Preference, rng: random.Random) -> Preference:
+    places = rng.choice(
+        [(i, j) for i, j in combinations(range(len(row.candidates)), 2) if row.scores[i] > row.scores[j]]
+    )
+    candidates, scores, weights = zip(
+        *((row.candidates[i], row.scores[i], row.weights[i]) for i in places), strict=True
+    )
+    return replace(row, candidates=candidates, scores=scores, weights=weights, reference_logps=())
+
+
+def calibration(
+    chosen: Sequence[float], rejected: Sequence[float], bins: int = 10, link: Link = "logistic"
+) -> Calibration:
+    """Reliability of p, the loss's own probability that the chosen candidate is better.
+
+    It is sigmoid(r(w) - r(l)) for `link=logistic` (Bradley-Terry, and Plackett-Luce of any two of a list, see
+    `random_pairs`), Phi(r(w) - r(l)) for `probit` (Thurstone-Mosteller); a margin of the loss has no part in it.
 
     Pairs come as (chosen, rejected), so that p alone would always meet the outcome 1. Each pair stands for both of its
     orders: (p, 1) and (1 - p, 0). The order that the model prefers has the confidence max(p, 1 - p), and it is right
@@ -61,7 +95,8 @@ def calibration(chosen: Sequence[float], rejected: Sequence[float], bins: int = 
     gaps = _gaps(chosen, rejected)
     if bins < 1:
         raise ValueError(f"bins={bins}; give at least one")
-    confidences = [_sigmoid(abs(gap)) for gap in gaps]
+    log_p = _LINKS[link][0]
+    confidences = [math.exp(log_p(abs(gap))) for gap in gaps]
     right = [1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps]
     members: list[list[int]] = [[] for _ in range(bins)]
     for index, confidence in enumerate(confidences):
@@ -69,13 +104,14 @@ def calibration(chosen: Sequence[float], rejected: Sequence[float], bins: int = 
     made = tuple(_bin(number, bins, own, confidences, right) for number, own in enumerate(members))
     count = len(gaps)
     return Calibration(
+        link=link,
         bins=made,
         pairs=count,
         accuracy=math.fsum(right) / count,
         confidence=math.fsum(confidences) / count,
         expected_calibration_error=math.fsum(b.pairs * abs(b.accuracy - b.confidence) for b in made) / count,
-        brier=math.fsum(_sigmoid(-gap) ** 2 for gap in gaps) / count,
-        nll=math.fsum(_softplus(-gap) for gap in gaps) / count,
+        brier=math.fsum(math.exp(log_p(-gap)) ** 2 for gap in gaps) / count,
+        nll=-math.fsum(float(log_p(gap)) for gap in gaps) / count,
     )
 
 
@@ -90,7 +126,7 @@ def draw_reliability(result: Calibration, path: Path) -> None:
     upper.set(ylim=(-0.02, 1.02), ylabel="share predicted right", title=f"ECE {result.expected_calibration_error:.3f}")
     upper.legend(loc="lower right")
     lower.bar([b.low for b in result.bins], [b.pairs for b in result.bins], width=0.5 / len(result.bins), align="edge")
-    lower.set(xlim=(0.5, 1.0), xlabel="confidence, sigmoid of the reward gap", ylabel="pairs")
+    lower.set(xlim=(0.5, 1.0), xlabel=f"confidence, {_LINKS[result.link][1]} of the reward gap", ylabel="pairs")
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -112,12 +148,3 @@ def _bin(number: int, bins: int, own: Sequence[int], confidences: Sequence[float
         confidence=math.fsum(confidences[i] for i in own) / max(1, count),
         accuracy=math.fsum(right[i] for i in own) / max(1, count),
     )
-
-
-def _sigmoid(gap: float) -> float:
-    return math.exp(-_softplus(-gap))
-
-
-def _softplus(gap: float) -> float:
-    """log(1 + e^gap)."""
-    return max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))

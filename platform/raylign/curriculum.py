@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from raylign.config.blocks import CurriculumBlock
 from raylign.errors import PromptError
 from raylign.records import Prompt
+from raylign.rounds import candidate_files
 from raylign.rundir import RunDirectory
 
 Verdict = Literal["right", "wrong", "open"]
@@ -49,9 +50,11 @@ class History:
 
 def _outcomes(directory: RunDirectory, index: int) -> list[Outcome]:
     scores: dict[str, list[float | None]] = {}
-    for path in sorted(directory.round(index).glob("candidates*.parquet")):
+    for path in candidate_files(directory.round(index)):
+        groups: dict[str, list[float | None]] = {}
         for row in pq.read_table(path, columns=["prompt_id", "score"]).to_pylist():
-            scores.setdefault(row["prompt_id"], []).append(row["score"])
+            groups.setdefault(row["prompt_id"], []).append(row["score"])
+        scores |= groups
     return [Outcome(prompt_id, tuple(values)) for prompt_id, values in scores.items()]
 
 

@@ -140,7 +140,10 @@ class RoundLog:
         scores: Sequence[Score],
         attempt: int = 0,
     ) -> None:
-        """candidates.parquet: all K of every prompt, with scores; of a further attempt candidates-1.parquet."""
+        """candidates.parquet: all K of every prompt, with scores.
+
+        Of a further attempt candidates-1.parquet: all of the prompts that were sampled again, the earlier ones too.
+        """
         name = CANDIDATES.format(numbered(attempt))
         write_candidates(self._folder / name, prompts, candidates, scores)
         stage.files.append(name)
@@ -211,6 +214,11 @@ class RoundLog:
 
     def read_evaluation(self) -> AnyEvaluation:
         return read_evaluation(json.loads((self._folder / EVALUATION).read_text()))
+
+
+def candidate_files(folder: Path) -> list[Path]:
+    """A round's candidates, attempt by attempt: what a later file has of a prompt stands for what earlier ones have."""
+    return [*takewhile(Path.is_file, (folder / CANDIDATES.format(numbered(attempt)) for attempt in count()))]
 
 
 def numbered(attempt: int) -> str:

@@ -95,7 +95,7 @@ def spec_of(
         trainer=TrainerBlock.model_validate({"learning_rate": 1e-2, "lr_scheduler_type": "constant", **trainer}),
         loss=loss or SigmoidLossBlock(beta=0.1),
         reference=reference or InitialReferenceBlock(),
-        total_steps=10,
+        rounds=10,
         seed=0,
         threads=1,
         on_gpu=False,

@@ -138,6 +138,19 @@ def test_running_means_of_a_loss_go_on(tiny_llama: str, ranks: Processes, tmp_pa
     assert go_on(ranks, (tiny_llama, {"lora": LORA}, ONE), tmp_path, **kinds)[0] == rest
 
 
+def test_warm_up_and_decay_go_on(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    """Warm-up has ended before the state is saved, in the middle of round 2 of 10, and the decay counts from there."""
+    trainer = ONE | {"lr_scheduler_type": "linear", "warmup_steps": 1, "learning_rate": 0.026}
+    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, trainer))
+    count = begin(group, [])
+    first = [dict(group.train_step()) for _ in range(DONE)]
+    group.save_state(str(tmp_path / "state"), 2)
+    rest = [dict(group.train_step()) for _ in range(DONE, count)]
+    # Round 2 begins at the place 1, and takes 3 steps: warm-up ends at 4/3, and 26/3 are left.
+    assert [step["learning_rate"] for step in (*first, *rest)] == pytest.approx([0.0, 0.026, 0.025])
+    assert go_on(ranks, (tiny_llama, {"lora": LORA}, trainer), tmp_path)[0] == rest
+
+
 def test_a_state_of_another_adapter_is_refused(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
     group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, ONE))
     group.save_state(str(tmp_path / "state"), 1)

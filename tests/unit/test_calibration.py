@@ -1,11 +1,16 @@
 """Calibration of preference probabilities, against numbers worked out by hand."""
 
 import math
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from raylign.calibration import calibration, draw_reliability
+from raylign.calibration import calibration, draw_reliability, random_pairs
+from raylign.config.losses import BradleyTerryRewardLossBlock, PlackettLuceRewardLossBlock, ProbitRewardLossBlock
+from raylign.records import Candidate, Preference, Prompt
 
 LOGIT_09 = math.log(9)
 """The reward gap at which one of two is preferred with probability 0.9."""
@@ -67,3 +72,65 @@ def test_the_diagram_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "reliability.png"
     draw_reliability(calibration([LOGIT_09, 0.0], [0.0, LOGIT_09]), path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
+
+
+PAIRS = 20_000
+NOISE = {
+    BradleyTerryRewardLossBlock: np.random.Generator.logistic,  # two of Gumbel's differ so
+    ProbitRewardLossBlock: np.random.Generator.normal,
+}
+
+
+@pytest.mark.parametrize("block", NOISE)
+def test_a_perfect_model_of_pairs_has_no_error(
+    block: type[BradleyTerryRewardLossBlock | ProbitRewardLossBlock],
+) -> None:
+    """Judges who add the noise of the loss's own model to true rewards, which the reward model knows."""
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(0.0, 1.5, PAIRS)
+    first_won = gaps + NOISE[block](rng, size=PAIRS) > 0
+    told = np.where(first_won, gaps, -gaps).tolist()
+    found = {link: calibration(told, [0.0] * PAIRS, link=link) for link in ("logistic", "probit")}
+    own = found.pop(block.link)
+    assert own.expected_calibration_error < 0.015
+    (other,) = found.values()
+    assert other.expected_calibration_error > 0.04 and other.nll > own.nll and other.brier > own.brier
+
+
+def ranking(rewards: Sequence[float], rng: random.Random) -> list[float]:
+    """Plackett-Luce: the places, best first, are drawn one after another from what is left."""
+    left, order = list(rewards), []
+    while left:
+        order.append(rng.choices(left, [math.exp(reward) for reward in left])[0])
+        left.remove(order[-1])
+    return order
+
+
+def test_a_perfect_model_of_rankings_has_no_error() -> None:
+    """On two of a list drawn at random; its best and worst are ordered rightly more often than sigmoid says."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(6000):
+        order = ranking([rng.gauss(0.0, 1.5) for _ in range(4)], rng)
+        # The reward stands in the candidate's text.
+        candidates = tuple(
+            Candidate(f"p{number}", i, (i,), (0.0,), repr(value), "stop", 0, 0) for i, value in enumerate(order)
+        )
+        rows.append(Preference(Prompt(f"p{number}", (), (1,)), candidates, (3.0, 2.0, 1.0, 0.0), (1.0,) * 4))
+
+    def error(pairs: Sequence[Preference]) -> float:
+        chosen, rejected = ([float(pair.candidates[end].text) for pair in pairs] for end in (0, -1))
+        return calibration(chosen, rejected, link=PlackettLuceRewardLossBlock.link).expected_calibration_error
+
+    pairs = random_pairs(rows, seed=3)
+    assert error(pairs) < 0.02
+    assert error(rows) > 0.04
+    assert pairs == random_pairs(rows, seed=3) != random_pairs(rows, seed=4)
+    assert all(pair.scores[0] > pair.scores[1] and len(pair.weights) == 2 for pair in pairs)
+
+
+def test_candidates_of_equal_scores_are_no_pair() -> None:
+    candidates = tuple(Candidate("p", i, (i,), (0.0,), "", "stop", 0, 0) for i in range(3))
+    row = Preference(Prompt("p", (), (1,)), candidates, (1.0, 0.0, 0.0), (1.0,) * 3)
+    drawn = {random_pairs([row], seed)[0].candidates for seed in range(20)}
+    assert drawn == {(candidates[0], candidates[1]), (candidates[0], candidates[2])}

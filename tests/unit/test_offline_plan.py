@@ -104,3 +104,12 @@ def test_a_run_goes_on_with_other_settings_but_not_on_other_rows(load: Load) -> 
             resumed_config(directory, [fixed])
     with pytest.raises(ConfigError, match="reference.policy: initial -> previous_round"):
         resumed_config(directory, ["reference={policy: previous_round}"])
+
+
+def test_scores_that_do_not_compare_are_noted_where_a_loss_reads_them(load: Load, tmp_path: Path) -> None:
+    rows = [{"prompt": word, "chosen": "good", "rejected": "film two"} for word in WORDS[:6]]
+    rows[0] |= {"score_chosen": "9", "score_rejected": "2"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = shown(make_offline_plan(load("loss.soft_label_scale=1")))
+    assert "5 rows have order alone (their scores are places), 1 rows have scores" in text.replace("\n", " ")
+    assert "do not compare" not in shown(make_offline_plan(load())) and "on 2:" not in shown(make_offline_plan(load()))

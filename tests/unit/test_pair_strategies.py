@@ -353,3 +353,39 @@ def test_more_pairs_a_prompt_plan_more_steps() -> None:
         for kind in ("best_worst", "all_pairs")
     )
     assert (few.max_preferences_per_round, many.max_preferences_per_round) == (10, 60)
+    again = parse_config({}, ["sampling={max_resamples: 2}", "schedule.prompts_per_round=10", "pairing.type=all_pairs"])
+    assert again.max_preferences_per_round == 10 * 12 * 11 // 2
+
+
+def test_a_long_right_answer_stays_right() -> None:
+    """A verifier's 1 at 30 tokens is 0.7 less 0.3 after the penalty, 1 at 80 tokens 0.2, 0 at 10 tokens -0.1."""
+    pairing = block(type="correct_wrong", length_penalty=0.01, max_pairs=9)
+    built = build([1.0, 1.0, 0.0, 0.0], lengths=[30, 80, 10, 1], pairing=pairing)
+    assert pairs(built) == [(0, 2), (0, 3), (1, 2), (1, 3)]
+    assert [p.scores for p in built.preferences][2] == pytest.approx((0.2, -0.1))
+    # Whole groups of long right answers have no wrong one among them.
+    assert build([1.0, 1.0], lengths=[80, 1], pairing=pairing).dropped == {"a": "one_sided"}
+    assert build([0.0, 0.0], lengths=[80, 1], pairing=pairing).dropped == {"a": "one_sided"}
+
+
+def test_a_penalty_that_outweighs_a_right_answer_leaves_the_pair_out() -> None:
+    """1 - 0.01 x 120 is below 0 - 0.01 x 10: nothing is taught by it, least of all that the wrong answer is better."""
+    pairing = block(type="correct_wrong", length_penalty=0.01)
+    result = build([1.0, 0.0], lengths=[120, 10], pairing=pairing)
+    assert result.preferences == () and result.dropped == {"a": "penalised"}
+    with pytest.raises(NoPreferencesError, match="puts below the wrong ones: lower pairing.length_penalty"):
+        require_preferences(result, 1)
+    # What is drawn at random is drawn among the others.
+    for seed in range(20):
+        assert pairs(build([1.0, 1.0, 0.0], lengths=[120, 20, 10], seed=seed, pairing=pairing)) == [(1, 2)]
+
+
+def test_a_loss_with_a_threshold_goes_without_a_length_penalty() -> None:
+    kto = "loss={loss_type: kto, desirable_above: 0.5}"
+    ranked = ["pairing.type=ranking", "pairing.length_penalty=0.01"]
+    with pytest.raises(ConfigError, match="desirable_above=0.5 would read scores less pairing.length_penalty=0.01"):
+        parse_config({}, [*ranked, kto])
+    with pytest.raises(ConfigError, match="desirable_above=0.5"):
+        parse_config({}, [*ranked, "loss={loss_type: mix, losses: [{loss_type: kto, desirable_above: 0.5}]}"])
+    assert parse_config({}, [*ranked, "loss.loss_type=kto"]).loss.score_thresholds == ()
+    assert parse_config({}, ["pairing.type=ranking", kto]).loss.score_thresholds == ("desirable_above=0.5",)

@@ -46,6 +46,9 @@ def test_amounts_are_upper_bounds_worked_out_by_hand(plan: Plan) -> None:
     assert amounts.evaluated_per_round == 3 * 1 * 10
     assert (amounts.sampled, amounts.evaluated) == (2 * 200, 3 * 30)
     assert (amounts.steps_per_round, amounts.steps) == (2 * 3, 12)
+    again = plan("sampling.max_resamples=2", "pairing.type=all_pairs").amounts
+    assert (again.sampled_per_round, again.sampled) == (5 * 12 * 10, 2 * 600)
+    assert (again.steps_per_round, again.steps) == (2 * 5 * 66 // 2, 2 * 330)
 
 
 def test_every_weight_trains_without_an_adapter(plan: Plan) -> None:

@@ -201,6 +201,7 @@ def test_the_file_is_read_back_by_us_by_datasets_and_by_trl(tmp_path: Path) -> N
         "rejected",
         "score_chosen",
         "score_rejected",
+        "score_scale",
         "language",
         "source",
         "tools",

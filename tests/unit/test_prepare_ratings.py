@@ -7,7 +7,7 @@ import pytest
 from raylign.config.prepare import NamesBlock, RatingsBlock, WeightsBlock
 from raylign.data.examples import Completion, Example
 from raylign.data.formats import SCALES
-from raylign.data.prepare.ratings import Pair, Rater
+from raylign.data.prepare.ratings import RATINGS, Pair, Rater
 from raylign.errors import DataError
 
 ULTRAFEEDBACK, HELPSTEER = SCALES["ultrafeedback"], SCALES["helpsteer2"]
@@ -78,7 +78,7 @@ def test_only_attributes_of_all_answers_are_compared() -> None:
     # By its own ratings b would have 1 and a (0.4 * 1 + 0.3 * 0.5) / 0.7; by helpfulness alone b is better too, by 1/2.
     given = example(answer("a", honesty=5, helpfulness=3), answer("b", helpfulness=5), answer("unrated"))
     made = Rater(RatingsBlock(), ULTRAFEEDBACK).pairs(given)
-    assert made == (Pair(given.completions[1].messages, given.completions[0].messages, 1.0, 0.5),)
+    assert made == (Pair(given.completions[1].messages, given.completions[0].messages, 1.0, 0.5, RATINGS),)
 
 
 def test_scores_serve_where_there_are_no_ratings_and_need_no_gap() -> None:

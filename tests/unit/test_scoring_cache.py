@@ -23,13 +23,9 @@ from tests.scorers import Told, of_prompt, table
 HERE = Path(__file__).parent
 
 
-def cached(
-    scorer: Told, folder: Path, usage: Usage | None = None, identity: str = "one", *, grouped: bool = False
-) -> CachedScorer:
+def cached(scorer: Told, folder: Path, usage: Usage | None = None, identity: str = "one") -> CachedScorer:
     cache = ScoreCache(folder / "scores.sqlite")
-    return CachedScorer(
-        scorer, cache, identity, usage or Usage(), grouped=grouped, context=lambda item: item.prompt.meta.get("answer")
-    )
+    return CachedScorer(scorer, cache, identity, usage or Usage(), context=lambda item: item.prompt.meta.get("answer"))
 
 
 def test_what_is_known_is_not_asked_again_and_the_order_stays(tmp_path: Path) -> None:
@@ -65,31 +61,6 @@ def test_what_may_be_lost_is_passed_on(tmp_path: Path) -> None:
     scorer = table(a=1.0)
     cached(scorer, tmp_path).score(of_prompt("p", "a"), 3)
     assert scorer.allowed == [3]
-
-
-def test_candidates_judged_beside_each_other_are_kept_as_a_group(tmp_path: Path) -> None:
-    scorer = table(a=1.0, b=0.0, c=0.5)
-    cached(scorer, tmp_path, grouped=True).score([*of_prompt("p", "a", "b"), *of_prompt("q", "c")])
-    again = cached(scorer, tmp_path, grouped=True)
-    assert values(again.score([*of_prompt("p", "b", "a"), *of_prompt("q", "c")])) == [0.0, 1.0, 0.5]
-    again.score(of_prompt("p", "a", "b", "c"))
-    again.score(of_prompt("p", "a"))
-    assert scorer.asked == [["a", "b", "c"], ["a", "b", "c"], ["a"]], "another group is another comparison"
-
-
-def test_a_group_with_an_unscored_candidate_is_asked_again_as_a_whole(tmp_path: Path) -> None:
-    scorer = table(a=1.0, b=None)
-    for _ in range(2):
-        cached(scorer, tmp_path, grouped=True).score(of_prompt("p", "a", "b"))
-    assert scorer.asked == [["a", "b"], ["a", "b"]]
-
-
-def test_groups_of_one_prompt_stay_apart_when_those_between_are_known(tmp_path: Path) -> None:
-    scorer = table(a=1.0, b=2.0, c=None)
-    cached(scorer, tmp_path, grouped=True).score(of_prompt("q", "b"))
-    items = [*of_prompt("p", "c"), *of_prompt("q", "b"), *of_prompt("p", "a")]
-    assert values(cached(scorer, tmp_path, grouped=True).score(items, 5)) == [None, 2.0, 1.0]
-    assert scorer.asked[1:] == [["c"], ["a"]] and scorer.allowed[1:] == [5, 4]
 
 
 @pytest.mark.fault

@@ -103,7 +103,8 @@ class SamplingBlock(Block):
     num_generations: int = Field(4, ge=2)
     """K, candidates per prompt; a preference needs at least two."""
     max_resamples: NonNegativeInt = 0
-    """How often prompts whose candidates gave no pair get `num_generations` more in the same round."""
+    """How often prompts whose candidates gave no pair get `num_generations` more in the same round. A judge compares
+    them with all earlier ones: of n candidates that is n (n - 1) questions in all."""
     reference_generations: NonNegativeInt = 0
     """How many of them the initial model answers instead: the generators leave the policy's adapter off."""
     max_new_tokens: PositiveInt = 64
@@ -114,6 +115,11 @@ class SamplingBlock(Block):
     """Nucleus mass."""
     top_k: NonNegativeInt = 0
     """Keep only the k likeliest tokens; 0 keeps all."""
+
+    @property
+    def max_generations(self) -> int:
+        """Candidates of one prompt, at most."""
+        return self.num_generations * (1 + self.max_resamples)
 
     @model_validator(mode="after")
     def the_policy_answers_too(self) -> Self:
@@ -145,7 +151,7 @@ class TrainerBlock(Block):
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warm-up, over the steps the whole campaign plans."""
+    """Decay after warm-up, to 0 at the end of the run: every round takes the same share of it, whatever its steps."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
     weight_decay: NonNegativeFloat = 0.0

@@ -61,6 +61,11 @@ class OfflineConfig(RunConfig):
         return False
 
     @property
+    @abstractmethod
+    def score_options(self) -> tuple[str, ...]:
+        """Options of its loss that read more of scores than their order in a row."""
+
+    @property
     def rounds(self) -> int:
         return self.schedule.num_train_epochs * self.schedule.rounds_per_epoch
 
@@ -95,6 +100,10 @@ class OfflineDpoConfig(OfflineConfig):
     @property
     def mismatched(self) -> bool:
         return self.loss.needs_kl_sample
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return self.loss.score_options
 
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
@@ -139,6 +148,10 @@ class SftConfig(OfflineConfig):
     def rows(self) -> Rows:
         return "demonstrations"
 
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return self.loss.score_options
+
 
 class RewardModelRunBlock(RunBlock):
     """`RunBlock` with a name of its own."""
@@ -164,3 +177,7 @@ class RewardModelConfig(OfflineConfig):
     @property
     def rows(self) -> Rows:
         return "pairs" if self.loss.pairs_only else "rankings"
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return self.loss.score_options

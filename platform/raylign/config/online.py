@@ -17,10 +17,8 @@ from raylign.config.reference import InitialReferenceBlock, ReferenceUnion, requ
 from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
-    JudgeScoringBlock,
     MeanStdScoringBlock,
     ScoringUnion,
-    leaves,
 )
 from raylign.config.tree import RunConfig
 
@@ -106,7 +104,7 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def a_judge_rates_held_out_completions_alone(self) -> Self:
         count = self.evaluation.num_generations
-        if count > 1 and any(isinstance(leaf, JudgeScoringBlock) for leaf in leaves(self.scoring)):
+        if count > 1 and self.scoring.compares:
             raise ValueError(
                 f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
                 "compared with each other, and their mean is 1/2 however good they are; "
@@ -124,6 +122,16 @@ class OnlineDpoConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def thresholds_read_the_scorers_own_score(self) -> Self:
+        if self.pairing.length_penalty and self.loss.score_thresholds:
+            raise ValueError(
+                f"loss.{self.loss.score_thresholds[0]} would read scores less "
+                f"pairing.length_penalty={self.pairing.length_penalty:g} a token, so that length decides what is "
+                "desirable; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def the_scorer_gives_the_std_that_pairing_reads(self) -> Self:
         # A user's function can give one with its scores.
         if self.pairing.needs_std and not isinstance(self.scoring, MeanStdScoringBlock | FunctionScoringBlock):
@@ -136,8 +144,8 @@ class OnlineDpoConfig(RunConfig):
 
     @property
     def max_preferences_per_round(self) -> int:
-        """What a round gives to train on at most, unless its prompts are sampled again."""
-        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.num_generations)
+        """What a round gives to train on, at most."""
+        return self.schedule.prompts_per_round * self.pairing.most(self.sampling.max_generations)
 
     @property
     def max_prompt_tokens(self) -> int:

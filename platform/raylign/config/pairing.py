@@ -17,16 +17,17 @@ class PairingBase(Block):
     """
 
     min_margin: NonNegativeFloat = 0.0
-    """Smallest score gap of a pair; ties never become pairs, whatever the value."""
+    """Smallest gap of a pair's scores less `length_penalty`; ties never become pairs, whatever the value."""
     max_margin: PositiveFloat | None = None
-    """Largest score gap of a pair; null allows any."""
+    """Largest such gap; null allows any."""
     near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """A candidate whose token bigrams overlap with an earlier one's by this much (Jaccard) counts as that one."""
     truncated: Literal["keep", "reject_only", "drop"] = "keep"
     """Candidates that ran into the length limit: take them, take them only below one that ended by itself (a ranking:
     below all of those), or leave them out."""
     length_penalty: NonNegativeFloat = 0.0
-    """Taken off a score per token, before anything is compared."""
+    """Taken off a score per token, before anything is compared: order, margins, `weights` and what losses read of
+    scores go by the rest. A threshold reads the scorer's own score."""
     optimism: NonNegativeFloat = 0.0
     """Candidates are selected by score + optimism x std of an ensemble (`scoring.type=mean_std`), as in optimistic
     exploration (Liu et al. 2024, arXiv 2411.01493); which of a pair is the better one is told by the score alone. A
@@ -82,11 +83,14 @@ class BestSecondPairingBlock(PairingBase):
 
 
 class CorrectWrongPairingBlock(PairingBase):
-    """Correct against wrong answers, in random pairs; for verifiers (Pang et al. 2024, arXiv 2404.19733)."""
+    """Correct against wrong answers, in random pairs; for verifiers (Pang et al. 2024, arXiv 2404.19733).
+
+    `length_penalty` never makes a correct answer wrong: where it outweighs the scores, the pair is left out.
+    """
 
     type: Literal["correct_wrong"] = "correct_wrong"
     threshold: float = 0.5
-    """A candidate that scores more is correct."""
+    """A candidate that scores more is correct, whatever its length."""
     max_pairs: PositiveInt = 1
     """Pairs of a prompt at most."""
 

@@ -1,10 +1,15 @@
 """Which completions of an example a recipe trains on, best first."""
 
+from typing import Any
+
 from raylign.config.offline import Rows
-from raylign.data.examples import Completion, Example
+from raylign.data.examples import ORDER, SCORES, Completion, Example
 from raylign.prompts.tables import Fault
+from raylign.records import Preference
 
 _PREPARE = "run `raylign data prepare` on the source first: it makes pairs of rated answers"
+SCALE = "score_scale"
+"""The label of a row, and the column of a prepared file, that says what its scores are."""
 
 
 def answers(example: Example, rows: Rows) -> tuple[Completion, ...] | Fault:
@@ -28,6 +33,29 @@ def scores_of(completions: tuple[Completion, ...]) -> tuple[float, ...]:
     if len(known) < len(scores) or sorted(known, reverse=True) != known or known[0] == known[-1]:
         return places
     return tuple(known)
+
+
+def scale_of(row: Preference) -> str:
+    """What the scores of a row are, in words."""
+    meta = row.prompt.meta
+    return str(meta.get(SCALE, SCORES if "margin" in meta else ORDER))
+
+
+def labels_of(example: Example, completions: tuple[Completion, ...]) -> dict[str, Any]:
+    """What the row says of itself: its language, `margin` (the best score less the worst), and what its scores are."""
+    labels = dict(example.meta)
+    if example.language:
+        labels["language"] = example.language
+    best, worst = completions[0].score, completions[-1].score
+    are_scores = False
+    if len(completions) > 1 and best is not None and worst is not None:
+        labels["margin"] = best - worst
+        scores = scores_of(completions)
+        are_scores = (scores[0], scores[-1]) == (best, worst)
+    scale = example.scale if are_scores else ORDER
+    if scale != (SCORES if "margin" in labels else ORDER):
+        labels[SCALE] = scale
+    return labels
 
 
 def tied(completions: tuple[Completion, ...]) -> bool:

@@ -1,10 +1,10 @@
 """From an example in tokens to a Preference of at most `max_length` tokens a candidate."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from raylign.data.answers import scores_of, tied
+from raylign.data.answers import labels_of, scores_of, tied
 from raylign.data.examples import Completion
 from raylign.data.tokens import Tokenized
 from raylign.records import Candidate, Preference, Prompt
@@ -27,7 +27,7 @@ def preference(item: Tokenized, max_length: int, tokenizer: PreTrainedTokenizerB
     if len(places) < min(2, len(item.ids)):
         return "identical"
     completions = tuple(item.completions[place] for place in places)
-    prompt = Prompt(f"t{item.example.number:06d}", item.messages, item.prompt, _labels(item, completions))
+    prompt = Prompt(f"t{item.example.number:06d}", item.messages, item.prompt, labels_of(item.example, completions))
     candidates = tuple(
         _candidate(prompt.id, index, completion, item.ids[place], room, tokenizer)
         for index, (place, completion) in enumerate(zip(places, completions, strict=True))
@@ -61,14 +61,3 @@ def _candidate(
         policy_version=0,
         seed=0,
     )
-
-
-def _labels(item: Tokenized, completions: tuple[Completion, ...]) -> dict[str, Any]:
-    """What the row says of itself, its language, and `margin`: the best score less the worst."""
-    labels = dict(item.example.meta)
-    if item.example.language:
-        labels["language"] = item.example.language
-    best, worst = completions[0].score, completions[-1].score
-    if len(completions) > 1 and best is not None and worst is not None:
-        labels["margin"] = best - worst
-    return labels

@@ -6,6 +6,9 @@ from typing import Any
 
 from raylign.records import Message
 
+SCORES, STRENGTHS, ORDER = "scores", "strengths", "order alone"
+"""What the scores of a row are where nothing says it better: the source's own, a margin, places from the worst, 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -27,6 +30,7 @@ class Example:
     `prompt` ends with the message that is answered. `ranked`: `completions` go from best to worst (two are a pair, one
     is a demonstration); else they come in the source's order and `ratings` tell them apart. `number` is the line from
     1 or the row from 0 in the source, as its unit says. `meta` has JSON scalars of the row that are worth keeping.
+    `scale` says what the scores are, in words; numbers on different scales do not compare.
     """
 
     number: int
@@ -37,3 +41,4 @@ class Example:
     language: str | None = None
     """ISO 639-1 code, where the source or the config names it."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    scale: str = SCORES

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
+from raylign.data.answers import scale_of
 from raylign.data.build import Reason, preference
-from raylign.data.examples import Example
+from raylign.data.examples import ORDER, Example
 from raylign.data.load import ExampleStream, read_examples
 from raylign.data.split import key, split
 from raylign.data.tokens import Tokenized, tokenized
@@ -91,6 +92,21 @@ def load_preferences(
     train, held_out = split(unique, block.held_out, seed, stream.where)
     digest = _digest((*train, *held_out))
     return PreferenceData(train, held_out, block.source, digest, (invalid,), dict(counts))
+
+
+def mixed_scales(data: PreferenceData, options: Sequence[str]) -> str:
+    """What a loss whose `options` read how far scores are apart should know of the rows; "" where all is well."""
+    counts = Counter(map(scale_of, (*data.train, *data.held_out)))
+    if not options or len(counts) < 2:
+        return ""
+    scales = ", ".join(
+        f"{count} rows have {scale}{' (their scores are places)' if scale == ORDER else ''}"
+        for scale, count in counts.most_common()
+    )
+    return (
+        f"{data.source}: loss.{' and loss.'.join(options)} reads how far scores are apart as if on one scale, and they "
+        f"are on {len(counts)}: {scales}; train on rows of one of them, or leave that option out"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,10 @@ _REASONS: Mapping[Dropped, tuple[str, str]] = {
         "had a better candidate that was truncated",
         "raise sampling.max_new_tokens, or set pairing.truncated=keep",
     ),
+    "penalised": (
+        "had correct candidates that pairing.length_penalty puts below the wrong ones",
+        "lower pairing.length_penalty",
+    ),
 }
 assert set(_REASONS) == set(get_args(Dropped))
 
@@ -119,18 +123,20 @@ def _outcome(group: Group, block: PairingBlock, seed: int) -> list[_Compared] | 
         return found
     own_seed = f"{seed}/{group.prompt.id}"
     selected = select(
-        found, block, lambda one, other: not _fault(_ordered((one, other)), block), group.samplers, own_seed
+        found, block, lambda one, other: not _fault(_ordered((one, other), block), block), group.samplers, own_seed
     )
     if not selected:
         return _nothing_selected(block)
-    ordered = [_ordered(members) for members in selected]
+    ordered = [_ordered(members, block) for members in selected]
     faults = [_fault(members, block) for members in ordered]
     kept = [_Compared(group.prompt, members) for members, fault in zip(ordered, faults, strict=True) if fault is None]
     return kept or next(reason for reason in _REASONS if reason in faults)
 
 
-def _ordered(members: Sequence[Scored]) -> tuple[Scored, ...]:
-    """By score, so that optimism decides what is compared and not which one is better."""
+def _ordered(members: Sequence[Scored], block: PairingBlock) -> tuple[Scored, ...]:
+    """By value, so that optimism decides what is compared and not which one is better; what is correct is better."""
+    if isinstance(block, CorrectWrongPairingBlock):
+        return tuple(members)
     return tuple(sorted(members, key=lambda one: -one.value))
 
 
@@ -146,6 +152,8 @@ def _nothing_selected(block: PairingBlock) -> Dropped:
 
 def _fault(members: Sequence[Scored], block: PairingBlock) -> Dropped | None:
     gap = members[0].value - members[-1].value
+    if gap <= 0 and members[0].score > members[-1].score and isinstance(block, CorrectWrongPairingBlock):
+        return "penalised"
     if gap == 0:
         return "ties"
     if gap < block.min_margin:

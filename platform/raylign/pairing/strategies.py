@@ -32,7 +32,7 @@ Accepted = Callable[[Scored, Scored], bool]
 def select(
     found: Sequence[Scored], block: PairingBlock, accepted: Accepted, samplers: tuple[int, int], seed: str
 ) -> Selected:
-    """The comparisons that `block` makes of at least two candidates, in no order of their own.
+    """The comparisons that `block` makes of at least two candidates, in no order of their own but correct before wrong.
 
     `accepted` tells whether two candidates pass the filters, for a way of pairing that draws or looks for some that
     do; `samplers` are the group's. Equals go to the lowest index. What is drawn at random depends on `seed` alone.
@@ -51,8 +51,8 @@ def select(
             above = [(one, worst) for one in order if _rank(one, block) > _rank(worst, block)]
             return _drawn(_passing(above, accepted), 1, rng)
         case CorrectWrongPairingBlock():
-            right = [one for one in found if one.value > block.threshold]
-            wrong = [one for one in found if one.value <= block.threshold]
+            right = [one for one in found if one.score > block.threshold]
+            wrong = [one for one in found if one.score <= block.threshold]
             return _drawn(_passing(list(product(right, wrong)), accepted), block.max_pairs, rng)
         case AllPairsPairingBlock():
             pairs = [(one, other) for one, other in combinations(order, 2) if one.value != other.value]

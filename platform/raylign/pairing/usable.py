@@ -22,6 +22,7 @@ Dropped = Literal[
     "below_margin",
     "above_margin",
     "truncated_chosen",
+    "penalised",
 ]
 """Why a prompt gives no preference, in the order in which that is looked at."""
 
@@ -30,10 +31,12 @@ Dropped = Literal[
 class Scored:
     """A candidate that can be paired.
 
-    `value` is its score less the length penalty, `std` an ensemble's, 0 where nothing reads it.
+    `score` is the scorer's own, which thresholds read; `value` is that less the length penalty, which is compared;
+    `std` is an ensemble's, 0 where nothing reads it.
     """
 
     candidate: Candidate
+    score: float
     value: float
     std: float
 
@@ -69,7 +72,7 @@ def _scored(candidate: Candidate, score: Score, block: PairingBlock) -> list[Sco
     if score.value is None:
         return []
     value = score.value - block.length_penalty * len(candidate.token_ids)
-    return [Scored(candidate, value, _std(candidate, score, block) if block.needs_std else 0.0)]
+    return [Scored(candidate, score.value, value, _std(candidate, score, block) if block.needs_std else 0.0)]
 
 
 def _std(candidate: Candidate, score: Score, block: PairingBlock) -> float:

@@ -28,13 +28,10 @@ FORWARDS = 8
 def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[ScoringItem]]:
     """`items` in order, at most `batch_size` at a time, the largest one of a composition.
 
-    A judge compares the items of one prompt, which therefore stay together, even where they are more.
+    Items of one prompt that are compared stay together, even where they are more.
     """
-    members = leaves(block)
-    limit = max(_at_once(leaf) for leaf in members)
-    if any(isinstance(leaf, JudgeScoringBlock) for leaf in members):
-        return _whole_groups(items, limit)
-    return [*chunks(items, limit)]
+    limit = max(_at_once(leaf) for leaf in leaves(block))
+    return _whole_groups(items, limit) if block.compares else [*chunks(items, limit)]
 
 
 def _at_once(block: LeafBlock) -> int:

@@ -15,7 +15,6 @@ from raylign.chunks import chunks
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring.base import Scorer, ScoringItem
-from raylign.scoring.groups import Group, apart, groups
 from raylign.scoring.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -25,6 +24,7 @@ _BUSY_S = 60.0
 _KEYS_PER_QUERY = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL, parts TEXT NOT NULL)"
 T = TypeVar("T")
+_UNASKED = Score(None, reason="not asked")
 
 
 class ScoreCache:
@@ -95,8 +95,7 @@ class CachedScorer:
     """Asks `scorer` only about what `cache` does not have; keeps what is scored, never what is not.
 
     A key is the sha256 of the scorer's identity, the prompt's messages, the completion and what else the score
-    depends on. Where candidates are judged beside each other (`grouped`) it also has all completions of the group, and
-    a group is asked about as a whole unless all of it is there.
+    depends on. For scorers of single candidates; of one that compares them, verdicts are kept (`Verdicts`).
     """
 
     def __init__(
@@ -106,48 +105,35 @@ class CachedScorer:
         identity: str,
         usage: Usage,
         *,
-        grouped: bool,
         context: Callable[[ScoringItem], object],
     ) -> None:
         self._scorer, self._cache, self._identity, self._usage = scorer, cache, identity, usage
-        self._grouped, self._context = grouped, context
+        self._context = context
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order; items from the cache count as scored."""
-        units = groups(items) if self._grouped else [[item] for item in items]
-        keys = [self._keys(unit) for unit in units]
-        known = self._cache.get([key for unit in keys for key in unit])
-        scores = [[known[key] for key in unit] if known.keys() >= set(unit) else [] for unit in keys]
-        asked = [place for place, found in enumerate(scores) if not found]
-        kept: dict[bytes, Score] = {}
-        for place, found in zip(asked, self._ask([units[place] for place in asked], allowed), strict=True):
-            scores[place] = found
-            if all(_can_be_kept(score) for score in found):
-                kept |= zip(keys[place], found, strict=True)
+        keys = [self._key(item) for item in items]
+        known = self._cache.get(keys)
+        asked = [place for place, key in enumerate(keys) if key not in known]
+        scores = [known.get(key, _UNASKED) for key in keys]
+        for place, score in zip(asked, self._ask([items[place] for place in asked], allowed), strict=True):
+            scores[place] = score
+        kept = {keys[place]: scores[place] for place in asked if _can_be_kept(scores[place])}
         if kept:
             self._cache.put(kept)
-        self._usage.cache_hits += len(items) - sum(len(units[place]) for place in asked)
-        return [score for found in scores for score in found]
+        self._usage.cache_hits += len(items) - len(asked)
+        return scores
 
-    def _ask(self, units: Sequence[Group], allowed: int | None) -> list[list[Score]]:
-        found: list[list[Score]] = []
-        left = allowed
-        for run in apart(units) if self._grouped else [units] * bool(units):
-            scores = iter(self._scorer.score([item for unit in run for item in unit], left))
-            found += [[next(scores) for _ in unit] for unit in run]
-            if left is not None:
-                left -= sum(score.value is None for unit in found[-len(run) :] for score in unit)
-        return found
+    def _ask(self, items: Sequence[ScoringItem], allowed: int | None) -> list[Score]:
+        return self._scorer.score(items, allowed) if items else []
 
-    def _keys(self, unit: Group) -> list[bytes]:
-        beside = sorted(item.completion for item in unit) if self._grouped else []
-        return [
-            _key(self._identity, [dict(m) for m in item.prompt.messages], item.completion, beside, self._context(item))
-            for item in unit
-        ]
+    def _key(self, item: ScoringItem) -> bytes:
+        messages = [dict(message) for message in item.prompt.messages]
+        return score_key(self._identity, messages, item.completion, self._context(item))
 
 
-def _key(*facts: object) -> bytes:
+def score_key(*facts: object) -> bytes:
+    """sha256 of what decides a score."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).digest()
 
 

@@ -47,7 +47,7 @@ def _code(block: LeafBlock) -> Mapping[str, str]:
         case FunctionScoringBlock():
             return {}
         case JudgeScoringBlock():
-            return _hashes("judge.py", "judge_prompt.py")
+            return _hashes("judge_prompt.py")
         case HttpScoringBlock():
             return _hashes("http_service.py")
         case VerifierScoringBlock():

@@ -2,19 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
+from itertools import combinations, permutations
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.groups import groups
+from raylign.scoring.groups import Group, groups
 from raylign.scoring.http_client import NoReply, api_key
 from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
 from raylign.scoring.judge_client import JudgeClient, JudgeLedger, connected
-from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, how_good, which_is_better
+from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, Question, how_good, which_is_better
+from raylign.scoring.usage import Usage
+from raylign.scoring.verdicts import Texts, Verdicts
 
 log = logging.getLogger(__name__)
 
@@ -49,26 +50,31 @@ class JudgeScorer:
     protects a rating: what it serves (held-out evaluation) is never trained on.
     """
 
-    def __init__(self, block: JudgeScoringBlock) -> None:
-        """Asks nothing yet. Raises ScorerError when the key cannot be sent."""
+    def __init__(self, block: JudgeScoringBlock, verdicts: Verdicts | None = None, usage: Usage | None = None) -> None:
+        """Asks nothing yet. Raises ScorerError when the key cannot be sent.
+
+        What `verdicts` has is not asked, and what is answered is kept there; items that nothing was asked about are
+        counted in `usage`.
+        """
         self.spent = JudgeLedger()
+        self._verdicts = Verdicts(None, "") if verdicts is None else verdicts
+        self._usage = Usage() if usage is None else usage
         self._block, self._key = block, api_key(block)
         self._met = False
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored.
 
-        By default that is a share of `max_unscored`. The first call meets the judge before it scores anything, and
-        raises ScorerError: not reached, key refused, model not known, canaries failed.
+        By default that is a share of `max_unscored`. The first call that has something to ask meets the judge before
+        it scores anything, and raises ScorerError: not reached, key refused, model not known, canaries failed.
         """
-        if not items:
-            return []
         limit = most_unscored(len(items), self._block.max_unscored) if allowed is None else allowed
         before = self.spent.copy()
         try:
-            return asyncio.run(self._score(items, limit))
+            return asyncio.run(self._score(groups(items), limit))
         finally:
-            self._log_cost(self.spent.since(before))
+            if (spent := self.spent.since(before)).requests:
+                self._log_cost(spent)
 
     def amounts(self) -> dict[str, float]:
         """What was spent so far, by the names of metrics; `cost_usd` where the block has prices."""
@@ -88,11 +94,18 @@ class JudgeScorer:
     def close(self) -> None:
         """Nothing is kept open between calls."""
 
-    async def _score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
+    async def _score(self, units: Sequence[Group], allowed: int) -> list[Score]:
+        keys = [[self._verdicts.key(group[0].prompt, texts) for texts in _questions(group)] for group in units]
+        known = self._verdicts.known([key for own in keys for key in own])
+        settled = [bool(own) and known.keys() >= set(own) for own in keys]
+        self._usage.cache_hits += sum(
+            len(group) for group, is_settled in zip(units, settled, strict=True) if is_settled
+        )
         async with connected(self._block, self._key, self.spent) as client:
-            await self._meet(client)
-            hearing = _Hearing(self._block, client, allowed)
-            found = await asyncio.gather(*(hearing.judge(group) for group in groups(items)))
+            if any(own and not is_settled for own, is_settled in zip(keys, settled, strict=True)):
+                await self._meet(client)
+            hearing = _Hearing(self._block, client, self._verdicts, known, allowed)
+            found = await asyncio.gather(*(hearing.judge(group) for group in units))
         return [score for scores in found for score in scores]
 
     async def _meet(self, client: JudgeClient) -> None:
@@ -115,11 +128,33 @@ class JudgeScorer:
         )
 
 
+def _questions(group: Group) -> list[Texts]:
+    """All that is asked about a group: a rating, or both orders of every two different answers."""
+    texts = list(dict.fromkeys(item.completion for item in group))
+    return [(texts[0],)] if len(group) == 1 else list(permutations(texts, 2))
+
+
+def _question(prompt: Prompt, texts: Texts, criterion: str) -> Question:
+    if len(texts) == 1:
+        return how_good(prompt.messages, texts[0], criterion)
+    return which_is_better(prompt.messages, texts[0], texts[1], criterion)
+
+
 class _Hearing:
     """One call's groups, of whose items `allowed` may stay unscored before nothing is asked any more."""
 
-    def __init__(self, block: JudgeScoringBlock, client: JudgeClient, allowed: int) -> None:
+    def __init__(
+        self,
+        block: JudgeScoringBlock,
+        client: JudgeClient,
+        verdicts: Verdicts,
+        known: Mapping[bytes, float],
+        allowed: int,
+    ) -> None:
         self._block, self._client, self._allowed = block, client, allowed
+        self._verdicts, self._known = verdicts, known
+        self._pending: dict[bytes, float] = {}
+        self._writing = asyncio.Lock()
         self._unscored = 0
 
     async def judge(self, group: Sequence[ScoringItem]) -> list[Score]:
@@ -131,12 +166,10 @@ class _Hearing:
         return scores
 
     async def _rate(self, prompt: Prompt, text: str) -> Score:
-        try:
-            verdict = await self._client.ask(partial(how_good, prompt.messages, text, self._block.criterion))
-        except NoReply as failure:
-            return Score(None, reason=str(failure))
-        rating = int(verdict)
-        return Score((rating - 1) / (len(RATINGS) - 1), {"rating": float(rating)})
+        rating = await self._answer(prompt, (text,))
+        if isinstance(rating, NoReply):
+            return Score(None, reason=str(rating))
+        return Score((rating - 1) / (len(RATINGS) - 1), {"rating": rating})
 
     async def _compare_all(self, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
         pairs = list(combinations(dict.fromkeys(texts), 2))
@@ -152,27 +185,37 @@ class _Hearing:
 
     async def _compare(self, prompt: Prompt, first: str, second: str) -> Outcome:
         """Both orders; the comparison is missing when either has no verdict."""
-        one, other = await asyncio.gather(
-            self._share_of_first(prompt, first, second), self._share_of_first(prompt, second, first)
-        )
+        orders = ((first, second), (second, first))
+        one, other = await asyncio.gather(*(self._answer(prompt, texts) for texts in orders))
         if isinstance(one, NoReply):
             return one
         if isinstance(other, NoReply):
             return other
         disagreed = one != 1.0 - other
-        self._client.ledger.comparisons += 1
-        self._client.ledger.disagreements += disagreed
+        if any(self._verdicts.key(prompt, texts) not in self._known for texts in orders):
+            self._client.ledger.comparisons += 1
+            self._client.ledger.disagreements += disagreed
         return Comparison(0.5 if disagreed else one, disagreed)
 
-    async def _share_of_first(self, prompt: Prompt, first: str, second: str) -> float | NoReply:
-        """1, 1/2 or 0 by one verdict."""
+    async def _answer(self, prompt: Prompt, texts: Texts) -> float | NoReply:
+        """The verdict, known or asked for: a rating of one text, of two the share of the win that goes to the first."""
+        key = self._verdicts.key(prompt, texts)
+        if key in self._known:
+            return self._known[key]
         try:
-            verdict = await self._client.ask(
-                partial(which_is_better, prompt.messages, first, second, self._block.criterion)
-            )
+            verdict = await self._client.ask(lambda: _question(prompt, texts, self._block.criterion))
         except NoReply as failure:
             return failure
-        return 0.5 if verdict == TIE else float(verdict == FIRST)
+        answer = float(verdict) if len(texts) == 1 else 0.5 if verdict == TIE else float(verdict == FIRST)
+        await self._keep(key, answer)
+        return answer
+
+    async def _keep(self, key: bytes, answer: float) -> None:
+        """On disk before it counts; what is answered while another one is written goes there together."""
+        self._pending[key] = answer
+        async with self._writing:
+            waiting, self._pending = self._pending, {}
+            await asyncio.to_thread(self._verdicts.keep, waiting)
 
 
 def _score_of(outcomes: Sequence[Outcome]) -> Score:

@@ -25,6 +25,7 @@ from raylign.scoring.http_service import HttpScorer, label_of
 from raylign.scoring.identity import file_hash, identity
 from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
+from raylign.scoring.verdicts import Verdicts
 from raylign.scoring.verifier import VerifierScorer, reference_of
 
 ONE_THREAD = Compute()
@@ -99,8 +100,8 @@ class _Loading:
                     block, MeasuredScorer(verifier, usage), usage, context=lambda item: reference_of(item.prompt, block)
                 )
             case JudgeScoringBlock():
-                judge = JudgeScorer(block)
-                return self._cached(block, MeasuredScorer(judge, usage, judge.amounts), usage, grouped=True)
+                judge = JudgeScorer(block, Verdicts(self._cache(block), identity(block)), usage)
+                return MeasuredScorer(judge, usage, judge.amounts)
             case ModelScoringBlock():
                 return self._model(block, usage)
             case HttpScoringBlock():
@@ -127,12 +128,14 @@ class _Loading:
         usage: Usage,
         *,
         contents: Sequence[str] = (),
-        grouped: bool = False,
         context: Callable[[ScoringItem], object] = lambda item: None,
     ) -> Scorer:
-        if block.cache is None:
+        cache = self._cache(block)
+        if cache is None:
             return scorer
-        file = self._run_cache if block.cache == "run" else Path(block.cache)
-        return CachedScorer(
-            scorer, ScoreCache(file), identity(block, contents), usage, grouped=grouped, context=context
-        )
+        return CachedScorer(scorer, cache, identity(block, contents), usage, context=context)
+
+    def _cache(self, block: LeafBlock) -> ScoreCache | None:
+        if block.cache is None:
+            return None
+        return ScoreCache(self._run_cache if block.cache == "run" else Path(block.cache))

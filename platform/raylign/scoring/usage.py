@@ -110,7 +110,7 @@ def _as_name(reason: str) -> str:
 
 
 class MeasuredScorer:
-    """Asks `scorer` and keeps what that took in `usage`."""
+    """Asks `scorer` and keeps what that took in `usage`; what the scorer itself counts as `cache_hits` took nothing."""
 
     def __init__(self, scorer: Scorer, usage: Usage, amounts: Callable[[], Mapping[str, float]] = dict) -> None:
         """`amounts` gives sums since the scorer was made; their growth over a call is kept."""
@@ -120,11 +120,12 @@ class MeasuredScorer:
         """The scorer's scores. What a call took is kept also when it raises."""
         if not items:
             return []
-        before, started = self._amounts(), monotonic()
+        before, hits, started = self._amounts(), self._usage.cache_hits, monotonic()
         try:
             scores = self._scorer.score(items, allowed)
         finally:
-            self._usage.calls.append((len(items), monotonic() - started))
+            if asked := len(items) - (self._usage.cache_hits - hits):
+                self._usage.calls.append((asked, monotonic() - started))
             for name, value in self._amounts().items():
                 self._usage.count(name, value - before.get(name, 0.0))
         self._usage.failures.update(score.reason for score in scores if score.value is None)

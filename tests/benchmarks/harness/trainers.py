@@ -48,7 +48,7 @@ def trainer_group(
         trainer=trainer,
         loss=loss,
         reference=InitialReferenceBlock(),
-        total_steps=1,
+        rounds=1,
         seed=0,
         threads=place.threads,
         on_gpu=place.on_gpu,

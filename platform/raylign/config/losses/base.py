@@ -44,6 +44,16 @@ class LossBase(Block):
         return 1.0
 
     @property
+    def score_thresholds(self) -> tuple[str, ...]:
+        """Its options that say what a score must exceed."""
+        return ()
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        """Its options that read more of scores than their order in a group, so that all must be on one scale."""
+        return self.score_thresholds
+
+    @property
     def ln2_at_start(self) -> bool:
         """Whether a policy equal to its reference loses ln 2 on every group."""
         return self.starts_at_ln2

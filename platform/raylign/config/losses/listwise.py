@@ -33,6 +33,10 @@ class KtoLossBlock(ListLossBlock):
     desirable_above: float | None = None
     """Candidates with a score above this are desirable; null takes the mean score of each group."""
 
+    @property
+    def score_thresholds(self) -> tuple[str, ...]:
+        return () if self.desirable_above is None else (f"desirable_above={self.desirable_above:g}",)
+
 
 class PlackettLuceLossBlock(ListLossBlock):
     """DPO for rankings (arXiv 2305.18290 app. A.3): -sum_k log [e^r(y_k) / sum_{j >= k} e^r(y_j)]; K = 2 is DPO.
@@ -62,6 +66,10 @@ class ListNetLossBlock(ListLossBlock):
     loss_type: Literal["list_net"] = "list_net"
     score_temperature: PositiveFloat = 1.0
     """Softness of the target, in units of score."""
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return ("loss_type=list_net",)
 
 
 class LambdaLossBlock(ListLossBlock):

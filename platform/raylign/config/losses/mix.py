@@ -129,6 +129,14 @@ class MixLossBlock(Block):
         return any(member.needs_reward_shift for member in self.losses)
 
     @property
+    def score_thresholds(self) -> tuple[str, ...]:
+        return tuple(option for member in self.losses for option in member.score_thresholds)
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return tuple(option for member in self.losses for option in member.score_options)
+
+    @property
     def tail_weight(self) -> float:
         return self.losses[0].tail_weight
 

@@ -48,6 +48,10 @@ class LabelledLossBlock(DifferenceLossBlock):
     soft_label_scale: PositiveFloat | None = None
     """Take p = sigmoid(soft_label_scale (score(w) - score(l))), Bradley-Terry's probability; null trusts the order."""
 
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return () if self.soft_label_scale is None else (f"soft_label_scale={self.soft_label_scale:g}",)
+
     @model_validator(mode="after")
     def one_source_of_label_noise(self) -> Self:
         if self.label_smoothing and self.soft_label_scale is not None:
@@ -177,6 +181,10 @@ class OdpoLossBlock(WeightedLossBlock):
     """Scale of the offset."""
     odpo_offset: Literal["log", "linear"] = "log"
     """g: the logarithm of the score gap, or the gap itself."""
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return ("loss_type=odpo",)
 
 
 class DpopLossBlock(WeightedLossBlock):

@@ -6,6 +6,9 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from raylign.config.base import Block
 
+Link = Literal["logistic", "probit"]
+"""From the gap of two rewards to the probability that the first is better: sigmoid, or the normal Phi."""
+
 
 class RewardLossBase(Block):
     """What the trainer asks of a reward model's loss."""
@@ -21,6 +24,13 @@ class RewardLossBase(Block):
     needs_reward_shift: ClassVar[bool] = False
     pairs_only: ClassVar[bool] = True
     """Whether every preference must hold exactly two candidates; else the whole list is used."""
+    link: ClassVar[Link] = "logistic"
+    """The probability that the loss learns."""
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        """Its options that read more of scores than their order in a row, so that all must be on one scale."""
+        return ()
 
     @property
     def tail_weight(self) -> float:
@@ -35,6 +45,10 @@ class RewardPairLossBlock(RewardLossBase):
     """`scores`: the gap must exceed margin_scale (score(w) - score(l)), as in Llama 2 (arXiv 2307.09288)."""
     margin_scale: PositiveFloat = 1.0
     """Units of reward per unit of score; of use with margin: scores alone."""
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        return () if self.margin == "none" else (f"margin={self.margin}",)
 
     @model_validator(mode="after")
     def scale_has_a_margin(self) -> Self:
@@ -53,6 +67,7 @@ class ProbitRewardLossBlock(RewardPairLossBlock):
     """Thurstone-Mosteller: -log Phi(r(w) - r(l) - margin)."""
 
     loss_type: Literal["probit"] = "probit"
+    link: ClassVar[Link] = "probit"
 
 
 class PlackettLuceRewardLossBlock(RewardLossBase):

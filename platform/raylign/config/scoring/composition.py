@@ -40,6 +40,11 @@ class CompositionBlock(Block):
         """Scorers by name."""
         raise NotImplementedError
 
+    @property
+    def compares(self) -> bool:
+        """Whether a score depends on the other candidates of the prompt."""
+        return any(member.compares for member in self.members.values())
+
     @model_validator(mode="after")
     def max_unscored_is_of_the_whole(self) -> Self:
         for name, member in self.members.items():

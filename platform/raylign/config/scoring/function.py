@@ -4,12 +4,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.base import CacheOption, LeafScoringBlock
 
 
-class FunctionScoringBlock(Block):
+class FunctionScoringBlock(LeafScoringBlock):
     """Scores from a Python function `(prompts, completions) -> list[float | None]`."""
 
     type: Literal["function"] = "function"

@@ -5,13 +5,12 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.base import CacheOption, LeafScoringBlock
 from raylign.config.scoring.remote import VariableName, checked_address
 
 
-class HttpScoringBlock(Block):
+class HttpScoringBlock(LeafScoringBlock):
     """Scores from a reward service that takes a batch by POST.
 
     `protocol: raylign` sends {"prompts": [[messages]], "completions": [text], "labels": [value or null]} and reads

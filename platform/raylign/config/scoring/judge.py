@@ -1,6 +1,6 @@
 """Scores from a language model that judges."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,19 +12,19 @@ from pydantic import (
     model_validator,
 )
 
-from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.base import CacheOption, LeafScoringBlock
 from raylign.config.scoring.remote import VariableName, checked_address
 
 
-class JudgeScoringBlock(Block):
+class JudgeScoringBlock(LeafScoringBlock):
     """Scores from a language model behind an OpenAI-compatible endpoint: a vLLM server, OpenAI, ... .
 
     The candidates of one prompt are compared in pairs, in both orders: a score is a share of wins in 0..1. A candidate
     that stands alone (held-out evaluation) is rated from 1 to 10, mapped to 0..1. The two scales do not compare.
     """
 
+    compares: ClassVar[bool] = True
     type: Literal["judge"] = "judge"
     base_url: str
     """Address of the server up to and with `/v1`; no credentials in it."""
@@ -56,9 +56,8 @@ class JudgeScoringBlock(Block):
     price_out: NonNegativeFloat | None = None
     """US dollars per million tokens answered."""
     cache: CacheOption = "run"
-    """Keeps the scores of a prompt's candidates: `run`, a path that runs may share, or null.
-
-    Above temperature 0 the first verdicts stay.
+    """Keeps every verdict: `run`, a path that runs may share, or null, which asks all of them again about a prompt that
+    is sampled again. Above temperature 0 the first verdicts stay.
     """
 
     @field_validator("base_url")

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from pydantic import PositiveFloat, PositiveInt
 
-from raylign.config.base import Block
 from raylign.config.blocks import Dtype, Fraction
-from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.base import CacheOption, LeafScoringBlock
 
 
-class ModelScoringBlock(Block):
+class ModelScoringBlock(LeafScoringBlock):
     """A model in the scorer actor: on `placement.scorer_gpus`, else on the threads of `placement.scorer_cpus`."""
 
     dtype: Dtype = "bfloat16"

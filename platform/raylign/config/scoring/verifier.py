@@ -5,14 +5,13 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.cache import CacheOption
+from raylign.config.scoring.base import CacheOption, LeafScoringBlock
 
 ANSWER = "{answer}"
 
 
-class VerifierScoringBlock(Block):
+class VerifierScoringBlock(LeafScoringBlock):
     """1 for a completion that has the reference answer of its prompt's row, else 0. No code is ever run.
 
     `math` compares as mathematics with the Math-Verify library, so that 1/2 is 0.5 and \\frac{1}{2}; it reads the last

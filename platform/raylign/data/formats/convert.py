@@ -55,6 +55,7 @@ def _made(row: Row, kind: Format, language: str | None) -> tuple[Example | Fault
         parts.tools,
         language or _language(row.cells) or parts.language,
         _meta(row.cells, parts.used),
+        parts.scale,
     )
     return example, parts.joins
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from raylign.data.examples import Completion
+from raylign.data.examples import STRENGTHS, Completion
 from raylign.data.formats.parts import (
     BadRow,
     Cells,
@@ -23,7 +23,7 @@ from raylign.records import Message
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 COLUMNS = (("prompt", "response", "helpfulness"), ("prompt", "response_1", "response_2", "preference_strength"))
 SCALES: Mapping[str, tuple[float, float]] = dict.fromkeys(ATTRIBUTES, (0.0, 4.0))
-STRENGTHS = (-3.0, 3.0)
+STRENGTH_RANGE = (-3.0, 3.0)
 TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n?")
 MARKER = "<extra_id_"
 
@@ -44,12 +44,12 @@ def parse(row: Cells) -> Parts:
 def _preference(row: Cells, prompt: tuple[Message, ...]) -> Parts:
     """The strength is the gap between the scores; at 0 neither is better."""
     first, second = (answer_of(name, text(row, name)) for name in ("response_1", "response_2"))
-    strength = rating("preference_strength", required(row, "preference_strength"), STRENGTHS)
+    strength = rating("preference_strength", required(row, "preference_strength"), STRENGTH_RANGE)
     columns = used(row, ("prompt", "response_1", "response_2", "preference_strength"))
     if strength == 0:
         return Parts(prompt, (Completion(first, 0.0), Completion(second, 0.0)), False, columns)
     chosen, rejected = (first, second) if strength < 0 else (second, first)
-    return Parts(prompt, pair(chosen, rejected, (abs(strength), 0.0)), True, columns)
+    return Parts(prompt, pair(chosen, rejected, (abs(strength), 0.0)), True, columns, scale=STRENGTHS)
 
 
 def _prompt(value: str) -> tuple[Message, ...]:

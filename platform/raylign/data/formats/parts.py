@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raylign.data.examples import Completion
+from raylign.data.examples import SCORES, Completion
 from raylign.prompts.conversations import conversation, conversation_problem, messages_problem, text_problem
 from raylign.records import Message
 
@@ -31,7 +31,8 @@ class BadRow(Exception):
 class Parts:
     """An `Example` without its number. `used` are the columns that went into it; the others may become meta.
 
-    `joins`: it is one Example together with adjacent rows of the same prompt that join too.
+    `joins`: it is one Example together with adjacent rows of the same prompt that join too. `scale` says what the
+    scores are.
     """
 
     prompt: tuple[Message, ...]
@@ -41,6 +42,7 @@ class Parts:
     tools: tuple[Mapping[str, Any], ...] = ()
     language: str | None = None
     joins: bool = False
+    scale: str = SCORES
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """TRL's formats: preferences with explicit or implicit prompt, prompt-completion, messages; and lists of answers."""
 
-from raylign.data.examples import Completion
+from raylign.data.examples import SCORES, STRENGTHS, Completion
 from raylign.data.formats.parts import (
     BadRow,
     Cells,
@@ -29,7 +29,7 @@ COLUMNS = (
     ("messages",),
 )
 EITHER_SCORE = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-OPTIONAL = ("system", "tools", "margin", *EITHER_SCORE[0], *EITHER_SCORE[1])
+OPTIONAL = ("system", "tools", "margin", "score_scale", *EITHER_SCORE[0], *EITHER_SCORE[1])
 
 
 def parse(row: Cells) -> Parts:
@@ -67,7 +67,9 @@ def _preference(row: Cells) -> Parts:
         better, worse = answer_of("chosen", chosen), answer_of("rejected", rejected)
     # A data set that has `messages` beside a pair repeats the chosen conversation there.
     columns = used(row, ("prompt", "chosen", "rejected", "messages", *OPTIONAL))
-    return Parts(prompt, pair(better, worse, _scores(row)), True, columns, tools_of(row.get("tools")))
+    return Parts(
+        prompt, pair(better, worse, _scores(row)), True, columns, tools_of(row.get("tools")), scale=_scale(row)
+    )
 
 
 def _is_implicit(prompt: object, chosen: object) -> bool:
@@ -136,6 +138,15 @@ def _scores(row: Cells) -> tuple[float | None, float | None]:
     if row.get("margin") is not None:
         return number("margin", row["margin"]), 0.0
     return None, None
+
+
+def _scale(row: Cells) -> str:
+    """As the row itself says, which a prepared file does; a margin is another thing than scores."""
+    told = row.get("score_scale")
+    if isinstance(told, str) and told:
+        return told
+    scored = any(row.get(name) is not None for names in EITHER_SCORE for name in names)
+    return STRENGTHS if row.get("margin") is not None and not scored else SCORES
 
 
 def _ranking(row: Cells) -> Parts:

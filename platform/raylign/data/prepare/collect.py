@@ -7,7 +7,7 @@ from typing import Self
 import pyarrow.parquet as pq
 
 from raylign.config.prepare import PrepareConfig
-from raylign.data.examples import Example
+from raylign.data.examples import SCORES, STRENGTHS, Example
 from raylign.data.prepare.accounts import Account
 from raylign.data.prepare.filters import Filters, PairText
 from raylign.data.prepare.keys import Keys, key_of
@@ -93,6 +93,8 @@ class Collector:
             pair.rejected,
             pair.score_chosen,
             pair.score_rejected,
+            # Of two sources' own scores or strengths nobody knows how they compare.
+            f"{pair.scale} of {account.name}" if pair.scale in (SCORES, STRENGTHS) else pair.scale,
             language,
             account.name,
             example.tools,

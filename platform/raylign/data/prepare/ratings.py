@@ -7,26 +7,30 @@ from statistics import fmean
 from typing import Literal
 
 from raylign.config.prepare import RatingsBlock
-from raylign.data.examples import Completion, Example
+from raylign.data.examples import ORDER, Completion, Example
 from raylign.errors import DataError
 from raylign.records import Message
 
 Unpaired = Literal["single_answer", "unrated", "small_gap", "tie"]
 Scales = Mapping[str, tuple[float, float]]
 ROUNDING = 1e-9
+RATINGS = "ratings in 0..1"
+"""Scores of answers rated by attribute, which compare between sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A better and a worse answer to one prompt. Made by `Rater`.
 
-    Both scores are weighted ratings in 0..1, or the source's own in its units, or None where it has an order alone.
+    Both scores are weighted ratings in 0..1, or the source's own in its units, or None where it has an order alone;
+    `scale` says which.
     """
 
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
     score_chosen: float | None
     score_rejected: float | None
+    scale: str
 
     @property
     def gap(self) -> float | None:
@@ -42,6 +46,7 @@ class _Scored:
 
     completions: tuple[Completion, ...]
     scores: tuple[float | None, ...]
+    scale: str
     min_gap: float
     too_close: Unpaired
 
@@ -86,12 +91,12 @@ class Rater:
     def _scored(self, example: Example) -> _Scored | None:
         rated = tuple(completion for completion in example.completions if self._counting(completion))
         if len(rated) > 1 and (ratings := self.scores(rated)) is not None:
-            return _ordered(rated, ratings, example.ranked, self._block.min_gap, "small_gap")
+            return _ordered(rated, ratings, example.ranked, RATINGS, self._block.min_gap, "small_gap")
         scores = tuple(completion.score for completion in example.completions)
         known = [score for score in scores if score is not None]
         if len(known) == len(scores):
-            return _ordered(example.completions, known, example.ranked, 0.0, "tie")
-        return _Scored(example.completions, (None,) * len(scores), 0.0, "tie") if example.ranked else None
+            return _ordered(example.completions, known, example.ranked, example.scale, 0.0, "tie")
+        return _Scored(example.completions, (None,) * len(scores), ORDER, 0.0, "tie") if example.ranked else None
 
     def _counting(self, completion: Completion) -> list[str]:
         """The source's names of those ratings that count."""
@@ -114,16 +119,21 @@ class Rater:
 
 
 def _ordered(
-    completions: tuple[Completion, ...], scores: Sequence[float], ranked: bool, min_gap: float, too_close: Unpaired
+    completions: tuple[Completion, ...],
+    scores: Sequence[float],
+    ranked: bool,
+    scale: str,
+    min_gap: float,
+    too_close: Unpaired,
 ) -> _Scored:
     places = range(len(scores))
     order = places if ranked else sorted(places, key=lambda place: -scores[place])
-    return _Scored(tuple(completions[i] for i in order), tuple(scores[i] for i in order), min_gap, too_close)
+    return _Scored(tuple(completions[i] for i in order), tuple(scores[i] for i in order), scale, min_gap, too_close)
 
 
 def _pair(scored: _Scored, better: int, worse: int) -> Pair:
     chosen, rejected = scored.completions[better], scored.completions[worse]
-    return Pair(chosen.messages, rejected.messages, scored.scores[better], scored.scores[worse])
+    return Pair(chosen.messages, rejected.messages, scored.scores[better], scored.scores[worse], scored.scale)
 
 
 def _far_enough(pair: Pair, min_gap: float) -> bool:

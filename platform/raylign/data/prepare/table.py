@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         *((name, pa.list_(MESSAGE)) for name in MESSAGES),
         ("score_chosen", pa.float64()),
         ("score_rejected", pa.float64()),
+        ("score_scale", pa.string()),
         ("language", pa.string()),
         ("source", pa.string()),
         ("tools", pa.string()),
@@ -50,6 +51,7 @@ class PairRow:
     rejected: tuple[Message, ...]
     score_chosen: float | None
     score_rejected: float | None
+    score_scale: str
     language: str
     source: str
     tools: tuple[Any, ...]
@@ -76,6 +78,7 @@ def record_batch(rows: Sequence[PairRow]) -> pa.RecordBatch:
         *(_messages([getattr(row, name) for row in rows]) for name in MESSAGES),
         pa.array([row.score_chosen for row in rows], pa.float64()),
         pa.array([row.score_rejected for row in rows], pa.float64()),
+        pa.array([row.score_scale for row in rows], pa.string()),
         pa.array([row.language for row in rows], pa.string()),
         pa.array([row.source for row in rows], pa.string()),
         pa.array([json.dumps(row.tools, ensure_ascii=False) if row.tools else None for row in rows], pa.string()),
