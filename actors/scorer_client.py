@@ -64,9 +64,9 @@ class ScorerClient:
         """The answer that an actor has loaded, while it is waited for."""
         self._pauses: list[Pause] = []
         """What a replacement waits for before it is started."""
-        self._replaced = False
+        self._replaced: bool = False
         self._usages: dict[str, Usage] = {}
-        self.guard = Guard()
+        self.guard: Guard = Guard()
 
     def wait_ready(self) -> None:
         """Wait until the first actor has loaded, or its replacement. Raises ScorerError when it cannot."""

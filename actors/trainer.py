@@ -137,8 +137,9 @@ class _TrainerRank:
 
     def _supported_layout(self) -> Layout:
         """Holds for a second model too, which may be of another architecture."""
+        policy: Any = self._engine.module
         copies = [reference.scored for reference in self._references.reference if isinstance(reference, FrozenCopy)]
-        return supported_layout([self._engine.module, *copies], self._spec.trainer.packing, self._device)
+        return supported_layout([policy, *copies], self._spec.trainer.packing, self._device)
 
     def layout(self) -> Layout:
         """How sequences are laid out: trainer.packing, or `padded` where an architecture cannot be packed."""

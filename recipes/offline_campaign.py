@@ -15,7 +15,6 @@ from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
-from raylign.errors import ConfigError
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path

@@ -1,7 +1,7 @@
 """KL that losses read, and loss state under a moving reference, over real trainer groups."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -28,9 +28,9 @@ from raylign.config.reference import (
     ReferenceBlock,
 )
 from raylign.records import KlSample, Preference
-from tests.integration.ranks import Processes, preferences, processes, spec_of, train_round
+from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = pytest.mark.slow
 
 SAME = 2e-4
 """Largest difference of the summed log-probs (nats) of a completion that are computed in two ways in float32."""
@@ -40,12 +40,6 @@ KTO, KL = KtoLossBlock(beta=0.1), MixLossBlock(losses=(SigmoidLossBlock(beta=0.1
 BOTH = MixLossBlock(losses=(KTO, KlLossBlock()), loss_weights=(1.0, 0.1))
 BCO = BcoPairLossBlock(beta=0.1, reward_shift_decay=0.5)
 LN_4 = pytest.approx(2 * math.log(2), abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def ranks(resources: dict[str, float]) -> Iterator[Processes]:
-    with processes(1, 2) as made:
-        yield made
 
 
 def with_samples(pairs: Sequence[Preference]) -> list[Preference]:
