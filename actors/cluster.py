@@ -64,10 +64,11 @@ def cluster(num_cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     _join(num_cpus)
     # Ray's own handler aborts the process three seconds after SIGTERM, in the middle of the clean-up.
     signal.signal(signal.SIGTERM, terminate)
+    logs = log_folder()
     try:
         yield ray.cluster_resources()
     except Exception as error:
-        for words in last_words(error):
+        for words in last_words(error, logs):
             error.add_note(words)
         raise
     finally:
@@ -103,14 +104,14 @@ def _join(num_cpus: int | None) -> None:
         raise error from cause
 
 
-def last_words(error: BaseException) -> list[str]:
-    """The ends of the logs, as far as they are on this node, of the actors whose processes the error names."""
+def last_words(error: BaseException, logs: Path) -> list[str]:
+    """The ends of the logs in the folder of this node, of the actors whose processes the error names."""
     text, seen = "", error
     while seen.__cause__ is not None:
         text, seen = f"{text}\n{seen}", seen.__cause__
     found = []
     for pid in dict.fromkeys(_PID.findall(f"{text}\n{seen}")):
-        for path in sorted(log_folder().glob(f"worker-*-{pid}.*")):
+        for path in sorted(logs.glob(f"worker-*-{pid}.*")):
             if lines := path.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
                 found.append("\n".join([f"The end of {path}:", *lines]))
     return found

@@ -55,8 +55,6 @@ _CURES: tuple[tuple[str, str], ...] = (
     (r"environment could not be set up|RuntimeEnvSetup", f"{_CHECK}; see the actor logs of that node, then go on"),
 )
 _MEMORY = re.compile(r"[Oo]ut of memory|OutOfMemory|MemoryError|allocate memory|running low on memory")
-
-
 _ELSE = "mend what it names, then run the same command again: what is finished is saved"
 
 

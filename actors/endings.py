@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ray
 from ray._private import state
@@ -26,7 +26,7 @@ from raylign.errors import ActorsLost, RaylignError
 
 Kind = Literal["memory", "node", "process", "start", "silent"]
 """What took the actor: its node's lack of memory, its node, the end of its process, its own constructor; or nobody
-knows, since it did not answer."""
+knows, since it did not answer. In this order one explains the others."""
 _GB = 1e9
 _SHOWN = 300
 _NODE_DIED = "its node has died"
@@ -155,6 +155,11 @@ def own_job() -> str:
     return ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
 
 
+def explains(loss: Loss) -> int:
+    """Smallest for the loss that explains others of the same moment."""
+    return get_args(Kind).index(loss.kind)
+
+
 def loss_of(lost: ActorsLost) -> Loss:
     """What `actors.waiting` found to be gone."""
     cause = lost.__cause__
@@ -173,7 +178,8 @@ def ended(handle: ActorHandle[Any]) -> Loss | None:
     if cause is not None and cause.HasField("oom_context"):
         return _memory_loss(cause.oom_context.error_message)
     told = cause.actor_died_error_context.error_message if cause is not None else ""
-    return Loss("process", f"its process is gone ({first_line(told)})" if told else "its process is gone")
+    kind: Kind = "node" if _NODE_DIED in told else "process"
+    return Loss(kind, f"its {kind} is gone ({first_line(told)})" if told else f"its {kind} is gone")
 
 
 def raised_in(text: str) -> str:

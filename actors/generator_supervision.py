@@ -164,9 +164,10 @@ class SupervisedGenerators(GeneratorPool):
         self._require_one()
 
     def _awaited(self) -> bool:
-        """Whether a replacement is still waited for."""
+        """Whether a replacement is still waited for; for memory only where no other generator could do the work."""
         on_time = any(time.monotonic() < deadline for _, deadline in self._starting.values())
-        return on_time or any(not pause.expired for pause in self._paused.values())
+        needed = not (self._loaded and self._ready_slots())
+        return on_time or (needed and any(not pause.expired for pause in self._paused.values()))
 
     def _wait(self, refs: Sequence[Any]) -> list[Any]:
         """The first of the calls to be done within a heartbeat."""

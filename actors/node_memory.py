@@ -138,6 +138,3 @@ class Pause:
             if self.expired:
                 raise late()
             sleep(max(0.05, min(self._next, self._until) - time.monotonic()))
-
-
-NO_PAUSE = Pause(lambda: True, 0.0, float("inf"))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 
-from actors.endings import Loss, ended, loss_of
+from actors.endings import Loss, ended, explains, loss_of
 from actors.incidents import Incidents
 from actors.network import free_address
 from actors.processes import kill, process_of
@@ -203,8 +203,8 @@ class SupervisedTrainers(TrainerGroup):
 
     def tend(self) -> None:
         """New ranks when one is dead; between rounds the newest checkpoint is what they hold."""
-        if loss := next((loss for handle in self.handles if (loss := ended(handle))), None):
-            self._replace(loss)
+        if losses := [loss for handle in self.handles if (loss := ended(handle))]:
+            self._replace(min(losses, key=explains))
 
     def _replace(self, loss: Loss) -> None:
         """New ranks that go on from the newest checkpoint, once their nodes have room for them.

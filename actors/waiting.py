@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors.cures import Role, cure_of
-from actors.endings import Loss, ending, one_line
+from actors.endings import Loss, ending, explains, one_line
 from raylign.errors import ActorsLost, GeneratorError, RaylignError, ScorerError, TrainerError
 
 _SETTLE_S = 3.0
@@ -45,13 +45,9 @@ def get_together(refs: Sequence[Any], timeout_s: float, what: str, error: type[R
     failures += _failures(done)
     losses = [(failure, loss) for failure in failures if (loss := ending(failure))]
     if losses:
-        cause, loss = min(losses, key=lambda pair: _EXPLAINS.index(pair[1].kind))
+        cause, loss = min(losses, key=lambda pair: explains(pair[1]))
         raise ActorsLost(f"{what}: {loss.cause}") from cause
     raise failure(failures[0], timeout_s, what, error) from failures[0]
-
-
-_EXPLAINS = ("memory", "node", "process", "start", "silent")
-"""Of several losses the one that explains the others comes first."""
 
 
 def failure(cause: RayError, timeout_s: float, what: str, error: type[RaylignError]) -> RaylignError:

@@ -157,6 +157,8 @@ def test_an_actor_nobody_asked_tells_how_it_ended(monkeypatch: pytest.MonkeyPatc
     known["DeathCause"] = plain
     found = ended(handle)
     assert found is not None and (found.kind, found.cause) == ("process", f"its process is gone ({EXIT})")
+    plain.actor_died_error_context.error_message = f"{DEAD_NODE} terminated: late"
+    assert (ended(handle) or found).kind == "node"
     known["DeathCause"] = ActorDeathCause()
     assert (ended(handle) or found).cause == "its process is gone"
 

@@ -1,0 +1,115 @@
+"""Real errors of vLLM, torch and Ray, as a person gets them: what happened, the cure, and a file with the rest."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import typer
+from ray.actor import ActorHandle
+
+from actors.cluster import cluster
+from actors.generator import EngineSpec, Generator
+from actors.generator_supervision import SupervisedGenerators, actor_name
+from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, RunBlock
+from raylign.errors import RaylignError
+from recipes.cli import ended_cleanly
+from recipes.failures import told
+from tests.fakes import quiet_incidents
+from tests.integration.ranks import spec_of
+from tests.integration.test_trainer_faults import Trainers
+
+pytestmark = [pytest.mark.slow]
+
+
+def engine(model: str, stacks: Path) -> EngineSpec:
+    """One whose KV cache has room for 8 of its 512 positions."""
+    return EngineSpec(
+        model=model,
+        dtype="float32",
+        device="cpu",
+        transport="shm",
+        lora_rank=0,
+        tensor_parallel_size=1,
+        max_model_len=512,
+        max_num_seqs=4,
+        gpu_memory_utilization=0.5,
+        kv_cache_gb=1e-5,
+        enforce_eager=True,
+        trust_remote_code=False,
+        seed=0,
+        threads=1,
+        stacks=str(stacks),
+    )
+
+
+def start_generators(model: str, folder: Path) -> None:
+    spec = engine(model, folder)
+
+    def spawn(slot: int) -> ActorHandle[Any]:
+        handle: ActorHandle[Any] = Generator.options(num_cpus=0).remote(spec, actor_name(slot))
+        return handle
+
+    SupervisedGenerators(
+        spawn,
+        lambda handle: None,
+        block=GeneratorsBlock(count=1),
+        recovery=RecoveryBlock(),
+        incidents=quiet_incidents(),
+        stacks=folder,
+    ).wait_ready()
+
+
+def start_trainers(model: str, folder: Path) -> None:
+    spec = replace(spec_of(model, {}, {}), folder=str(folder / "none"), stacks=str(folder))
+    Trainers(spec, folder)
+
+
+@pytest.mark.parametrize(
+    ("start", "role", "cure"),
+    [
+        (start_generators, "starting the generators", "raise generators.kv_cache_gb"),
+        (start_trainers, "starting the trainers", "run the same command again"),
+    ],
+)
+def test_a_role_that_cannot_start(
+    start: Callable[[str, Path], None],
+    role: str,
+    cure: str,
+    served_llama: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "demo").mkdir()
+    run = RunBlock(dir=tmp_path, name="demo")
+    with pytest.raises(typer.Exit) as ended, ended_cleanly(), told(run), cluster(num_cpus=2):
+        start(served_llama, tmp_path)
+    assert ended.value.exit_code == 1 and not ray.is_initialized()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "cure: "))]
+    first, second = lines
+    assert first.startswith(f"error: {role}: ") and len(first) < 400 and "ray::" not in first
+    assert cure in second
+    (path,) = (tmp_path / "demo").glob("error-*.txt")
+    assert second.endswith(f"; the rest is in {path}")
+    text = path.read_text()
+    assert "Traceback" in text and re.search(r"The end of .*worker-.*:", text), text[-3000:]
+
+
+def test_a_cluster_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1\nThis process: 2.60")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address, told_so in (("10.0.0.1:6379", "RAY_ADDRESS=10.0.0.1:6379: cannot join"), ("", "Ray cannot start")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(RaylignError) as caught, cluster():
+            sys.exit("never reached")
+        assert str(caught.value).startswith(told_so) and "\n" not in str(caught.value)
+        assert "install the same Ray and Python" in caught.value.cure
