@@ -18,7 +18,11 @@ SHARING_RANKS = (
     "integration/test_trainer_ranks.py",
 )
 """Files whose trainer ranks are the same processes if one test process has all of them."""
-LONG = ("integration/test_job_submission.py", *SHARING_RANKS, "integration/test_judge.py")
+LONG = (
+    "integration/test_job_submission.py",
+    *SHARING_RANKS,
+    *("integration/test_judge.py", "integration/test_secrets.py", "integration/test_bad_input.py"),
+)
 """Begin first of the integration tests, so that no process is left alone with one at the end."""
 
 
