@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 
 SHARING_RANKS = (
     "integration/test_reference_policies.py",
+    "integration/test_kl_estimates.py",
     "integration/test_reward_trainer.py",
     "integration/test_trainer_state.py",
     "integration/test_trainer_ranks.py",

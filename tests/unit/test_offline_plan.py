@@ -89,7 +89,7 @@ def test_ktos_rows_carry_answers_of_other_rows(load: Load) -> None:
 def test_what_cannot_run_is_refused(load: Load) -> None:
     with pytest.raises(PlacementError, match="the cluster is too small"):
         make_offline_plan(load("trainer.ranks=500"))
-    with pytest.raises(ConfigError, match="data.max_length=65 is more than the 64 positions"):
+    with pytest.raises(ConfigError, match="data.max_length=65 exceeds the 64 positions"):
         make_offline_plan(load("data.max_length=65"))
     with pytest.raises(DataError, match="data.held_out=6 leaves none of 6"):
         make_offline_plan(load("data.held_out=6"))
