@@ -9,13 +9,11 @@ MIN_LOSS_SCALE = 1.0
 
 
 def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
-    """bf16 compute keeps fp32 master weights.
+    """Of ZeRO stages 1 to 3. bf16 and float16 compute keeps fp32 master weights and adds gradients up in fp32.
 
-    Gradients of several micro-batches add up in fp32 under ZeRO 1-3; DeepSpeed's plain bf16 engine (stage 0) refuses
-    that and adds them in bf16. Its plain float16 engine divides gradients by a loss scale that the loss was never
-    multiplied by, so that stage 1, which takes the same steps, stands in for it.
+    float16 has its loss scale in these stages alone, and stage 1 takes the same steps as stage 0 would.
     """
-    stage = max(block.zero_stage, 1) if dtype == "float16" else block.zero_stage
+    stage = max(block.zero_stage, 1)
     zero: dict[str, Any] = {"stage": stage}
     if block.offload.optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -33,7 +31,7 @@ def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
         # Without the check ZeRO 1 and 2 would apply gradients that are not finite.
         "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16", "hysteresis": 1, "min_loss_scale": int(MIN_LOSS_SCALE)},
-        "data_types": {"grad_accum_dtype": "fp32"} if stage else {},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1_000_000_000,
     }
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 from actors.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
-from actors.deepspeed_engine import frozen_engine, gradient_norm, loss_scale, training_engine
+from actors.deepspeed_engine import frozen_engine
 from actors.host_memory import keep_freed_memory, memory_errors
 from actors.model_files import drain, write_adapter, write_weights
 from actors.process_group import join_group
@@ -28,14 +28,15 @@ from actors.reference_policy import ReferencePolicy, adapter_reference, copied_r
 from actors.sharding import Sharding
 from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
-    EngineState,
     StoredTensors,
-    loss_scaler_state,
+    load_tensors,
     read_state,
-    set_loss_scaler,
+    state_nbytes,
+    state_tensors,
     store,
     write_state,
 )
+from actors.training_engine import training_engine
 from actors.weight_sync.nccl import PolicySource, open_sender
 from raylign.checkpoints import Metrics
 from raylign.chunks import chunks
@@ -111,16 +112,27 @@ class _TrainerRank:
         if not spec.on_gpu:
             keep_freed_memory()
         join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
-        config = deepspeed_config(spec.trainer, spec.model.dtype)
         # transformers shards while loading as long as this object lives.
         self._sharding = Sharding(spec.trainer.zero_stage == 3)
-        self._hf_config = [HfDeepSpeedConfig(config)] if self._sharding.zero3 else []
+        self._hf_config = (
+            [HfDeepSpeedConfig(deepspeed_config(spec.trainer, spec.model.dtype))] if self._sharding.zero3 else []
+        )
         self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
         self._model = self._checkpointed(self._learner.model)
-        self._engine = training_engine(self._learner.module(), config, spec.trainer)
-        self._engine.train()
+        self._engine = training_engine(
+            self._learner.module(),
+            self._trained(),
+            spec.trainer,
+            spec.model.dtype,
+            self._device,
+            self._sharding.writable,
+        )
+        self._engine.module.train()
         self._layout = self._supported_layout()
         self._references = self._load_references()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     def _checkpointed(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         if self._spec.trainer.gradient_checkpointing:
@@ -153,7 +165,7 @@ class _TrainerRank:
         copy = self._checkpointed(load_policy(self._spec.reference_folder, whole, self._spec.seed))
         copy.requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
-        frozen: nn.Module = frozen_engine(CompletionLogps(copy), config)
+        frozen: nn.Module = frozen_engine(CompletionLogps(copy), config, self._spec.model.dtype)
         frozen.eval()
         return [copied_reference(block, frozen, module, self._sharding.stored)]
 
@@ -245,7 +257,7 @@ class _TrainerRank:
         state = replace(self._state, mean_chosen_tokens=_mean_chosen_tokens(preferences))
         found: dict[int, tuple[float, float, float]] = {}
         totals: list[Totals] = []
-        self._engine.eval()
+        self._engine.module.eval()
         with torch.no_grad():
             for micro in (micro for step in plan for micro in self._mine(step)):
                 batch = self._batch([preferences[index] for index in micro.indices], micro)
@@ -254,7 +266,7 @@ class _TrainerRank:
                 columns = (loss.losses.tolist(), loss.chosen_rewards.tolist(), loss.rejected_rewards.tolist())
                 for index, weight, *values in zip(micro.indices, micro.weights, *columns, strict=True):
                     found |= {index: (values[0], values[1], values[2])} if weight else {}
-        self._engine.train()
+        self._engine.module.train()
         return self._metrics(totals, tuple(loss.metrics)), found
 
     def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
@@ -286,37 +298,30 @@ class _TrainerRank:
 
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         rate = learning_rate(self._steps_done, self._spec.total_steps, self._spec.trainer)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
         self._state = replace(
             self._state, mean_chosen_tokens=_mean_chosen_tokens([preferences[i] for i in step.indices()])
         )
         report = self._accumulate(preferences, step) | {"learning_rate": rate}
-        norm, scale, skipped = gradient_norm(self._engine), loss_scale(self._engine), self._engine.skipped_steps
-        if norm is not None and not math.isfinite(norm):
-            self._engine.optimizer.zero_grad()
-            return report | {"skipped_steps": 1.0, "non_finite_steps": 1.0}
-        self._engine.step()
-        if self._engine.skipped_steps > skipped:
-            scaling = self._engine.fp16_enabled() and scale > MIN_LOSS_SCALE and math.isfinite(report["loss"])
+        scale = self._engine.loss_scale
+        norm = self._engine.step(rate)
+        if norm is None:
+            scaling = scale is not None and scale > MIN_LOSS_SCALE and math.isfinite(report["loss"])
             return report | {"skipped_steps": 1.0} | ({} if scaling else {"non_finite_steps": 1.0})
         self._steps_done += 1
         self._state = self._learner.next_state(self._state, report)
-        norm = norm if norm is not None else float(self._engine.get_global_grad_norm())
-        return report | {"grad_norm": norm} | ({"skipped_steps": 0.0} if self._engine.fp16_enabled() else {})
+        return report | {"grad_norm": norm} | ({} if scale is None else {"skipped_steps": 0.0})
 
     def _accumulate(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         """Forward and backward over this rank's micro-batches; the metrics are those of all ranks."""
         mine = self._mine(step)
         totals: list[Totals] = []
         for number, micro in enumerate(mine):
-            self._engine.set_gradient_accumulation_boundary(number == len(mine) - 1)
             batch = self._batch([preferences[index] for index in micro.indices], micro)
-            loss, own = self._learner.measure(self._engine, batch, self._state)
-            # Ranks are averaged by DeepSpeed, so world / count makes a preference of weight 1 weigh 1 / count.
+            loss, own = self._learner.measure(self._engine.training_module, batch, self._state)
+            # Engines average over ranks, so world / count makes a preference of weight 1 weigh 1 / count.
             total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
             # A loss that is not finite makes every gradient so: all ranks then leave the step out.
-            self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), scale_wrt_gas=False)
+            self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), last=number == len(mine) - 1)
             totals.append(own)
         return self._metrics(totals, tuple(loss.metrics))
 
@@ -348,33 +353,29 @@ class _TrainerRank:
         """Disk space of a checkpoint, at most: the state and the exported policy."""
         exported = sum(p.nbytes for p in self._model.parameters()) if self._spec.model.lora is None else 0
         kept = sum(tensor.nbytes for reference in self._references for _, tensor in reference.tensors())
-        return self._engine_state().nbytes() * 4 // 3 + exported + kept
+        return state_nbytes(self._engine.state) * 4 // 3 + exported + kept
 
     def save_state(self, folder: str, round_index: int) -> list[Metrics]:
         """All ranks gather, rank 0 writes what training goes on from; returns the reports of that round's steps."""
         reports = self._round.reports if self._round.index == round_index else []
-        tensors = chain(self._engine_state().tensors(), *(reference.tensors() for reference in self._references))
+        tensors = chain(state_tensors(self._engine.state), *(reference.tensors() for reference in self._references))
         if self._rank > 0:
             drain(tensors)
             return reports
         store(Path(folder), tensors)
         state = {"steps_done": self._steps_done, "followed": self._followed, "loss": asdict(self._state)}
-        write_state(Path(folder), state | {"loss_scaler": loss_scaler_state(self._engine)})
+        write_state(Path(folder), state | {"loss_scaler": dict(self._engine.loss_scaler())})
         return reports
 
     def load_state(self, folder: str) -> None:
         """Take what `save_state` wrote, on any number of ranks and ZeRO stage. TrainerError when it does not fit."""
         stored, state = StoredTensors(Path(folder)), read_state(Path(folder))
-        self._engine_state().load(stored, state["steps_done"])
+        load_tensors(self._engine.state, stored, state["steps_done"])
         for reference in self._references:
             reference.load(stored.get)
         self._steps_done, self._followed = state["steps_done"], state["followed"]
         self._state = LossState(**state["loss"])
-        set_loss_scaler(self._engine, state["loss_scaler"])
-
-    def _engine_state(self) -> EngineState:
-        trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        return EngineState(self._engine, trained, self._sharding.writable)
+        self._engine.set_loss_scaler(state["loss_scaler"])
 
     def send_nccl(
         self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float

@@ -36,7 +36,7 @@ class _Process(_TrainerRank):
         _TrainerRank.__init__(self, spec, rank, address, port)
 
     def set_loss_scale(self, scale: float) -> None:
-        self._engine.optimizer.loss_scaler.cur_scale = scale
+        self._engine.set_loss_scaler({"cur_scale": scale})
 
 
 class Processes:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors.trainer_group import TrainerGroup
+from actors.trainer_state import StoredTensors
 from raylign.config.losses import BcoPairLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
 from raylign.errors import TrainerError
@@ -143,3 +144,41 @@ def test_a_state_of_another_adapter_is_refused(tiny_llama: str, ranks: Processes
     whole = ranks.group(spec_of(tiny_llama, {}, ONE, reference=InitialReferenceBlock()))
     with pytest.raises(TrainerError, match="it is of another model or adapter"):
         whole.load_state(str(tmp_path / "state"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_masters_are_the_checkpoint_before_the_first_step(
+    tiny_llama: str, ranks: Processes, tmp_path: Path, dtype: str, stage: int
+) -> None:
+    """Weight decay of 10 at a rate of 0.01 would take a tenth off."""
+    group = ranks.group(spec_of(tiny_llama, {"dtype": dtype}, ONE | {"weight_decay": 10.0, "zero_stage": stage}))
+    group.save_state(str(tmp_path / "state"), 0)
+    found = StoredTensors(tmp_path / "state")
+    checkpoint = load_file(Path(tiny_llama) / "model.safetensors")
+    assert found.names() == {f"weights/{name}" for name in checkpoint}
+    for name, weight in checkpoint.items():
+        assert torch.equal(found.get(f"weights/{name}"), weight.to(getattr(torch, dtype)).float()), name
+
+
+def test_64_micro_batches_add_up_in_fp32(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    """After one step Adam's first moment is a tenth of the gradient: one and the same sum of bf16 gradients."""
+
+    def moments(**options: Any) -> dict[str, torch.Tensor]:
+        shape = {"per_device_train_batch_size": 1, "max_grad_norm": 0.0, **options}
+        group = ranks.group(spec_of(tiny_llama, {"dtype": "bfloat16"}, shape))
+        filled = group.with_reference(preferences(64), seed=4, rounds_done=0)
+        assert group.begin_round(filled, 4, 0, []) == 1
+        group.train_step()
+        folder = tmp_path / "-".join(map(str, options.values()))
+        group.save_state(str(folder), 1)
+        stored = StoredTensors(folder)
+        return {name: stored.get(name) for name in stored.names() if name.startswith("exp_avg/")}
+
+    sharded = moments(gradient_accumulation_steps=64, zero_stage=2)
+    alone = moments(gradient_accumulation_steps=64)
+    together = moments(gradient_accumulation_steps=32, ranks=2)
+    assert alone.keys() == together.keys() == sharded.keys() and sharded
+    for name, moment in sharded.items():
+        for found in (alone[name], together[name]):
+            assert (found - moment).norm() < 1e-5 * moment.norm(), name

@@ -26,7 +26,7 @@ def test_a_device_without_the_dtype_is_refused_with_another(
     monkeypatch.setattr(get_accelerator(), name, lambda: False)
     for config in (deepspeed_config(TrainerBlock(), dtype), reference_config(dtype, zero_stage=0)):
         with pytest.raises(TrainerError, match=f"does not compute in {dtype}; set model.dtype=.*float16 or float32"):
-            frozen_engine(torch.nn.Linear(1, 1), config)
+            frozen_engine(torch.nn.Linear(1, 1), config, dtype)
 
 
 def test_stage_1_stands_in_for_the_plain_float16_engine() -> None:
