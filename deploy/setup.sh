@@ -169,10 +169,9 @@ install_torch() {
     install "not there; installing $torch from $torch_cpu_index" 1 --index-url "$torch_cpu_index" --require-hashes -r "$(pin torch)"
 }
 
-# load MODULES...: imports them, and leaves their bytecode behind even where PYTHONDONTWRITEBYTECODE is set: without it
-# every start of every process compiles them again.
+# load MODULES...: imports them, which leaves their bytecode behind.
 load() {
-  env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -P -c '
+  "$venv/bin/python" -P -c '
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)' "$@"
@@ -254,6 +253,8 @@ if ! flock --nonblock 9; then
   stop_if_up_to_date
 fi
 trap interrupted INT TERM
+# Without bytecode every start of every process would compile the libraries again, and the build of DeepSpeed too.
+unset PYTHONDONTWRITEBYTECODE
 
 say "device $device, Python $python_version"
 check_machine

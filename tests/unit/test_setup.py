@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)
+
 ROOT = Path(__file__).resolve().parents[2]
 UV = "0.13.9"
 BACKEND = """\
@@ -110,7 +112,7 @@ def set_up(script: Path, links: Path) -> subprocess.CompletedProcess[str]:
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHON"))}
     return subprocess.run(
-        [str(script), "--device", "cpu"], env=kept | settings, capture_output=True, text=True, timeout=300
+        [str(script), "--device", "cpu"], env=kept | settings, capture_output=True, text=True, timeout=550
     )
 
 

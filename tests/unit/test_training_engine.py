@@ -60,8 +60,13 @@ def test_ranks_average_every_gradient_once_in_fp32(
         engine.backward(module[0](torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).sum(), last=last)
     seen: list[Tensor] = []
     step = engine.state.step
-    monkeypatch.setattr(engine.state, "step", lambda rate: seen.extend(map(torch.clone, gradients())) or step(rate))
-    gradients = engine.state.gradients
+
+    def see(rate: float) -> float | None:
+        seen.extend(gradient.clone() for gradient in engine.state.gradients())
+        norm: float | None = step(rate)
+        return norm
+
+    monkeypatch.setattr(engine.state, "step", see)
     norm = engine.step(1e-2)
     assert reduced == expected
     by_hand = [[[2.0, 4.0], [2.0, 4.0]], [2.0, 2.0], [[0.0] * 3] * 2, [0.0, 0.0]]

@@ -146,7 +146,7 @@ class TrainerBlock(Block):
     ranks: PositiveInt = 1
     """Trainer actors, one DeepSpeed rank each."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage (Rajbhandari et al. 2020)."""
+    """ZeRO stage (Rajbhandari et al. 2020); at 0 every rank holds all of it, without DeepSpeed."""
     offload: OffloadBlock = OffloadBlock()
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
