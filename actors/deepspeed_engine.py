@@ -40,7 +40,7 @@ class ZeroEngine:
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.training_module: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
-        self.state = ZeroState(self._engine.optimizer, parameters, writable)
+        self.state = ZeroState(self._engine.optimizer, parameters, writable, in_bf16=self._engine.bfloat16_enabled())
 
     @property
     def loss_scale(self) -> float | None:
@@ -54,7 +54,8 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         skipped = self._engine.skipped_steps
-        self._engine.step()
+        with self.state.rounded():
+            self._engine.step()
         return None if self._engine.skipped_steps > skipped else float(self._engine.get_global_grad_norm())
 
     def loss_scaler(self) -> Mapping[str, float]:

@@ -49,6 +49,9 @@ class OptimizerState(Protocol):
     def write(self, name: str, kind: Kind, value: Tensor) -> None:
         """Put `value`, whole, in its place; weights in the module too."""
 
+    def round(self) -> None:
+        """Give the module's weights the values that the last step gave them, once all is written."""
+
 
 def state_tensors(state: OptimizerState) -> Named:
     """fp32 weights as `weights/NAME`, and moments as `exp_avg/NAME` once a step was taken."""
@@ -74,6 +77,7 @@ def load_tensors(state: OptimizerState, stored: "StoredTensors", steps: int) -> 
     for name in names:
         for kind in (WEIGHTS, *MOMENTS) if with_moments else (WEIGHTS,):
             state.write(name, kind, stored.get(f"{kind}/{name}"))
+    state.round()
 
 
 def own_part(value: Tensor, size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """fp32 weights and Adam's moments, whole parameters, of an optimizer of DeepSpeed's that shares them out over ranks."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from deepspeed.utils.tensor_fragment import safe_set_full_optimizer_state
 from torch import Tensor, nn
 
 from actors.trainer_state import MOMENTS, WEIGHTS, Access, own_part
+from actors.zero_rounding import ZeroRounding
 from raylign.training.masters import Kind
 
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -18,9 +20,12 @@ _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp3
 class ZeroState:
     """Reads and writes them; every rank must make every call."""
 
-    def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter], writable: Access) -> None:
+    def __init__(
+        self, optimizer: Any, parameters: Mapping[str, nn.Parameter], writable: Access, *, in_bf16: bool
+    ) -> None:
         """`parameters` are the trained ones by name; `writable` makes sharded ones whole and writes to them last."""
         self._optimizer, self._parameters, self._writable = optimizer, dict(parameters), writable
+        self._rounding = ZeroRounding(optimizer, self._flat()) if in_bf16 else None
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._parameters)
@@ -58,6 +63,14 @@ class ZeroState:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
+
+    def rounded(self) -> AbstractContextManager[None]:
+        """Around a step of DeepSpeed's, which rounds into bf16 stochastically."""
+        return nullcontext() if self._rounding is None else self._rounding.step()
+
+    def round(self) -> None:
+        if self._rounding is not None and self.has_moments():
+            self._rounding.again()
 
     def _flat(self) -> list[Tensor]:
         """The tensors that Adam knows: this rank's weights in fp32."""

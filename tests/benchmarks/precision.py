@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from tests.benchmarks.harness.precision import (
     losses_of,
     mean_over_seeds,
     right_of,
+    share_of,
     shown,
 )
 from tests.benchmarks.harness.report import Check, cores, finish, machine, results_folder, table
@@ -34,6 +36,8 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "raylign bf16": ("dpo_raylign", {"dtype": "bfloat16"}),
     "TRL": ("dpo_trl", {"dtype": "bfloat16", "trl_dtype": "float32"}),
 }
+MIN_SHARE = 0.9
+"""Of what fp32 moves held-out margins by, in the same direction: a loss that has hardly moved yet tells little."""
 EXACT, NARROW = "raylign fp32", "raylign bf16"
 
 
@@ -149,12 +153,12 @@ def _seed_table(margins: Margins) -> Table:
 
 
 def _difference_table(margins: Margins) -> Table:
-    rows = [
-        [f"{name} less {EXACT}", shown(_difference(margins, name), 5)]
-        for name in margins
-        if name != EXACT and EXACT in margins
-    ]
-    return table("held-out loss, paired [95 % over pairs]", ["contestants", "difference (nats)"], rows)
+    rows = []
+    for name in margins if EXACT in margins else ():
+        share, low, high = share_of(np.array(margins[name]), np.array(margins[EXACT]))
+        rows.append([name, shown(_difference(margins, name), 5), f"{share:.3f} [{low:.3f}, {high:.3f}]"])
+    headers = ["contestant", "loss, less that of fp32\nnats", "margins, share of\nfp32's"]
+    return table(f"beside {EXACT}, pair by pair [95 % over pairs]", headers, rows)
 
 
 def _difference(margins: Margins, name: str) -> Values:
@@ -169,10 +173,12 @@ def _checks(margins: Margins) -> list[Check]:
     if not {EXACT, NARROW} <= margins.keys():
         return []
     low, high = interval(_difference(margins, NARROW))
+    share = share_of(np.array(margins[NARROW]), np.array(margins[EXACT]))
     what = "held-out loss, bf16 less fp32, nats:"
     return [
         Check(f"{what} lower end of the interval", low, "at most", 0),
         Check(f"{what} upper end of the interval", high, "at least", 0),
+        Check("share of fp32's held-out margins that bf16 has", float(share[0]), "at least", MIN_SHARE),
     ]
 
 

@@ -10,6 +10,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from actors.trainer_state import StoredTensors
 from raylign.checkpoints import Metrics
 from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import ActorsLost
@@ -97,6 +98,36 @@ def test_half_precision_starts_at_ln_2_and_stages_agree(
                 assert step["loss"] == pytest.approx(first["loss"], abs=sharded if stage == 3 else limit)
                 assert step["grad_norm"] == pytest.approx(first["grad_norm"], rel=0.05)
                 assert step.get("skipped_steps") == (0.0 if dtype == "float16" else None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        HALVES | {"zero_stage": 1},
+        HALVES | {"zero_stage": 2},
+        HALVES | {"zero_stage": 3},
+        SAME_STEPS["ZeRO 2, offload"],
+    ],
+    ids=["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 2, offload"],
+)
+def test_steps_far_below_those_of_bf16_reach_the_published_weights(
+    tiny_llama: str, ranks: Processes, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The published weights move as far as the fp32 ones, by least squares; rounded to the nearest, next to nothing."""
+    spec = spec_of(tiny_llama, {"dtype": "bfloat16"}, BASELINE | {"learning_rate": 1e-5} | options)
+    group = ranks.group(spec)
+    group.save_weights(str(tmp_path / "before.safetensors"))
+    train_round(group, preferences(PAIRS))
+    group.save_weights(str(tmp_path / "after.safetensors"))
+    group.save_state(str(tmp_path / "state"), 1)
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("before", "after"))
+    stored = StoredTensors(tmp_path / "state")
+    names = [name.removeprefix("weights/") for name in stored.names() if name.startswith("weights/")]
+    assert set(names) == set(after)
+    exact = torch.cat([(stored.get(f"weights/{name}") - before[name].float()).flatten() for name in names])
+    published = torch.cat([(after[name].float() - before[name].float()).flatten() for name in names])
+    assert float(published.double() @ exact.double() / exact.double().square().sum()) == pytest.approx(1, abs=0.15)
 
 
 def test_weights_of_preferences_scale_loss_and_gradient(tiny_llama: str, ranks: Processes) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raylign.config.blocks import TrainerBlock
+from raylign.training.rounding import StochasticRounding
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq"]
 """Of a parameter's tensors: the fp32 weights, and AdamW's first and second moment."""
@@ -68,15 +69,21 @@ class MasterWeights:
             for group in self._adamw.param_groups:
                 group["lr"] = rate
             self._adamw.step()
-            self._round()
+            self.round()
         self._adamw.zero_grad()
         return norm if finite else None
 
-    def _round(self) -> None:
+    def round(self) -> None:
+        """Put the weights into the parameters as the last step did: into bf16 by stochastic rounding."""
+        start, state = 0, next(iter(self._adamw.state.values()), {"step": 0})
+        rounding = StochasticRounding(int(state["step"]), next(iter(self._masters.values())).device)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                if parameter is not self._masters[name]:
+                if parameter.dtype == torch.bfloat16:
+                    rounding.round(self._masters[name], parameter.detach(), start)
+                elif parameter is not self._masters[name]:
                     parameter.copy_(self._masters[name])
+                start += parameter.numel()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._parameters)

@@ -57,6 +57,15 @@ def interval(values: Values) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def share_of(values: Values, exact: Values) -> Values:
+    """How much of `exact` is in `values`, by least squares over all [seeds, pairs]: the share, and 95 % over pairs."""
+    products, squares = (values * exact).sum(0), (exact * exact).sum(0)
+    draws = np.random.default_rng(0).integers(len(squares), size=(_RESAMPLES, len(squares)))
+    shares = products[draws].sum(1) / squares[draws].sum(1)
+    found: Values = np.array([products.sum() / squares.sum(), *np.quantile(shares, (0.025, 0.975))])
+    return found
+
+
 def shown(values: Values, digits: int = 4) -> str:
     low, high = interval(values)
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -18,18 +18,18 @@ def widen_products() -> bool:
         return False
     if not _KEPT:
         library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-        library.impl("mm", _mm, "CPU")
-        library.impl("bmm", _bmm, "CPU")
+        library.impl("mm", mm, "CPU")
+        library.impl("bmm", bmm, "CPU")
         _KEPT.append(library)
     return True
 
 
-def _mm(left: Tensor, right: Tensor) -> Tensor:
+def mm(left: Tensor, right: Tensor) -> Tensor:
     out = left.new_empty(left.shape[0], right.shape[1], dtype=_wide(left))
     return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out).to(left.dtype)
 
 
-def _bmm(left: Tensor, right: Tensor) -> Tensor:
+def bmm(left: Tensor, right: Tensor) -> Tensor:
     out = left.new_empty(*left.shape[:2], right.shape[2], dtype=_wide(left))
     return torch.bmm(left.to(out.dtype), right.to(out.dtype), out=out).to(left.dtype)
 
