@@ -42,7 +42,7 @@ def saved(config: PreTrainedConfig, folder: Path) -> Path:
 
 def qlora(folder: Path, **options: Any) -> PeftModel:
     """In 4 bits, with an adapter that changes the model."""
-    block = ModelBlock(dtype="float32", load_in_4bit=True, lora=LoraBlock(r=4, lora_alpha=8), **options)
+    block = ModelBlock(load_in_4bit=True, lora=LoraBlock(r=4, lora_alpha=8), **{"dtype": "float32", **options})
     policy = load_policy(str(folder), block, seed=0)
     assert isinstance(policy, PeftModel)
     for name, parameter in policy.named_parameters():
@@ -76,10 +76,15 @@ def test_a_plain_model_of_the_published_weights_is_the_policy(config: PreTrained
     assert after != pytest.approx(before, abs=0.1)
 
 
-def test_a_quantised_policy_can_be_packed(tmp_path: Path) -> None:
-    policy = qlora(saved(LLAMA, tmp_path))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_policy_can_be_packed(dtype: str, tmp_path: Path) -> None:
+    """Compared in float32, and what layers in 4 bits compute in is afterwards what it was."""
+    policy = qlora(saved(LLAMA, tmp_path), dtype=dtype)
+    computes = [layer.compute_dtype for layer in policy.modules() if hasattr(layer, "compute_dtype")]
     verdict = compare(CompletionLogps(policy), "shared", torch.device("cpu"))
     assert verdict.exact and verdict.gap < 1e-4
+    assert [layer.compute_dtype for layer in policy.modules() if hasattr(layer, "compute_dtype")] == computes
+    assert set(computes) == {getattr(torch, dtype)}
 
 
 def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path) -> None:
