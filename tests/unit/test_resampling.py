@@ -22,11 +22,12 @@ JUDGE = {"type": "judge", "base_url": "http://judge/v1", "model": "judge-1"}
 
 
 class Moody(FakeEngine):
-    """Mostly equally good answers, which the words around them tell apart."""
+    """Answers to a prompt that are mostly as good as each other; the words around tell them apart."""
 
     def _candidate(self, prompt: Prompt, index: int, weights: int, version: int, seed: int) -> Candidate:
         rng = random.Random(f"{prompt.id}/{seed}")
-        words = ["good"] * rng.choice([0, 0, 0, 0, 0, 1, 2, 3])
+        usual = random.Random(prompt.id).randrange(4)
+        words = ["good"] * (usual if rng.random() < 0.7 else rng.randrange(4))
         text = " ".join([*words, *("x" * rng.randint(5, 60) for _ in range(4))])
         token_ids = tuple(len(word) for word in text.split())
         return Candidate(prompt.id, index, token_ids, (-1.0,) * len(token_ids), text, "stop", version, seed)

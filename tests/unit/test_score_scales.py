@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config import OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.data.answers import scale_of
 from raylign.data.preferences import mixed_scales
+from raylign.data.prepare import PAIRS_NAME
 from tests.unit.test_data_tokens import everything, load, policy, tokenizer, write
 from tests.unit.test_prepare_pipeline import run, save
 
@@ -64,7 +65,7 @@ def test_a_prepared_mix_says_what_its_scores_are(tokenizer: PreTrainedTokenizerB
     }
     files = [save(tmp_path / f"{name}.jsonl", found) for name, found in sources.items()]
     run(tmp_path, *files, filters={"min_chars": 1, "near_duplicates": None})
-    data = load(str(tmp_path / "out" / "pairs.parquet"), tokenizer)
+    data = load(str(tmp_path / "out" / PAIRS_NAME), tokenizer)
     note = mixed_scales(data, ("margin=scores",))
     assert "they are on 4: 8 rows have ratings in 0..1, " in note
     for part in (f"4 rows have scores of {files[0]}", f"4 rows have scores of {files[1]}", "4 rows have order alone"):
