@@ -1,5 +1,6 @@
 """The Ray cluster a run lives on: an existing one when RAY_ADDRESS names it, else a private one on this machine."""
 
+import contextlib
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -34,6 +36,8 @@ _LOCAL = {
 }
 """Process groups and engines of a cluster that is this machine alone: nobody else needs to reach them."""
 _LAST_LINES = 100
+_STARTS = 4
+_TIMED_OUT = "timed out during startup"
 _PID = re.compile(r"\bpid(?:=|: )(\d+)")
 
 
@@ -88,20 +92,42 @@ def _join(num_cpus: int | None) -> None:
         # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
         with _on_loopback(), _ended_with_this_process():
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or os.cpu_count(),
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            _start(num_cpus or os.cpu_count(), runtime_env)
     except (OSError, RuntimeError, ValueError, RayError) as cause:
         what = f"RAY_ADDRESS={address}: cannot join the cluster" if address else "Ray cannot start on this machine"
         error = PlacementError(f"{what} ({one_line(str(cause))})")
         known = cure_of("cluster", f"{type(cause).__name__}: {cause}" if address else str(cause))
         error.cure = known if address else f"`raylign doctor` says what this machine lacks; {known}"
         raise error from cause
+
+
+def _start(num_cpus: int | None, runtime_env: Mapping[str, Any]) -> None:
+    """A local cluster. Ray gives a node 30 seconds, by a constant of its own: on a busy machine it is asked again.
+
+    Raises RuntimeError after the last try.
+    """
+    this = psutil.Process()
+    before = set(this.children(recursive=True))
+    for tries_left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                runtime_env=dict(runtime_env),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray raises this very class
+            if _TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()
+            for process in set(this.children(recursive=True)) - before:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not tries_left:
+                raise RuntimeError(f"{error} Tried {_STARTS} times; this machine is too busy") from error
 
 
 def last_words(error: BaseException, logs: Path) -> list[str]:

@@ -176,13 +176,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             *(f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"),
             *(f"--runtime-env-agent-port={runtime_env}", "--min-worker-port=0", "--max-worker-port=0"),
         ]
-        with Watched(command, folder, **token, **path) as head:
-            head.wait_for("Ray runtime started")
+        with _started(command, folder, {**token, **path}) as head:
             address = f"http://127.0.0.1:{dashboard}"
             environment = clean_environment({**token, **path, "RAY_ADDRESS": address})
             found = Cluster(head, Path(short), address, environment)
             wait_until(lambda: found._run("job", "list").returncode == 0, START_S, lambda: head.output)
             yield found
+
+
+def _started(command: list[str], folder: Path, environment: Mapping[str, str]) -> Watched:
+    """Once more when the head is late: Ray gives it 30 seconds, by a constant of its own."""
+    head = Watched(command, folder, **environment)
+    wait_until(lambda: "Ray runtime started" in head.output or head.ended, START_S, lambda: head.output)
+    if not head.ended:
+        return head
+    head.__exit__(None, None, None)
+    assert "timed out during startup" in head.output, head.output
+    return _started(command, folder, environment)
 
 
 def imported(text: str) -> dict[str, set[str]]:
