@@ -155,7 +155,7 @@ class TrainerGroup:
 def _filled(preference: Preference, logps: Sequence[float]) -> Preference:
     count = len(preference.candidates)
     filled = dataclasses.replace(preference, reference_logps=tuple(logps[:count]))
-    if preference.kl_sample is None:
+    if preference.kl_sample is None or len(logps) == count:
         return filled
     return dataclasses.replace(filled, kl_sample=dataclasses.replace(preference.kl_sample, reference_logp=logps[count]))
 

@@ -27,7 +27,15 @@ from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge_check import CANARIES
-from tests.integration.tiny import SMALLEST, START_S, Watched, clean_environment, command_line, wait_until
+from tests.integration.tiny import (
+    SMALLEST,
+    START_S,
+    Watched,
+    clean_environment,
+    command_line,
+    foreign_lines,
+    wait_until,
+)
 from tests.judges import Asked, Reply, goodness, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -147,6 +155,7 @@ def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path)
         with Watched(command, tmp_path, RAY_TMPDIR=str(ray_folder), JUDGE_KEY=KEY) as run:
             assert run.finish(START_S + 200)[0] == 0, run.output
             assert KEY not in run.output
+            assert foreign_lines(run.output) == []
             logs = "".join(path.read_text(errors="replace") for path in ray_folder.rglob("worker-*.err"))
     assert {asked.authorization for asked in server.asked} == {f"Bearer {KEY}"}
     rows = pq.read_table(tmp_path / "runs/judged/rounds/0001/candidates.parquet").to_pylist()

@@ -64,6 +64,27 @@ def command_line(*settings: str) -> list[str]:
     return [sys.executable, "-m", "recipes.cli", "run", str(ROOT / RECIPE), *settings]
 
 
+_OWN_LINES = re.compile(
+    r"starting; actor logs are in \S+, this process's in \S+/libraries\.log"
+    r"|team ready in \d+ s; vLLM and trainer differ by [\d.]+ nats a token on the canary"
+    r"|trainers ready in \d+ s"
+    r"|\d+ rows to train on, \d+ held out; .*"
+    r"|round \d+ [a-z]+(-\d+)? \d+(/\d+)? [a-z ]+( in [\d.]+ s)?"
+    r"|round \d+: held-out [a-z_/]+ .*"
+    r"|(INFO|WARNING|ERROR) (raylign|actors|recipes)\.[\w.]+: .*"
+    r"|(note|results|MLflow|export): .*"
+    r"|-+ held-out samples -+|prompt \S+|(before|after), score .*"
+    r"|[ ─].*"
+    r"|"
+)
+"""Every line that `raylign run` prints; texts of samples are indented, and so are rows of the table."""
+
+
+def foreign_lines(output: str) -> list[str]:
+    """The lines of a console that raylign did not write."""
+    return [line for line in output.splitlines() if not _OWN_LINES.fullmatch(line)]
+
+
 def wait_until(is_true: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
     """Fail with `what()` when `is_true` stays false for `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
