@@ -152,7 +152,8 @@ class _TrainerRank:
         copy.requires_grad_(False)
         config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
         frozen: nn.Module = frozen_engine(CompletionLogps(copy), config, self._spec.model.dtype)
-        return frozen.eval()
+        frozen.eval()
+        return frozen
 
     def ready(self) -> int:
         """The process id, once the group has formed."""

@@ -125,4 +125,5 @@ def preferences(number: int) -> list[Preference]:
 def train_round(group: TrainerGroup, pairs: Sequence[Preference], *, rounds_done: int = 0) -> list[Metrics]:
     """One round as the recipe runs it: reference log-probs, then every step."""
     seed = 3 + rounds_done
-    return list(group.train(group.with_reference(pairs, seed=seed, rounds_done=rounds_done), seed=seed))
+    filled = group.with_reference(pairs, seed=seed, rounds_done=rounds_done)
+    return list(group.train(filled, seed=seed, rounds_done=rounds_done))
