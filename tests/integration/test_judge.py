@@ -91,7 +91,7 @@ def _end_of(output: Any) -> str:
 
 
 def block(base_url: str, **options: Any) -> JudgeScoringBlock:
-    settings = {"model": "judge", "canaries": False, "timeout_s": 120.0, "max_unscored": 0.0, "retries": 0} | options
+    settings = {"model": "judge", "canaries": False, "timeout_s": 1200.0, "max_unscored": 0.0, "retries": 0} | options
     return JudgeScoringBlock(base_url=base_url, **settings)
 
 

@@ -74,10 +74,10 @@ _OWN_LINES = re.compile(
     r"|(INFO|WARNING|ERROR) (raylign|actors|recipes)\.[\w.]+: .*"
     r"|(note|results|MLflow|export): .*"
     r"|-+ held-out samples -+|prompt \S+|(before|after), score .*"
-    r"|[ ─].*"
+    r"|round {2,}\S.*|[ ─].*"
     r"|"
 )
-"""Every line that `raylign run` prints; texts of samples are indented, and so are rows of the table."""
+"""Every line that `raylign run` prints; texts of samples are indented, and so are rows of the table; its head is not."""
 
 
 def foreign_lines(output: str) -> list[str]:
