@@ -77,7 +77,7 @@ _OWN_LINES = re.compile(
     r"|round {2,}\S.*|[ ─].*"
     r"|"
 )
-"""Every line that `raylign run` prints; texts of samples are indented, and so are rows of the table; its head is not."""
+"""Every line that `raylign run` prints; texts of samples are indented, and rows of the table, but for its head."""
 
 
 def foreign_lines(output: str) -> list[str]:
