@@ -45,7 +45,8 @@ def clean_up_processes(pid: int, processes: Sequence[int]) -> None:
 
 def _start(duty: str, pid: int, arguments: Sequence[object]) -> None:
     command = [sys.executable, "-I", str(Path(__file__).resolve()), duty, str(pid), *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=_START_S, stdin=subprocess.DEVNULL)
+    # Ctrl-C goes to a terminal's whole process group.
+    subprocess.run(command, check=True, timeout=_START_S, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def remove_folder(folder: Path) -> None:

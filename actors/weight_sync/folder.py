@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +31,16 @@ def weight_folder(run_name: str) -> Iterator[Path]:
     First those of runs that ended with their janitor, as in a container that is stopped, are removed.
     """
     sweep(shared_folder())
-    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{run_name}-{os.getpid()}-", dir=shared_folder()))
-    clean_up_folder(os.getpid(), directory)
-    # A lock and no process id: containers that share their memory number their processes apart.
-    with FileLock(directory / _LOCK):
-        try:
+    directory = shared_folder() / f"{_PREFIX}{run_name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    # A signal may come at any moment, and while the janitor starts it ends that too.
+    try:
+        directory.mkdir(mode=0o700)
+        clean_up_folder(os.getpid(), directory)
+        # A lock and no process id: containers that share their memory number their processes apart.
+        with FileLock(directory / _LOCK):
             yield directory
-        finally:
-            remove_folder(directory)
+    finally:
+        remove_folder(directory)
 
 
 def sweep(parent: Path) -> None:

@@ -23,7 +23,7 @@ from tests.fakes import quiet_incidents
 from tests.integration.ranks import spec_of
 from tests.integration.test_trainer_faults import Trainers
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_cluster")]
 
 
 def engine(model: str, stacks: Path) -> EngineSpec:

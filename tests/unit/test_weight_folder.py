@@ -20,6 +20,18 @@ def test_it_goes_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_while_its_janitor_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(pid: int, folder: Path) -> None:
+        assert folder.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders, "shared_folder", lambda: tmp_path)
+    monkeypatch.setattr(folders, "clean_up_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt), weight_folder("name"):
+        pytest.fail("never reached")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.fault
 def test_the_next_run_sweeps_what_nobody_holds(tmp_path: Path) -> None:
     left, held, foreign = (tmp_path / name for name in ("raylign-left-1-a", "raylign-held-2-b", "other"))
