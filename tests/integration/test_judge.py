@@ -55,11 +55,14 @@ def base_url(smollm2: str) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     options = f"--served-model-name judge --host 127.0.0.1 --port {port} --max-model-len 2048 --enforce-eager"
+    # One process, as generators have it on CPUs: a worker beside the engine would keep a core busy while it waits.
+    options += " --dtype float32 --distributed-executor-backend uni"
     memory = f"--max-num-batched-tokens 2048 --no-enable-chunked-prefill --kv-cache-memory-bytes {256 * 2**20}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2]
     command += f"{options} {memory}".split()
     environment = clean_environment(
         {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     )
     with tempfile.TemporaryFile("w+") as output:
         server = subprocess.Popen(
@@ -150,7 +153,8 @@ def never_tied(asked: Asked) -> Reply:
 def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path) -> None:
     with serving(never_tied) as server:
         judge = f"{{type: judge, base_url: '{server.base_url}', model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4}}"
-        settings = (*SMALLEST, "run.dir=runs", "run.name=judged", f"scoring={judge}", f"model.path={served_llama}")
+        model = ("model.dtype=bfloat16", f"model.path={served_llama}")
+        settings = (*SMALLEST, *model, "run.dir=runs", "run.name=judged", f"scoring={judge}")
         command = command_line(*settings)
         with Watched(command, tmp_path, RAY_TMPDIR=str(ray_folder), JUDGE_KEY=KEY) as run:
             assert run.finish(START_S + 200)[0] == 0, run.output

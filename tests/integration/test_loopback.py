@@ -49,7 +49,7 @@ def test_ray_and_a_process_group_listen_on_loopback_alone(resources: dict[str, f
 def test_an_engine_listens_on_loopback_alone(resources: dict[str, float], served_llama: str, tmp_path: Path) -> None:
     spec = EngineSpec(
         model=served_llama,
-        dtype="bfloat16",
+        dtype="float32",
         device="cpu",
         transport="shm",
         lora_rank=0,
