@@ -111,9 +111,10 @@ def _mapped(family: set[psutil.Process]) -> set[Path]:
     """Queues and semaphores in shared memory that the family has mapped."""
     found: set[Path] = set()
     for process in family:
-        with contextlib.suppress(psutil.Error, OSError):
-            found |= {Path(part.path) for part in process.memory_maps()}
-    return {path for path in found if path.parent == _SHARED_MEMORY and path.name.startswith(_QUEUES)}
+        # psutil reads smaps, for which the kernel walks all pages of a process.
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/maps", errors="surrogateescape") as maps:
+            found |= {Path(line.split(maxsplit=5)[5].rstrip("\n")) for line in maps if f" {_SHARED_MEMORY}/" in line}
+    return {path for path in found if path.name.startswith(_QUEUES)}
 
 
 def _named_after(family: set[psutil.Process]) -> set[Path]:

@@ -20,21 +20,27 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
+def ranks_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random 2-layer Llama with tied embeddings for token ids of tests: no tokenizer, and so a small head."""
+    return _random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=12288, width=32, spread=0.2)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> str:
-    """A random 2-layer Llama with tied embeddings and SmolLM2's tokenizer; loads in a blink."""
-    return _random_llama(tmp_path_factory.mktemp("tiny-llama"), smollm2, width=32, spread=0.2)
+    """The same with SmolLM2's tokenizer and as many rows."""
+    return _random_llama(tmp_path_factory.mktemp("tiny-llama"), smollm2, vocabulary=49152, width=32, spread=0.2)
 
 
 @pytest.fixture(scope="session")
 def served_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> str:
     """The same with heads as wide as vLLM asks."""
-    return _random_llama(tmp_path_factory.mktemp("served-llama"), smollm2, width=128, spread=0.1)
+    return _random_llama(tmp_path_factory.mktemp("served-llama"), smollm2, vocabulary=49152, width=128, spread=0.1)
 
 
-def _random_llama(folder: Path, tokenizer: str, *, width: int, spread: float) -> str:
+def _random_llama(folder: Path, tokenizer: str, *, vocabulary: int, width: int, spread: float) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -47,7 +53,8 @@ def _random_llama(folder: Path, tokenizer: str, *, width: int, spread: float) ->
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return str(folder)
 
 

@@ -19,9 +19,9 @@ from tests.integration.tiny import (
     SPREAD_SCORES,
     START_S,
     Watched,
-    campaign_record,
     command_line,
     script,
+    synced_record,
     wait_until,
     weight_folders,
 )
@@ -90,7 +90,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     events = list(read_events(directory.path / "events.jsonl"))
     assert [event.payload["name"] for event in events if event.name == "stage"] == stages
     assert events[-1].name == "campaign_finished"
-    assert campaign_record(tmp_path / "runs").info.status == "KILLED"
+    assert synced_record(directory.path).info.status == "KILLED"
     steps = sum(event.name == "step" for event in events)
     saved = [len(found.steps) for found in directory.checkpoint_store(keep=1).newest()]
     # The signal may come between a step and its report.

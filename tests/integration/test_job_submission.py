@@ -31,6 +31,7 @@ from tests.integration.tiny import (
     Watched,
     campaign_record,
     clean_environment,
+    synced_record,
     wait_until,
     weight_folders,
 )
@@ -298,7 +299,7 @@ def test_a_stopped_job_cleans_up_after_itself(
     assert "Job stopped has been terminated gracefully with SIGTERM" in cluster.worker_logs()
     last = list(read_events(run / "events.jsonl"))[-1]
     assert (last.name, last.payload["status"]) == ("campaign_finished", "KILLED")
-    assert campaign_record(run.parent).info.status == "KILLED"
+    assert synced_record(run).info.status == "KILLED"
     assert "Traceback" not in cluster.job_log("stopped")
 
     def ours() -> list[str]:

@@ -66,9 +66,9 @@ def kl_of(group: TrainerGroup, pairs: Sequence[Preference]) -> float:
 
 
 @pytest.mark.parametrize("loss", [KTO, KL, BOTH], ids=["kto", "kl", "both"])
-def test_the_kl_is_that_of_the_policy_as_the_step_finds_it(tiny_llama: str, ranks: Processes, loss: LossBlock) -> None:
+def test_the_kl_is_that_of_the_policy_as_the_step_finds_it(ranks_llama: str, ranks: Processes, loss: LossBlock) -> None:
     """Of the step's own samples: nothing lags behind. KTO's is not below 0."""
-    group = ranks.group(spec_of(tiny_llama, {}, {**ONE, "num_train_epochs": 2}, loss=loss))
+    group = ranks.group(spec_of(ranks_llama, {}, {**ONE, "num_train_epochs": 2}, loss=loss))
     filled = group.with_reference(PAIRS, seed=3, rounds_done=0)
     found, expected = [], []
     for number in range(group.begin_round(filled, 3, 0, ())):
@@ -81,7 +81,7 @@ def test_the_kl_is_that_of_the_policy_as_the_step_finds_it(tiny_llama: str, rank
 
 @pytest.mark.parametrize("loss", [KTO, KL, BOTH], ids=["kto", "kl", "both"])
 def test_every_layout_micro_batch_and_number_of_ranks_takes_the_same_steps(
-    tiny_llama: str, ranks: Processes, loss: LossBlock
+    ranks_llama: str, ranks: Processes, loss: LossBlock
 ) -> None:
     shapes: list[dict[str, Any]] = [
         ONE,
@@ -94,7 +94,7 @@ def test_every_layout_micro_batch_and_number_of_ranks_takes_the_same_steps(
     ]
     runs = []
     for shape in shapes:
-        runs.append(train_round(ranks.group(spec_of(tiny_llama, LORA, shape, loss=loss)), PAIRS[:7]))
+        runs.append(train_round(ranks.group(spec_of(ranks_llama, LORA, shape, loss=loss)), PAIRS[:7]))
     assert runs[0][1]["kl"] > 0.001
     for name in ("loss", "kl", "grad_norm", "entropy", "num_tokens", "logps/chosen", "logps/rejected"):
         for steps in runs[1:]:
@@ -104,27 +104,27 @@ def test_every_layout_micro_batch_and_number_of_ranks_takes_the_same_steps(
 @pytest.mark.parametrize("model", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("reference", [PreviousRoundReferenceBlock(), EveryReferenceBlock(n=1)], ids=lambda r: r.policy)
 def test_a_round_against_the_policy_itself_starts_at_a_kl_of_0(
-    tiny_llama: str, ranks: Processes, model: dict[str, Any], reference: ReferenceBlock
+    ranks_llama: str, ranks: Processes, model: dict[str, Any], reference: ReferenceBlock
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, model, {**ONE, "num_train_epochs": 2}, loss=KTO, reference=reference))
+    group = ranks.group(spec_of(ranks_llama, model, {**ONE, "num_train_epochs": 2}, loss=KTO, reference=reference))
     for rounds_done in range(2):
         steps = train_round(group, PAIRS, rounds_done=rounds_done)
         assert steps[0]["kl"] == 0.0 and steps[0]["loss"] == pytest.approx(0.5, abs=1e-6)
         assert steps[-1]["kl"] > 0.01
 
 
-def test_bcos_shift_is_0_where_the_reference_has_caught_up(tiny_llama: str, ranks: Processes) -> None:
+def test_bcos_shift_is_0_where_the_reference_has_caught_up(ranks_llama: str, ranks: Processes) -> None:
     reference = PreviousRoundReferenceBlock()
-    group = ranks.group(spec_of(tiny_llama, {}, {**ONE, "num_train_epochs": 3}, loss=BCO, reference=reference))
+    group = ranks.group(spec_of(ranks_llama, {}, {**ONE, "num_train_epochs": 3}, loss=BCO, reference=reference))
     for rounds_done in range(2):
         steps = train_round(group, PAIRS, rounds_done=rounds_done)
         assert steps[0]["loss"] == LN_4 and abs(steps[-1]["reward_shift"]) > 0.01
 
 
-def test_bcos_shift_is_measured_anew_where_the_reference_has_moved(tiny_llama: str, ranks: Processes) -> None:
+def test_bcos_shift_is_measured_anew_where_the_reference_has_moved(ranks_llama: str, ranks: Processes) -> None:
     """A step of one pair, so that its metrics are its rewards."""
     trainer = {"per_device_train_batch_size": 1}
-    group = ranks.group(spec_of(tiny_llama, LORA, trainer, loss=BCO, reference=EmaReferenceBlock(alpha=0.5)))
+    group = ranks.group(spec_of(ranks_llama, LORA, trainer, loss=BCO, reference=EmaReferenceBlock(alpha=0.5)))
     train_round(group, PAIRS)
     first = train_round(group, PAIRS, rounds_done=1)[0]
     shift = (first["rewards/chosen"] + first["rewards/rejected"]) / 2
@@ -133,8 +133,8 @@ def test_bcos_shift_is_measured_anew_where_the_reference_has_moved(tiny_llama: s
     assert first["loss"] == pytest.approx(-logsigmoid(gaps).sum().item(), abs=1e-5)
 
 
-def test_the_shift_of_a_reference_that_stays_goes_on_through_the_rounds(tiny_llama: str, ranks: Processes) -> None:
-    group = ranks.group(spec_of(tiny_llama, LORA, {"per_device_train_batch_size": 1}, loss=BCO))
+def test_the_shift_of_a_reference_that_stays_goes_on_through_the_rounds(ranks_llama: str, ranks: Processes) -> None:
+    group = ranks.group(spec_of(ranks_llama, LORA, {"per_device_train_batch_size": 1}, loss=BCO))
     shift = 0.0
     for rounds_done in range(2):
         for step in train_round(group, PAIRS, rounds_done=rounds_done):
@@ -145,10 +145,10 @@ def test_the_shift_of_a_reference_that_stays_goes_on_through_the_rounds(tiny_lla
 
 @pytest.mark.parametrize("loss", [BCO, KTO], ids=["bco", "kto"])
 def test_a_round_resumed_in_the_middle_takes_the_steps_it_would_have_taken(
-    tiny_llama: str, ranks: Processes, loss: LossBlock, tmp_path: Path
+    ranks_llama: str, ranks: Processes, loss: LossBlock, tmp_path: Path
 ) -> None:
     spec = spec_of(
-        tiny_llama, LORA, {"per_device_train_batch_size": 2}, loss=loss, reference=PreviousRoundReferenceBlock()
+        ranks_llama, LORA, {"per_device_train_batch_size": 2}, loss=loss, reference=PreviousRoundReferenceBlock()
     )
     group = ranks.group(spec)
     train_round(group, PAIRS)
@@ -164,9 +164,9 @@ def test_a_round_resumed_in_the_middle_takes_the_steps_it_would_have_taken(
     assert [{**step} for step in resumed] == [{**step} for step in rest]
 
 
-def test_held_out_rows_have_a_kl_of_their_own(tiny_llama: str, ranks: Processes) -> None:
+def test_held_out_rows_have_a_kl_of_their_own(ranks_llama: str, ranks: Processes) -> None:
     """Over all of them, whatever the micro-batches; training is not touched."""
-    group = ranks.group(spec_of(tiny_llama, {}, {"per_device_train_batch_size": 2}, loss=KTO))
+    group = ranks.group(spec_of(ranks_llama, {}, {"per_device_train_batch_size": 2}, loss=KTO))
     held_out = with_samples(preferences(12)[8:])
     filled = group.with_reference(held_out, seed=0, rounds_done=0)
     assert group.evaluate(filled).metrics["kl"] == 0.0

@@ -43,11 +43,11 @@ TRAINERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def other(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Another checkpoint of tiny_llama's architecture and tokenizer."""
+def other(ranks_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another checkpoint of ranks_llama's architecture and tokenizer."""
     folder = tmp_path_factory.mktemp("other-llama")
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llama))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ranks_llama))
     model.save_pretrained(folder)
     return str(folder)
 
@@ -91,11 +91,11 @@ def stored_logps(pairs: Sequence[Preference]) -> list[float]:
 @pytest.mark.parametrize(
     "model", [{"lora": LORA}, {"lora": LORA, "dtype": "bfloat16"}, {"lora": LORA, "load_in_4bit": True}]
 )
-def test_a_disabled_adapter_is_the_frozen_copy(tiny_llama: str, ranks: Processes, model: dict[str, Any]) -> None:
+def test_a_disabled_adapter_is_the_frozen_copy(ranks_llama: str, ranks: Processes, model: dict[str, Any]) -> None:
     trainer = {"per_device_train_batch_size": 4, "num_train_epochs": 2}
     found = []
-    for reference in (None, ModelReferenceBlock(path=tiny_llama)):
-        group = ranks.group(spec_of(tiny_llama, model, trainer, reference=reference))
+    for reference in (None, ModelReferenceBlock(path=ranks_llama)):
+        group = ranks.group(spec_of(ranks_llama, model, trainer, reference=reference))
         before = of_reference(group, preferences(12))
         steps = train_round(group, preferences(12))
         assert of_reference(group, preferences(12)) == before
@@ -107,9 +107,9 @@ def test_a_disabled_adapter_is_the_frozen_copy(tiny_llama: str, ranks: Processes
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_previous_round_is_the_policy_at_the_start_of_the_round(
-    tiny_llama: str, ranks: Processes, model: dict[str, Any], trainer: dict[str, Any]
+    ranks_llama: str, ranks: Processes, model: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, model, trainer, reference=PreviousRoundReferenceBlock()))
+    group = ranks.group(spec_of(ranks_llama, model, trainer, reference=PreviousRoundReferenceBlock()))
     for rounds_done in range(2):
         policy = of_policy(group, HELD_OUT)
         steps = train_round(group, PAIRS, rounds_done=rounds_done)
@@ -122,9 +122,9 @@ def test_previous_round_is_the_policy_at_the_start_of_the_round(
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_hard_update_comes_after_every_second_round(
-    tiny_llama: str, ranks: Processes, model: dict[str, Any], trainer: dict[str, Any]
+    ranks_llama: str, ranks: Processes, model: dict[str, Any], trainer: dict[str, Any]
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, model, trainer, reference=EveryReferenceBlock(n=2)))
+    group = ranks.group(spec_of(ranks_llama, model, trainer, reference=EveryReferenceBlock(n=2)))
     policy, reference = [of_policy(group, HELD_OUT)], []
     for rounds_done in range(4):
         steps = train_round(group, PAIRS, rounds_done=rounds_done)
@@ -139,15 +139,15 @@ def test_a_hard_update_comes_after_every_second_round(
 @pytest.mark.parametrize("reference", [PreviousRoundReferenceBlock(), EmaReferenceBlock()], ids=lambda one: one.policy)
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 def test_the_initial_policy_stays_at_hand_beside_an_adapters_reference(
-    tiny_llama: str, ranks: Processes, trainer: dict[str, Any], reference: ReferenceBlock
+    ranks_llama: str, ranks: Processes, trainer: dict[str, Any], reference: ReferenceBlock
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, MODELS["lora"], trainer, reference=reference))
-    initial = of_model(loaded(tiny_llama), HELD_OUT)
+    group = ranks.group(spec_of(ranks_llama, MODELS["lora"], trainer, reference=reference))
+    initial = of_model(loaded(ranks_llama), HELD_OUT)
     for rounds_done in range(2):
         train_round(group, PAIRS, rounds_done=rounds_done)
         assert of_initial(group, HELD_OUT) == pytest.approx(initial, abs=SAME)
     assert of_reference(group, HELD_OUT) != pytest.approx(initial, abs=SAME)
-    whole = ranks.group(spec_of(tiny_llama, MODELS["full"], trainer, reference=reference))
+    whole = ranks.group(spec_of(ranks_llama, MODELS["full"], trainer, reference=reference))
     assert of_initial(whole, HELD_OUT) == []
 
 
@@ -158,15 +158,15 @@ def _mixed(before: dict[str, Tensor], after: dict[str, Tensor], alpha: float) ->
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_soft_update_is_the_mix_of_the_saved_weights(
-    tiny_llama: str, ranks: Processes, name: str, trainer: dict[str, Any], tmp_path: Path
+    ranks_llama: str, ranks: Processes, name: str, trainer: dict[str, Any], tmp_path: Path
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, MODELS[name], trainer, reference=EmaReferenceBlock(alpha=0.6)))
+    group = ranks.group(spec_of(ranks_llama, MODELS[name], trainer, reference=EmaReferenceBlock(alpha=0.6)))
     reference = _saved(group, name, tmp_path)
     for rounds_done in range(3):  # the second mix is of the first
         if rounds_done:
             reference = _mixed(reference, _saved(group, name, tmp_path), alpha=0.6)
         train_round(group, PAIRS, rounds_done=rounds_done)
-        expected = of_model(_model_of(reference, name, tiny_llama, tmp_path), HELD_OUT)
+        expected = of_model(_model_of(reference, name, ranks_llama, tmp_path), HELD_OUT)
         assert of_reference(group, HELD_OUT) == pytest.approx(expected, abs=SAME)
 
 
@@ -190,8 +190,8 @@ def _model_of(weights: dict[str, Tensor], name: str, base: str, folder: Path) ->
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_sampler_is_its_own_reference(tiny_llama: str, ranks: Processes, name: str) -> None:
-    group = ranks.group(spec_of(tiny_llama, MODELS[name], TRAINERS["1 rank"], reference=SamplerReferenceBlock()))
+def test_the_sampler_is_its_own_reference(ranks_llama: str, ranks: Processes, name: str) -> None:
+    group = ranks.group(spec_of(ranks_llama, MODELS[name], TRAINERS["1 rank"], reference=SamplerReferenceBlock()))
     pairs = preferences(12)
     filled = group.with_reference(pairs, seed=0, rounds_done=0)
     assert stored_logps(filled) == [-1.25 * len(c.token_ids) for pair in pairs for c in pair.candidates]
@@ -201,8 +201,8 @@ def test_the_sampler_is_its_own_reference(tiny_llama: str, ranks: Processes, nam
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_reference_for_a_loss_without_one(tiny_llama: str, ranks: Processes, name: str) -> None:
-    spec = spec_of(tiny_llama, MODELS[name], TRAINERS["1 rank"], loss=SimpoLossBlock(), reference=NoReferenceBlock())
+def test_no_reference_for_a_loss_without_one(ranks_llama: str, ranks: Processes, name: str) -> None:
+    spec = spec_of(ranks_llama, MODELS[name], TRAINERS["1 rank"], loss=SimpoLossBlock(), reference=NoReferenceBlock())
     group = ranks.group(spec)
     steps = train_round(group, preferences(12))
     assert len(steps) == 3 and all(math.isfinite(step["loss"]) for step in steps)
@@ -212,25 +212,25 @@ def test_no_reference_for_a_loss_without_one(tiny_llama: str, ranks: Processes, 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 def test_another_model_as_reference(
-    tiny_llama: str, other: str, ranks: Processes, name: str, trainer: dict[str, Any]
+    ranks_llama: str, other: str, ranks: Processes, name: str, trainer: dict[str, Any]
 ) -> None:
     reference: ReferenceBlock = ModelReferenceBlock(path=other)
-    group = ranks.group(spec_of(tiny_llama, MODELS[name], trainer, reference=reference, reference_folder=other))
+    group = ranks.group(spec_of(ranks_llama, MODELS[name], trainer, reference=reference, reference_folder=other))
     pairs = preferences(6)
     expected = of_model(loaded(other), pairs)
-    assert expected != pytest.approx(of_model(loaded(tiny_llama), pairs), abs=SAME)
+    assert expected != pytest.approx(of_model(loaded(ranks_llama), pairs), abs=SAME)
     assert stored_logps(group.with_reference(pairs, seed=0, rounds_done=0)) == pytest.approx(expected, abs=SAME)
-    assert of_policy(group, pairs) == pytest.approx(of_model(loaded(tiny_llama), pairs), abs=SAME)
+    assert of_policy(group, pairs) == pytest.approx(of_model(loaded(ranks_llama), pairs), abs=SAME)
 
 
-def test_the_reference_of_a_4_bit_base_is_that_base(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA, "load_in_4bit": True}, TRAINERS["1 rank"]))
-    base = of_model(_saved_whole(group, tiny_llama, tmp_path), HELD_OUT)
+def test_the_reference_of_a_4_bit_base_is_that_base(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA, "load_in_4bit": True}, TRAINERS["1 rank"]))
+    base = of_model(_saved_whole(group, ranks_llama, tmp_path), HELD_OUT)
     assert of_reference(group, HELD_OUT) == pytest.approx(base, abs=SAME)
-    assert base != pytest.approx(of_model(loaded(tiny_llama), HELD_OUT), abs=0.1)
+    assert base != pytest.approx(of_model(loaded(ranks_llama), HELD_OUT), abs=0.1)
     train_round(group, PAIRS)
     assert of_reference(group, HELD_OUT) == pytest.approx(base, abs=SAME)
-    policy = of_model(_saved_whole(group, tiny_llama, tmp_path), HELD_OUT)
+    policy = of_model(_saved_whole(group, ranks_llama, tmp_path), HELD_OUT)
     assert of_policy(group, HELD_OUT) == pytest.approx(policy, abs=SAME)
     assert policy != pytest.approx(base, abs=0.1)
 

@@ -85,17 +85,17 @@ class Trainers:
         return self.group.train_round(ready, 5, round_, lambda finished: None)
 
 
-def _trainers(tiny_llama: str, stacks: Path) -> Trainers:
-    spec = spec_of(tiny_llama, {"lora": {"r": 4, "lora_alpha": 8}}, OPTIONS)
+def _trainers(ranks_llama: str, stacks: Path) -> Trainers:
+    spec = spec_of(ranks_llama, {"lora": {"r": 4, "lora_alpha": 8}}, OPTIONS)
     return Trainers(replace(spec, stacks=str(stacks)), stacks)
 
 
 @pytest.fixture(scope="module")
 def expected(
-    tiny_llama: str, resources: dict[str, float], tmp_path_factory: pytest.TempPathFactory
+    ranks_llama: str, resources: dict[str, float], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Metrics], Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    trainers = _trainers(tiny_llama, folder / "stacks")
+    trainers = _trainers(ranks_llama, folder / "stacks")
     steps = trainers.train(Round(folder / "checkpoints"))
     kill(trainers.group.handles)
     return steps, folder / "checkpoints/0001/adapter_model.safetensors"
@@ -103,9 +103,9 @@ def expected(
 
 @pytest.mark.parametrize("number", FAULTS)
 def test_a_rank_is_lost_in_the_middle_of_a_round(
-    number: signal.Signals, tiny_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
+    number: signal.Signals, ranks_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
 ) -> None:
-    trainers, moments = _trainers(tiny_llama, tmp_path / "stacks"), list[float]()
+    trainers, moments = _trainers(ranks_llama, tmp_path / "stacks"), list[float]()
 
     def hit(step: int) -> None:
         if step == 3 and not moments:
@@ -138,10 +138,10 @@ def test_a_rank_is_lost_in_the_middle_of_a_round(
 
 
 def test_a_checkpoint_that_does_not_fit_the_disk(
-    tiny_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
+    ranks_llama: str, expected: tuple[list[Metrics], Path], tmp_path: Path
 ) -> None:
     """The disk is full from step 3 on; the checkpoint of step 2 stays, and training goes on from it."""
-    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    trainers = _trainers(ranks_llama, tmp_path / "stacks")
     ranks = [psutil.Process(process_of(handle).pid) for handle in trainers.group.handles]
 
     def fill(step: int) -> None:
@@ -165,8 +165,8 @@ def test_a_checkpoint_that_does_not_fit_the_disk(
     )
 
 
-def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
-    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+def test_a_rank_without_memory(ranks_llama: str, tmp_path: Path) -> None:
+    trainers = _trainers(ranks_llama, tmp_path / "stacks")
     for handle in trainers.group.handles:
         rank = psutil.Process(process_of(handle).pid)
         rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (1 << 20), resource.RLIM_INFINITY))
@@ -181,7 +181,7 @@ def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_a_port_that_somebody_took_is_tried_again(
-    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "asked"
     with socket.socket() as taken:
@@ -196,7 +196,7 @@ def test_a_port_that_somebody_took_is_tried_again(
             return "127.0.0.1", port
 
         monkeypatch.setattr(trainer_supervision, "free_address", taken_at_first)
-        trainers = _trainers(tiny_llama, tmp_path / "stacks")
+        trainers = _trainers(ranks_llama, tmp_path / "stacks")
     kill(trainers.group.handles)
     assert mark.exists()
     record("port of the ranks in use", "another listener on it", lost="nothing: the next free one is taken")

@@ -54,19 +54,19 @@ def _trajectory(ranks: Processes, folder: str, model: dict[str, Any], options: d
 
 
 @pytest.fixture(scope="module")
-def baselines(tiny_llama: str, ranks: Processes) -> dict[str, Steps]:
+def baselines(ranks_llama: str, ranks: Processes) -> dict[str, Steps]:
     """Plain single-rank fp32 trajectories."""
-    return {name: _trajectory(ranks, tiny_llama, model, BASELINE) for name, model in MODELS.items()}
+    return {name: _trajectory(ranks, ranks_llama, model, BASELINE) for name, model in MODELS.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", SAME_STEPS.values(), ids=SAME_STEPS)
 def test_same_trajectory(
-    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], options: dict[str, Any], name: str
+    ranks_llama: str, ranks: Processes, baselines: dict[str, Steps], options: dict[str, Any], name: str
 ) -> None:
     if name == "qlora" and options.get("zero_stage") == 3:
         pytest.skip("4-bit weights cannot be sharded; the config refuses it")
-    expected, found = baselines[name], _trajectory(ranks, tiny_llama, MODELS[name], options)
+    expected, found = baselines[name], _trajectory(ranks, ranks_llama, MODELS[name], options)
     assert len(expected) == len(found) == STEPS
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
         for metric in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
@@ -83,13 +83,13 @@ def test_first_step_is_ln_2_and_training_learns(baselines: dict[str, Steps]) -> 
 
 @pytest.mark.parametrize(("dtype", "limit", "sharded"), [("bfloat16", 5e-3, 1e-2), ("float16", 2e-3, 2e-3)])
 def test_half_precision_starts_at_ln_2_and_stages_agree(
-    tiny_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float, sharded: float
+    ranks_llama: str, ranks: Processes, baselines: dict[str, Steps], dtype: str, limit: float, sharded: float
 ) -> None:
     """On one shape of batch, which decides how they round; stage 3 rounds like PEFT, whose layers it keeps."""
     for name in ("lora", "qlora"):
         model = MODELS[name] | {"dtype": dtype}
         stages = (0, 1, 2, 3) if name == "lora" else (0, 2)
-        found = [_trajectory(ranks, tiny_llama, model, {"zero_stage": stage}) for stage in stages]
+        found = [_trajectory(ranks, ranks_llama, model, {"zero_stage": stage}) for stage in stages]
         for steps in found:
             assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
             assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
@@ -112,10 +112,10 @@ def test_half_precision_starts_at_ln_2_and_stages_agree(
     ids=["ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3", "ZeRO 2, offload"],
 )
 def test_steps_far_below_those_of_bf16_reach_the_published_weights(
-    tiny_llama: str, ranks: Processes, tmp_path: Path, options: dict[str, Any]
+    ranks_llama: str, ranks: Processes, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """The published weights move as far as the fp32 ones, by least squares; rounded to the nearest, next to nothing."""
-    spec = spec_of(tiny_llama, {"dtype": "bfloat16"}, BASELINE | {"learning_rate": 1e-5} | options)
+    spec = spec_of(ranks_llama, {"dtype": "bfloat16"}, BASELINE | {"learning_rate": 1e-5} | options)
     group = ranks.group(spec)
     group.save_weights(str(tmp_path / "before.safetensors"))
     train_round(group, preferences(PAIRS))
@@ -130,11 +130,11 @@ def test_steps_far_below_those_of_bf16_reach_the_published_weights(
     assert float(published.double() @ exact.double() / exact.double().square().sum()) == pytest.approx(1, abs=0.15)
 
 
-def test_weights_of_preferences_scale_loss_and_gradient(tiny_llama: str, ranks: Processes) -> None:
+def test_weights_of_preferences_scale_loss_and_gradient(ranks_llama: str, ranks: Processes) -> None:
     """Before its first update every pair loses ln 2: weights of 0.5 and 2.5 make that 1.5 ln 2, doubled 3 ln 2."""
 
     def first_step(options: dict[str, Any], factor: float) -> Metrics:
-        group = ranks.group(spec_of(tiny_llama, MODELS["lora"], BASELINE | options))
+        group = ranks.group(spec_of(ranks_llama, MODELS["lora"], BASELINE | options))
         pairs = [replace(p, weights=(factor * (0.5 + 2 * (i % 2)),) * 2) for i, p in enumerate(preferences(8))]
         return train_round(group, pairs)[0]
 
@@ -144,13 +144,13 @@ def test_weights_of_preferences_scale_loss_and_gradient(tiny_llama: str, ranks: 
         assert doubled[metric] == pytest.approx(2 * once[metric], rel=2e-4)
 
 
-def test_adam_matches_torch(tiny_llama: str, ranks: Processes) -> None:
+def test_adam_matches_torch(ranks_llama: str, ranks: Processes) -> None:
     """Step 1 of Adam moves every trained weight by the learning rate: no stage may be a step ahead."""
     for stage, dtype in ((0, "bfloat16"), (2, "bfloat16"), (0, "float32"), (0, "float16")):
         options = {"learning_rate": RATE, "zero_stage": stage, "per_device_train_batch_size": 12}
-        group = ranks.group(spec_of(tiny_llama, {"lora": LORA, "dtype": dtype}, options))
+        group = ranks.group(spec_of(ranks_llama, {"lora": LORA, "dtype": dtype}, options))
         train_round(group, preferences(12))
-        folder = Path(tiny_llama) / f"adapter-{stage}-{dtype}"
+        folder = Path(ranks_llama) / f"adapter-{stage}-{dtype}"
         group.save_adapter(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
         updates = [value.float().abs() for name, value in tensors.items() if "lora_B" in name]
@@ -161,10 +161,10 @@ def test_adam_matches_torch(tiny_llama: str, ranks: Processes) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"ranks": 2, "zero_stage": 2}], ids=["1 rank", "2 ranks, ZeRO 2"])
 def test_float16_skips_overflowed_steps_until_its_loss_scale_fits(
-    tiny_llama: str, ranks: Processes, options: dict[str, Any]
+    ranks_llama: str, ranks: Processes, options: dict[str, Any]
 ) -> None:
     schedule = {"lr_scheduler_type": "linear", "per_device_train_batch_size": 1}
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA, "dtype": "float16"}, schedule | options))
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA, "dtype": "float16"}, schedule | options))
     ray.get([handle.set_loss_scale.remote(2.0**20) for handle in group.handles])
     steps = train_round(group, preferences(12))
     first, applied = [step["skipped_steps"] for step in steps].index(0.0), 0
@@ -183,9 +183,9 @@ def test_float16_skips_overflowed_steps_until_its_loss_scale_fits(
     [("float16", 0, 1e8), ("float32", 0, 1e38), ("float32", 2, 1e38), ("bfloat16", 0, 1e38), ("bfloat16", 2, 1e38)],
 )
 def test_an_overflow_that_no_scale_can_cure_is_skipped_and_counted(
-    tiny_llama: str, ranks: Processes, dtype: str, stage: int, beta: float, tmp_path: Path
+    ranks_llama: str, ranks: Processes, dtype: str, stage: int, beta: float, tmp_path: Path
 ) -> None:
-    spec = spec_of(tiny_llama, {"lora": LORA, "dtype": dtype}, {"zero_stage": stage}, loss=SigmoidLossBlock(beta=beta))
+    spec = spec_of(ranks_llama, {"lora": LORA, "dtype": dtype}, {"zero_stage": stage}, loss=SigmoidLossBlock(beta=beta))
     group = ranks.group(spec)
     if dtype == "float16":
         ray.get(group.handles[0].set_loss_scale.remote(1.0))
@@ -197,9 +197,9 @@ def test_an_overflow_that_no_scale_can_cure_is_skipped_and_counted(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_dead_rank_is_an_error_not_a_hang(tiny_llama: str, ranks: Processes) -> None:
+def test_dead_rank_is_an_error_not_a_hang(ranks_llama: str, ranks: Processes) -> None:
     """The last test of those that share ranks: it uses up the group of two."""
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, {"ranks": 2, "per_device_train_batch_size": 2}))
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA}, {"ranks": 2, "per_device_train_batch_size": 2}))
     pairs = group.with_reference(preferences(8), seed=0, rounds_done=0)
     ray.kill(group.handles[1])
     with pytest.raises(ActorsLost, match="died"):

@@ -63,20 +63,20 @@ def go_on(
     ],
 )
 def test_a_saved_state_goes_on_the_same(
-    tiny_llama: str,
+    ranks_llama: str,
     ranks: Processes,
     tmp_path: Path,
     model: dict[str, Any],
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> None:
-    group = ranks.group(spec_of(tiny_llama, model, before))
+    group = ranks.group(spec_of(ranks_llama, model, before))
     count = begin(group, [])
     first = [dict(group.train_step()) for _ in range(DONE)]
     assert group.save_state(str(tmp_path / "state"), 2) == first
     expected = [dict(group.train_step()) for _ in range(DONE, count)]
     group.save_weights(str(tmp_path / "expected.safetensors"))
-    steps, weights = go_on(ranks, (tiny_llama, model, after), tmp_path)
+    steps, weights = go_on(ranks, (ranks_llama, model, after), tmp_path)
     same = before == after
     for found, wanted in zip(steps, expected, strict=True):
         for name in METRICS:
@@ -87,7 +87,7 @@ def test_a_saved_state_goes_on_the_same(
             weight, wanted_weights[name], rtol=0 if same else 1e-3, atol=0 if same else 1e-4, msg=name
         )
     # The state matters: a fresh group takes other steps.
-    fresh = ranks.group(spec_of(tiny_llama, model, before))
+    fresh = ranks.group(spec_of(ranks_llama, model, before))
     begin(fresh, [])
     assert fresh.train_step()["loss"] != pytest.approx(expected[0]["loss"], abs=1e-4)
     if before == TWO | {"zero_stage": 3}:
@@ -104,10 +104,10 @@ def test_a_saved_state_goes_on_the_same(
     "reference", [EmaReferenceBlock(alpha=0.5), PreviousRoundReferenceBlock()], ids=["ema", "previous"]
 )
 def test_references_that_follow_go_on_too(
-    tiny_llama: str, ranks: Processes, tmp_path: Path, reference: Any, lora: dict[str, int] | None, stage: int
+    ranks_llama: str, ranks: Processes, tmp_path: Path, reference: Any, lora: dict[str, int] | None, stage: int
 ) -> None:
     """The reference has taken its part of the policy before the state is saved; it must not take it again."""
-    spec = (tiny_llama, {"lora": lora}, TWO | {"zero_stage": stage})
+    spec = (ranks_llama, {"lora": lora}, TWO | {"zero_stage": stage})
     kinds = {"reference": reference}
     group = ranks.group(spec_of(*spec, **kinds))
     list(group.train(group.with_reference(preferences(PAIRS), seed=3, rounds_done=0), 3, 0))
@@ -127,34 +127,34 @@ def test_references_that_follow_go_on_too(
     assert [p.reference_logps for p in found] == [p.reference_logps for p in third]
 
 
-def test_running_means_of_a_loss_go_on(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+def test_running_means_of_a_loss_go_on(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"loss": BcoPairLossBlock(beta=0.1)}
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, ONE, **kinds))
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA}, ONE, **kinds))
     count = begin(group, [])
     for _ in range(DONE):
         group.train_step()
     group.save_state(str(tmp_path / "state"), 2)
     rest = [dict(group.train_step()) for _ in range(DONE, count)]
-    assert go_on(ranks, (tiny_llama, {"lora": LORA}, ONE), tmp_path, **kinds)[0] == rest
+    assert go_on(ranks, (ranks_llama, {"lora": LORA}, ONE), tmp_path, **kinds)[0] == rest
 
 
-def test_warm_up_and_decay_go_on(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+def test_warm_up_and_decay_go_on(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
     """Warm-up has ended before the state is saved, in the middle of round 2 of 10, and the decay counts from there."""
     trainer = ONE | {"lr_scheduler_type": "linear", "warmup_steps": 1, "learning_rate": 0.026}
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, trainer))
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA}, trainer))
     count = begin(group, [])
     first = [dict(group.train_step()) for _ in range(DONE)]
     group.save_state(str(tmp_path / "state"), 2)
     rest = [dict(group.train_step()) for _ in range(DONE, count)]
     # Round 2 begins at the place 1, and takes 3 steps: warm-up ends at 4/3, and 26/3 are left.
     assert [step["learning_rate"] for step in (*first, *rest)] == pytest.approx([0.0, 0.026, 0.025])
-    assert go_on(ranks, (tiny_llama, {"lora": LORA}, trainer), tmp_path)[0] == rest
+    assert go_on(ranks, (ranks_llama, {"lora": LORA}, trainer), tmp_path)[0] == rest
 
 
-def test_a_state_of_another_adapter_is_refused(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
-    group = ranks.group(spec_of(tiny_llama, {"lora": LORA}, ONE))
+def test_a_state_of_another_adapter_is_refused(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
+    group = ranks.group(spec_of(ranks_llama, {"lora": LORA}, ONE))
     group.save_state(str(tmp_path / "state"), 1)
-    whole = ranks.group(spec_of(tiny_llama, {}, ONE, reference=InitialReferenceBlock()))
+    whole = ranks.group(spec_of(ranks_llama, {}, ONE, reference=InitialReferenceBlock()))
     with pytest.raises(TrainerError, match="it is of another model or adapter"):
         whole.load_state(str(tmp_path / "state"))
 
@@ -162,24 +162,24 @@ def test_a_state_of_another_adapter_is_refused(tiny_llama: str, ranks: Processes
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_masters_are_the_checkpoint_before_the_first_step(
-    tiny_llama: str, ranks: Processes, tmp_path: Path, dtype: str, stage: int
+    ranks_llama: str, ranks: Processes, tmp_path: Path, dtype: str, stage: int
 ) -> None:
     """Weight decay of 10 at a rate of 0.01 would take a tenth off."""
-    group = ranks.group(spec_of(tiny_llama, {"dtype": dtype}, ONE | {"weight_decay": 10.0, "zero_stage": stage}))
+    group = ranks.group(spec_of(ranks_llama, {"dtype": dtype}, ONE | {"weight_decay": 10.0, "zero_stage": stage}))
     group.save_state(str(tmp_path / "state"), 0)
     found = StoredTensors(tmp_path / "state")
-    checkpoint = load_file(Path(tiny_llama) / "model.safetensors")
+    checkpoint = load_file(Path(ranks_llama) / "model.safetensors")
     assert found.names() == {f"weights/{name}" for name in checkpoint}
     for name, weight in checkpoint.items():
         assert torch.equal(found.get(f"weights/{name}"), weight.to(getattr(torch, dtype)).float()), name
 
 
-def test_64_micro_batches_add_up_in_fp32(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
+def test_64_micro_batches_add_up_in_fp32(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
     """After one step Adam's first moment is a tenth of the gradient: one and the same sum of bf16 gradients."""
 
     def moments(**options: Any) -> dict[str, torch.Tensor]:
         shape = {"per_device_train_batch_size": 1, "max_grad_norm": 0.0, **options}
-        group = ranks.group(spec_of(tiny_llama, {"dtype": "bfloat16"}, shape))
+        group = ranks.group(spec_of(ranks_llama, {"dtype": "bfloat16"}, shape))
         filled = group.with_reference(preferences(64), seed=4, rounds_done=0)
         assert group.begin_round(filled, 4, 0, []) == 1
         group.train_step()

@@ -15,6 +15,9 @@ from typing import Self
 
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from rich.console import Console
+
+from recipes.sync import sync_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/sentiment_smollm2.yaml"
@@ -44,6 +47,8 @@ START_S = 1200.0
 """Longest start of engines and trainers; 35 s on two idle cores."""
 _MARK = "RAYLIGN_TEST_MARK"
 _POLL_S = 0.2
+_SETTLED_S = 3.0
+"""A name in shared memory that is older has been mapped by who made it."""
 _NOT_INHERITED = re.compile("RAY|MLFLOW|PYTHON|FORCE_COLOR|CLICOLOR")
 
 
@@ -100,6 +105,7 @@ class Watched:
     def __init__(self, command: Sequence[str], folder: Path, **extra: str) -> None:
         """Start `command` in `folder`; stdout and stderr go to one file."""
         self.folder = folder
+        self._born: dict[str, float] = {}
         self._mark = f"{_MARK}={uuid.uuid4().hex}".encode()
         self._log = folder / f"output-{uuid.uuid4().hex[:8]}.txt"
         # Ray's socket paths may have 107 characters, which pytest's folders use up.
@@ -167,7 +173,11 @@ class Watched:
             return False
 
     def shared_memory(self) -> set[Path]:
-        """Files in /dev/shm that its processes have mapped and that still have a name."""
+        """Files in /dev/shm that its processes have mapped and that still have a name; while none is new, nothing."""
+        now = time.monotonic()
+        self._born = {name: self._born.get(name, now) for name in os.listdir("/dev/shm")}
+        if all(now - born > _SETTLED_S for born in self._born.values()):
+            return set()
         return {path for pid in self.processes() for path in _mapped(pid) if path.exists()}
 
 
@@ -201,6 +211,15 @@ def _signal(pid: int, number: signal.Signals) -> None:
 def weight_folders(run_name: str) -> list[Path]:
     """Folders for weight files of runs of this name that are still in shared memory."""
     return sorted(Path("/dev/shm").glob(f"raylign-{run_name}-*"))
+
+
+def synced_record(run: Path) -> Run:
+    """The campaign of run directory `run` in MLflow's database beside it, once `raylign sync` has sent the rest.
+
+    Who is stopped waits for MLflow for a few seconds only.
+    """
+    sync_run(run, None, START_S, Console(quiet=True))
+    return campaign_record(run.parent)
 
 
 def campaign_record(runs: Path, experiment: str = "raylign") -> Run:
