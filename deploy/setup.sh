@@ -169,12 +169,17 @@ install_torch() {
     install "not there; installing $torch from $torch_cpu_index" 1 --index-url "$torch_cpu_index" --require-hashes -r "$(pin torch)"
 }
 
-# load MODULES...: imports them, which leaves their bytecode behind.
+# load MODULES... [-- MODULES...]: imports them, which leaves their bytecode behind; those after -- once there is a line
+# to read.
 load() {
   "$venv/bin/python" -P -c '
 import importlib, sys
 for name in sys.argv[1:]:
-    importlib.import_module(name)' "$@"
+    if name == "--":
+        sys.stdin.readline() or sys.exit("not all is installed")
+        importlib.invalidate_caches()
+    else:
+        importlib.import_module(name)' "$@"
 }
 
 # A GPU set-up can be made where no GPU is, for other machines; what fails to load there is said and no more.
@@ -192,8 +197,10 @@ install_all() {
   or_pip install_torch || stop_with_log "$(version torch)"
   or_pip install "installing $count packages of deploy/${requirements##*/}" "$count" \
     --only-binary :all: --require-hashes -r "$wheels" || stop_with_log "deploy/${requirements##*/}"
-  # While one core builds DeepSpeed, the other loads the largest libraries.
-  load vllm.entrypoints.llm vllm.v1.engine.core ray mlflow transformers trl >"$venv/setup-load.log" 2>&1 &
+  # While DeepSpeed is built the largest libraries are loaded; each of the two finds what the other has compiled.
+  load ray mlflow trl >"$venv/setup-libraries.log" 2>&1 &
+  libraries=$!
+  exec {built}> >(load vllm.entrypoints.llm vllm.v1.engine.core -- deepspeed recipes.cli actors.team >"$venv/setup-load.log" 2>&1)
   loading=$!
   # Published as source only, and its build asks the installed torch what this machine has: so it comes last and no
   # build of it for another torch is taken from a cache.
@@ -204,14 +211,15 @@ install_all() {
 
 check_import() {
   say "importing everything once"
+  wait "$libraries" || failed_to_load "$venv/setup-libraries.log"
+  echo 2>/dev/null >&"$built" || true  # it may have failed already, which the next line finds
   wait "$loading" || failed_to_load "$venv/setup-load.log"
-  loading=''
-  load deepspeed recipes.cli actors.team >>"$log" 2>&1 || failed_to_load "$log"
+  libraries='' loading=''
   say "raylign and $(version torch) import"
 }
 
 interrupted() {
-  [[ -z $loading ]] || kill "$loading" 2>/dev/null || true
+  [[ -z $loading ]] || kill "$loading" "$libraries" 2>/dev/null || true
   die "interrupted; run it again: it goes on where it stopped"
 }
 
@@ -219,6 +227,7 @@ device=auto
 dry_run=no
 use_uv=no
 no_index=''
+libraries=''
 loading=''
 while (($#)); do
   case $1 in
@@ -253,6 +262,7 @@ if ! flock --nonblock 9; then
   stop_if_up_to_date
 fi
 trap interrupted INT TERM
+trap '' PIPE
 # Without bytecode every start of every process would compile the libraries again, and the build of DeepSpeed too.
 unset PYTHONDONTWRITEBYTECODE
 
