@@ -94,10 +94,10 @@ def rewards_of(folder: Path, pairs: Sequence[Preference]) -> list[list[float]]:
     ("model", "options"), [({}, {"zero_stage": 2}), (LORA, {"zero_stage": 3})], ids=["full", "lora"]
 )
 def test_a_reward_model_learns_and_is_exported_as_it_was_trained(
-    ranks_llama: str, ranks: Processes, tmp_path: Path, model: dict[str, Any], options: dict[str, Any]
+    tiny_llama: str, ranks: Processes, tmp_path: Path, model: dict[str, Any], options: dict[str, Any]
 ) -> None:
     pairs = ended(PAIRS)
-    group = ranks.group(spec_of(ranks_llama, model, ONE, **REWARD))
+    group = ranks.group(spec_of(tiny_llama, model, ONE, **REWARD))
     layout: Any = ray.get(group.handles[0].layout.remote())
     assert layout == "shared"
     before = group.evaluate(pairs)
@@ -108,7 +108,7 @@ def test_a_reward_model_learns_and_is_exported_as_it_was_trained(
     _check_metrics(after)
     assert calibration(after.chosen, after.rejected).nll < calibration(before.chosen, before.rejected).nll
 
-    folder = exported(group, model, ranks_llama, tmp_path)
+    folder = exported(group, model, tiny_llama, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["pad_token_id"] != EOS
     assert (folder / "chat_template.jinja").is_file() and "tiny-rm" in (folder / "README.md").read_text()
@@ -116,7 +116,7 @@ def test_a_reward_model_learns_and_is_exported_as_it_was_trained(
     assert [chosen for chosen, _ in found] == pytest.approx(after.chosen, abs=1e-4)
     assert [rejected for _, rejected in found] == pytest.approx(after.rejected, abs=1e-4)
 
-    spread = ranks.group(spec_of(ranks_llama, model, TWO | options, **REWARD))
+    spread = ranks.group(spec_of(tiny_llama, model, TWO | options, **REWARD))
     same(spread.evaluate(pairs), before)
     close(train_round(spread, pairs), steps, ("loss", "grad_norm", "accuracy", "margin", "min_reward", "max_reward"))
     same(spread.evaluate(pairs), after)
@@ -143,10 +143,10 @@ def _check_metrics(found: HeldOut) -> None:
     assert dict(found.metrics) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reward_model_goes_on_from_its_state(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
+def test_a_reward_model_goes_on_from_its_state(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
     """To the bit, though the first group evaluates between its steps and the second does not."""
     pairs = ended(PAIRS)
-    spec = spec_of(ranks_llama, LORA, ONE, **REWARD)
+    spec = spec_of(tiny_llama, LORA, ONE, **REWARD)
     group = ranks.group(spec)
     count = group.begin_round(pairs, 3, 0, [])
     first = [group.train_step() for _ in range(2)]
@@ -163,12 +163,12 @@ def test_a_reward_model_goes_on_from_its_state(ranks_llama: str, ranks: Processe
     assert again.evaluate(pairs) == held_out
 
 
-def test_a_trained_reward_model_can_be_trained_on(ranks_llama: str, ranks: Processes, tmp_path: Path) -> None:
+def test_a_trained_reward_model_can_be_trained_on(tiny_llama: str, ranks: Processes, tmp_path: Path) -> None:
     pairs = ended(PAIRS)
-    group = ranks.group(spec_of(ranks_llama, {}, ONE, **REWARD))
+    group = ranks.group(spec_of(tiny_llama, {}, ONE, **REWARD))
     train_round(group, pairs)
     expected = group.evaluate(pairs)
-    folder = exported(group, {}, ranks_llama, tmp_path)
+    folder = exported(group, {}, tiny_llama, tmp_path)
     again = ranks.group(spec_of(str(folder), LORA, TWO | {"zero_stage": 3}, **REWARD))
     same(again.evaluate(pairs), expected)
 
@@ -222,7 +222,7 @@ TOKENS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "m
     ids=["accumulated", "2 ranks, ZeRO 3"],
 )
 def test_demonstrations_are_learnt_as_by_trl(
-    ranks_llama: str,
+    tiny_llama: str,
     ranks: Processes,
     tmp_path: Path,
     options: dict[str, Any],
@@ -231,8 +231,8 @@ def test_demonstrations_are_learnt_as_by_trl(
 ) -> None:
     """Of 8 demonstrations, so that every step has all of them, whatever the order."""
     data = demonstrations(8)
-    expected = _trl_sft(ranks_llama, data, tmp_path, accumulation)
-    group = ranks.group(spec_of(ranks_llama, {}, ONE | options, **SFT))
+    expected = _trl_sft(tiny_llama, data, tmp_path, accumulation)
+    group = ranks.group(spec_of(tiny_llama, {}, ONE | options, **SFT))
     held_out = group.evaluate(data)
     steps = list(group.train(data, seed=3))
     close(steps, expected, names)
@@ -242,11 +242,11 @@ def test_demonstrations_are_learnt_as_by_trl(
     assert set(held_out.metrics) == logged and set(steps[0]) == logged | {"grad_norm", "learning_rate"}
 
 
-def test_a_policy_is_evaluated_the_same_by_any_ranks(ranks_llama: str, ranks: Processes) -> None:
+def test_a_policy_is_evaluated_the_same_by_any_ranks(tiny_llama: str, ranks: Processes) -> None:
     pairs = preferences(7)
     found = []
     for options in (ONE, TWO | {"zero_stage": 3}):
-        group = ranks.group(spec_of(ranks_llama, LORA, options, loss=SigmoidLossBlock(beta=0.1)))
+        group = ranks.group(spec_of(tiny_llama, LORA, options, loss=SigmoidLossBlock(beta=0.1)))
         known = group.with_reference(pairs, seed=3, rounds_done=0)
         steps = list(group.train(known, seed=3))
         found.append(group.evaluate(known))
