@@ -1,0 +1,1 @@
+"""Every format that raylign reads, given inputs that nobody meant."""

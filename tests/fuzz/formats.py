@@ -1,0 +1,239 @@
+"""Each format that raylign reads: inputs to try, and the reader that a command would use."""
+
+import gzip
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from raylign.config import load_recipe
+from raylign.config.blocks import PromptsBlock
+from raylign.config.data import DataBlock
+from raylign.data.load import read_examples
+from raylign.data.preferences import load_preferences
+from raylign.models import load_tokenizer, resolve_model
+from raylign.models.chat_template import read_chat_template
+from raylign.prompts import load_prompts
+from raylign.prompts.tables import Fault
+from tests.fuzz.mutations import as_json, changed, edited, values
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`reader` gets one input of `inputs` as bytes."""
+
+    inputs: Callable[[], st.SearchStrategy[bytes]]
+    reader: Callable[[bytes], object]
+
+
+@cache
+def folder() -> Path:
+    """For the files of this process; in shared memory where there is some."""
+    shared = Path("/dev/shm")
+    made = tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None)
+    _open.append(made)
+    return Path(made.name)
+
+
+_open: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def written(name: str, data: bytes) -> Path:
+    path = folder() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return load_tokenizer(resolve_model("embedded:smollm2-135m"))
+
+
+RECIPES = [path.read_bytes() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+RECIPE_WORDS = (b"recipe: ", b"trainer: {", b"run: {seed: ", b"loss: {loss_type: ", b"scoring: {type: ", b"  lora: ")
+
+
+def recipe(data: bytes) -> None:
+    load_recipe(written("recipe.yaml", data))
+
+
+def override(data: bytes) -> None:
+    load_recipe(ROOT / "recipes/sentiment_smollm2.yaml", [data.decode("utf-8", "surrogateescape")])
+
+
+OVERRIDES = [b"trainer.learning_rate=1e-5", b"run.seed=3", b"loss={loss_type: ipo}", b"model.lora={r: 4}"]
+
+CHAT = [{"role": "user", "content": "What is a ray?"}, {"role": "assistant", "content": "A line."}]
+PROMPT_ROWS: list[dict[str, Any]] = [
+    {"prompt": "What is a ray?", "answer": "a line"},
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    {"prompt": "Name a fish.", "extra": {"a": [1, 2]}},
+]
+DATA_ROWS: list[dict[str, Any]] = [
+    {"prompt": "Name a fish.", "chosen": "A trout.", "rejected": "A stone."},
+    {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "No."}]},
+    {"chosen": CHAT, "rejected": [*CHAT[:1], {"role": "assistant", "content": "No."}], "score_chosen": 3},
+    {"prompt": "Name a fish.", "completions": ["A trout.", "A stone."], "scores": [1.0, 0.0]},
+    {"instruction": "Name a fish.", "input": "", "chosen": "A trout.", "rejected": "A stone."},
+    {
+        "conversations": [{"from": "human", "value": "Name a fish."}],
+        "chosen": {"from": "gpt", "value": "A trout."},
+        "rejected": {"from": "gpt", "value": "A stone."},
+    },
+    {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: No."},
+    {
+        "prompt": "Why?",
+        "response_1": "So.",
+        "response_2": "No.",
+        "preference_strength": 2,
+        "preference_statement": "x",
+    },
+    {"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+]
+
+
+def lines_of(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(as_json(row) + b"\n" for row in rows)
+
+
+def json_lines(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
+    tree = st.lists(changed(rows), min_size=1, max_size=4).map(lambda found: b"\n".join(map(as_json, found)))
+    raw = edited([lines_of([row] * 3) for row in rows], [b'"prompt"', b'"chosen"', b'"role"', b'"content"'])
+    return st.one_of(tree, raw)
+
+
+def json_array(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
+    tree = st.lists(changed(rows), min_size=1, max_size=4).map(as_json)
+    raw = edited([as_json([row] * 3) for row in rows] + [as_json({"train": rows})])
+    return st.one_of(tree, raw)
+
+
+def zipped(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    whole = inner.map(lambda data: gzip.compress(data, compresslevel=1))
+    return st.one_of(whole, edited([gzip.compress(lines_of(DATA_ROWS[:1] * 3), compresslevel=1)]))
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes | None:
+    buffer = io.BytesIO()
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), buffer)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        return None
+    return buffer.getvalue()
+
+
+def parquet(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
+    cells = st.lists(changed(rows).filter(lambda row: isinstance(row, dict)), min_size=1, max_size=3)
+    made = cells.map(_parquet).filter(lambda data: data is not None).map(lambda data: data or b"")
+    columns = st.dictionaries(st.sampled_from(("prompt", "chosen", "rejected", "score")), values(), min_size=1)
+    odd = columns.map(lambda row: _parquet([row]) or b"")
+    whole = [data for row in rows if (data := _parquet([row] * 3))]
+    return st.one_of(made, odd, edited(whole))
+
+
+def prompts_as(suffix: str) -> Callable[[bytes], None]:
+    def reader(data: bytes) -> None:
+        block = PromptsBlock(source=str(written(f"prompts{suffix}", data)), held_out=1)
+        load_prompts(block, tokenizer(), 64, SEED)
+
+    return reader
+
+
+def data_as(suffix: str) -> Callable[[bytes], None]:
+    def reader(data: bytes) -> None:
+        block = DataBlock(source=str(written(f"data{suffix}", data)), held_out=1, max_length=64)
+        for example in read_examples(block):
+            if isinstance(example, Fault):
+                str(example.problem + example.cure)
+        load_preferences(block, tokenizer(), rows="preferences", ends=frozenset({2}), seed=SEED)
+
+    return reader
+
+
+TEMPLATES = [
+    b"{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    b"{% if add_generation_prompt %}assistant: {% endif %}",
+    b"{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    b"{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+]
+TEMPLATE_WORDS = (
+    b"{{ ",
+    b" }}",
+    b"{% if ",
+    b"{% endif %}",
+    b"{% endfor %}",
+    b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    b"{{ 'a' * 10**9 }}",
+    b"{{ 9**9**9 }}",
+    b"{% include 'x' %}",
+    b"{{ raise_exception('no') }}",
+    b"{{ messages | tojson }}",
+    b"{{ strftime_now('%s') }}",
+    b"{{ cycler.__init__.__globals__ }}",
+    b"{% set x = namespace(y=1) %}",
+    b"{% for i in range(99999999) %}{% endfor %}",
+)
+
+
+def chat_template(data: bytes) -> None:
+    read_chat_template(written("template.jinja", data))
+
+
+MODEL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+
+
+@cache
+def model_seeds() -> Mapping[str, bytes]:
+    source = Path(resolve_model("embedded:smollm2-135m"))
+    return {name: (source / name).read_bytes() for name in MODEL_FILES if (source / name).is_file()}
+
+
+def model_file(name: str) -> Format:
+    def inputs() -> st.SearchStrategy[bytes]:
+        seeds = [model_seeds()[name]]
+        # A tokenizer's vocabulary is a tree of 100,000 nodes, which edits reach as well.
+        trees = [] if name == "tokenizer.json" else [changed([json.loads(seed) for seed in seeds]).map(as_json)]
+        return st.one_of(edited(seeds, [b'"model_type"', b'"vocab_size"', b'"eos_token_id"', b'"auto_map"']), *trees)
+
+    def reader(data: bytes) -> None:
+        place = folder() / "model"
+        place.mkdir(exist_ok=True)
+        for other, content in model_seeds().items():
+            (place / other).write_bytes(data if other == name else content)
+        load_tokenizer(str(place))
+
+    return Format(inputs, reader)
+
+
+FORMATS: Mapping[str, Format] = {
+    "recipe": Format(lambda: edited(RECIPES, RECIPE_WORDS), recipe),
+    "override": Format(lambda: edited(OVERRIDES, RECIPE_WORDS), override),
+    "prompts-jsonl": Format(lambda: json_lines(PROMPT_ROWS), prompts_as(".jsonl")),
+    "prompts-json": Format(lambda: json_array(PROMPT_ROWS), prompts_as(".json")),
+    "prompts-parquet": Format(lambda: parquet(PROMPT_ROWS), prompts_as(".parquet")),
+    "data-jsonl": Format(lambda: json_lines(DATA_ROWS), data_as(".jsonl")),
+    "data-json": Format(lambda: json_array(DATA_ROWS), data_as(".json")),
+    "data-jsonl-gz": Format(lambda: zipped(json_lines(DATA_ROWS)), data_as(".jsonl.gz")),
+    "data-parquet": Format(lambda: parquet(DATA_ROWS), data_as(".parquet")),
+    "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template),
+    **{f"model-{name}": model_file(name) for name in MODEL_FILES},
+}
+
+
+def clean_up() -> None:
+    for made in _open:
+        shutil.rmtree(made.name, ignore_errors=True)
