@@ -49,9 +49,10 @@ class _Scorer:
         enable_stack_dumps(stacks, name)
         for spec, kept in code.items():
             if not kept.make_importable(spec):
+                shared = f", or put run.dir on storage that every node sees ({kept.folder})" if kept.folder else ""
                 raise ScorerError(
                     f"scoring.function={spec}: {socket.gethostname()} has other code for it than the run began with; "
-                    f"install the same version of it on every node, or put run.dir ({kept.folder}) on shared storage"
+                    f"install the same version of it on every node{shared}"
                 )
         # What a judge costs is logged as INFO; it goes to the actor's own log.
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")

@@ -17,6 +17,7 @@ from actors.trainer_supervision import SupervisedTrainers
 from raylign.checkpoints import Checkpoint, Metrics
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.console import keep_library_log
+from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.reporting import Sample, report_console, samples_block
@@ -37,7 +38,7 @@ _CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0
 """How long MLflow is waited for at the end; a signal's grace time is short."""
 
 
-class Read(Rows, Protocol):
+class Source(Rows, Protocol):
     """Prompts or examples of a run, and where they come from."""
 
     @property
@@ -80,7 +81,7 @@ class Campaign:
         trained = self._newest[0].rounds_done if self._newest else 0
         return min(self.directory.rounds_finished(), trained)
 
-    def open_record(self, rows: Read, split: str) -> None:
+    def open_record(self, rows: Source, split: str) -> None:
         """Say what the run is and goes without, and what an earlier process did not come to say of its last round."""
         self._tracker.campaign_started(self._config, run_facts())
         if ("prompts", None) not in self._journaled:
@@ -196,20 +197,40 @@ def starting(directory: RunDirectory, actor_logs: Path) -> str:
 
 @contextmanager
 def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
-    """Give the campaign its true final status, whatever ends it."""
+    """Give the campaign its true final status, whatever ends it.
+
+    Raises DiskError in the place of what follows from a run directory that was moved or deleted.
+    """
     status: Status = "FAILED"
     try:
         yield
+        directory.require_in_place()
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    except Exception as error:
+        try:
+            directory.require_in_place()
+        except DiskError as moved:
+            raise moved from error
+        raise
     finally:
+        _close(tracker, status, directory)
+
+
+def _close(tracker: Tracker, status: Status, directory: RunDirectory) -> None:
+    try:
         missing = tracker.close(status, _CLOSE_S[status])
-        if missing:
-            log.warning(
-                "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",
-                missing,
-                directory.path / JOURNAL_NAME,
-                shlex.quote(str(directory.path)),
-            )
+    except RaylignError as error:
+        if directory.is_in_place:
+            raise
+        log.warning("MLflow may miss events of this run: %s", error)
+        return
+    if missing:
+        log.warning(
+            "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",
+            missing,
+            directory.path / JOURNAL_NAME,
+            shlex.quote(str(directory.path)),
+        )

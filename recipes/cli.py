@@ -130,7 +130,9 @@ def resume(
     settings: Settings = None,
     accept: Annotated[
         list[str] | None,
-        typer.Option(metavar="INPUT", help="Go on with what this input is now; a refused start names it.", show_default=False),
+        typer.Option(
+            metavar="INPUT", help="Go on with what this input is now; a refused start names it.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Go on with a run at its first stage that is not finished; settings given here replace its own from then on.

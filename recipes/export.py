@@ -10,7 +10,7 @@ from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, Rew
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError, RecordError
-from raylign.export import ADAPTER_CONFIG, export_model
+from raylign.export import ADAPTER_CONFIG, export_model, require_place
 from raylign.export_reward import export_reward_model
 from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.models import resolve_model
@@ -43,6 +43,9 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     `export_model` does.
     """
     directory = open_run(run)
+    if to.absolute().is_relative_to(directory.path):
+        raise ConfigError(f"{to}: inside the run directory {directory.path}; give a folder outside of it")
+    require_place(to.absolute())
     config = directory.config()
     report = finished_round(directory, version)
     finished = [other.policy_version for other in directory.reports()]

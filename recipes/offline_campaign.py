@@ -42,8 +42,8 @@ def offline_campaign(
     require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)
     default_uri(config.tracking, run_path(config.run))
-    inputs = inputs_of(config, data, model=folder, reference=measured, recipe=recipe)
     require_continuable(config)
+    inputs = inputs_of(config, data, model=folder, reference=measured, recipe=recipe)
     require_same(run_path(config.run), data, inputs)
     console = report_console()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:

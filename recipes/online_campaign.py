@@ -48,8 +48,8 @@ def campaign(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[tup
     require_references((*prompts.train, *prompts.held_out), config.scoring)
     describe_scorer(config.scoring)
     default_uri(config.tracking, run_path(config.run))
-    inputs = inputs_of(config, prompts, model=folder, reference=measured, recipe=recipe)
     require_continuable(config)
+    inputs = inputs_of(config, prompts, model=folder, reference=measured, recipe=recipe)
     require_same(run_path(config.run), prompts, inputs)
     console = report_console()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raylign.errors import DiskError, RecordError
-from raylign.files import disk_errors, publish_folder, publish_text
+from raylign.errors import RecordError
+from raylign.files import disk_errors, publish_folder, publish_text, require_free
 from raylign.fingerprints import seal, sealed_damage
 from raylign.run.reading import read_record
+from raylign.run.settings import CONFIG_NAME
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ FOLDER_NAME = "checkpoints"
 PROGRESS_NAME = "progress.json"
 PARTIAL = "-partial"
 Metrics = Mapping[str, float]
+_NO_ROOM = "free some (or lower trainer.save_total_limit), then run the same command again: nothing is lost"
 _NAME = re.compile(rf"([0-9]{{4,}})({PARTIAL})?")
 
 
@@ -75,7 +77,7 @@ class Checkpoints:
         with disk_errors(staging):
             _remove(staging)
             staging.mkdir(parents=True)
-        require_free(self._folder, needed_bytes)
+        require_free(self._folder, needed_bytes, "a checkpoint", _NO_ROOM)
         yield staging
         with disk_errors(staging):
             progress = {"round": round_index, "complete": complete, "steps": list(steps)}
@@ -156,7 +158,8 @@ def is_name(name: str) -> bool:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is a checkpoint of a run, of which it has the progress or the place."""
-    return (folder / PROGRESS_NAME).is_file() or (is_name(folder.name) and folder.parent.name == FOLDER_NAME)
+    in_run = folder.parent.name == FOLDER_NAME and (folder.parent.parent / CONFIG_NAME).is_file()
+    return (folder / PROGRESS_NAME).is_file() or (in_run and is_name(folder.name))
 
 
 def checkpoint_damage(folder: Path, *, below: bool = True) -> str:
@@ -193,13 +196,3 @@ def _free_name(folder: Path) -> Path:
 def _read(folder: Path) -> Checkpoint:
     progress = read_record(folder / PROGRESS_NAME, _PROGRESS)
     return Checkpoint(folder, progress.round, progress.complete, progress.steps)
-
-
-def require_free(folder: Path, needed: int) -> None:
-    """Raises DiskError when the disk under `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskError(
-            f"{folder}: {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB; free some (or lower "
-            "trainer.save_total_limit), then run the same command again: nothing is lost"
-        )

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, takewhile
@@ -70,7 +70,7 @@ class Trained:
 
     @classmethod
     def of(cls, index: int, checkpoint: Sequence[Checkpoint], steps: Sequence[Metrics] = ()) -> "Trained":
-        """Of round `index`, from the newest checkpoint if there is one; `steps` are known of an earlier round than its."""
+        """Of round `index`, from the newest checkpoint if there is one; `steps` are those of a round before its own."""
         newest = next(iter(checkpoint), None)
         if newest is None or newest.round < index:
             return cls(False, ())
@@ -91,11 +91,17 @@ class RoundLog:
     ) -> None:
         self.index, self.trained = index, trained
         self.seconds: dict[str, float] = {}
-        self._folder = directory.round(index)
+        self._directory = directory
         self._tracker, self._console, self._checkpoints = tracker, console, checkpoints
         self._ledger = finished_stages(self._folder)
         if index and not trained.complete:
             self._ledger = {name: entry for name, entry in self._ledger.items() if name not in ("train", "evaluate")}
+
+    @property
+    def _folder(self) -> Path:
+        """The round's folder. Raises DiskError when the run directory is no longer in its place."""
+        self._directory.require_in_place()
+        return self._directory.round(self.index)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str, *, again: bool = False) -> Iterator[Stage]:
@@ -132,6 +138,7 @@ class RoundLog:
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record optimizer step `number` (from 1) of the round."""
+        self._directory.require_in_place()
         self._tracker.step(self.index, number, metrics)
 
     @contextmanager
@@ -200,11 +207,13 @@ class RoundLog:
     def read_preferences(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:
         return read_preferences(self._folder / PREFERENCES, prompts, candidates)
 
-    def new_checkpoint(
-        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
-    ) -> AbstractContextManager[Path]:
+    @contextmanager
+    def new_checkpoint(self, steps: Sequence[Metrics], complete: bool, needed_bytes: int) -> Iterator[Path]:
         """An empty folder for the policy after `steps` of this round; see `Checkpoints.new`."""
-        return self._checkpoints.new(self.index, steps, complete, needed_bytes)
+        self._directory.require_in_place()
+        with self._checkpoints.new(self.index, steps, complete, needed_bytes) as folder:
+            yield folder
+            self._directory.require_in_place()
 
     def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None:
         """What step `number` would have trained on when its loss or gradient was not finite."""

@@ -1,9 +1,10 @@
 """The run directory: everything a run leaves behind, readable without raylign."""
 
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from pydantic import TypeAdapter
 from raylign.checkpoints import FOLDER_NAME, PARTIAL, Checkpoint, Checkpoints, is_name
 from raylign.config import RunConfig
 from raylign.config.blocks import RunBlock
-from raylign.errors import ConfigError, RecordError
-from raylign.files import publish_text
+from raylign.errors import ConfigError, DiskError, RecordError
+from raylign.files import disk_errors, publish_text
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.run.reading import finished_record, read_record, say_once
 from raylign.run.settings import CONFIG_NAME, read_settings, settings_text
@@ -40,9 +41,28 @@ _BASELINE_CURE = (
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Paths under one run: config.yaml, rounds/0001/, checkpoints/0001/, events.jsonl."""
+    """Paths under one run: config.yaml, rounds/0001/, checkpoints/0001/, events.jsonl.
+
+    `identity` is the folder's device and inode when it was opened; None where nobody looked.
+    """
 
     path: Path
+    identity: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder that was opened still stands there."""
+        return self.identity is None or _identity(self.path) == self.identity
+
+    def require_in_place(self) -> None:
+        """Raises DiskError when the folder was moved, deleted or replaced: another one must not grow in its place."""
+        if not self.is_in_place:
+            error = DiskError(f"{self.path} was moved or deleted while this run was at work in it")
+            error.cure = (
+                "move it back to its place, or restore it there, then run the same command again; it goes on with what "
+                "the folder has"
+            )
+            raise error
 
     def round(self, index: int) -> Path:
         """Folder of round `index`; round 0 holds the evaluation before training."""
@@ -78,20 +98,24 @@ class RunDirectory:
     def locked(self, cure: str = "wait for it, or give this run another name (run.name=...)") -> Iterator[None]:
         """Only one process works on a run. Raises ConfigError when another one does; its end, however, frees it."""
         lock = FileLock(self.path / LOCK_NAME)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise ConfigError(f"{self.path} is being worked on by another process; {cure}") from error
+        with disk_errors(self.path / LOCK_NAME):
+            try:
+                lock.acquire(blocking=False)
+            except Timeout as error:
+                raise ConfigError(f"{self.path} is being worked on by another process; {cure}") from error
         with lock:
             yield
 
     def write_config(self, config: RunConfig) -> None:
+        self.require_in_place()
         publish_text(self.path / CONFIG_NAME, settings_text(config))
 
     def write_baseline(self, evaluation: AnyEvaluation) -> None:
+        self.require_in_place()
         publish_text(self.round(0) / REPORT_NAME, json.dumps({"evaluation": asdict(evaluation)}, indent=1))
 
     def write_report(self, report: RoundReport) -> None:
+        self.require_in_place()
         publish_text(self.round(report.index) / REPORT_NAME, json.dumps(asdict(report), indent=1))
 
     def baseline(self) -> AnyEvaluation:
@@ -153,7 +177,7 @@ def continue_or_create(config: RunConfig) -> RunDirectory:
     if not (path / CONFIG_NAME).is_file():
         return create_run(config.run, config)
     require_continuable(config)
-    return RunDirectory(path)
+    return _opened(path)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
@@ -175,11 +199,23 @@ def create_run(block: RunBlock, config: RunConfig) -> RunDirectory:
         publish_text(path / CONFIG_NAME, settings_text(config))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; set run.dir to a writable folder") from error
-    return RunDirectory(path)
+    return _opened(path)
 
 
 def open_run(path: Path) -> RunDirectory:
     """An existing run directory. Raises ConfigError when `path` is none."""
-    if not (path / CONFIG_NAME).is_file():
+    if not os.path.isfile(path / CONFIG_NAME):
         raise ConfigError(f"{path} is no run directory: it has no {CONFIG_NAME}")
-    return RunDirectory(path.absolute())
+    return _opened(path.absolute())
+
+
+def _opened(path: Path) -> RunDirectory:
+    return RunDirectory(path, _identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raylign.errors import RecordError
 from raylign.files import publish_file
 from raylign.records import Candidate, FinishReason, KlSample, Preference, Prompt, Score
 from raylign.run.reading import unreadable
@@ -179,7 +178,10 @@ def _rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
             raise unreadable(path, "there is no such file", _CURE)
         # As a data set, pyarrow would take parts of the path for columns (`seed=1/`).
         with pq.ParquetFile(path) as file:
-            table = file.read(columns=[name for name in schema.names if name in file.schema_arrow.names])
+            names = file.schema_arrow.names
+            if twice := [name for name in schema.names if names.count(name) > 1]:
+                raise unreadable(path, f"it has {twice[0]!r} twice", _CURE)
+            table = file.read(columns=[name for name in schema.names if name in names])
         rows: list[dict[str, Any]] = table.to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__, _CURE) from error

@@ -378,7 +378,10 @@ def test_a_journal_of_another_shape_is_refused_with_its_place(line: bytes, tmp_p
 def test_an_event_with_a_wrong_payload_is_named(tmp_path: Path) -> None:
     with Journal(tmp_path / JOURNAL_NAME) as journal:
         event = journal.append("campaign_finished", {"status": 3})
-    for name, problem in (("status", "has a wrong 'status': Input should be a valid string"), ("when", "has no 'when'")):
+    for name, problem in (
+        ("status", "has a wrong 'status': Input should be a valid string"),
+        ("when", "has no 'when'"),
+    ):
         with pytest.raises(RecordError, match=rf"event 1 \(campaign_finished\) of events.jsonl {problem}") as error:
             event.get(name, TypeAdapter(str))
         assert "restore" in error.value.cure

@@ -47,7 +47,12 @@ class ModuleSources:
         return total.hexdigest() if self.files else ""
 
     def kept(self, parent: Path) -> "KeptSources":
-        """Copy the files into a folder of `parent` that is named after their digest. Raises DiskError."""
+        """Copy the files into a folder of `parent` that is named after their digest, unless they are installed.
+
+        Raises DiskError.
+        """
+        if self.is_installed:
+            return KeptSources("", self.digest)
         folder = parent / self.digest[:16]
         with disk_errors(folder):
             if not all(_has(folder / file.name, file.content) for file in self.files):
@@ -65,7 +70,8 @@ class ModuleSources:
 class KeptSources:
     """Where the sources of a module are kept, in a run directory that every node sees, and their digest.
 
-    Made on the driver, read by the process that runs the code, on whatever node.
+    `folder` is "" for a module that is installed. Made on the driver, read by the process that runs the code, on
+    whatever node.
     """
 
     folder: str
@@ -79,6 +85,8 @@ class KeptSources:
         """
         if module_sources(spec).digest == self.digest:
             return True
+        if not self.folder:
+            return False
         sys.path.insert(0, self.folder)
         return module_sources(spec).digest == self.digest
 
