@@ -5,7 +5,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -17,8 +16,6 @@ from raylign.records import Score
 from raylign.run.sources import KeptSources
 from raylign.scoring import Compute, ScoringItem, Usages
 from raylign.scoring.load import ONE_THREAD, load_scorer
-
-NO_CODE: Mapping[str, KeptSources] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class _Scorer:
         stacks: str,
         name: str,
         compute: Compute = ONE_THREAD,
-        code: Mapping[str, KeptSources] = NO_CODE,
+        code: Mapping[str, KeptSources] | None = None,
     ) -> None:
         """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
         when it is asked to. Models run on `compute`. `code` has the sources of functions by their `module:function`.
@@ -47,7 +44,7 @@ class _Scorer:
         Raises ScorerError: cannot be loaded, or this node has other code for a function.
         """
         enable_stack_dumps(stacks, name)
-        for spec, kept in code.items():
+        for spec, kept in (code or {}).items():
             if not kept.make_importable(spec):
                 shared = f", or put run.dir on storage that every node sees ({kept.folder})" if kept.folder else ""
                 raise ScorerError(

@@ -77,8 +77,7 @@ def test_a_disk_without_room_is_found_before_the_work(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("size", [0, 700, 3_000])
+@pytest.mark.parametrize(("size", "merge"), [(0, False), (700, False), (3_000, False), (5_000, True)])
 def test_a_disk_that_fills_up_leaves_nothing_behind(
     size: int, merge: bool, finished: RunDirectory, tmp_path: Path
 ) -> None:
@@ -92,26 +91,28 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     )
 
 
-@pytest.mark.parametrize("name", ["a b", "a#b", "a%20b", "a=b", "a@b:c", "a&b", "ü", "-x", "a;b"])
+@pytest.mark.parametrize("name", ["a b", "a#b", "a=b", "a@b:c", "a&b", "ü", "-x", "a;b"])
 def test_the_database_stands_beside_the_run_whatever_the_folder_is_called(name: str, tmp_path: Path) -> None:
     uri = default_uri(TrackingBlock(), tmp_path / name / "run")
     assert sqlite_path(uri) == tmp_path / name / "mlflow.db"
 
 
 def test_the_database_of_an_odd_folder_is_made_there(tmp_path: Path) -> None:
-    folder = tmp_path / "a b#c%20d=e@f:g&h;ü"
+    folder = tmp_path / "a b#c=d@e:f&g;ü"
     create_database(default_uri(TrackingBlock(), folder / "run"))
     assert sorted(path.name for path in tmp_path.rglob("mlflow.db*")) == ["mlflow.db"]
     assert (folder / "mlflow.db").is_file()
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("name", ["a?b", "?", "a?mode=ro"])
+@pytest.mark.parametrize("name", ["a?b", "?", "a?mode=ro", "a%20b"])
 def test_a_folder_that_would_put_the_database_elsewhere_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run.dir=.*: MLflow would take its database .* without '\?' in its path"):
+    with pytest.raises(
+        ConfigError, match=r"run.dir=.*: MLflow would take its database .* without '\?' and '%' in its path"
+    ):
         default_uri(TrackingBlock(), tmp_path / name / "run")
     assert default_uri(TrackingBlock(uri="http://host:5000"), tmp_path / name / "run") == "http://host:5000"
-    record("`?` in run.dir", f"run.dir=.../{name}", lost="nothing: refused; the database went elsewhere")
+    record("`?` or `%` in run.dir", f"run.dir=.../{name}", lost="nothing: refused; the database went elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,11 @@ def test_inputs_that_cannot_be_accepted_are_named(project: Path) -> None:
 def test_the_rows_of_a_data_set_are_an_input(tmp_path: Path) -> None:
     save_recipe(tmp_path)
     rows = [
-        {"prompt": f"say {word}", "chosen": "good film", "rejected": "bad"} for word in ("one", "two", "three", "film")
+        {"prompt": f"say {word}", "chosen": "good film", "rejected": "three"}
+        for word in ("one", "two", "three", "film")
     ]
     (tmp_path / "offline.yaml").write_text(f"recipe: offline_dpo\ndata: {{source: {tmp_path}/pairs.jsonl}}\n")
-    settings = [f"model.path={tmp_path}/policy", "data.max_length=32", "data.held_out=1"]
+    settings = [f"model.path={tmp_path}/policy", "data.max_length=32", "data.held_out=1", f"run.dir={tmp_path}/runs"]
     config = load_config(tmp_path / "offline.yaml", settings, kind=OfflineDpoConfig)
     folder = str(tmp_path / "policy")
 
@@ -304,5 +305,6 @@ def test_a_node_that_cannot_get_the_code_says_so(project: Path, monkeypatch: pyt
     with pytest.raises(ScorerError, match=r"mine:score: .* has other code for it than the run began with"):
         _Scorer(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
     replace("mine.py", "return  base", "return base")(project)
+    sys.path.remove(kept["mine:score"].folder)
     assert kept_code(block, project / "runs/tiny/code") == kept
     assert "from parts" in (Path(kept["mine:score"].folder) / "mine.py").read_text()

@@ -33,7 +33,7 @@ def _beside(run_dir: Path) -> str:
     if (url := _sqlite_url(uri)).database != str(path) or url.query:
         raise ConfigError(
             f"run.dir={run_dir.parent}: MLflow would take its database {path} for {url.database}; name a folder "
-            "without '?' in its path (run.dir=...), or another database (tracking.uri=sqlite:////absolute/mlflow.db)"
+            "without '?' and '%' in its path (run.dir=...), or another database (tracking.uri=sqlite:////absolute/mlflow.db)"
         )
     return uri
 
