@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -158,8 +159,9 @@ def is_name(name: str) -> bool:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` is a checkpoint of a run, of which it has the progress or the place."""
-    in_run = folder.parent.name == FOLDER_NAME and (folder.parent.parent / CONFIG_NAME).is_file()
-    return (folder / PROGRESS_NAME).is_file() or (in_run and is_name(folder.name))
+    # Unlike Path's, these take a path that no file system takes for one where nothing is.
+    in_run = folder.parent.name == FOLDER_NAME and os.path.isfile(folder.parent.parent / CONFIG_NAME)
+    return os.path.isfile(folder / PROGRESS_NAME) or (in_run and is_name(folder.name))
 
 
 def checkpoint_damage(folder: Path, *, below: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -93,7 +94,7 @@ def seal(folder: Path) -> None:
 
 def sealed_damage(folder: Path, *, below: bool = True) -> str:
     """What is wrong with a sealed folder; "" when it is whole. Without `below` its subfolders are not looked at."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return "it is no folder"
     try:
         if not (folder / MANIFEST_NAME).exists():

@@ -99,7 +99,7 @@ def replace(name: str, before: str, after: str) -> Callable[[Path], None]:
     return edit
 
 
-def append(name: str, line: str) -> Callable[[Path], None]:
+def append(name: str, line: str) -> Callable[[Path], object]:
     return lambda project: (project / name).write_text((project / name).read_text() + line)
 
 
