@@ -109,7 +109,7 @@ def flip(project: Path) -> None:
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-EDITS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
+EDITS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "a prompt": (replace("prompts.jsonl", "good good good", "good good two"), "prompts.source", True),
     "a column that scorers see": (replace("prompts.jsonl", '"good"}', '"good", "answer": 4}'), "prompts.source", True),
     "one prompt more": (append("prompts.jsonl", '{"prompt": "one two three"}\n'), "prompts.source", True),
