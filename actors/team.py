@@ -49,6 +49,7 @@ from raylign.config import OnlineDpoConfig
 from raylign.models import DTYPES, resolve_reference
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
+from raylign.scoring.contents import CODE, kept_code
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_S = 20.0
@@ -151,12 +152,13 @@ def _start_scorer(
     actors: list[ActorHandle[Any]],
     stacks: Path,
 ) -> ScorerClient:
-    cache = (config.run.dir / config.run.name).absolute() / CACHE_NAME
+    run = (config.run.dir / config.run.name).absolute()
+    cache, code = run / CACHE_NAME, kept_code(config.scoring, run / CODE)
     compute = Compute(max(1, int(plan.scorer.num_cpus)), plan.scorer.num_gpus > 0)
 
     def spawn() -> ActorHandle[Any]:
         options = Scorer.options(**placed(plan.scorer, group))
-        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, compute)
+        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, compute, code)
         actors.append(handle)
         return handle
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from actors.sharding import Sharding
 from actors.stacks import enable_stack_dumps
 from actors.trainer_state import (
     StoredTensors,
+    TrainerState,
     load_tensors,
     read_state,
     state_nbytes,
@@ -362,19 +363,19 @@ class _TrainerRank:
             drain(tensors)
             return reports
         store(Path(folder), tensors)
-        state = {"steps_done": self._steps_done, "followed": self._references.followed, "loss": asdict(self._state)}
-        scaler = dict(self._engine.loss_scaler())
-        write_state(Path(folder), state | {"warm_at": self._schedule.warm_at, "loss_scaler": scaler})
+        followed, scaler = self._references.followed, dict(self._engine.loss_scaler())
+        state = TrainerState(self._steps_done, followed, self._state, self._schedule.warm_at, scaler)
+        write_state(Path(folder), state)
         return reports
 
     def load_state(self, folder: str) -> None:
         """Take what `save_state` wrote, on any number of ranks and ZeRO stage. TrainerError when it does not fit."""
         stored, state = StoredTensors(Path(folder)), read_state(Path(folder))
-        load_tensors(self._engine.state, stored, state["steps_done"])
-        self._references.load(stored.get, state["followed"])
-        self._steps_done = state["steps_done"]
-        self._state, self._schedule.warm_at = LossState(**state["loss"]), state["warm_at"]
-        self._engine.set_loss_scaler(state["loss_scaler"])
+        load_tensors(self._engine.state, stored, state.steps_done)
+        self._references.load(stored.get, state.followed)
+        self._steps_done = state.steps_done
+        self._state, self._schedule.warm_at = state.loss, state.warm_at
+        self._engine.set_loss_scaler(state.loss_scaler)
 
     def send_nccl(
         self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float

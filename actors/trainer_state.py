@@ -7,15 +7,19 @@ that fit the same ones only.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from raylign.errors import TrainerError
+from raylign.losses import LossState
+from raylign.run.reading import read_record
 from raylign.tensor_file import save_tensors
 from raylign.training.masters import Kind
 
@@ -24,6 +28,23 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 STATE_NAME = "state.json"
 _SHARD_BYTES = 1 << 30
 
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """What a trainer goes on from beside tensors: `state.json`. Made and read by trainer ranks.
+
+    `steps_done` optimizer steps are taken, `followed` rounds are in the reference, the learning rate was warm at
+    `warm_at` (in rounds).
+    """
+
+    steps_done: int
+    followed: int
+    loss: LossState
+    warm_at: float
+    loss_scaler: Mapping[str, int | float]
+
+
+_STATE = TypeAdapter(TrainerState)
 Named = Iterator[tuple[str, Tensor]]
 Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 
@@ -129,10 +150,10 @@ class StoredTensors:
             return found
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    (folder / STATE_NAME).write_text(json.dumps(state))
+def write_state(folder: Path, state: TrainerState) -> None:
+    (folder / STATE_NAME).write_text(json.dumps(asdict(state)))
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((folder / STATE_NAME).read_text())
-    return state
+def read_state(folder: Path) -> TrainerState:
+    """Raises RecordError when it is not what `write_state` wrote."""
+    return read_record(folder / STATE_NAME, _STATE)

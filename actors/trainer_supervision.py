@@ -218,6 +218,7 @@ class SupervisedTrainers(TrainerGroup):
             try:
                 self.handles = tuple(self._start())
                 for checkpoint in self._newest:
+                    checkpoint.require_whole()
                     self.once("load_state", str(checkpoint.folder / STATE))
             except ActorsLost as again:
                 if again.__cause__ is None:

@@ -1,25 +1,30 @@
 """What every recipe needs around its loop: run directory, checkpoints, tracking, a summary."""
 
 import logging
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
 from actors.incidents import Incidents
 from actors.trainer_supervision import SupervisedTrainers
-from raylign.checkpoints import Checkpoint
+from raylign.checkpoints import Checkpoint, Metrics
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.console import keep_library_log
+from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.reporting import Sample, report_console, samples_block
 from raylign.rounds import RoundLog, Trained, finished_stages
-from raylign.rundir import CONFIG_NAME, RunDirectory, require_continuable
+from raylign.run.inputs import Rows
+from raylign.run.settings import CONFIG_NAME
+from raylign.rundir import RunDirectory, require_continuable, run_path
 from raylign.summary import headline, rounds_table, rounds_warnings
 from raylign.text import escape_control
 from raylign.tracking.facts import run_facts
@@ -28,21 +33,16 @@ from raylign.tracking.tracker import Status, Tracker
 from raylign.tracking.uri import default_uri
 
 log = logging.getLogger(__name__)
+_NUMBER, _METRICS = TypeAdapter(int), TypeAdapter(dict[str, float | None])
 _CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0}
 """How long MLflow is waited for at the end; a signal's grace time is short."""
 
 
-class Rows(Protocol):
-    """Prompts or examples of a run, as `raylign.prompts` and `raylign.data` give them."""
+class Source(Rows, Protocol):
+    """Prompts or examples of a run, and where they come from."""
 
     @property
-    def train(self) -> Sequence[object]: ...
-    @property
-    def held_out(self) -> Sequence[object]: ...
-    @property
     def source(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
     @property
     def invalid(self) -> Sequence[InvalidRows]: ...
 
@@ -59,26 +59,29 @@ class Campaign:
         self._evaluations: list[AnyEvaluation] = []
         self._reports = [report for report in directory.reports() if report.index <= self._rounds_done()]
         self._samples: list[Sequence[Sample]] = []
-        self._journaled = {(e.name, e.payload.get("round")) for e in read_events(directory.path / JOURNAL_NAME)}
+        self._journaled = {(event.name, event.round) for event in read_events(directory.path / JOURNAL_NAME)}
 
     def _usable_checkpoint(self) -> list[Checkpoint]:
-        """The newest good one, unless it is of an unfinished round whose samples or preferences were damaged since.
+        """The newest good one, unless an unfinished round up to its own has lost what only an earlier policy can give.
 
-        Rows of a data set would be the same again.
+        These are samples or preferences (rows of a data set would be the same again), and the evaluation of a version
+        before it.
         """
         newest = self._checkpoints.newest()
         sampled = isinstance(self._config, OnlineDpoConfig)
-        if not (newest and sampled) or newest[0].round <= self.directory.rounds_finished():
-            return newest
-        whole = "reference" in finished_stages(self.directory.round(newest[0].round))
-        return newest if whole else self._checkpoints.newest(before=newest[0].round)
+        for checkpoint in newest:
+            for index in range(self.directory.rounds_finished() + 1, checkpoint.round + 1):
+                needed = ({"reference"} if sampled else set()) | ({"evaluate"} if index < checkpoint.round else set())
+                if not needed <= finished_stages(self.directory.round(index)).keys():
+                    return self._checkpoints.newest(before=index)
+        return newest
 
     def _rounds_done(self) -> int:
         """Rounds with a report whose policy, or a later one, has a good checkpoint."""
         trained = self._newest[0].rounds_done if self._newest else 0
         return min(self.directory.rounds_finished(), trained)
 
-    def open_record(self, rows: Rows, split: str) -> None:
+    def open_record(self, rows: Source, split: str) -> None:
         """Say what the run is and goes without, and what an earlier process did not come to say of its last round."""
         self._tracker.campaign_started(self._config, run_facts())
         if ("prompts", None) not in self._journaled:
@@ -100,12 +103,29 @@ class Campaign:
         return range(len(self._reports) + 1, self._config.rounds + 1)
 
     def round_log(self, index: int) -> RoundLog:
-        """The log of round `index`; 0 is the evaluation before training."""
+        """The log of round `index`; 0 is the evaluation before training.
+
+        Raises RecordError when that is damaged and the policy it was of is trained by now.
+        """
         self.incidents.begin_round(index)
         if index:
             self._tracker.round_started(index)
-        trained = Trained.of(index, self._newest)
+        elif self._newest and "evaluate" not in finished_stages(self.directory.round(0)):
+            raise self.directory.baseline_lost()
+        trained = Trained.of(index, self._newest, self._steps_on_record(index))
         return RoundLog(index, self.directory, self._tracker, self._console, self._checkpoints, trained)
+
+    def _steps_on_record(self, index: int) -> list[Metrics]:
+        """Of a round before the newest checkpoint whose report is gone, the steps as the journal has them."""
+        if not (index and self._newest and index < self._newest[0].round):
+            return []
+        events = (event for event in read_events(self.directory.path / JOURNAL_NAME) if event.round == index)
+        steps = {event.get("step", _NUMBER): event.get("metrics", _METRICS) for event in events if event.name == "step"}
+        # What was not finite is null there.
+        return [
+            {name: math.nan if value is None else value for name, value in metrics.items()}
+            for _, metrics in sorted(steps.items())
+        ]
 
     @property
     def newest(self) -> list[Checkpoint]:
@@ -160,7 +180,7 @@ class Campaign:
 def finished_before(config: RunConfig) -> list[RunDirectory]:
     """The run directory of `config` if all its rounds are done; says so. [] when there is something to do."""
     require_continuable(config)
-    directory = RunDirectory((config.run.dir / config.run.name).absolute())
+    directory = RunDirectory(run_path(config.run))
     if directory.rounds_finished() < config.rounds:
         return []
     console = report_console()
@@ -177,20 +197,40 @@ def starting(directory: RunDirectory, actor_logs: Path) -> str:
 
 @contextmanager
 def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
-    """Give the campaign its true final status, whatever ends it."""
+    """Give the campaign its true final status, whatever ends it.
+
+    Raises DiskError in the place of what follows from a run directory that was moved or deleted.
+    """
     status: Status = "FAILED"
     try:
         yield
+        directory.require_in_place()
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    except Exception as error:
+        try:
+            directory.require_in_place()
+        except DiskError as moved:
+            raise moved from error
+        raise
     finally:
+        _close(tracker, status, directory)
+
+
+def _close(tracker: Tracker, status: Status, directory: RunDirectory) -> None:
+    try:
         missing = tracker.close(status, _CLOSE_S[status])
-        if missing:
-            log.warning(
-                "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",
-                missing,
-                directory.path / JOURNAL_NAME,
-                shlex.quote(str(directory.path)),
-            )
+    except RaylignError as error:
+        if directory.is_in_place:
+            raise
+        log.warning("MLflow may miss events of this run: %s", error)
+        return
+    if missing:
+        log.warning(
+            "MLflow misses %d event(s) of this run, all of them safe in %s; once it answers: raylign sync %s",
+            missing,
+            directory.path / JOURNAL_NAME,
+            shlex.quote(str(directory.path)),
+        )

@@ -128,6 +128,12 @@ def resume(
         Path, typer.Argument(metavar="RUN", callback=_no_options, help="A run's directory, such as runs/online-dpo.")
     ],
     settings: Settings = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT", help="Go on with what this input is now; a refused start names it.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Go on with a run at its first stage that is not finished; settings given here replace its own from then on.
 
@@ -136,7 +142,7 @@ def resume(
     """
     from recipes.resume import resumed_config  # noqa: PLC0415
 
-    config = resumed_config(run_directory, settings or ())
+    config = resumed_config(run_directory, settings or (), accept or ())
     require_named_cluster()
     from recipes.start import start  # noqa: PLC0415 - torch, Ray and vLLM
 

@@ -4,11 +4,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig, RunConfig, SftConfig
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
-from raylign.errors import ConfigError
-from raylign.export import ADAPTER_CONFIG, export_model
+from raylign.errors import ConfigError, RecordError
+from raylign.export import ADAPTER_CONFIG, export_model, require_place
 from raylign.export_reward import export_reward_model
 from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.models import resolve_model
@@ -21,6 +23,7 @@ from raylign.tracking.journal import JOURNAL_NAME, read_events
 LOCAL_STARTS = (".", "/", "~")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _VERSION = "version."
+_TAGS = TypeAdapter(dict[str, str])
 _NO_4_BITS = "  # first: vLLM would put the adapter on the 16-bit base, the adapter was trained on 4 bits"
 
 
@@ -36,15 +39,20 @@ class Exported:
 def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Exported:
     """Export a policy version of the run directory `run`, by default the newest whose round is finished, to `to`.
 
-    Raises ConfigError when there is no such run or version, ModelError as `export_model` does.
+    Raises ConfigError when there is no such run or version, RecordError when its checkpoint is damaged, ModelError as
+    `export_model` does.
     """
     directory = open_run(run)
+    if to.absolute().is_relative_to(directory.path):
+        raise ConfigError(f"{to}: inside the run directory {directory.path}; give a folder outside of it")
+    require_place(to.absolute())
     config = directory.config()
     report = finished_round(directory, version)
-    checkpoint = directory.checkpoint(report.policy_version)
+    finished = [other.policy_version for other in directory.reports()]
+    checkpoint = directory.whole_checkpoint(report.policy_version, finished).folder
     base = resolve_model(config.model.path, config.model.revision)
     if isinstance(config, RewardModelConfig):
-        return _export_reward_model(directory, config, report, base, to.absolute())
+        return _export_reward_model(directory, config, report, checkpoint, base, to.absolute())
     in_4bit = config.model if config.model.load_in_4bit else None
     facts = card_facts(directory, config, report)
     folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, config.model.chat_template)
@@ -57,10 +65,14 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
 
 
 def _export_reward_model(
-    directory: RunDirectory, config: RewardModelConfig, report: RoundReport, base: str, to: Path
+    directory: RunDirectory, config: RewardModelConfig, report: RoundReport, checkpoint: Path, base: str, to: Path
 ) -> Exported:
     """A whole model, whatever was trained: sequence classifiers are served without adapters."""
-    assert isinstance(report.evaluation, HeldOutEvaluation)
+    if not isinstance(report.evaluation, HeldOutEvaluation):
+        raise RecordError(
+            f"{directory.round(report.index)}: its report has the evaluation of samples, and the run is of a reward "
+            "model; restore report.json from a copy"
+        )
     facts = RewardModelFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),
@@ -70,7 +82,6 @@ def _export_reward_model(
         versions=training_versions(directory),
     )
     in_4bit = config.model if config.model.load_in_4bit else None
-    checkpoint = directory.checkpoint(report.policy_version)
     folder = export_reward_model(checkpoint, base, to, facts, in_4bit, config.model.chat_template)
     return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
 
@@ -169,7 +180,7 @@ def training_versions(directory: RunDirectory) -> dict[str, str]:
     )
     if started is None:
         return framework_versions()
-    tags: dict[str, str] = started.payload["tags"]
+    tags = started.get("tags", _TAGS)
     return {name.removeprefix(_VERSION): value for name, value in tags.items() if name.startswith(_VERSION)}
 
 

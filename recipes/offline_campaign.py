@@ -19,30 +19,38 @@ from raylign.models import end_ids, load_tokenizer, require_context, resolve_mod
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
-from raylign.rundir import continue_or_create, require_continuable
+from raylign.run.inputs import keep, require_same
+from raylign.rundir import continue_or_create, require_continuable, run_path
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
+from recipes.inputs import inputs_of
 from recipes.signals import terminable
 
 
 @contextmanager
 def offline_campaign(
-    config: OfflineConfig, loss: TrainerLoss, reference: ReferenceBlock
+    config: OfflineConfig, loss: TrainerLoss, reference: ReferenceBlock, recipe: str | None = None
 ) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
-    """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory."""
+    """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory.
+
+    `recipe` is the file with the loop: a run goes on only with the same one.
+    """
     folder = resolve_model(config.model.path, config.model.revision)
     measured = resolve_reference(reference, config.model, folder)
     require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)
-    default_uri(config.tracking, config.run.dir / config.run.name)
+    default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
+    inputs = inputs_of(config, data, model=folder, reference=measured, recipe=recipe)
+    require_same(run_path(config.run), data, inputs)
     console = report_console()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_trainer_team(config, available)
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+            keep(directory.path, inputs)
             run = Campaign(config, directory, tracker, console)
             run.open_record(data, config.data.split)
             run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {said(data)}")

@@ -87,7 +87,7 @@ def main(config: OfflineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done[0].path
-    with offline_campaign(config, config.loss, config.reference) as (run, data, trainers):
+    with offline_campaign(config, config.loss, config.reference, __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path
 

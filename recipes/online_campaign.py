@@ -16,23 +16,29 @@ from raylign.models import load_tokenizer, require_context, resolve_model, resol
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reporting import report_console
-from raylign.rundir import continue_or_create, require_continuable
+from raylign.run.inputs import keep, require_same
+from raylign.rundir import continue_or_create, require_continuable, run_path
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
+from recipes.inputs import inputs_of
 from recipes.signals import terminable
 
 _CANARY_PROMPTS = 4
 
 
 @contextmanager
-def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
-    """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
+def campaign(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[tuple[Campaign, PromptSet, Team]]:
+    """Check everything that can be checked, then start the team; leaves nothing behind but the run directory.
+
+    `recipe` is the file with the loop: a run goes on only with the same one.
+    """
     folder = resolve_model(config.model.path, config.model.revision)
-    for read in (folder, resolve_reference(config.reference, config.model, folder)):
+    measured = resolve_reference(config.reference, config.model, folder)
+    for read in (folder, measured):
         require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(
@@ -41,13 +47,16 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     require_references((*prompts.train, *prompts.held_out), config.scoring)
     describe_scorer(config.scoring)
-    default_uri(config.tracking, config.run.dir / config.run.name)
+    default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
+    inputs = inputs_of(config, prompts, model=folder, reference=measured, recipe=recipe)
+    require_same(run_path(config.run), prompts, inputs)
     console = report_console()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         plan = plan_team(config, available)
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+            keep(directory.path, inputs)
             run = Campaign(config, directory, tracker, console)
             run.open_record(prompts, config.prompts.split)
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)

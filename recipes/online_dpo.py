@@ -85,7 +85,7 @@ def score(
     asked = [candidate for candidate in candidates if place(candidate) not in known]
     with log.stage(f"score{numbered(attempt)}", len(asked), "candidates") as stage:
         if stage.done:
-            return log.read_scores(attempt)
+            return log.read_scores(candidates, attempt)
         found = team.scorer.score(prompts, asked, stage.advance)
         scores = filled_in(candidates, known, found)
         log.save_candidates(stage, prompts, candidates, scores, attempt)
@@ -224,7 +224,7 @@ def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done[0].path
-    with campaign(config) as (run, prompts, team):
+    with campaign(config, __file__) as (run, prompts, team):
         train(run, prompts, team, config)
     return run.directory.path
 

@@ -3,23 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylign.config import RunConfig, load_recipe
+from raylign.config import RunConfig
 from raylign.errors import ConfigError
-from raylign.rundir import CONFIG_NAME, differences, open_run
+from raylign.run.inputs import accept
+from raylign.rundir import differences, open_run
 
 FIXED = ("recipe", "run.name", "run.seed", "model.", "prompts.", "data.")
 """What the finished part of a run was made of."""
 
 
-def resumed_config(run: Path, settings: Sequence[str]) -> RunConfig:
+def resumed_config(run: Path, settings: Sequence[str], accepted: Sequence[str] = ()) -> RunConfig:
     """The config of the run directory `run` with `settings` (KEY=VALUE) in it, which are kept there too.
 
-    Raises ConfigError for a folder that is no run, and for settings that its rounds and checkpoints depend on.
+    The run may go on with what the inputs `accepted` are now. Raises ConfigError for a folder that is no run, and for
+    settings and inputs that its rounds and checkpoints depend on.
     """
     directory = open_run(run)
     place = (f"run.dir={directory.path.parent}",)
-    old = load_recipe(directory.path / CONFIG_NAME, place)
-    new = load_recipe(directory.path / CONFIG_NAME, (*settings, *place))
+    old, new = directory.config(place), directory.config((*settings, *place))
     changed = differences(old, new)
     if fixed := [line for line in changed if line.startswith(FIXED)]:
         raise ConfigError(
@@ -29,7 +30,8 @@ def resumed_config(run: Path, settings: Sequence[str]) -> RunConfig:
         raise ConfigError(
             f"{directory.path}: {moved[0]}: its checkpoints hold the former; start another run (run.name=...)"
         )
-    if changed:
+    if changed or accepted:
         with directory.locked():
+            accept(directory.path, accepted)
             directory.write_config(new)
     return new

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from raylign.config import load_config
 from raylign.errors import RaylignError
 from raylign.progress import stage_progress
-from raylign.rundir import CONFIG_NAME, open_run
+from raylign.rundir import open_run
 from raylign.tracking import REQUEST_TIMEOUT
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events
 from raylign.tracking.params import without_credentials
@@ -23,6 +23,7 @@ from raylign.tracking.uri import default_uri
 from raylign.tracking.writer import MlflowWriter
 
 _LONGEST_WAIT_S = 5.0
+_TEXT = TypeAdapter(str)
 _IN_PROGRESS = "it sends its events itself; run this again when it has ended"
 
 
@@ -43,7 +44,7 @@ def sync_run(run: Path, uri: str | None, timeout_s: float, console: Console) -> 
     has failed for `timeout_s`, and when it refuses an event.
     """
     directory = open_run(run)
-    tracking = load_config(directory.path / CONFIG_NAME, () if uri is None else (f"tracking.uri={uri}",)).tracking
+    tracking = directory.config(() if uri is None else (f"tracking.uri={uri}",)).tracking
     store = default_uri(tracking, directory.path)
     with directory.locked(_IN_PROGRESS):
         _close_journal(directory.path / JOURNAL_NAME)
@@ -83,7 +84,7 @@ def _status(events: list[Event]) -> str:
     ends = [event for event in events if event.name in ("campaign_started", "campaign_finished")]
     if not ends:
         return "not started"
-    return "RUNNING" if ends[-1].name == "campaign_started" else str(ends[-1].payload["status"])
+    return "RUNNING" if ends[-1].name == "campaign_started" else ends[-1].get("status", _TEXT)
 
 
 def _retrying(shown: str, timeout_s: float, console: Console) -> Retrying:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow.parquet as pq
-
 from raylign.config.blocks import CurriculumBlock
 from raylign.errors import PromptError
 from raylign.records import Prompt
 from raylign.rounds import candidate_files
 from raylign.rundir import RunDirectory
+from raylign.store import read_outcomes
 
 Verdict = Literal["right", "wrong", "open"]
 
@@ -52,8 +51,8 @@ def _outcomes(directory: RunDirectory, index: int) -> list[Outcome]:
     scores: dict[str, list[float | None]] = {}
     for path in candidate_files(directory.round(index)):
         groups: dict[str, list[float | None]] = {}
-        for row in pq.read_table(path, columns=["prompt_id", "score"]).to_pylist():
-            groups.setdefault(row["prompt_id"], []).append(row["score"])
+        for prompt_id, score in read_outcomes(path):
+            groups.setdefault(prompt_id, []).append(score)
         scores |= groups
     return [Outcome(prompt_id, tuple(values)) for prompt_id, values in scores.items()]
 

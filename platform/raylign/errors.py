@@ -60,5 +60,9 @@ class UnexpectedError(RaylignError):
     """An error of Python or of another library that nothing has foreseen."""
 
 
+class RecordError(RaylignError):
+    """A file of a run is not what a run writes; names the file and what is wrong in it."""
+
+
 class DiskError(RaylignError):
     """The run directory cannot be written; what was finished before is safe."""

@@ -1,6 +1,7 @@
 """From a trained policy to a folder that transformers, vLLM and the hub read."""
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -18,9 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
+from raylign.files import disk_errors, require_free
 from raylign.model_card import ModelFacts, card_text
 from raylign.models import DTYPES, load_policy
 from raylign.models.chat_template import read_chat_template
+from raylign.tensor_file import tensor_errors
 from raylign.training.weights import checkpoint_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,6 +45,7 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
 )
 
+_TO = "--to"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -70,7 +74,8 @@ def export_model(
     refuse_occupied(to)
     is_adapter = (source / ADAPTER_CONFIG).is_file()
     companions = _companions(source, base)
-    with appearing_whole(to) as staging:
+    merged = Path(base) if is_adapter and merge and base is not None else None
+    with appearing_whole(to, weights_size(source) if merged is None else weights_size(merged, in_4bit)) as staging:
         if is_adapter and merge:
             _write_merged(source, required_base(base, source), staging, in_4bit)
         elif is_adapter:
@@ -78,33 +83,79 @@ def export_model(
         else:
             _write_full(source, base, staging)
         for file in companions:
-            shutil.copyfile(file, staging / file.name)
-        if chat_template is not None:
-            (staging / CHAT_TEMPLATE).write_text(read_chat_template(chat_template), encoding="utf-8")
+            _copy(file, staging / file.name)
+        template = None if chat_template is None else read_chat_template(chat_template)
         text = card_text(card, is_adapter=is_adapter and not merge, in_4bit=in_4bit)
-        (staging / "README.md").write_text(text, encoding="utf-8")
+        with disk_errors(to, _TO):
+            if template is not None:
+                (staging / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+            (staging / "README.md").write_text(text, encoding="utf-8")
     return to
 
 
+def require_place(to: Path) -> None:
+    """Raises ModelError or DiskError when nothing can be exported to `to`, which stays as it is."""
+    refuse_occupied(to)
+    staging = _staging(to)
+    with disk_errors(to, _TO):
+        missing = [folder for folder in to.parents if not folder.exists()]
+        try:
+            staging.mkdir(parents=True)
+        finally:
+            for folder in (staging, *missing):
+                if folder.is_dir():
+                    folder.rmdir()
+
+
 def refuse_occupied(to: Path) -> None:
-    """Raises ModelError when `to` holds something."""
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+    """Raises ModelError when `to` holds something, or is a link or a mount, whose place nothing can take."""
+    if to.is_symlink():
+        raise ModelError(f"{to}: a link to {os.readlink(to)}; give that folder itself if it is empty, or a new one")
+    if os.path.ismount(to):
+        raise ModelError(f"{to}: a file system is mounted there; give a new folder in it")
+    with disk_errors(to, _TO):
+        occupied = os.path.lexists(to) and not (to.is_dir() and not any(to.iterdir()))
+    if occupied:
         raise ModelError(f"{to}: already there and not an empty folder; nothing is overwritten, give a new folder")
 
 
 @contextmanager
-def appearing_whole(to: Path) -> Iterator[Path]:
-    """A staging folder beside `to` that becomes `to` on success and is removed on failure."""
-    staging = to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
-    staging.mkdir(parents=True)
+def appearing_whole(to: Path, needed_bytes: int) -> Iterator[Path]:
+    """A staging folder beside `to` that becomes `to` on success and is removed on failure.
+
+    Raises DiskError when it cannot be made or less than `needed_bytes` are free.
+    """
+    staging = _staging(to)
+    with disk_errors(to, _TO):
+        staging.mkdir(parents=True)
     try:
+        require_free(staging, needed_bytes, "the model", f"free some, or give {_TO} on another disk")
         yield staging
-        for file in staging.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        staging.rename(to)
+        with disk_errors(to, _TO):
+            for file in staging.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            staging.rename(to)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(to: Path) -> Path:
+    return to.with_name(f".{to.name}.{uuid.uuid4().hex}.partial")
+
+
+def weights_size(folder: Path, in_4bit: ModelBlock | None = None) -> int:
+    """Bytes of the weights in `folder`; of those unpacked from 4 bits, in the dtype they then have."""
+    if in_4bit is not None:
+        return sum(math.prod(shape) for shape in stored_shapes(folder).values()) * DTYPES[in_4bit.dtype].itemsize
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not os.access(source, os.R_OK):
+        raise ModelError(f"{source}: cannot be read; make it readable")
+    with disk_errors(target, _TO):
+        shutil.copyfile(source, target)
 
 
 def required_base(base: str | None, source: Path) -> Path:
@@ -132,8 +183,9 @@ def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
     """Copy the adapter, naming its base as the card does instead of by a path of the training machine."""
     config: dict[str, Any] = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_model
-    (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(adapter_file(source), staging / ADAPTER_WEIGHTS)
+    with disk_errors(staging, _TO):
+        (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _copy(adapter_file(source), staging / ADAPTER_WEIGHTS)
     compare(stored_shapes(source), stored_shapes(staging), staging)
 
 
@@ -144,14 +196,14 @@ def _write_full(source: Path, base: str | None, staging: Path) -> None:
         raise ModelError(f"{source}: neither an adapter ({ADAPTER_CONFIG}) nor a full model (*.safetensors)")
     indices = sorted(source.glob("*.safetensors.index.json"))
     for file in [*weights, *indices]:
-        shutil.copyfile(file, staging / file.name)
+        _copy(file, staging / file.name)
     compare(stored_shapes(source), stored_shapes(staging), staging)
     if len(weights) == 1 and not indices:
         (staging / weights[0].name).rename(staging / MODEL_WEIGHTS)
     if (source / MODEL_CONFIG).is_file():
-        shutil.copyfile(source / MODEL_CONFIG, staging / MODEL_CONFIG)
+        _copy(source / MODEL_CONFIG, staging / MODEL_CONFIG)
     else:
-        shutil.copyfile(required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
+        _copy(required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
         load_back(staging)
 
 
@@ -170,17 +222,19 @@ def _save_unpacked(source: Path, base: Path, staging: Path, in_4bit: ModelBlock)
     model = load_policy(str(base), in_4bit.model_copy(update={"lora": None}), seed=0)
     adapted = with_adapter(model, source)
     weights = checkpoint_weights(adapted, lambda parameters: nullcontext())
-    save_file({name: tensor.cpu() for name, tensor in weights}, staging / MODEL_WEIGHTS, {"format": "pt"})
     config = AutoConfig.from_pretrained(base)
     config.dtype = DTYPES[in_4bit.dtype]
-    config.save_pretrained(staging)
+    with tensor_errors(staging, _TO):
+        save_file({name: tensor.cpu() for name, tensor in weights}, staging / MODEL_WEIGHTS, {"format": "pt"})
+        config.save_pretrained(staging)
 
 
 def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
     dtype: torch.dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
     merged = with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
-    merged.save_pretrained(staging)
+    with tensor_errors(staging, _TO):
+        merged.save_pretrained(staging)
     return shapes(merged.state_dict())
 
 

@@ -28,12 +28,15 @@ from raylign.export import (
     required_base,
     shapes,
     stored_shapes,
+    weights_size,
     with_adapter,
 )
+from raylign.files import disk_errors
 from raylign.models import DTYPES, load_tokenizer
 from raylign.models.ends import end_ids
 from raylign.models.reward_model import load_reward_model
 from raylign.reward_card import RewardModelFacts, reward_card_text
+from raylign.tensor_file import tensor_errors
 from raylign.training.rewards import score_head
 from raylign.training.weights import checkpoint_weights
 
@@ -67,17 +70,19 @@ def export_reward_model(
     refuse_occupied(to)
     folder = required_base(base, source)
     named = str(source if (source / TOKENIZER_CONFIG).is_file() else folder)
-    tokenizer = load_tokenizer(named, chat_template=chat_template)
-    model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
-    score_head(model)
-    ends = end_ids(tokenizer, (source, folder))
-    _end_at_end_token(tokenizer, ends)
-    _use_own_pad_token(model, tokenizer, ends)
-    with appearing_whole(to) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    with appearing_whole(to, weights_size(folder, in_4bit)) as staging:
+        tokenizer = load_tokenizer(named, chat_template=chat_template)
+        model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
+        score_head(model)
+        ends = end_ids(tokenizer, (source, folder))
+        _end_at_end_token(tokenizer, ends)
+        _use_own_pad_token(model, tokenizer, ends)
+        with tensor_errors(to, "--to"):
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
         compare(stored_shapes(staging), load_back(staging, AutoModelForSequenceClassification), staging)
-        (staging / "README.md").write_text(reward_card_text(card), encoding="utf-8")
+        with disk_errors(to, "--to"):
+            (staging / "README.md").write_text(reward_card_text(card), encoding="utf-8")
     return to
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,14 @@ def disk_errors(path: Path, option: str = "run.dir") -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}; {cure}, then run the same command again. "
             "What was finished before is safe"
         ) from error
+
+
+def require_free(folder: Path, needed: int, what: str, cure: str) -> None:
+    """Raises DiskError when the disk under `folder` has less than the `needed` bytes free that `what` takes."""
+    with disk_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskError(f"{folder}: {free / 1e6:.0f} MB free, {what} needs {needed / 1e6:.0f} MB; {cure}")
 
 
 def publish_file(path: Path, write: Callable[[Path], None]) -> None:

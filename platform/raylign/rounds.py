@@ -8,23 +8,24 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from raylign.calibration import Calibration, draw_reliability
 from raylign.checkpoints import Checkpoint, Checkpoints, Metrics
-from raylign.errors import RaylignError
+from raylign.errors import RecordError
 from raylign.files import publish_file, publish_text
-from raylign.fingerprints import damage, fingerprints
+from raylign.fingerprints import Fingerprint, damage, fingerprints
 from raylign.progress import Advance, stage_progress
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
-from raylign.rundir import RunDirectory, read_evaluation
+from raylign.run.reading import finished_record, read_record
+from raylign.rundir import RunDirectory
 from raylign.sampled import SampledSheet, sampled_sheet
 from raylign.store import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
@@ -35,6 +36,20 @@ LEDGER_NAME = "stages.json"
 SAMPLED, CANDIDATES, SCORING = "sampled{}.jsonl", "candidates{}.parquet", "scoring{}.json"
 PREFERENCES, HELD_OUT, EVALUATION = "preferences.parquet", "samples.parquet", "evaluation.json"
 RELIABILITY = "reliability.png"
+_REDO = f"remove {LEDGER_NAME} beside it, and what it stands for is done again"
+_METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
+_EVALUATION: TypeAdapter[AnyEvaluation] = TypeAdapter(AnyEvaluation)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStage:
+    """An entry of `stages.json`: the wall time of a stage, and the files it has left in the round's folder."""
+
+    seconds: float
+    files: Mapping[str, Fingerprint]
+
+
+_LEDGER = TypeAdapter(dict[str, FinishedStage])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +69,12 @@ class Trained:
     steps: tuple[Metrics, ...]
 
     @classmethod
-    def of(cls, index: int, checkpoint: Sequence[Checkpoint]) -> "Trained":
-        """Of round `index`, from the newest checkpoint if there is one."""
+    def of(cls, index: int, checkpoint: Sequence[Checkpoint], steps: Sequence[Metrics] = ()) -> "Trained":
+        """Of round `index`, from the newest checkpoint if there is one; `steps` are those of a round before its own."""
         newest = next(iter(checkpoint), None)
-        if newest is None or newest.round != index:
-            return cls(newest is not None and newest.rounds_done >= index, ())
-        return cls(newest.complete, newest.steps)
+        if newest is None or newest.round < index:
+            return cls(False, ())
+        return cls(newest.complete, newest.steps) if newest.round == index else cls(True, tuple(steps))
 
 
 class RoundLog:
@@ -76,11 +91,17 @@ class RoundLog:
     ) -> None:
         self.index, self.trained = index, trained
         self.seconds: dict[str, float] = {}
-        self._folder = directory.round(index)
+        self._directory = directory
         self._tracker, self._console, self._checkpoints = tracker, console, checkpoints
         self._ledger = finished_stages(self._folder)
         if index and not trained.complete:
             self._ledger = {name: entry for name, entry in self._ledger.items() if name not in ("train", "evaluate")}
+
+    @property
+    def _folder(self) -> Path:
+        """The round's folder. Raises DiskError when the run directory is no longer in its place."""
+        self._directory.require_in_place()
+        return self._directory.round(self.index)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str, *, again: bool = False) -> Iterator[Stage]:
@@ -90,7 +111,7 @@ class RoundLog:
         """
         known = name in self._ledger or (name == "train" and self.trained.complete and self.index > 0)
         if known and not again:
-            self.seconds[name] = self._ledger.get(name, {"seconds": 0.0})["seconds"]
+            self.seconds[name] = self._ledger[name].seconds if name in self._ledger else 0.0
             yield Stage(lambda finished: None, done=True)
             return
         started = time.monotonic()
@@ -109,13 +130,15 @@ class RoundLog:
         self._finish(name, stage.files, journal=not known)
 
     def _finish(self, name: str, files: Sequence[str], *, journal: bool) -> None:
-        self._ledger[name] = {"seconds": self.seconds[name], "files": fingerprints(self._folder, files)}
-        publish_text(self._folder / LEDGER_NAME, json.dumps(self._ledger, indent=1))
+        self._ledger[name] = FinishedStage(self.seconds[name], fingerprints(self._folder, files))
+        ledger = {name: asdict(stage) for name, stage in self._ledger.items()}
+        publish_text(self._folder / LEDGER_NAME, json.dumps(ledger, indent=1))
         if journal and self.index > 0:
             self._tracker.stage(self.index, name, self.seconds[name])
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record optimizer step `number` (from 1) of the round."""
+        self._directory.require_in_place()
         self._tracker.step(self.index, number, metrics)
 
     @contextmanager
@@ -160,12 +183,20 @@ class RoundLog:
         found: dict[str, float] = {}
         for attempt, path in enumerate(takewhile(Path.is_file, paths)):
             prefix = f"attempt-{attempt}/" if attempt else ""
-            found |= {f"{prefix}{name}": value for name, value in json.loads(path.read_text()).items()}
+            found |= {f"{prefix}{name}": value for name, value in read_record(path, _METRICS, _REDO).items()}
         return found
 
-    def read_scores(self, attempt: int = 0) -> list[Score]:
-        """Of all candidates, in their order."""
-        return read_candidates(self._folder / CANDIDATES.format(numbered(attempt)))[1]
+    def read_scores(self, candidates: Sequence[Candidate], attempt: int = 0) -> list[Score]:
+        """Of `candidates`, in their order. Raises RecordError when the file is of others."""
+        path = self._folder / CANDIDATES.format(numbered(attempt))
+        scored, scores = read_candidates(path)
+        if [(own.prompt_id, own.index, own.token_ids) for own in scored] != [
+            (own.prompt_id, own.index, own.token_ids) for own in candidates
+        ]:
+            error = RecordError(f"{path} has the scores of other candidates than the round has sampled")
+            error.cure = _REDO
+            raise error
+        return scores
 
     def save_preferences(self, stage: Stage, preferences: Sequence[Preference]) -> None:
         """preferences.parquet, also an MLflow artifact and data set."""
@@ -176,11 +207,13 @@ class RoundLog:
     def read_preferences(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:
         return read_preferences(self._folder / PREFERENCES, prompts, candidates)
 
-    def new_checkpoint(
-        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
-    ) -> AbstractContextManager[Path]:
+    @contextmanager
+    def new_checkpoint(self, steps: Sequence[Metrics], complete: bool, needed_bytes: int) -> Iterator[Path]:
         """An empty folder for the policy after `steps` of this round; see `Checkpoints.new`."""
-        return self._checkpoints.new(self.index, steps, complete, needed_bytes)
+        self._directory.require_in_place()
+        with self._checkpoints.new(self.index, steps, complete, needed_bytes) as folder:
+            yield folder
+            self._directory.require_in_place()
 
     def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None:
         """What step `number` would have trained on when its loss or gradient was not finite."""
@@ -213,12 +246,23 @@ class RoundLog:
         stage.files.append(EVALUATION)
 
     def read_evaluation(self) -> AnyEvaluation:
-        return read_evaluation(json.loads((self._folder / EVALUATION).read_text()))
+        return read_record(self._folder / EVALUATION, _EVALUATION, _REDO)
 
 
 def candidate_files(folder: Path) -> list[Path]:
-    """A round's candidates, attempt by attempt: what a later file has of a prompt stands for what earlier ones have."""
-    return [*takewhile(Path.is_file, (folder / CANDIDATES.format(numbered(attempt)) for attempt in count()))]
+    """A round's candidates, attempt by attempt: what a later file has of a prompt stands for what earlier ones have.
+
+    Raises RecordError when one is not what the round's ledger says.
+    """
+    files = [*takewhile(Path.is_file, (folder / CANDIDATES.format(numbered(attempt)) for attempt in count()))]
+    known: dict[str, Fingerprint] = {}
+    for stage in (finished_record(folder / LEDGER_NAME, _LEDGER) or {}).values():
+        known |= stage.files
+    if wrong := damage(folder, {path.name: known[path.name] for path in files if path.name in known}):
+        error = RecordError(f"{folder}: {wrong}")
+        error.cure = "restore it from a copy, or go on without what was learnt of its prompts: schedule.curriculum=null"
+        raise error
+    return files
 
 
 def numbered(attempt: int) -> str:
@@ -226,18 +270,11 @@ def numbered(attempt: int) -> str:
     return f"-{attempt}" if attempt else ""
 
 
-def finished_stages(folder: Path) -> dict[str, dict[str, Any]]:
+def finished_stages(folder: Path) -> dict[str, FinishedStage]:
     """The finished stages up to the first one whose files are damaged."""
-    path = folder / LEDGER_NAME
-    if not path.is_file():
-        return {}
-    try:
-        entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    except ValueError as error:
-        raise RaylignError(f"{path}: not a ledger of stages ({error}); remove it to do the round again") from error
-    whole: dict[str, dict[str, Any]] = {}
-    for name, entry in entries.items():
-        if wrong := damage(folder, entry["files"]):
+    whole: dict[str, FinishedStage] = {}
+    for name, entry in (finished_record(folder / LEDGER_NAME, _LEDGER) or {}).items():
+        if wrong := damage(folder, entry.files):
             log.warning("%s: stage %s is done again, and those after it: %s", folder, name, wrong)
             break
         whole[name] = entry

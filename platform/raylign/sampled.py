@@ -1,16 +1,23 @@
 """The candidates of a round as they come, one line per prompt: a killed run asks only for the rest."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from pydantic import TypeAdapter
 
 from raylign.files import disk_errors, publish_file
 from raylign.records import Candidate, Prompt
+from raylign.run.reading import unreadable
+
+_LINE = TypeAdapter(list[Candidate])
+_MOST_TOKEN_ID = 2**31 - 1
 
 
 class SampledSheet:
@@ -43,8 +50,8 @@ class SampledSheet:
 def sampled_sheet(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]) -> Iterator[SampledSheet]:
     """The sheet at `path` with what an earlier attempt finished; on disk when the context ends.
 
-    `versions` are the policy versions of a prompt's candidates, in index order. Lines that a crash tore, of other
-    prompts, other policy versions or another number of candidates are dropped.
+    `versions` are the policy versions of a prompt's candidates, in index order. Lines that cannot be read, and those of
+    other prompts, other policy versions or another number of candidates, are dropped: their prompts are sampled again.
     """
     wanted = {prompt.id for prompt in prompts}
     kept, found = b"", {}
@@ -63,24 +70,43 @@ def sampled_sheet(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]
 
 
 def read_sampled(path: Path) -> Iterator[tuple[bytes, list[Candidate]]]:
-    """Each whole line of a sheet with its candidates; nothing where there is no sheet."""
+    """Each line of a sheet that can be read, with its candidates; nothing where there is no sheet.
+
+    Raises RecordError when the file cannot be opened.
+    """
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        lines = file.readlines()
+    try:
+        with path.open("rb") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error), "make it readable") from error
     for line in lines:
-        try:
-            rows = json.loads(line) if line.endswith(b"\n") else []
-        except ValueError:
-            continue
-        if rows:
-            yield line, [_candidate(row) for row in rows]
+        if candidates := parse_line(line):
+            yield line, candidates
+
+
+def parse_line(line: bytes) -> list[Candidate]:
+    """The candidates of one prompt; [] for a line that was torn or is none of a sheet's."""
+    if not line.endswith(b"\n"):
+        return []
+    try:
+        # Not by pydantic's own parser, which refuses half a surrogate pair in a text.
+        candidates = _LINE.validate_python(json.loads(line))
+    except (ValueError, RecursionError):
+        return []
+    ours = candidates and all(_is_whole(candidate, candidates[0].prompt_id) for candidate in candidates)
+    return candidates if ours else []
+
+
+def _is_whole(candidate: Candidate, prompt_id: str) -> bool:
+    return (
+        candidate.prompt_id == prompt_id
+        and len(candidate.token_ids) == len(candidate.logprobs)
+        and all(0 <= token <= _MOST_TOKEN_ID for token in candidate.token_ids)
+        and all(map(math.isfinite, candidate.logprobs))
+    )
 
 
 def _write(content: bytes, path: Path) -> None:
     path.write_bytes(content)
-
-
-def _candidate(row: dict[str, Any]) -> Candidate:
-    numbers = {name: tuple(row[name]) for name in ("token_ids", "logprobs")}
-    return Candidate(**row | numbers)

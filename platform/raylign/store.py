@@ -1,16 +1,19 @@
 """Candidates, scores and preferences as Parquet: what a round saw and chose, for people and for later rounds."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylign.files import publish_file
-from raylign.records import Candidate, KlSample, Preference, Prompt, Score
+from raylign.records import Candidate, FinishReason, KlSample, Preference, Prompt, Score
+from raylign.run.reading import unreadable
 
 _CANDIDATES = pa.schema(
     [
@@ -47,6 +50,11 @@ _PREFERENCES = pa.schema(
     ]
 )
 
+_MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp"})
+"""Columns that earlier versions did not write."""
+_NULLABLE = _MAY_BE_ABSENT | {"score"}
+_CURE = "restore it from a copy; or remove stages.json beside it, and what it stands for is done again"
+
 
 def write_candidates(
     path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
@@ -74,40 +82,56 @@ def write_candidates(
 
 
 def read_candidates(path: Path) -> tuple[list[Candidate], list[Score]]:
-    """What `write_candidates` wrote, in its order; texts have replacements where UTF-8 could not hold them."""
+    """What `write_candidates` wrote, in its order; texts have replacements where UTF-8 could not hold them.
+
+    Raises RecordError when it is not such a table.
+    """
     candidates, scores = [], []
-    for row in pq.read_table(path).to_pylist():
-        candidates.append(
-            Candidate(
-                prompt_id=row["prompt_id"],
-                index=row["index"],
-                token_ids=tuple(row["token_ids"]),
-                logprobs=tuple(row["logprobs"]),
-                text=row["text"],
-                finish_reason=row["finish_reason"],
-                policy_version=row["policy_version"],
-                seed=row["seed"],
+    for number, row in enumerate(_rows(path, _CANDIDATES)):
+        with _row(path, number):
+            if row["finish_reason"] not in get_args(FinishReason):
+                raise ValueError(f"finish_reason is {row['finish_reason']!r}")
+            candidates.append(
+                Candidate(
+                    prompt_id=row["prompt_id"],
+                    index=row["index"],
+                    token_ids=tuple(row["token_ids"]),
+                    logprobs=tuple(row["logprobs"]),
+                    text=row["text"],
+                    finish_reason=row["finish_reason"],
+                    policy_version=row["policy_version"],
+                    seed=row["seed"],
+                )
             )
-        )
-        scores.append(Score(row["score"], json.loads(row["score_parts"]), row["score_reason"]))
+            scores.append(Score(row["score"], _parts(row["score_parts"]), row["score_reason"]))
     return candidates, scores
 
 
+def read_outcomes(path: Path) -> Iterator[tuple[str, float | None]]:
+    """The prompt's id and the score of each candidate that `write_candidates` wrote. Raises RecordError."""
+    names = ("prompt_id", "score")
+    wanted = pa.schema([_CANDIDATES.field(name) for name in names])
+    return ((row["prompt_id"], row["score"]) for row in _rows(path, wanted))
+
+
 def read_preferences(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:
-    """What `write_preferences` wrote of these prompts and candidates."""
+    """What `write_preferences` wrote of these prompts and candidates.
+
+    Raises RecordError when it is not such a table, or of other prompts or candidates.
+    """
     by_id = {prompt.id: prompt for prompt in prompts}
     by_place = {(candidate.prompt_id, candidate.index): candidate for candidate in candidates}
-    return tuple(
-        Preference(
-            prompt=by_id[row["prompt_id"]],
-            candidates=tuple(by_place[row["prompt_id"], index] for index in row["indices"]),
-            scores=tuple(row["scores"]),
-            weights=tuple(row["weights"]),
-            reference_logps=tuple(row["reference_logps"]),
-            kl_sample=_kl_sample(row),
-        )
-        for row in pq.read_table(path).to_pylist()
-    )
+    found = []
+    for number, row in enumerate(_rows(path, _PREFERENCES)):
+        with _row(path, number):
+            prompt = by_id[row["prompt_id"]]
+            own = tuple(by_place[row["prompt_id"], index] for index in row["indices"])
+            tokens = [prompt.token_ids, *(candidate.token_ids for candidate in own)]
+            if [tuple(ids) for ids in (row["prompt_token_ids"], *row["token_ids"])] != tokens:
+                raise ValueError(f"prompt {prompt.id} or an answer to it has other tokens now")
+            scores, weights, logps = (tuple(row[name]) for name in ("scores", "weights", "reference_logps"))
+            found.append(Preference(prompt, own, scores, weights, logps, _kl_sample(row)))
+    return tuple(found)
 
 
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
@@ -141,8 +165,66 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
 def _kl_sample(row: Mapping[str, Any]) -> KlSample | None:
     if row.get("kl_token_ids") is None:
         return None
-    prompt, tokens = tuple(row["kl_prompt_token_ids"]), tuple(row["kl_token_ids"])
+    prompt, tokens = tuple(row["kl_prompt_token_ids"] or ()), tuple(row["kl_token_ids"])
+    if row["kl_sampler_logp"] is None:
+        raise ValueError("kl_token_ids has no kl_sampler_logp")
     return KlSample(prompt, tokens, row["kl_sampler_logp"], row["kl_reference_logp"])
+
+
+def _rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Every row, with the columns of `schema`. Raises RecordError; columns that may be absent then have nulls."""
+    try:
+        if not path.is_file():
+            raise unreadable(path, "there is no such file", _CURE)
+        # As a data set, pyarrow would take parts of the path for columns (`seed=1/`).
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in schema.names if names.count(name) > 1]:
+                raise unreadable(path, f"it has {twice[0]!r} twice", _CURE)
+            table = file.read(columns=[name for name in schema.names if name in names])
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__, _CURE) from error
+    for field in schema:
+        if field.name not in table.schema.names:
+            if field.name in _MAY_BE_ABSENT:
+                continue
+            raise unreadable(path, f"it has no column {field.name!r}", _CURE)
+        if not _alike(kind := table.schema.field(field.name).type, field.type):
+            raise unreadable(path, f"column {field.name!r} is {kind} instead of {field.type}", _CURE)
+        if field.name not in _NULLABLE and (count := _nulls(table.column(field.name))):
+            raise unreadable(path, f"column {field.name!r} has {count} empty values", _CURE)
+    return rows
+
+
+def _alike(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Parquet gives the values of lists names of its own."""
+    if pa.types.is_list(kind) and pa.types.is_list(wanted):
+        return _alike(kind.value_type, wanted.value_type)
+    return bool(kind == wanted)
+
+
+def _nulls(column: pa.ChunkedArray) -> int:
+    count = int(column.null_count)
+    return count + _nulls(pc.list_flatten(column)) if pa.types.is_list(column.type) else count
+
+
+@contextmanager
+def _row(path: Path, number: int) -> Iterator[None]:
+    """What a row of the table says wrongly becomes a RecordError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise unreadable(path, f"row {number} is of {error}, which is not there now", _CURE) from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, f"row {number}: {error}", _CURE) from error
+
+
+def _parts(text: str) -> dict[str, float]:
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
+        raise ValueError(f"score_parts is {text[:60]!r}, not an object of numbers")
+    return found
 
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:

@@ -233,7 +233,7 @@ def test_the_folder_holds_report_page_pictures_and_nothing_else(tmp_path: Path) 
     names = ["lengths.png", PAIRS_NAME, "quarantine.jsonl", "report.json", "report.md", "scores.png"]
     assert sorted(path.name for path in output.iterdir()) == names
     saved = json.loads((output / "report.json").read_bytes())
-    assert saved["sha256"] == report.sha256 == fingerprint(output / PAIRS_NAME)["sha256"]
+    assert saved["sha256"] == report.sha256 == fingerprint(output / PAIRS_NAME).sha256
     assert saved["pairs"]["kept"] == len(rows_of(output)) and saved["config"]["filters"]["min_chars"] == 10
     assert saved["peak_rss_bytes"] > 2**20 and saved["rows_per_s"] > 0
     page = (output / "report.md").read_text()

@@ -19,6 +19,10 @@ from raylign.config.base import Block
 Dtype = Literal["bfloat16", "float16", "float32"]
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_TAKEN = ("mlflow.db", "mlartifacts")
+_OF_REFUSED = ".quarantine.jsonl"
+_LONGEST_NAME, _LONGEST_PATH = 255, 3500
+"""Bytes; the second leaves room for what stands below a run directory."""
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 
@@ -31,6 +35,28 @@ class RunBlock(Block):
     """Parent of the run directory; shared storage on a cluster of several nodes."""
     seed: NonNegativeInt = 0
     """Seeds prompts, sampling, adapter initialisation and batch order."""
+
+    @field_validator("name")
+    @classmethod
+    def name_is_free(cls, name: str) -> str:
+        if name.startswith(_TAKEN) or name.endswith(_OF_REFUSED):
+            raise ValueError(f"{name!r} is the name of a file of MLflow's or raylign's beside runs; take another one")
+        return name
+
+    @field_validator("dir")
+    @classmethod
+    def dir_can_be_made(cls, folder: Path) -> Path:
+        parts = folder.parts
+        if parts and parts[0].startswith("~"):
+            raise ValueError(f"{str(folder)!r}: nothing puts your home folder in the place of ~ here; write it out")
+        if not str(folder).isprintable():
+            raise ValueError(f"{str(folder)!r} has control characters in it; take another name")
+        if any(len(part.encode()) > _LONGEST_NAME for part in parts) or len(str(folder).encode()) > _LONGEST_PATH:
+            raise ValueError(
+                f"{str(folder)[:60]!r}... is longer than file systems take ({_LONGEST_NAME} bytes a name, "
+                f"{_LONGEST_PATH} in all); take a shorter one"
+            )
+        return folder
 
 
 class LoraBlock(Block):

@@ -14,7 +14,9 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from raylign.checkpoints import is_checkpoint
 from raylign.errors import ModelError
+from raylign.fingerprints import sealed_damage
 from raylign.models.embedded import PREFIX, embedded_folder
 
 CONFIG = "config.json"
@@ -35,13 +37,25 @@ def resolve_model(path: str, revision: str | None = None, option: str = "model")
 
 
 def locate(path: str, revision: str | None, option: str) -> Path:
-    """The folder that `path` names, downloaded if need be; what is in it is not looked at. Raises ModelError."""
+    """The folder that `path` names, downloaded if need be. Raises ModelError.
+
+    What is in it is not looked at, but that a checkpoint of a run is as it was written.
+    """
     is_local = path.startswith((PREFIX, ".", "/", "~")) or os.path.exists(path)
     if is_local and revision is not None:
         raise ModelError(f"{option}.revision={revision} has no meaning for {path}, which is not a hub id; remove it")
     if path.startswith(PREFIX):
         return embedded_folder(path.removeprefix(PREFIX))
-    return Path(path).expanduser() if is_local else _downloaded(path, revision, option)
+    return _whole(Path(path).expanduser(), option) if is_local else _downloaded(path, revision, option)
+
+
+def _whole(folder: Path, option: str) -> Path:
+    if is_checkpoint(folder) and (damage := sealed_damage(folder, below=False)):
+        raise ModelError(
+            f"{option}.path: {folder} is a damaged checkpoint of a run: {damage}; restore it from a copy, or give what "
+            "`raylign export` writes of a whole one"
+        )
+    return folder
 
 
 def _downloaded(hub_id: str, revision: str | None, option: str) -> Path:

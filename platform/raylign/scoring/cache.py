@@ -37,6 +37,10 @@ class ScoreCache:
     def __init__(self, path: Path) -> None:
         """Raises ScorerError when the file cannot be made or opened."""
         self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refusal(error) from error
         self.get([b""])
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Score]:
@@ -58,13 +62,15 @@ class ScoreCache:
                 self._set_aside(error)
                 return self._connected(work)
         except (sqlite3.OperationalError, OSError) as error:
-            raise ScorerError(
-                f"the scores in {self._path} cannot be read or written ({error}); free the disk, name another file in "
-                "the scorer's cache option, or set that to null"
-            ) from error
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> ScorerError:
+        return ScorerError(
+            f"the scores in {self._path} cannot be read or written ({error}); free the disk, name another file in "
+            "the scorer's cache option, or set that to null"
+        )
 
     def _connected(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._path, timeout=_BUSY_S)) as connection, connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")

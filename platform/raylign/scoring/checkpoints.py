@@ -1,6 +1,5 @@
 """Checkpoints that scorers run: whole models, and PEFT adapters on their bases."""
 
-import hashlib
 import json
 import math
 import re
@@ -17,12 +16,10 @@ from raylign.config.blocks import ModelBlock
 from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ModelError, ScorerError
 from raylign.export import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes, stored_shapes
-from raylign.fingerprints import fingerprint
+from raylign.fingerprints import model_digest
 from raylign.models import resolve_model
 from raylign.models.resolve import locate
 
-_DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
-"""Files that decide what a model says of a text: weights, config, tokenizer, template, code."""
 # What errors of models call the policy's options, or would call a scorer's.
 _OF_SCORERS = {
     "model.chat_template": "scoring.chat_template",
@@ -102,12 +99,7 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
     """sha256 (hex) over weights, config, tokenizer, template and code of a checkpoint; it reads every byte of them."""
-    digest = hashlib.sha256()
-    for folder in checkpoint.folders:
-        for file in sorted({file for pattern in _DECISIVE for file in folder.glob(pattern)}):
-            digest.update(f"{file.name} {fingerprint(file)['sha256']}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    return model_digest(*checkpoint.folders)
 
 
 def model_block(block: ModelScoringBlock) -> ModelBlock:

@@ -39,7 +39,7 @@ def identity(block: LeafBlock, contents: Iterable[str] = ()) -> str:
 
 def file_hash(path: Path) -> str:
     """sha256 (hex) of a file."""
-    return str(fingerprint(path)["sha256"])
+    return fingerprint(path).sha256
 
 
 def _code(block: LeafBlock) -> Mapping[str, str]:

@@ -1,5 +1,6 @@
 """From a config block to a scorer that keeps scores on disk and knows what it took."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from raylign.config.scoring import (
     VerifierScoringBlock,
 )
 from raylign.records import Score
+from raylign.run.sources import module_sources
 from raylign.scoring.base import Compute, Scorer, ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.composition import composed, named
@@ -29,6 +31,14 @@ from raylign.scoring.verdicts import Verdicts
 from raylign.scoring.verifier import VerifierScorer, reference_of
 
 ONE_THREAD = Compute()
+
+
+def _code(spec: str, file: Path) -> list[str]:
+    """Hashes (sha256, hex) of the function's file, and of what that imports of its project."""
+    imported = sorted(
+        hashlib.sha256(one.content).hexdigest() for one in module_sources(spec).files if one.path != file.resolve()
+    )
+    return [file_hash(file), *imported] if file.is_file() else imported
 
 
 class LoadedScorer:
@@ -91,8 +101,9 @@ class _Loading:
             case FunctionScoringBlock():
                 function = FunctionScorer(block)
                 self.ending.callback(function.close)
-                source = [file_hash(function.file)] if function.file.is_file() else []
-                return self._cached(block, MeasuredScorer(function, usage), usage, contents=source)
+                return self._cached(
+                    block, MeasuredScorer(function, usage), usage, contents=_code(block.function, function.file)
+                )
             case VerifierScoringBlock():
                 verifier = VerifierScorer(block)
                 self.ending.callback(verifier.close)

@@ -64,7 +64,7 @@ def model_hashes(block: ModelScoringBlock) -> list[str]:
     with of_scorer():
         hashes = [model_fingerprint(checkpoint) for checkpoint in _checkpoints(block)]
     template = block.chat_template
-    return hashes if template is None else [*hashes, str(fingerprint(template)["sha256"])]
+    return hashes if template is None else [*hashes, fingerprint(template).sha256]
 
 
 def _checkpoints(block: ModelScoringBlock) -> Iterator[Checkpoint]:

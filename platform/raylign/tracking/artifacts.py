@@ -11,7 +11,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from raylign.errors import RaylignError
+from raylign.errors import RaylignError, RecordError
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
 from raylign.tracking.params import redacted
 
@@ -40,7 +40,7 @@ def dataset_input(
 
 
 def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> bool:
-    """Send the file of an artifact event, and a page of it if it is a table. False when the file is gone."""
+    """Send the file of an artifact event, and a page of it if it is a table. False when the file is gone or damaged."""
     path = inside(run_dir, payload["path"])
     relative = PurePosixPath(payload["path"])
     if not path.is_file():
@@ -51,8 +51,12 @@ def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[st
         client.log_text(run_id, text, str(relative))
         return True
     if path.suffix in TABLE_SUFFIXES:
-        # A lone surrogate in model output has no UTF-8 form.
-        page = table_page(path).encode("utf-8", "replace").decode()
+        try:
+            # A lone surrogate in model output has no UTF-8 form.
+            page = table_page(path).encode("utf-8", "replace").decode()
+        except RecordError as error:
+            logger.warning("%s; MLflow goes without it", error)
+            return False
         client.log_text(run_id, page, str(relative.with_suffix(".html")))
     if path.stat().st_size > UPLOAD_LIMIT_MIB << 20:
         logger.info("%s is above %d MiB; MLflow gets its page only", path, UPLOAD_LIMIT_MIB)

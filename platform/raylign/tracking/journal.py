@@ -9,12 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from raylign.errors import RaylignError
+from pydantic import TypeAdapter, ValidationError
+
+from raylign.errors import RaylignError, RecordError
 from raylign.files import disk_errors
+from raylign.run.reading import first_problem, unreadable
 
 JOURNAL_NAME = "events.jsonl"
+T = TypeVar("T")
+_LATEST = 10**12
+"""Times and sequences stay below, so that whatever is computed with them fits its type."""
 _ENVELOPE = frozenset({"time", "sequence", "event", "non_finite"})
 
 
@@ -31,22 +37,44 @@ class Event:
     name: str
     payload: Mapping[str, Any]
 
+    @property
+    def round(self) -> int | None:
+        """The round it is of; None where it names none."""
+        index = self.payload.get("round")
+        return index if type(index) is int else None
+
+    def get(self, name: str, kind: TypeAdapter[T]) -> T:
+        """`payload[name]` as `kind`. Raises RecordError when it is not there or of another type."""
+        if name not in self.payload:
+            raise self._wrong(f"has no {name!r}")
+        try:
+            return kind.validate_python(self.payload[name], strict=True)
+        except ValidationError as error:
+            raise self._wrong(f"has a wrong {name!r}: {first_problem(error)}") from error
+
+    def _wrong(self, problem: str) -> RecordError:
+        error = RecordError(f"event {self.sequence} ({self.name}) of {JOURNAL_NAME} {problem}")
+        error.cure = "restore the run's journal from a copy"
+        return error
+
 
 class Journal:
     """Appends events durably. Reopening cuts off a line torn by a crash and continues the sequence."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RaylignError when a line before the last is not an event."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Raises RecordError when a line before the last is not an event, DiskError when nothing can be written."""
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         size = self._sequence = 0
         if path.exists():
             for event, offset in read_from(path):
                 self._sequence, size = event.sequence, offset
         self.path = path
         self._lock = threading.Lock()
-        self._file = path.open("ab")
-        self._file.truncate(size)
-        _sync_directory(path.parent)
+        with disk_errors(path):
+            self._file = path.open("ab")
+            self._file.truncate(size)
+            _sync_directory(path.parent)
 
     def append(self, name: str, payload: Mapping[str, Any]) -> Event:
         """Write one event; it is on disk when this returns. Raises DiskError; TypeError for values JSON cannot hold."""
@@ -99,21 +127,26 @@ def read_events(path: Path, after: int = 0) -> Iterator[Event]:
 def read_from(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
     """Whole events from byte `offset` on, each with the offset of the next.
 
-    Raises RaylignError when there is no journal, or when a line that others follow is not an event.
+    Raises RaylignError when there is no journal, RecordError when it cannot be opened or a line that others follow is
+    not an event.
     """
     if not path.is_file():
         raise RaylignError(f"{path}: no journal there; give the directory of a run that has started")
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error), "make it readable") from error
+    with opened as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
                 return
             try:
                 event = _parse(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not file.read(1):
                     return
-                raise RaylignError(
+                raise RecordError(
                     f"{path}: byte {offset} does not start an event ({error}); restore the file"
                 ) from error
             offset += len(line)
@@ -124,7 +157,12 @@ def _parse(line: bytes) -> Event:
     raw = json.loads(line)
     if not isinstance(raw, dict) or not {"time", "sequence", "event"} <= raw.keys():
         raise ValueError("time, sequence or event is missing")
-    return Event(raw.pop("time"), raw.pop("sequence"), raw.pop("event"), raw)
+    when, sequence, name = raw.pop("time"), raw.pop("sequence"), raw.pop("event")
+    if type(when) not in (int, float) or not abs(when) < _LATEST:
+        raise ValueError(f"time is {str(when)[:60]}, not epoch seconds")
+    if type(sequence) is not int or not 0 < sequence < _LATEST or type(name) is not str:
+        raise ValueError("sequence is no number, or event no name")
+    return Event(when, sequence, name, raw)
 
 
 def _finite(value: Any, name: str, non_finite: list[str]) -> Any:

@@ -7,7 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+
+from raylign.run.reading import unreadable
 
 TABLE_SUFFIXES = frozenset({".parquet", ".jsonl"})
 _MAX_ROWS = 200
@@ -21,8 +24,14 @@ _STYLE = (
 
 
 def table_page(path: Path) -> str:
-    """The first rows of a .parquet or .jsonl table as one page without scripts; long lists of numbers are left out."""
-    rows, total = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    """The first rows of a .parquet or .jsonl table as one page without scripts; long lists of numbers are left out.
+
+    Raises RecordError when the file is no such table.
+    """
+    try:
+        rows, total = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+        raise unreadable(path, str(error).partition("\n")[0], "restore it from a copy") from error
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "\n".join(f"<tr>{''.join(_cell(row.get(column)) for column in columns)}</tr>" for row in rows)
@@ -50,8 +59,10 @@ def _read_parquet(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
     with path.open(encoding="utf-8") as file:
-        rows = [_readable(json.loads(line)) for line in islice(file, _MAX_ROWS)]
-    return rows, row_count(path)
+        rows = [json.loads(line) for line in islice(file, _MAX_ROWS)]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is no row")
+    return [_readable(row) for row in rows], row_count(path)
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 
-from raylign.errors import RaylignError
+from raylign.run.reading import read_record
 from raylign.tracking.params import without_credentials
 
 STATE_NAME = "mlflow.json"
@@ -42,6 +42,9 @@ class _Stores(BaseModel):
     stores: dict[str, FeedState] = Field(default_factory=dict)
 
 
+_STORES = TypeAdapter(_Stores)
+
+
 def load_state(run_dir: Path, uri: str) -> FeedState:
     """The state kept for `uri`, or a fresh one that starts at the first event."""
     return _load(run_dir).stores.get(without_credentials(uri), FeedState())
@@ -62,9 +65,4 @@ def _load(run_dir: Path) -> _Stores:
     path = run_dir / STATE_NAME
     if not path.exists():
         return _Stores()
-    try:
-        return _Stores.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise RaylignError(
-            f"{path}: not a feed state; delete it, the journal is then sent again without duplicates"
-        ) from error
+    return read_record(path, _STORES, "delete it, the journal is then sent again without duplicates")

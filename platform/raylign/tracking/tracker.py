@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
@@ -18,6 +20,7 @@ from raylign.tracking.params import publishable, without_credentials
 from raylign.tracking.uri import default_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+_TEXT = TypeAdapter(str)
 ArtifactKind = Literal["preferences", "samples", "config", "report"]
 
 
@@ -39,7 +42,7 @@ class Tracker:
     def campaign_started(self, config: RunConfig, facts: Mapping[str, str]) -> None:
         """Call first in every process of a campaign, resumed ones too. `facts` come from `run_facts`."""
         earlier = next((event for event in read_events(self._journal.path) if event.name == "campaign_started"), None)
-        campaign = uuid.uuid4().hex if earlier is None else earlier.payload["campaign"]
+        campaign = uuid.uuid4().hex if earlier is None else earlier.get("campaign", _TEXT)
         params = publishable(config.model_dump(mode="json"))
         tags = publishable(facts)
         self._journal.append(

@@ -12,10 +12,11 @@ from raylign.errors import ConfigError
 def default_uri(block: TrackingBlock, run_dir: Path) -> str:
     """The tracking URI to use: the block's, or sqlite beside the run directory. sqlite paths come back absolute.
 
-    Raises ConfigError for folders (`file:` or a bare path), which MLflow no longer takes as a store.
+    Raises ConfigError for folders (`file:` or a bare path), which MLflow no longer takes as a store, and where the
+    place beside the run directory cannot be written as a URI.
     """
     if block.uri is None:
-        return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+        return _beside(run_dir)
     if block.uri.startswith("sqlite:"):
         return _sqlite_url(block.uri).set(database=str(sqlite_path(block.uri))).render_as_string(hide_password=False)
     if block.uri != "databricks" and ("://" not in block.uri or block.uri.startswith("file:")):
@@ -23,6 +24,18 @@ def default_uri(block: TrackingBlock, run_dir: Path) -> str:
             f"tracking.uri={block.uri!r} is not a server or database; give http(s)://..., sqlite:///... or leave it out"
         )
     return block.uri
+
+
+def _beside(run_dir: Path) -> str:
+    """MLflow would read a part of some paths as options, and make its database elsewhere."""
+    path = run_dir.resolve().parent / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    if (url := _sqlite_url(uri)).database != str(path) or url.query:
+        raise ConfigError(
+            f"run.dir={run_dir.parent}: MLflow would take its database {path} for {url.database}; name a folder "
+            "without '?' and '%' in its path (run.dir=...), or another database (tracking.uri=sqlite:////absolute/mlflow.db)"
+        )
+    return uri
 
 
 def artifact_location(uri: str) -> str | None:

@@ -1,0 +1,1 @@
+"""The run directory: how what is in it is read, and what the run began with."""
