@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError
 
+from raylign.boundary.secrets import without_credentials
 from raylign.errors import RaylignError
-from raylign.tracking.params import without_credentials
 
 STATE_NAME = "mlflow.json"
 
