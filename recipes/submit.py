@@ -144,7 +144,7 @@ def _runtime_env(root: Path) -> Mapping[str, Any]:
         _refuse_secrets_in(RuntimeEnv(**found).to_dict(), path)
     except (ValueError, TypeError, OSError, RuntimeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{path}: Ray cannot read it ({one_line(without_secrets(str(error)), 300)}); correct the file"
+            f"{path}: Ray cannot read it ({one_line(without_secrets(str(error)), _SHOWN)}); correct the file"
         ) from error
     return found
 
