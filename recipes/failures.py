@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.cures import cure_of
+from raylign.boundary.secrets import without_secrets
 from raylign.config.blocks import RunBlock
 from raylign.errors import RaylignError, UnexpectedError
 from raylign.text import escape_control
-from raylign.tracking.params import without_credentials, without_secrets
 
 log = logging.getLogger(__name__)
 _LIBRARIES = ("ray", "vllm", "deepspeed", "torch")
@@ -88,7 +88,7 @@ def _is_foreign(error: BaseException) -> bool:
 def _written(error: BaseException, place: Path) -> Path | None:
     """The file with traceback, causes and notes; None where nothing can be written."""
     text = "".join(traceback.format_exception(error))
-    safe = escape_control(without_secrets(text, os.environ), keep="\n\t")
+    safe = escape_control(without_secrets(text), keep="\n\t")
     name = f"{place.name}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
     folders = [place.parent, Path(tempfile.gettempdir())]
     for folder in folders if place.parent.is_dir() else folders[1:]:
@@ -113,8 +113,8 @@ def say(error: Exception) -> None:
 
 
 def complain(message: str) -> None:
-    """To stderr, in text that can neither steer the terminal nor show credentials."""
-    text = escape_control(without_credentials(message), keep="\n")
+    """To stderr, in text that can neither steer the terminal nor show secrets."""
+    text = escape_control(without_secrets(message), keep="\n")
     Console(stderr=True).print(Text(text), soft_wrap=True)
 
 

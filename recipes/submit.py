@@ -12,17 +12,18 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-import requests
 import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.runtime_env import RuntimeEnv
 from rich.console import Console
 from rich.text import Text
 
+from raylign.boundary.http import ask
+from raylign.boundary.secrets import holds_secret, names_secret, secrets_in, without_secrets
 from raylign.config import RunConfig, load_recipe
-from raylign.errors import ConfigError, PlacementError
-from raylign.text import escape_control
-from raylign.tracking.params import names_secret, without_credentials
+from raylign.errors import ConfigError, PlacementError, ServerError
+from raylign.text import escape_control, one_line
 from recipes.checks.ray_cluster import TOKEN_CURE, token_source
 from recipes.signals import INTERRUPTED
 
@@ -35,7 +36,12 @@ _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
 """Loggers of Ray's that tell of every upload."""
 REACH_S = 5.0
 POLL_S = 0.5
+_SHOWN = 300
 Answer = TypeVar("Answer")
+_IN_FILES = (
+    "leave it out, and give the cluster's nodes a .netrc or pip.conf with it, or set it in their environment before "
+    "`ray start`"
+)
 _ON_NODES = "set it in the environment of the cluster's nodes before `ray start`, where the dashboard does not show it"
 
 
@@ -94,13 +100,24 @@ def prepare(recipe: Path, settings: Sequence[str], working_dir: Path) -> Job:
 def _refuse_secrets(settings: Sequence[str]) -> None:
     for setting in settings:
         name, _, value = setting.partition("=")
-        if names_secret(name):
-            raise ConfigError(f"{name} looks like a secret, and the job's command is shown to everybody; {_ON_NODES}")
-        if without_credentials(value) != value:
+        if names_secret(name) or any(secrets_in(_as_yaml(value))):
             raise ConfigError(
-                f"{name} has credentials in its address, and the job's command is shown to everybody; leave them out "
-                f"of the address (MLflow: MLFLOW_TRACKING_USERNAME and _PASSWORD), and {_ON_NODES}"
+                f"{without_secrets(name)} looks like a secret, and the job's command is shown to everybody; {_ON_NODES}"
             )
+        if holds_secret(value):
+            raise ConfigError(
+                f"{without_secrets(name)} has credentials in its value, and the job's command is shown to everybody; "
+                f"leave them out of addresses (MLflow: MLFLOW_TRACKING_USERNAME and _PASSWORD), and {_ON_NODES}"
+            )
+
+
+def _as_yaml(value: str) -> object:
+    """Mappings and lists in an override; None where there are none."""
+    try:
+        found = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):  # the recipe's own reader says what is wrong with it
+        return None
+    return found if isinstance(found, dict | list) else None
 
 
 def _require_lasting(config: RunConfig) -> None:
@@ -121,10 +138,21 @@ def _runtime_env(root: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("env_vars", {}), dict):
         raise ConfigError(f"{path}: a runtime environment is a mapping, and so is env_vars in it; correct the file")
-    for name, value in found.get("env_vars", {}).items():
-        if names_secret(name) or without_credentials(str(value)) != str(value):
-            raise ConfigError(f"{path}: env_vars.{name} looks like a secret; {_ON_NODES}")
+    _refuse_secrets_in(found, path)
+    try:
+        # With what the files that it names have in them: Ray sends that too.
+        _refuse_secrets_in(RuntimeEnv(**found).to_dict(), path)
+    except (ValueError, TypeError, OSError, RuntimeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path}: Ray cannot read it ({one_line(without_secrets(str(error)), _SHOWN)}); correct the file"
+        ) from error
     return found
+
+
+def _refuse_secrets_in(environment: Mapping[str, Any], path: Path) -> None:
+    for place in secrets_in(environment):
+        cure = _ON_NODES if place.startswith("env_vars.") else _IN_FILES
+        raise ConfigError(f"{path}: {place} looks like a secret, and the dashboard shows it; {cure}")
 
 
 def cluster_address(option: str | None, environment: Mapping[str, str]) -> str:
@@ -146,10 +174,10 @@ def connect(address: str) -> JobSubmissionClient:
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not token_source(os.environ, Path.home()):
         raise PlacementError(f"RAY_AUTH_MODE=token, but there is no token; {TOKEN_CURE}")
     try:
-        requests.get(f"{address}/api/version", timeout=REACH_S).close()
-    except requests.RequestException as error:
+        ask("GET", f"{address}/api/version", REACH_S)
+    except ServerError as error:
         raise PlacementError(
-            f"{address} does not answer within {REACH_S:g} s ({type(error).__name__}); correct the address, start the "
+            f"{address} does not answer within {REACH_S:g} s ({error}); correct the address, start the "
             "cluster, or open the tunnel to it (ssh -L 8265:127.0.0.1:8265 HEAD)"
         ) from error
     # Ray would let its variables win over the address that is given.

@@ -11,13 +11,13 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from raylign.errors import RaylignError
+from raylign.boundary.secrets import without_credentials
+from raylign.errors import RaylignError, TrackingError
 from raylign.progress import stage_progress
 from raylign.rundir import open_run
 from raylign.tracking import REQUEST_TIMEOUT
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events
-from raylign.tracking.params import without_credentials
-from raylign.tracking.sending import MLFLOW_ERRORS, brief, is_outage, send
+from raylign.tracking.sending import may_pass, send
 from raylign.tracking.state import load_state
 from raylign.tracking.uri import default_uri
 from raylign.tracking.writer import MlflowWriter
@@ -62,11 +62,11 @@ def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: C
             with stage_progress(console, "sync", len(events) - before, "events") as advance:
                 for event, _ in send(writer, retrying, journal):
                     advance(int(event.sequence > before))
-    except MLFLOW_ERRORS as error:
+    except TrackingError as error:
         missing = len(events) - load_state(run_dir, uri).sequence
-        problem = f"failed for {timeout_s:g} s" if is_outage(error) else "refuses an event"
+        problem = f"failed for {timeout_s:g} s" if may_pass(error) else "refuses an event"
         raise RaylignError(
-            f"MLflow at {shown} {problem} ({brief(error)}); it misses {missing} of {len(events)} events, all safe in "
+            f"MLflow at {shown} {problem} ({error}); it misses {missing} of {len(events)} events, all safe in "
             f"{journal}. Put it right and run this again, or send them elsewhere with --uri"
         ) from error
     return Synced(len(events) - before, len(events), shown, _status(events))
@@ -90,11 +90,11 @@ def _status(events: list[Event]) -> str:
 def _retrying(shown: str, timeout_s: float, console: Console) -> Retrying:
     def waiting(attempt: RetryCallState) -> None:
         if attempt.attempt_number == 1 and attempt.outcome is not None:
-            line = f"MLflow at {shown} fails ({brief(attempt.outcome.exception())}); trying for {timeout_s:g} s"
+            line = f"MLflow at {shown} fails ({attempt.outcome.exception()}); trying for {timeout_s:g} s"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return Retrying(
-        retry=retry_if_exception(is_outage),
+        retry=retry_if_exception(may_pass),
         wait=wait_exponential(multiplier=1, max=min(_LONGEST_WAIT_S, timeout_s)),
         stop=stop_after_delay(timeout_s),
         before_sleep=waiting,

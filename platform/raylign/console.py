@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from raylign.boundary.secrets import without_secrets
 from raylign.text import escape_control
-from raylign.tracking.params import without_credentials
 
 OWN = ("raylign", "actors", "recipes")
 """Packages whose log lines the console shows: INFO of the library, warnings of all."""
@@ -22,10 +22,10 @@ _own_stdout: list[TextIO] = []
 
 
 class PlainLines(logging.Formatter):
-    """Text of models, servers and files in a log line can neither steer the terminal nor show credentials."""
+    """Text of models, servers and files in a log line can neither steer the terminal nor show secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escape_control(without_credentials(super().format(record)), keep="\n\t")
+        return escape_control(without_secrets(super().format(record)), keep="\n\t")
 
 
 def log_to_console() -> None:

@@ -66,3 +66,22 @@ class RecordError(RaylignError):
 
 class DiskError(RaylignError):
     """The run directory cannot be written; what was finished before is safe."""
+
+
+class ServerError(RaylignError):
+    """A server's answer is larger than allowed, or in an encoding that was not asked for."""
+
+
+class ServerAway(ServerError):
+    """A server cannot be reached, or does not speak HTTP."""
+
+
+class ServerLate(ServerError):
+    """A server's whole answer was not there in time."""
+
+
+class TrackingError(RaylignError):
+    """MLflow is away, refuses what it is sent, or answers what cannot be understood."""
+
+    passing: bool = True
+    """Whether waiting may help."""

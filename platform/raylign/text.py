@@ -21,6 +21,12 @@ def _written_out(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
+def one_line(text: str, most: int | None = None) -> str:
+    """`text` as one line that is safe to print, at most `most` characters of it."""
+    line = escape_control(" ".join(text.split()))
+    return line if most is None or len(line) <= most else f"{line[: most - 1]}…"
+
+
 def optional(value: float | None) -> str:
     """Two decimals, or a dash for what was not measured."""
     return "-" if value is None else f"{value:.2f}"

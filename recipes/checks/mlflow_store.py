@@ -2,16 +2,18 @@
 
 import os
 import sqlite3
-import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from raylign.boundary.http import OK, ask
+from raylign.errors import ServerError
 from recipes.checks.base import Check
 
 NAME = "MLflow"
 TIMEOUT_S = 3.0
 SQLITE = "sqlite:///"
+_CURES = dict.fromkeys((401, 403), "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+_MOVED = "look there; where it redirects, give the address that it names"
 
 
 def mlflow_check(uri: str) -> Check:
@@ -44,16 +46,13 @@ def sqlite_check(path: Path) -> Check:
 
 def server_check(uri: str) -> Check:
     """The run itself survives an outage: its journal is fed to the server later. So an outage only warns."""
-    address = f"{uri.rstrip('/')}/health"
     try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as reply:
-            healthy = reply.read(16).strip() == b"OK"
-    except urllib.error.HTTPError as error:
-        cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if error.code in (401, 403) else "look there"
-        return Check(NAME, "warn", f"{uri} answers {error.code} {error.reason}", cure)
-    except (OSError, ValueError) as error:
+        answer = ask("GET", f"{uri.rstrip('/')}/health", TIMEOUT_S)
+    except ServerError as error:
         cure = "start it: mlflow server --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db"
         return Check(NAME, "warn", f"{uri} does not answer within {TIMEOUT_S:g} s ({error})", cure)
-    if not healthy:
+    if answer.status != OK:
+        return Check(NAME, "warn", f"{uri} answers with HTTP status {answer.status}", _CURES.get(answer.status, _MOVED))
+    if answer.body.strip() != b"OK":
         return Check(NAME, "warn", f"{uri} answers, but not like MLflow", "correct the address")
     return Check(NAME, "ok", f"{uri} is healthy")

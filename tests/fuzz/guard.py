@@ -1,4 +1,4 @@
-"""What a reader may do with any input: succeed, or raise a RaylignError with a cure, within 10 CPU seconds and 1 GiB."""
+"""What a reader may do with any input: succeed, or raise a RaylignError with a cure, in 10 CPU seconds and 1 GiB."""
 
 import resource
 import signal

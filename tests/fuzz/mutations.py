@@ -69,8 +69,8 @@ WORDS: tuple[bytes, ...] = (
 """Pieces that have broken readers of text formats."""
 SCALARS: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 10**23, -(10**23), 2**31, 2**63, 10**400, 0.0, 0.5, -0.5, 1e308, 5e-324,
-    float("inf"), float("-inf"), float("nan"), "", "a", "0", "1", "none", "null", "../..", "/dev/null", "\x00", "\ud800",
-    "\u202e", "x" * 3000, "{{ x }}", "user", "assistant", "system", "tool", "text",
+    float("inf"), float("-inf"), float("nan"), "", "a", "0", "1", "none", "null", "../..", "/dev/null", "\x00",
+    "\ud800", "\u202e", "x" * 3000, "{{ x }}", "user", "assistant", "system", "tool", "text",
 )  # fmt: skip
 
 

@@ -96,11 +96,11 @@ class Cluster:
     def token(self) -> str:
         return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
 
-    def holders_of_the_token(self) -> list[str]:
-        """Files of the cluster and command lines of its processes that show its token."""
+    def holders_of(self, secret: str) -> list[str]:
+        """Files of the cluster and command lines of its processes that show it."""
         files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        shown = [str(path) for path in files if self.token.encode() in path.read_bytes()]
-        return shown + [line for line in self.head.processes().values() if self.token in line]
+        shown = [str(path) for path in files if secret.encode() in path.read_bytes()]
+        return shown + [line for line in self.head.processes().values() if secret in line]
 
     def _run(
         self,
@@ -222,6 +222,41 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, checkout: Path
     )
 
 
+@pytest.mark.fault
+def test_secrets_reach_neither_the_command_nor_the_runtime_environment(
+    cluster: Cluster, checkout: Path, tmp_path: Path
+) -> None:
+    """Refused with the token in hand; the cluster, asked for every job, has none of them."""
+    hush = f"hush{secrets.token_hex(8)}"
+    environment = checkout / RUNTIME_ENV
+    whole = environment.read_text()
+    added = (
+        *(f"env_vars: {{{name}: {hush}}}" for name in ("DB_PASS", "PGPASSWORD", "GITHUB_PAT")),
+        f"env_vars: {{AZURE_STORAGE_CONNECTION_STRING: 'AccountName=a;AccountKey={hush}'}}",
+        f"pip: ['pkg @ git+https://me:{hush}@host/r.git']",
+        f"pip: {{packages: ['--index-url https://{hush}@host/simple', pkg]}}",
+    )
+    try:
+        for text in added:
+            environment.write_text(text)
+            done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", cwd=checkout)
+            assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
+            assert f"{environment}: " in done.stdout and "looks like a secret" in done.stdout, done.stdout
+            assert "nodes" in done.stdout and hush not in done.stdout
+    finally:
+        environment.write_text(whole)
+    for setting in (f"tracking.password={hush}", f"tracking.uri=http://me:{hush}@mlflow:5000"):
+        done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", setting, cwd=checkout)
+        assert done.returncode == 1 and "before `ray start`" in done.stdout and hush not in done.stdout, done.stdout
+    jobs = cluster.ray("job", "list")
+    assert hush not in jobs and cluster.holders_of(hush) == []
+    record(
+        "submitting secrets to a cluster with a token",
+        f"{len(added)} runtime environments and 2 settings",
+        lost="nothing: refused, no job has them",
+    )
+
+
 def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     shared, name = tmp_path / "shared", f"submitted-{os.getpid()}"
     settings = (*SMALLEST, f"run.dir={shared}", f"run.name={name}")
@@ -234,7 +269,7 @@ def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: 
     (follow,) = re.findall(r"^follow it: ray (.*)$", output, re.MULTILINE)
     assert "round 1: held-out score" in cluster.ray(*follow.split())
     assert f"job {job} ended with status 0\n" in output
-    assert cluster.token not in output and cluster.holders_of_the_token() == []
+    assert cluster.token not in output and cluster.holders_of(cluster.token) == []
 
     (snapshot,) = cluster.snapshots()
     expected = {name: {str(snapshot / folder / "__init__.py")} for name, folder in PACKAGES.items()}

@@ -25,6 +25,10 @@ SECRETS = {
     "MLFLOW_TRACKING_USERNAME": "me",
     "MLFLOW_TRACKING_PASSWORD": SECRET,
     "DATABASE_URL": f"postgresql://me:{SECRET}@127.0.0.1/db",
+    "DB_PASS": SECRET,
+    "PGPASSWORD": SECRET,
+    "GITHUB_PAT": SECRET,
+    "AZURE_STORAGE_CONNECTION_STRING": f"AccountName=a;AccountKey={SECRET}",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": SECRET,
 }
@@ -105,7 +109,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(
     assert any("raylet" in line for line in lines), "the watch saw the processes"
     driver = [environment for line, environment in environments.items() if "recipes.cli" in line]
     scoring = [environment for line, environment in environments.items() if "recipes.cli" not in line]
-    assert driver and all(environment.count(SECRET.encode()) == 5 for environment in driver), "the run had them"
+    assert driver and all(environment.count(SECRET.encode()) == 9 for environment in driver), "the run had them"
     assert SECRET not in output
     assert [line for line in lines if SECRET in line] == []
     assert scoring and all(b"PATH=" in environment for environment in scoring)
@@ -124,7 +128,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(
     pages = [path for path in files(tmp_path / "runs/mlartifacts") if path.suffix == ".html"]
     assert any("onclick" in page.read_text() for page in pages), "MLflow has pages of the tables"
     assert all(Elements(page.read_text()).found.isdisjoint({"b", "script"}) for page in pages)
-    record("secrets and hostile prompts in a run", "five secrets, path-like ids, HTML", lost="nothing")
+    record("secrets and hostile prompts in a run", "nine secrets, path-like ids, HTML", lost="nothing")
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

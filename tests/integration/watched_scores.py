@@ -10,9 +10,11 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
+
 
 def length(prompts: list[list[dict[str, str]]], completions: list[str]) -> list[float | None]:
-    folder, actor = Path(prompts[0][-1]["content"]), os.getppid()
+    folder, actor = Path(prompts[0][-1]["content"]), psutil.Process(os.getppid()).ppid()
     with (folder / "asked.jsonl").open("a") as file:
         file.write(json.dumps({"actor": actor, "completions": completions}) + "\n")
     while "wait" in completions and not (folder / "go").exists():

@@ -17,6 +17,22 @@ CALLS = {
     "os.popen": "goes through a shell; use subprocess.run([...])",
     "tempfile.mktemp": "others can take the name first; use mkstemp or TemporaryDirectory",
 }
+HTTP_DOORS = ("boundary/http.py", "tracking/transport.py")
+"""The modules that may make connections themselves."""
+AROUND_HTTP = "goes around raylign.boundary.http, its deadline and its limit"
+CALLS |= dict.fromkeys(
+    (
+        *(
+            f"{library}.{name}"
+            for library in ("requests", "httpx")
+            for name in ("get", "post", "put", "request", "head")
+        ),
+        *("requests.Session", "requests.session", "httpx.Client", "httpx.AsyncClient", "httpx.stream"),
+        *("urllib.request.urlopen", "urllib.request.build_opener", "urllib.request.urlretrieve"),
+        *("aiohttp.ClientSession", "http.client.HTTPConnection", "http.client.HTTPSConnection", "urllib3.PoolManager"),
+    ),
+    AROUND_HTTP,
+)
 FLAGS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False, "verify": False}
 """Literal arguments, and what they must not be."""
 WORDS = {

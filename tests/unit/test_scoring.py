@@ -16,7 +16,7 @@ from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
-from raylign.scoring.process import START_TIMEOUT_S, ScoringProcess, child_environment
+from raylign.scoring.process import START_TIMEOUT_S, Given, ScoringProcess, child_environment
 from raylign.scoring.roots import is_inside, trusted_roots
 from raylign.scoring.vader import compound
 from tests.faults import record
@@ -144,7 +144,7 @@ def deadlines(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Of each request; those without a "bad" item, which do not hang, get all the time that a slow machine takes."""
     found, ask = list[float](), ScoringProcess.ask
 
-    def patient(self: ScoringProcess, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def patient(self: ScoringProcess, request: Mapping[str, Any], timeout_s: float) -> list[Given]:
         found.append(timeout_s)
         return ask(self, request, timeout_s if "bad" in request["arguments"][1] else START_TIMEOUT_S)
 
@@ -177,7 +177,7 @@ def test_processes_that_user_code_started_die_with_it(
     note, receive = tmp_path / "pid", ScoringProcess._receive
     scorer = make("spawning", timeout_s=0.5)
 
-    def once_started(self: ScoringProcess, timeout_s: float) -> dict[str, Any]:
+    def once_started(self: ScoringProcess, timeout_s: float) -> bytes:
         assert wait_for(lambda: note.exists() and note.read_text())
         return receive(self, timeout_s)
 

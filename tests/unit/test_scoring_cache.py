@@ -3,6 +3,7 @@
 import logging
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,35 @@ def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path: Path, caplog: pyte
         "text in place of scores.sqlite; its pages overwritten",
         lost="the kept scores, which are asked for again; the file is set aside",
     )
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("high", "{}"),
+        (b"1", "{}"),
+        (float("inf"), "{}"),
+        (1.0, "7"),
+        (1.0, "[1]"),
+        (1.0, '{"a": "b"}'),
+        (1.0, '{"a": null}'),
+        (1.0, "half {"),
+        (1.0, b"\xff"),
+        (1.0, 7),
+    ],
+)
+def test_a_kept_score_of_the_wrong_type_is_refused(
+    value: object, parts: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = table(a=1.0)
+    cached(scorer, tmp_path).score(of_prompt("p", "a"))
+    with closing(sqlite3.connect(tmp_path / "scores.sqlite")) as connection, connection:
+        connection.execute("UPDATE scores SET value = ?, parts = ?", (value, parts))
+    assert cached(scorer, tmp_path).score(of_prompt("p", "a")) == [Score(1.0)]
+    assert "is damaged (a score is kept as (" in caplog.text and "scores.sqlite.damaged" in caplog.text
+    assert len(scorer.asked) == 2
+    record("kept scores of the wrong type", "a row of scores.sqlite", lost="the kept scores, which are asked for again")
 
 
 def test_a_file_that_cannot_be_used_is_told_with_a_cure(tmp_path: Path) -> None:

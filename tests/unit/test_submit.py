@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from raylign.errors import ConfigError, PlacementError
 from recipes.cli import app
 from recipes.submit import PLAIN_RUNTIME_ENV, RUNTIME_ENV, cluster_address, connect, follow, prepare
+from tests.faults import record
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/sentiment_smollm2.yaml"
@@ -115,6 +116,8 @@ def test_a_recipe_outside_the_uploaded_folder_is_refused(tmp_path: Path) -> None
         "scoring.apiKey=hush-1234",
         "tracking.uri=http://me:hush-1234@mlflow:5000",
         "prompts.source=https://me:hush-1234@host/prompts.jsonl",
+        "prompts.source=https://host/prompts.jsonl?sig=hush-1234",
+        "scoring={type: judge, api_key: hush-1234}",
     ],
 )
 def test_secrets_never_become_part_of_a_command(setting: str, asked: Asked) -> None:
@@ -125,14 +128,65 @@ def test_secrets_never_become_part_of_a_command(setting: str, asked: Asked) -> N
     assert setting.partition("=")[0] in result.stderr
 
 
-@pytest.mark.parametrize("variable", ["HF_TOKEN: hush-1234", "DATABASE: postgresql://me:hush-1234@host/db"])
-def test_secrets_in_the_runtime_environment_are_refused(variable: str, tmp_path: Path) -> None:
+@pytest.fixture
+def with_runtime_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes the runtime environment of a folder with a recipe, and goes there; gives the recipe."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / RUNTIME_ENV).parent.mkdir()
-    (tmp_path / RUNTIME_ENV).write_text(f"env_vars: {{{variable}}}")
     (tmp_path / "mine.yaml").write_text("run: {dir: /shared/runs}")
-    with pytest.raises(ConfigError, match=f"env_vars.{variable.partition(':')[0]} looks like a secret") as caught:
-        prepare(tmp_path / "mine.yaml", (), tmp_path)
+
+    def write(text: str) -> Path:
+        (tmp_path / RUNTIME_ENV).write_text(text)
+        return tmp_path / "mine.yaml"
+
+    return write
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("env_vars: {HF_TOKEN: hush-1234}", "env_vars.HF_TOKEN"),
+        ("env_vars: {DATABASE: 'postgresql://me:hush-1234@host/db'}", "env_vars.DATABASE"),
+        ("env_vars: {DB_PASS: hush-1234}", "env_vars.DB_PASS"),
+        ("env_vars: {PGPASSWORD: hush-1234}", "env_vars.PGPASSWORD"),
+        ("env_vars: {GITHUB_PAT: hush-1234}", "env_vars.GITHUB_PAT"),
+        ("env_vars: {AZURE_STORAGE_CONNECTION_STRING: 'AccountKey=hush-1234'}", "env_vars.AZURE_STORAGE_CONN"),
+        ("env_vars: {STORE: 'AccountName=a;AccountKey=hush-1234=='}", "env_vars.STORE"),
+        ("pip: ['pkg @ git+https://me:hush-1234@host/r.git']", "pip.0"),
+        ("pip: {packages: ['--index-url https://me:hush-1234@host/simple', pkg]}", "pip.packages.0"),
+        ("pip: requirements.txt", "pip.packages.1"),
+        ("conda: {dependencies: [pip, {pip: ['https://me:hush-1234@host/p.whl']}]}", "conda.dependencies.1.pip.0"),
+        ("container: {image: i, run_options: ['-e', 'HF_TOKEN=hush-1234']}", "container.run_options.1"),
+        ("config: {setup_timeout_seconds: 9}\npy_modules: ['https://host/m.zip?token=hush-1234']", "py_modules.0"),
+    ],
+)
+def test_secrets_anywhere_in_the_runtime_environment_are_refused(
+    text: str, place: str, with_runtime_env: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "requirements.txt").write_text("torch\n--extra-index-url https://me:hush-1234@host/simple\n")
+    with pytest.raises(ConfigError, match=f"ray_runtime_env.yaml: {place}.* looks like a secret.*nodes") as caught:
+        prepare(with_runtime_env(text), (), tmp_path)
     assert "hush-1234" not in str(caught.value)
+    record("secrets in a runtime environment", place, lost="nothing: refused before the cluster hears of it")
+
+
+def test_a_runtime_environment_without_secrets_is_sent_as_it_is(
+    with_runtime_env: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = "env_vars: {TOKENIZERS_PARALLELISM: 'false'}\npip: ['pkg @ git+ssh://git@host/r.git', torch]\n"
+    environment = prepare(with_runtime_env(text), (), tmp_path).runtime_env
+    assert environment["env_vars"] == {"TOKENIZERS_PARALLELISM": "false"} and len(environment["pip"]) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["pip: none.txt", "pip: 7", "env_vars: {A: 7}", "conda: none.yaml", "pip: []\nconda: {}"]
+)
+def test_what_ray_would_refuse_is_refused_with_the_file(
+    text: str, with_runtime_env: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="ray_runtime_env.yaml: Ray cannot read it .*; correct the file"):
+        prepare(with_runtime_env(text), (), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[", "- one", "env_vars: [one]"])
@@ -175,7 +229,7 @@ def test_a_cluster_that_is_gone_or_hangs_is_named_within_seconds(monkeypatch: py
         with pytest.raises(PlacementError, match=f"{address} does not answer within 1 s .*; correct the address"):
             connect(address)
         mute.listen()
-        with pytest.raises(PlacementError, match=f"{address} does not answer within 1 s .ReadTimeout"):
+        with pytest.raises(PlacementError, match=f"{address} does not answer within 1 s .no whole answer in time"):
             connect(address)
 
 

@@ -1,6 +1,5 @@
 """Every block of a recipe. Names follow TRL's options wherever TRL has one; defaults live only here."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,10 +13,10 @@ from pydantic import (
     model_validator,
 )
 
+from raylign.boundary.secrets import holds_secret
 from raylign.config.base import Block
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-_SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _TAKEN = ("mlflow.db", "mlartifacts")
 _OF_REFUSED = ".quarantine.jsonl"
@@ -347,7 +346,7 @@ class TrackingBlock(Block):
     @field_validator("uri")
     @classmethod
     def uri_carries_no_credentials(cls, uri: str | None) -> str | None:
-        if uri is not None and not uri.startswith("sqlite:") and ("@" in uri or _SECRET_IN_QUERY.search(uri)):
+        if uri is not None and not uri.startswith("sqlite:") and ("@" in uri or holds_secret(uri)):
             raise ValueError(
                 "credentials in the URI would be saved with the run; use MLFLOW_TRACKING_USERNAME/_PASSWORD"
             )

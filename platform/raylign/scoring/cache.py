@@ -9,13 +9,16 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from raylign.chunks import chunks
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring.base import Scorer, ScoringItem
 from raylign.scoring.usage import Usage
+from raylign.text import one_line
 
 log = logging.getLogger(__name__)
 CACHE_NAME = "scores.sqlite"
@@ -23,6 +26,9 @@ DAMAGED = ".damaged"
 _BUSY_S = 60.0
 _KEYS_PER_QUERY = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL, parts TEXT NOT NULL)"
+_SHOWN = 80
+_VALUE = TypeAdapter(FiniteFloat, config=ConfigDict(strict=True))
+_PARTS = TypeAdapter(dict[str, float], config=ConfigDict(strict=True))
 T = TypeVar("T")
 _UNASKED = Score(None, reason="not asked")
 
@@ -89,8 +95,16 @@ def _read(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, 
     found: dict[bytes, Score] = {}
     for some in chunks(keys, _KEYS_PER_QUERY):
         query = f"SELECT key, value, parts FROM scores WHERE key IN ({', '.join('?' * len(some))})"
-        found |= {key: Score(value, json.loads(parts)) for key, value, parts in connection.execute(query, some)}
+        found |= {key: _kept_score(value, parts) for key, value, parts in connection.execute(query, some)}
     return found
+
+
+def _kept_score(value: object, parts: Any) -> Score:
+    """A row as `put` writes it. Raises sqlite3.DatabaseError for what it never writes."""
+    try:
+        return Score(_VALUE.validate_python(value), _PARTS.validate_json(parts))
+    except ValidationError as error:
+        raise sqlite3.DataError(f"a score is kept as {one_line(repr((value, parts)), _SHOWN)}") from error
 
 
 def _write(connection: sqlite3.Connection, rows: Iterable[tuple[bytes, float | None, str]]) -> None:

@@ -30,12 +30,12 @@ def describe_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo
     """
     process = ScoringProcess(spec, confined=not allow_outside)
     process.kill()
-    file = Path(process.location["file"])
+    file = Path(process.location.file)
     if not file.is_file():
         raise ScorerError(
             f"scoring.function={spec} has no source file to show; wrap it in a function of your own module"
         )
-    return FunctionInfo(file, hashlib.sha256(file.read_bytes()).hexdigest(), process.location["line"])
+    return FunctionInfo(file, hashlib.sha256(file.read_bytes()).hexdigest(), process.location.line)
 
 
 class FunctionScorer(ProcessScorer):

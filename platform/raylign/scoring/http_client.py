@@ -1,9 +1,9 @@
-"""Requests to a server: a deadline for each, retries, a limit on how many are under way, and no key in any text."""
+"""Questions to a scoring server: retries, a limit on how many are under way, and no key in any text."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -12,10 +12,11 @@ from typing import Self, TypeVar
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from raylign.boundary.http import OK, Answer, connections
+from raylign.boundary.secrets import REDACTED, without_secrets
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
-from raylign.errors import ScorerError
-from raylign.text import escape_control
-from raylign.tracking.params import REDACTED
+from raylign.errors import RaylignError, ScorerError, ServerAway, ServerError, ServerLate
+from raylign.text import one_line
 
 FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
 _SHOWN = 200
@@ -25,7 +26,7 @@ RemoteBlock = JudgeScoringBlock | HttpScoringBlock
 T = TypeVar("T")
 
 
-class NoReply(Exception):
+class NoReply(RaylignError):
     """There is no usable answer; the text is the reason of an unscored item.
 
     `again`: whether another try may help, after `wait_s` seconds at least. `of_content`: whether what was asked may
@@ -60,14 +61,9 @@ def api_key(block: RemoteBlock) -> str:
     return key
 
 
-@asynccontextmanager
-async def connections(block: RemoteBlock, key: str) -> AsyncIterator[httpx.AsyncClient]:
+def connected(block: RemoteBlock, key: str) -> AbstractAsyncContextManager[httpx.AsyncClient]:
     """Connections that send `key`, at most `concurrency` of them."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=block.concurrency)
-    # No timeouts of httpx: they are per read, ours is for a whole request.
-    async with httpx.AsyncClient(headers=headers, limits=limits, timeout=None) as http:
-        yield http
+    return connections({"Authorization": f"Bearer {key}"} if key else None, limit=block.concurrency)
 
 
 class Server:
@@ -113,52 +109,54 @@ class Server:
         asked_for = failure.wait_s if isinstance(failure, NoReply) else 0.0
         return asked_for + self._backoff(state)
 
-    async def reply(self, post: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
-        """A response with status 200 within `timeout_s`. Raises NoReply."""
+    async def reply(self, post: Callable[[float], Awaitable[Answer]]) -> Answer:
+        """An answer with status 200 within `timeout_s`. `post` gets the deadline. Raises NoReply."""
         try:
-            async with asyncio.timeout(self._block.timeout_s):
-                response = await post()
-        except TimeoutError as error:
+            answer = await post(asyncio.get_running_loop().time() + self._block.timeout_s)
+        except ServerLate as error:
             raise NoReply(
                 f"no answer within {self._block.timeout_s:g} s; see to the server, or raise scoring.timeout_s"
             ) from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            detail = self.shown(f"{type(error).__name__}: {error}")
+        except ServerAway as error:
+            detail = self.shown(str(error))
             raise NoReply(f"cannot be reached ({detail}); start the server, or correct {self._address}") from error
-        if response.status_code != httpx.codes.OK:
-            raise self._failure(response)
-        return response
+        except ServerError as error:
+            raise NoReply(f"{self.shown(str(error))}; see to the server", again=False) from error
+        if answer.status != OK:
+            raise self._failure(answer)
+        return answer
 
     def shown(self, text: str) -> str:
-        """One short line, without the key in case the server repeats it."""
-        kept = text.replace(self._key, REDACTED) if self._key else text
-        line = escape_control(" ".join(kept.split()))
-        return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+        """One short line, without the key, in case the server repeats it, and without other secrets."""
+        start = text[: 10 * _SHOWN]
+        kept = start.replace(self._key, REDACTED) if self._key else start
+        return one_line(without_secrets(kept), _SHOWN)
 
-    def _failure(self, response: httpx.Response) -> NoReply:
-        status, block = response.status_code, self._block
+    def _failure(self, answer: Answer) -> NoReply:
+        status, block = answer.status, self._block
         if status in (401, 403):
             sent = "the key is refused" if self._key else "no key was sent"
             return NoReply(
                 f"HTTP {status}: {sent}; put the right one into {block.api_key_env} where the scorer runs", again=False
             )
-        said, of_content = f"HTTP {status}: {self.shown(response.text)}", status in _OF_CONTENT
+        said, of_content = f"HTTP {status}: {self.shown(answer.text)}", status in _OF_CONTENT
         if status == 404:
             return NoReply(f"{said}; check {self._at_404}", again=False)
         if status not in _PASSING and status < 500:
             return NoReply(said, again=False, of_content=of_content)
-        wait_s = _retry_after_s(response.headers.get("Retry-After", ""))
+        wait_s = retry_after_s(answer.headers.get("retry-after", ""))
         if wait_s > block.timeout_s:
             return NoReply(f"{said}; asks to wait {wait_s:g} s, scoring.timeout_s={block.timeout_s:g}", again=False)
         return NoReply(said, wait_s=wait_s, of_content=of_content)
 
 
-def _retry_after_s(header: str) -> float:
+def retry_after_s(header: str) -> float:
     """Seconds of a Retry-After header, which has a number or a date; 0 where it has neither."""
-    if header.strip().isdecimal():
-        return float(header)
+    text = header.strip()
+    if text.isascii() and text.isdecimal():
+        return float(text)
     try:
-        then = parsedate_to_datetime(header)
-    except ValueError:
+        then = parsedate_to_datetime(text)
+        return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError, TypeError, IndexError):  # years and offsets beyond any calendar, halves of dates
         return 0.0
-    return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

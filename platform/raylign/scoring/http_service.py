@@ -12,12 +12,13 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
+from raylign.boundary.http import Answer, exchange
 from raylign.chunks import chunks
 from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.http_client import Ledger, NoReply, Server, api_key, connections
+from raylign.scoring.http_client import Ledger, NoReply, Server, api_key, connected
 
 PROBE = ScoringItem(Prompt("probe", ({"role": "user", "content": "Say hello."},), ()), "Hello.")
 _Answer = tuple[Score, bool]
@@ -61,7 +62,7 @@ class HttpScorer:
         return {"requests": self.spent.requests, "failed_requests": self.spent.failures}
 
     async def _score(self, items: Sequence[ScoringItem], allowed: int) -> list[Score]:
-        async with connections(self._block, self._key) as http:
+        async with connected(self._block, self._key) as http:
             asking = _Asking(self._block, self._key, http, self.spent, self._template, allowed)
             found = await asyncio.gather(*map(asking.batch, chunks(items, self._block.batch_size)))
         return [score for scores in found for score in scores]
@@ -104,11 +105,12 @@ class _Asking:
     async def ask(self, items: Sequence[ScoringItem]) -> list[_Answer]:
         """Answers of one request. Raises NoReply."""
         # Half a surrogate pair has no UTF-8 form; JSON can escape it.
-        body = json.dumps(self._request(items))
+        body = json.dumps(self._request(items)).encode()
 
-        async def post() -> httpx.Response:
+        async def post(deadline: float) -> Answer:
             self._ledger.requests += 1
-            return await self._http.post(self._block.url, content=body, headers={"Content-Type": "application/json"})
+            kind = {"Content-Type": "application/json"}
+            return await exchange(self._http, "POST", self._block.url, deadline, body=body, headers=kind)
 
         async def attempt() -> list[_Answer]:
             return self._scores(await self._server.reply(post), len(items))
@@ -127,11 +129,11 @@ class _Asking:
                 query = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
                 return {"query": query, "prompts": prompts, "labels": labels}
 
-    def _scores(self, response: httpx.Response, wanted: int) -> list[_Answer]:
+    def _scores(self, answer: Answer, wanted: int) -> list[_Answer]:
         try:
-            values, reasons = self._read(response.content)
+            values, reasons = self._read(answer.body)
         except ValidationError as error:
-            shown = self._server.shown(response.text)
+            shown = self._server.shown(answer.text)
             raise BadAnswer(f"answered with no list of scores: {shown}", of_content=True) from error
         if len(values) != wanted or len(reasons) != wanted:
             raise BadAnswer(
@@ -156,7 +158,7 @@ class _Asking:
             told = f": {self._server.shown(reason)}" if reason else ""
             return Score(None, reason=f"the service gave no score{told}"), False
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
-            return Score(None, reason=f"answered {self._server.shown(repr(value))}, not a finite number"), True
+            return Score(None, reason=f"answered {self._server.shown(_written(value))}, not a finite number"), True
         if math.isnan(value):
             return Score(None, reason="answered nan, not a finite number"), True
         return Score(float(value)), False
@@ -170,7 +172,7 @@ def check_service(block: HttpScoringBlock) -> None:
 
     async def ask() -> None:
         key = api_key(block)
-        async with connections(block, key) as http:
+        async with connected(block, key) as http:
             await _Asking(block, key, http, Ledger(), template_of(block), 0).ask([PROBE])
 
     try:
@@ -217,6 +219,13 @@ def template_of(block: HttpScoringBlock) -> Template | None:
 def _refuse(message: str) -> None:
     """What chat templates call on conversations that they do not take."""
     raise TemplateError(message)
+
+
+def _written(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
 
 
 def _unwrapped(reward: Any) -> Any:

@@ -1,5 +1,6 @@
 """Requests to a judge behind an OpenAI-compatible endpoint, and answers that are a choice."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -8,12 +9,15 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
+from raylign.boundary.http import Answer, exchange
 from raylign.config.scoring import JudgeScoringBlock
-from raylign.scoring.http_client import Ledger, NoReply, Server, connections
+from raylign.scoring import http_client
+from raylign.scoring.http_client import Ledger, NoReply, Server
 from raylign.scoring.judge_prompt import Question
 
 MAX_TOKENS = 8
 """Room for the longest choice in any tokenizer."""
+_MOST_TOKENS = 1_000_000_000
 
 
 class UnclearAnswer(NoReply):
@@ -52,7 +56,7 @@ class _Completion(BaseModel):
 @asynccontextmanager
 async def connected(block: JudgeScoringBlock, key: str, ledger: JudgeLedger) -> AsyncIterator["JudgeClient"]:
     """A client with connections of its own; it writes what it spends to `ledger`."""
-    async with connections(block, key) as http:
+    async with http_client.connected(block, key) as http:
         yield JudgeClient(block, key, http, ledger)
 
 
@@ -78,20 +82,20 @@ class JudgeClient:
 
         async def attempt() -> str:
             question = make()
-            reply = await self._server.reply(lambda: self._post_as_the_server_takes_it(question))
-            return self._choice(reply, question)
+            answer = await self._server.reply(lambda deadline: self._post_as_the_server_takes_it(question, deadline))
+            return self._choice(answer, question)
 
         return await self._server.ask(attempt)
 
-    async def _post_as_the_server_takes_it(self, question: Question) -> httpx.Response:
-        response = await self._post(question, constrained=self._takes_choices)
-        if response.status_code in (400, 422) and self._takes_choices:
+    async def _post_as_the_server_takes_it(self, question: Question, deadline: float) -> Answer:
+        answer = await self._post(question, deadline, constrained=self._takes_choices)
+        if answer.status in (400, 422) and self._takes_choices:
             # The constraint is vLLM's own; but the question may be what is refused, say for its length.
-            response = await self._post(question, constrained=False)
-            self._takes_choices = not response.is_success
-        return response
+            answer = await self._post(question, deadline, constrained=False)
+            self._takes_choices = not 200 <= answer.status < 300
+        return answer
 
-    async def _post(self, question: Question, *, constrained: bool) -> httpx.Response:
+    async def _post(self, question: Question, deadline: float, *, constrained: bool) -> Answer:
         body: dict[str, Any] = {
             "model": self._block.model,
             "messages": [
@@ -104,13 +108,15 @@ class JudgeClient:
         if constrained:
             body["structured_outputs"] = {"choice": list(question.choices)}
         self.ledger.requests += 1
-        return await self._http.post(self._url, json=body)
+        # Half a surrogate pair has no UTF-8 form; JSON can escape it.
+        content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        return await exchange(self._http, "POST", self._url, deadline, body=content, headers=kind)
 
-    def _choice(self, response: httpx.Response, question: Question) -> str:
+    def _choice(self, answer: Answer, question: Question) -> str:
         try:
-            completion = _Completion.model_validate_json(response.content)
+            completion = _Completion.model_validate_json(answer.body)
         except ValidationError as error:
-            raise NoReply(f"answered with no chat completion: {self._server.shown(response.text)}") from error
+            raise NoReply(f"answered with no chat completion: {self._server.shown(answer.text)}") from error
         self._meter(completion.usage)
         content = completion.choices[0].message.content or ""
         if content.strip() not in question.choices:
@@ -119,11 +125,16 @@ class JudgeClient:
 
     def _meter(self, usage: Any) -> None:
         match usage:
-            case {"total_tokens": int(tokens)} if tokens >= 0:
+            case {"total_tokens": tokens} if _is_count(tokens):
                 self.ledger.tokens += tokens
             case _:
                 self.ledger.unmetered += 1
         match usage:
-            case {"prompt_tokens": int(asked), "completion_tokens": int(answered)} if asked >= 0 and answered >= 0:
+            case {"prompt_tokens": asked, "completion_tokens": answered} if _is_count(asked) and _is_count(answered):
                 self.ledger.tokens_in += asked
                 self.ledger.tokens_out += answered
+
+
+def _is_count(value: object) -> bool:
+    """Whether a server's number of tokens can be one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS

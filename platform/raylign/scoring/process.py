@@ -1,51 +1,113 @@
-"""The parent's side of the scoring process: starts it, asks it, and ends it when it is late."""
+"""The scorer's side of the scoring process: starts it, asks it, and ends it when it is late."""
 
 import json
-import multiprocessing
 import os
-import re
-import signal
+import secrets
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+import psutil
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
+
+from raylign.boundary.secrets import is_secret
 from raylign.errors import ScorerError
-from raylign.tracking.params import without_credentials
+from raylign.scoring import relay
+from raylign.text import one_line
 
 START_TIMEOUT_S = 600.0
-EXIT_GRACE_S = 5.0
+EXIT_GRACE_S = relay.END_S + 2.0
+REASON_LENGTH = 300
 STDERR = 2
-_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTHORIZATION|COOKIE", re.IGNORECASE)
+_LONGEST_FAILURE = 4000
+MARK = "RAYLIGN_SCORING_PROCESS"
+"""Variable by which the processes are found that a relay cannot end any more, because it was killed itself."""
 
 
-class NoAnswer(Exception):
+class NoAnswer(ScorerError):
     """The scoring process gave no usable reply; the text is the reason of an unscored item."""
 
 
+class Location(BaseModel, frozen=True, strict=True):
+    """Where a scoring function is defined; `file` is empty for code without one, `line` counts from 1."""
+
+    file: str
+    line: int
+
+
+class Given(NamedTuple):
+    """What the function gave for one item: its value, or the reason why there is none; `final` if it would give that
+    again.
+    """
+
+    value: FiniteFloat | None
+    reason: str
+    parts: dict[str, float]
+    final: bool
+
+
+class _Answers(BaseModel, strict=True):
+    answers: list[Given]
+
+
+class _Failure(BaseModel, strict=True):
+    failure: str
+
+
+_LOCATION: TypeAdapter[Location | _Failure] = TypeAdapter(Location | _Failure)
+_ANSWERS: TypeAdapter[_Answers | _Failure] = TypeAdapter(_Answers | _Failure)
+
+
+def read_location(content: bytes) -> Location:
+    """The first message of a scoring process. Raises NoAnswer, also for the failure that it tells."""
+    try:
+        found = _LOCATION.validate_json(content)
+    except ValidationError as error:
+        raise NoAnswer(f"answered no place of a function: {_shown(content)}") from error
+    if isinstance(found, _Failure):
+        _tell(found)
+    return found
+
+
+def read_answers(content: bytes) -> list[Given]:
+    """A later message. Raises NoAnswer, also for the failure that it tells."""
+    try:
+        found = _ANSWERS.validate_json(content)
+    except ValidationError as error:
+        raise NoAnswer(f"answered no list of scores: {_shown(content)}") from error
+    if isinstance(found, _Failure):
+        _tell(found)
+    return [given._replace(reason=one_line(given.reason, REASON_LENGTH)) for given in found.answers]
+
+
 class ScoringProcess:
-    """One child that has loaded `module:function`. It and all it starts are killed when a reply is late."""
+    """A child that has loaded `module:function`. It and all it starts are ended when a reply is late."""
 
     def __init__(self, spec: str, *, confined: bool = False) -> None:
         """Start the child and wait until the function is loaded. Raises ScorerError if that fails.
 
         `confined` refuses code from outside the working directory and the installed packages, before it runs.
         """
-        self._connection, theirs = multiprocessing.Pipe()
-        command = [sys.executable, "-u", "-P", "-m", "raylign.scoring.worker", spec, str(theirs.fileno())]
-        command += ["confined"] if confined else []
+        self._channel, theirs = socket.socketpair()
+        self._frames, self._code, self._mark = relay.Frames(sys.maxsize), relay.NO_CODE, secrets.token_hex(16)
+        worker = [sys.executable, "-u", "-P", "-m", "raylign.scoring.worker", spec, *(["confined"] if confined else [])]
         with theirs:
-            self._process = subprocess.Popen(
-                command,
+            self._relay = subprocess.Popen(
+                [sys.executable, "-I", str(Path(relay.__file__)), str(theirs.fileno()), *worker],
                 stdin=subprocess.DEVNULL,
                 stdout=STDERR,
                 pass_fds=(theirs.fileno(),),
-                env=child_environment(os.environ, sys.path),
+                env=child_environment(os.environ, sys.path) | {MARK: self._mark},
                 start_new_session=True,
             )
         try:
-            self.location = self._receive(START_TIMEOUT_S)
+            self._send(b"", START_TIMEOUT_S)
+            self.location = read_location(self._receive(START_TIMEOUT_S))
         except NoAnswer as failure:
             self.kill()
             raise ScorerError(f"scoring.function={spec} cannot be loaded: {failure}") from failure
@@ -53,55 +115,88 @@ class ScoringProcess:
     @property
     def alive(self) -> bool:
         """Whether the child can be asked."""
-        return not self._connection.closed
+        return self._channel.fileno() != -1
 
-    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The reply to `request`. Raises NoAnswer; a child that is late or broken is dead afterwards."""
-        with suppress(OSError):
-            self._connection.send_bytes(json.dumps(request).encode())
-        return self._receive(timeout_s)
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> list[Given]:
+        """The answers to `request`. Raises NoAnswer; a child that is late or broken is dead afterwards."""
+        self._send(json.dumps(request).encode(), timeout_s)
+        return read_answers(self._receive(timeout_s))
 
     def kill(self) -> None:
-        """End the child and every process of its group."""
+        """End the child and everything that it started."""
         if not self.alive:
             return
-        self._connection.close()
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+        self._channel.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._relay.wait(EXIT_GRACE_S)
+        if self._relay.returncode != 0:
+            self._relay.kill()
+            self._relay.wait()
+            _end_marked(self._mark)
 
-    def _receive(self, timeout_s: float) -> dict[str, Any]:
+    def _send(self, content: bytes, timeout_s: float) -> None:
+        """Whatever goes wrong is told by what is received then."""
+        self._code = os.urandom(relay.CODE_BYTES)
+        with suppress(OSError):
+            self._channel.settimeout(timeout_s)
+            self._channel.sendall(relay.frame(self._code, content))
+
+    def _receive(self, timeout_s: float) -> bytes:
+        deadline = time.monotonic() + timeout_s
         with ExitStack() as unless_whole:
             unless_whole.callback(self.kill)
-            if not self._connection.poll(timeout_s):
-                raise NoAnswer(f"no answer within {timeout_s:g} s")
-            try:
-                reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
-            except (EOFError, OSError) as error:
-                raise NoAnswer(self._cause_of_death()) from error
-            unless_whole.pop_all()
-        if "failure" in reply:
-            raise NoAnswer(reply["failure"])
-        return reply
+            while True:
+                while received := self._frames.take():
+                    code, content = received
+                    if content[:1] == relay.ENDED:
+                        raise NoAnswer(content[1:].decode("utf-8", "replace"))
+                    if code == self._code:
+                        unless_whole.pop_all()
+                        return content[1:]
+                self._frames.add(self._arrived(deadline - time.monotonic(), timeout_s))
 
-    def _cause_of_death(self) -> str:
+    def _arrived(self, seconds: float, timeout_s: float) -> bytes:
         try:
-            code = self._process.wait(EXIT_GRACE_S)
-        except subprocess.TimeoutExpired:
-            return "the scoring process closed its connection"
-        if code < 0:
-            return f"the scoring process was killed by {signal.Signals(-code).name}"
-        return f"the scoring process exited with code {code}"
+            self._channel.settimeout(max(seconds, 1e-3))
+            piece = self._channel.recv(1 << 16)
+        except TimeoutError as error:
+            raise NoAnswer(f"no answer within {timeout_s:g} s") from error
+        except OSError:
+            piece = b""
+        if not piece:
+            raise NoAnswer("the process that watches over the scoring process has ended")
+        return piece
+
+
+def _tell(failure: _Failure) -> NoReturn:
+    raise NoAnswer(one_line(failure.failure, _LONGEST_FAILURE))
+
+
+def _shown(content: bytes) -> str:
+    return one_line(content[: 4 * REASON_LENGTH].decode("utf-8", "replace"), REASON_LENGTH)
+
+
+def _end_marked(mark: str) -> None:
+    deadline = time.monotonic() + EXIT_GRACE_S
+    while time.monotonic() < deadline and (found := [p for p in psutil.process_iter() if _has(p, mark)]):
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def _has(process: psutil.Process, mark: str) -> bool:
+    try:
+        return bool(process.environ().get(MARK) == mark)
+    except (psutil.Error, OSError):
+        return False
 
 
 def child_environment(environment: Mapping[str, str], path: Sequence[str]) -> dict[str, str]:
-    """`environment` without variables named like secrets or holding an address with credentials.
+    """`environment` without its secrets.
 
     Imports resolve as here, then in the working directory.
     """
-    kept = {
-        name: value
-        for name, value in environment.items()
-        if not _SECRET.search(name) and without_credentials(value) == value
-    }
+    kept = {name: value for name, value in environment.items() if not is_secret(name, value)}
     return kept | {"PYTHONPATH": os.pathsep.join([*(entry or os.getcwd() for entry in path), os.getcwd()])}

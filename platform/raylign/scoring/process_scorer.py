@@ -40,7 +40,7 @@ class ProcessScorer:
     @property
     def file(self) -> Path:
         """Where the function is defined; Path(".") for code without a file."""
-        return Path(self._process.location["file"])
+        return Path(self._process.location.file)
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
         """One score per item, in order. Stops asking once more than `allowed` of `items` are unscored.
@@ -69,13 +69,13 @@ class ProcessScorer:
             self._process = ScoringProcess(self._function)
         try:
             request, seconds = {"arguments": self._arguments(items)}, self._block.timeout_s * len(items)
-            answers = self._process.ask(request, seconds + self._grace_s)["answers"]
+            answers = self._process.ask(request, seconds + self._grace_s)
         except NoAnswer as failure:
             return [(Score(None, reason=str(failure)), False)] * len(items)
         if len(answers) != len(items):
             reason = f"returned {len(answers)} scores for {len(items)} completions"
             return [(Score(None, reason=reason), False)] * len(items)
-        return [(Score(value, parts, reason), final) for value, reason, parts, final in answers]
+        return [(Score(given.value, given.parts, given.reason), given.final) for given in answers]
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""The scoring process: `python -m raylign.scoring.worker module:function FD [confined]`.
+"""The scoring process: `python -m raylign.scoring.worker module:function [confined] CHANNEL`.
 
-Started by `raylign.scoring.process`; `confined` refuses code from outside the project and the installed packages.
+Started by `raylign.scoring.relay`; `confined` refuses code from outside the project and the installed packages.
 
-One JSON object per message on the socket FD. First message out: {"file", "line"} of the function. Then, for each
-{"arguments": [...]} for the function: {"answers": [[value, reason, parts, final], ...]}; value is null or reason is
-"", and `final` says whether asking again would be of no use. Either may be {"failure": text} instead. User code runs
-in the main thread, so that it may use signals.
+The first frame on the socket CHANNEL asks for the function: {"file", "line"} of it. Each later one has {"arguments":
+[...]} for it: {"answers": [[value, reason, parts, final], ...]}; value is null or reason is "", and `final` says
+whether asking again would be of no use. Either may be {"failure": text} instead. Every answer repeats the code of its
+question. User code runs in the main thread, so that it may use signals.
 """
 
 import json
@@ -13,67 +13,88 @@ import math
 import numbers
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 from raylign.errors import ScorerError
 from raylign.records import Score
+from raylign.scoring import relay
 from raylign.scoring.base import RETURNED_NONE
-from raylign.scoring.resolve import require_file_inside, require_inside, resolve, source_of
+from raylign.scoring.process import REASON_LENGTH, Given
+from raylign.scoring.resolve import ScoringFunction, require_file_inside, require_inside, resolve, source_of
 from raylign.scoring.roots import trusted_roots
-from raylign.text import escape_control
-
-REASON_LENGTH = 300
-
-Answer = tuple[float | None, str, dict[str, float], bool]
+from raylign.text import one_line
 
 
-def serve(spec: str, channel: "Connection[Any, Any]", *, confined: bool) -> None:
-    """Load the function, then answer requests until the parent goes away."""
-    requests: SimpleQueue[Any] = SimpleQueue()
-    Thread(target=_receive, args=(channel, requests), daemon=True).start()
+class _Channel:
+    """Questions in turn, of which each is answered at most once, and only by this very process."""
+
+    def __init__(self, number: int) -> None:
+        self._socket = socket.socket(fileno=number)
+        self._socket.set_inheritable(False)
+        self._frames, self._code, self._owner = relay.Frames(sys.maxsize), relay.NO_CODE, os.getpid()
+        os.register_at_fork(after_in_child=self._socket.close)
+
+    def next(self) -> bytes:
+        """The next question. Raises SystemExit when there will be none."""
+        self._leave_if_copied()
+        while not (found := self._frames.take()):
+            piece = self._socket.recv(1 << 16)
+            if not piece:
+                raise SystemExit
+            self._frames.add(piece)
+        self._code, content = found
+        return content
+
+    def answer(self, message: dict[str, Any]) -> None:
+        self._leave_if_copied()
+        self._socket.sendall(relay.frame(self._code, json.dumps(message).encode()))
+
+    def _leave_if_copied(self) -> None:
+        """A copy that the function made with fork, and that has returned from it too, ends here."""
+        if os.getpid() != self._owner:
+            os._exit(0)
+
+
+def serve(spec: str, channel: _Channel, *, confined: bool) -> None:
+    """Load the function, then answer questions until there are no more."""
+    channel.next()
     with _reporting(channel):
-        roots = trusted_roots(Path.cwd()) if confined else ()
-        if roots:
-            require_inside(spec, roots)
-        function = resolve(spec)
-        file, line = source_of(spec, function)
-        if roots and file:
-            require_file_inside(file, roots)
-        _send(channel, {"file": file, "line": line})
+        function, location = _load(spec, confined=confined)
+        channel.answer(location)
         while True:
-            request = requests.get()
+            request = json.loads(channel.next())
             with _reporting(channel):
                 result = function(*request["arguments"])
-                _send(channel, {"answers": [_answer(value) for value in _as_list(result)]})
+                channel.answer({"answers": [_answer(value) for value in _as_list(result)]})
 
 
-def _receive(channel: "Connection[Any, Any]", requests: "SimpleQueue[Any]") -> None:
-    """Queue requests. At the parent's end take the whole process group along, however user code hangs."""
-    try:
-        while True:
-            requests.put(json.loads(channel.recv_bytes()))
-    except (EOFError, OSError):
-        os.killpg(os.getpid(), signal.SIGKILL)
+def _load(spec: str, *, confined: bool) -> tuple[ScoringFunction, dict[str, Any]]:
+    roots = trusted_roots(Path.cwd()) if confined else ()
+    if roots:
+        require_inside(spec, roots)
+    function = resolve(spec)
+    file, line = source_of(spec, function)
+    if roots and file:
+        require_file_inside(file, roots)
+    return function, {"file": file, "line": line}
 
 
 @contextmanager
-def _reporting(channel: "Connection[Any, Any]") -> Iterator[None]:
-    """Send what user code raised, whatever it is, to the parent instead of dying of it."""
+def _reporting(channel: _Channel) -> Iterator[None]:
+    """Send what user code raised, whatever it is, to the scorer instead of dying of it."""
     try:
         yield
     except ScorerError as error:
-        _send(channel, {"failure": _one_line(str(error))})
+        channel.answer({"failure": one_line(str(error))})
     except Exception as error:
         traceback.print_exc()
-        _send(channel, {"failure": _shortened(f"{type(error).__name__}: {error}")})
+        channel.answer({"failure": one_line(f"{type(error).__name__}: {error}", REASON_LENGTH)})
 
 
 def _as_list(result: object) -> Sequence[object]:
@@ -82,38 +103,35 @@ def _as_list(result: object) -> Sequence[object]:
         return result
     if hasattr(result, "tolist") and isinstance(values := result.tolist(), list):
         return values
-    raise ScorerError(f"returned {_shortened(repr(result))}, not a list of scores")
+    raise ScorerError(f"returned {_shown(result)}, not a list of scores")
 
 
-def _answer(value: object) -> Answer:
+def _answer(value: object) -> Given:
     if isinstance(value, Score):
         return _answer_of(value)
     if value is None:
-        return None, RETURNED_NONE, {}, True
+        return Given(None, RETURNED_NONE, {}, True)
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None, f"returned {_shortened(repr(value))}, not a number", {}, False
+        return Given(None, f"returned {_shown(value)}, not a number", {}, False)
     number = float(value)
-    return (number, "", {}, True) if math.isfinite(number) else (None, f"returned {number}", {}, False)
+    return Given(number, "", {}, True) if math.isfinite(number) else Given(None, f"returned {number}", {}, False)
 
 
-def _answer_of(score: Score) -> Answer:
-    value, usual, _, final = _answer(score.value)
-    reason = _shortened(score.reason) if score.value is None and score.reason else usual
-    return value, reason, {str(name): float(part) for name, part in score.parts.items()}, final
+def _answer_of(score: Score) -> Given:
+    given = _answer(score.value)
+    reason = one_line(score.reason, REASON_LENGTH) if score.value is None and score.reason else given.reason
+    return Given(given.value, reason, {str(name): float(part) for name, part in score.parts.items()}, given.final)
 
 
-def _send(channel: "Connection[Any, Any]", reply: dict[str, Any]) -> None:
-    channel.send_bytes(json.dumps(reply).encode())
+def _shown(value: object) -> str:
+    return one_line(repr(value), REASON_LENGTH)
 
 
-def _one_line(text: str) -> str:
-    return escape_control(" ".join(text.split()))
-
-
-def _shortened(text: str) -> str:
-    line = _one_line(text)
-    return line if len(line) <= REASON_LENGTH else f"{line[: REASON_LENGTH - 1]}…"
+def _main(spec: str, *rest: str) -> None:
+    # Where the relay is killed, this process goes too.
+    relay.set_option(relay.PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    serve(spec, _Channel(int(rest[-1])), confined=rest[:-1] == ("confined",))
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Connection(int(sys.argv[2])), confined=sys.argv[3:] == ["confined"])
+    _main(*sys.argv[1:])

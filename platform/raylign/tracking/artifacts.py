@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag
-from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from raylign.errors import RaylignError, RecordError
+from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
 from raylign.tracking.params import redacted
 
@@ -39,7 +39,7 @@ def dataset_input(
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training"), InputTag("raylign.digest", digest)])
 
 
-def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> bool:
+def upload(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> bool:
     """Send the file of an artifact event, and a page of it if it is a table. False when the file is gone or damaged."""
     path = inside(run_dir, payload["path"])
     relative = PurePosixPath(payload["path"])
@@ -48,7 +48,7 @@ def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[st
         return False
     if payload["kind"] == "config":
         text = yaml.safe_dump(redacted(yaml.safe_load(path.read_text(encoding="utf-8"))), sort_keys=False)
-        client.log_text(run_id, text, str(relative))
+        store.log_text(run_id, text, str(relative))
         return True
     if path.suffix in TABLE_SUFFIXES:
         try:
@@ -57,18 +57,18 @@ def upload(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[st
         except RecordError as error:
             logger.warning("%s; MLflow goes without it", error)
             return False
-        client.log_text(run_id, page, str(relative.with_suffix(".html")))
+        store.log_text(run_id, page, str(relative.with_suffix(".html")))
     if path.stat().st_size > UPLOAD_LIMIT_MIB << 20:
         logger.info("%s is above %d MiB; MLflow gets its page only", path, UPLOAD_LIMIT_MIB)
         return True
     folder = str(relative.parent)
-    client.log_artifact(run_id, str(path), None if folder == "." else folder)
+    store.log_file(run_id, path, None if folder == "." else folder)
     return True
 
 
-def name_preferences(client: MlflowClient, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> None:
+def name_preferences(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> None:
     """Name a round's preferences as the run's training data."""
     path = inside(run_dir, payload["path"])
     name = f"preferences-round-{payload['round']}"
     profile = {"num_rows": row_count(path)} if path.suffix in TABLE_SUFFIXES else {}
-    client.log_inputs(run_id, [dataset_input(name, payload["sha256"], "local", {"uri": str(path)}, profile)])
+    store.log_dataset(run_id, dataset_input(name, payload["sha256"], "local", {"uri": str(path)}, profile))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
 
+from raylign.boundary.secrets import without_credentials
+from raylign.errors import TrackingError
 from raylign.tracking.journal import JOURNAL_NAME, read_events
-from raylign.tracking.params import without_credentials
-from raylign.tracking.sending import brief, is_outage, send
+from raylign.tracking.sending import may_pass, send
 from raylign.tracking.state import load_state
 from raylign.tracking.writer import MlflowWriter
 
@@ -42,7 +43,7 @@ class MlflowFeed:
     def close(self, timeout_s: float) -> int:
         """Wait at most `timeout_s` for MLflow to hold every event; returns how many are missing.
 
-        Raises what stopped the feed if that was not an outage.
+        Whatever MLflow did or answered, they are missing and no more. Raises what else stopped the feed.
         """
         self._draining.set()
         self._thread.join(timeout_s)
@@ -56,14 +57,17 @@ class MlflowFeed:
     def _run(self) -> None:
         try:
             self._follow()
+        except TrackingError as refusal:
+            if not self._stopped.is_set():
+                logger.warning("MLflow at %s takes no more of this run (%s)", without_credentials(self._uri), refusal)
         except BaseException as error:  # a thread has no caller: `close` raises it
             if not self._stopped.is_set():
                 self._failures.append(error)
-                logger.error("MLflow feed stopped by %s: %s", type(error).__name__, brief(error))
+                logger.error("MLflow feed stopped by %s: %s", type(error).__name__, error)
 
     def _follow(self) -> None:
         retrying = Retrying(
-            retry=retry_if_exception(is_outage),
+            retry=retry_if_exception(may_pass),
             wait=wait_exponential(multiplier=1, max=_LONGEST_WAIT_S),
             stop=stop_when_event_set(self._stopped),
             sleep=self._pause,
@@ -90,5 +94,5 @@ class MlflowFeed:
 
     def _warn(self, attempt: RetryCallState) -> None:
         if attempt.attempt_number == 1 and attempt.outcome is not None:
-            reason = brief(attempt.outcome.exception())
+            reason = attempt.outcome.exception()
             logger.warning("MLflow at %s fails (%s); the run goes on", without_credentials(self._uri), reason)

@@ -1,19 +1,10 @@
 """Config and facts as flat strings that are safe to publish."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
-REDACTED = "[redacted]"
-_SECRET_WORDS = frozenset(
-    {"token", "key", "secret", "password", "passwd", "passphrase", "authorization", "apikey"}
-    | {"credential", "credentials"}
-)
-_SECRET_LENGTH = 6
-"""Shorter values of variables are words that stand in any text."""
-_WORD_BREAK = re.compile(r"[._\-/\s]+|(?<=[a-z0-9])(?=[A-Z])")
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+from raylign.boundary.secrets import REDACTED, names_secret, without_secrets
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,26 +21,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publishable(tree: Mapping[str, Any]) -> dict[str, str]:
-    """`tree` flattened to strings: secrets redacted by name, credentials cut out of URIs."""
+    """`tree` flattened to strings: secrets redacted by name and by looks."""
     return {key: REDACTED if _hides(key, value) else _text(value) for key, value in flatten(tree).items()}
 
 
 def redacted(tree: Mapping[str, Any]) -> dict[str, Any]:
     """`tree` in its own shape, with the same values withheld as by `publishable`."""
     return {key: _redacted(key, value) for key, value in tree.items()}
-
-
-def without_credentials(text: str) -> str:
-    """`text` with the `user:password@` of every URI in it removed."""
-    return _USERINFO.sub("", text)
-
-
-def without_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """`text` without credentials in URIs and without the values of variables that are secrets by their name."""
-    values = {value for name, value in environment.items() if names_secret(name) and len(value) >= _SECRET_LENGTH}
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, REDACTED)
-    return without_credentials(text)
 
 
 def _redacted(name: str, value: Any) -> Any:
@@ -59,15 +37,7 @@ def _redacted(name: str, value: Any) -> Any:
         return [_redacted(name, item) for item in value]
     if _hides(name, value):
         return REDACTED
-    return without_credentials(value) if isinstance(value, str) else value
-
-
-def names_secret(name: str) -> bool:
-    """Whether `name` is a secret's: it has a whole word such as `token`, which `max_new_tokens` has not.
-
-    An option `..._env` holds no secret but the name of the variable with it.
-    """
-    return not name.endswith("_env") and bool({word.lower() for word in _WORD_BREAK.split(name)} & _SECRET_WORDS)
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _hides(name: str, value: Any) -> bool:
@@ -75,4 +45,4 @@ def _hides(name: str, value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return without_credentials(value if isinstance(value, str) else json.dumps(value))
+    return without_secrets(value if isinstance(value, str) else json.dumps(value))

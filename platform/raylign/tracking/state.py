@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, TypeAdapter
 
+from raylign.boundary.secrets import without_credentials
 from raylign.run.reading import read_record
-from raylign.tracking.params import without_credentials
 
 STATE_NAME = "mlflow.json"
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from raylign.boundary.secrets import without_secrets
 from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 from raylign.tracking.artifacts import inside
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
-from raylign.tracking.params import publishable, without_credentials
+from raylign.tracking.params import publishable
 from raylign.tracking.uri import default_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -106,7 +107,7 @@ class Tracker:
     def close(self, status: Status, timeout_s: float = 30.0) -> int:
         """Record the end and wait at most `timeout_s` for MLflow; returns how many events it still misses.
 
-        Raises what stopped the feed if that was not an outage; the journal is complete either way.
+        Raises what stopped the feed if that was not MLflow; the journal is complete either way.
         """
         self._journal.append("campaign_finished", {"status": status})
         self._journal.close()
@@ -141,4 +142,4 @@ def _prompt_source(source: str, split: str) -> tuple[str, dict[str, Any]]:
     path = Path(source)
     if path.exists():
         return "local", {"uri": str(path.resolve())}
-    return "hugging_face", {"path": without_credentials(source), "split": split}
+    return "hugging_face", {"path": without_secrets(source), "split": split}

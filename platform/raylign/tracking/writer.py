@@ -7,18 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from mlflow.entities import LifecycleStage, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 
 from raylign.chunks import chunks
 from raylign.errors import RaylignError
 from raylign.tracking.artifacts import dataset_input, name_preferences, upload
-from raylign.tracking.database import create_database
 from raylign.tracking.journal import Event
+from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.state import FeedState, RoundState, load_state, save_state
-from raylign.tracking.uri import artifact_location
 
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
@@ -26,8 +23,6 @@ _LONGEST_UNSAVED_S = 10.0
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
-# MLflow opens an experiment without a kind on its pages for agents, not on the runs and their curves.
-_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 # One line per table of a new database otherwise.
@@ -38,8 +33,8 @@ for _name in ("mlflow.store.db", "alembic"):
 class MlflowWriter:
     """Applies events in order. Metrics wait in memory until `flush`, which also saves the position."""
 
-    def __init__(self, client: MlflowClient, run_dir: Path, uri: str, state: FeedState) -> None:
-        self._client = client
+    def __init__(self, store: MlflowStore, run_dir: Path, uri: str, state: FeedState) -> None:
+        self._store = store
         self._run_dir = run_dir
         self._uri = uri
         self._metrics: list[tuple[str, Metric]] = []
@@ -50,12 +45,11 @@ class MlflowWriter:
     @classmethod
     def connect(cls, uri: str, experiment: str, run_dir: Path) -> Self:
         """Open the store, create the experiment if missing, and start again if our run is gone from it."""
-        create_database(uri)
-        client = MlflowClient(tracking_uri=uri)
+        store = MlflowStore(uri)
         state = load_state(run_dir, uri)
-        if not (state.run_id and _is_active(client, state.run_id)):
-            state = FeedState(experiment_id=_experiment_id(client, uri, experiment))
-        return cls(client, run_dir, uri, state)
+        if not (state.run_id and store.has(state.run_id)):
+            state = FeedState(experiment_id=store.experiment(experiment))
+        return cls(store, run_dir, uri, state)
 
     @property
     def due(self) -> bool:
@@ -97,7 +91,7 @@ class MlflowWriter:
         for run_id in dict.fromkeys(run_id for run_id, _ in self._metrics):
             metrics = [metric for owner, metric in self._metrics if owner == run_id]
             for chunk in chunks(metrics, METRICS_PER_CALL):
-                self._client.log_batch(run_id, metrics=chunk, synchronous=True)
+                self._store.log_metrics(run_id, chunk)
         self._metrics.clear()
         if self.state.sequence != self._saved:
             save_state(self._run_dir, self._uri, self.state)
@@ -119,7 +113,7 @@ class MlflowWriter:
         campaign, name = event.payload["campaign"], event.payload["name"]
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
         run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
-        self._client.update_run(run_id, status="RUNNING")
+        self._store.set_running(run_id)
         facts: Mapping[str, str] = event.payload["tags"]
         tags = {**facts, "raylign.run_dir": str(self._run_dir)}
         if "git.sha" in facts:
@@ -131,21 +125,21 @@ class MlflowWriter:
     def _log_params(self, run_id: str, wanted: Mapping[str, str], tags: dict[str, str]) -> None:
         """Params cannot change in MLflow: what a resumed campaign changed becomes a `changed.*` tag."""
         params = {_safe_name(key): value[:_MAX_PARAM] for key, value in wanted.items()}
-        logged = self._client.get_run(run_id).data.params
+        logged = self._store.params(run_id)
         new = [Param(key, value) for key, value in params.items() if key not in logged]
         changed = {f"changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
         for chunk in chunks(new, _PARAMS_PER_CALL):
-            self._client.log_batch(run_id, params=chunk, synchronous=True)
+            self._store.log_params(run_id, chunk)
         entries = [RunTag(_safe_name(key), value[:_MAX_TAG]) for key, value in {**tags, **changed}.items()]
         for tag_chunk in chunks(entries, _PARAMS_PER_CALL):
-            self._client.log_batch(run_id, tags=tag_chunk, synchronous=True)
+            self._store.log_tags(run_id, tag_chunk)
 
     def _prompts(self, event: Event) -> None:
         payload = event.payload
         prompts = dataset_input(
             "prompts", payload["digest"], payload["source_type"], payload["source"], payload["counts"]
         )
-        self._client.log_inputs(self._campaign(event), [prompts])
+        self._store.log_dataset(self._campaign(event), prompts)
 
     def _round_started(self, event: Event) -> None:
         """Every attempt at a round has the same run; one that has finished stays so."""
@@ -160,7 +154,7 @@ class MlflowWriter:
             self.state.rounds[index] = RoundState(run_id=run_id)
         round_state = self.state.rounds[index]
         if round_state.status != "FINISHED":
-            self._client.update_run(round_state.run_id, status="RUNNING")
+            self._store.set_running(round_state.run_id)
             round_state.status = "RUNNING"
 
     def _stage(self, event: Event) -> None:
@@ -184,7 +178,7 @@ class MlflowWriter:
         payload, round_state, index = event.payload, self._round(event), event.payload["round"]
         if round_state.status == "FINISHED":
             return
-        self._client.set_terminated(round_state.run_id, "FINISHED", _milliseconds(event.time))
+        self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
         measured = {
             **_prefixed("eval", payload["evaluation"]),
@@ -206,31 +200,27 @@ class MlflowWriter:
     def _artifact(self, event: Event) -> None:
         payload = event.payload
         if payload["round"] not in self.state.rounds:
-            upload(self._client, self._campaign(event), self._run_dir, payload)
+            upload(self._store, self._campaign(event), self._run_dir, payload)
             return
         round_state = self._round(event)
-        sent = upload(self._client, round_state.run_id, self._run_dir, payload)
+        sent = upload(self._store, round_state.run_id, self._run_dir, payload)
         if sent and payload["kind"] == "preferences" and not round_state.has_preferences:
-            name_preferences(self._client, round_state.run_id, self._run_dir, payload)
+            name_preferences(self._store, round_state.run_id, self._run_dir, payload)
             round_state.has_preferences = True
 
     def _campaign_finished(self, event: Event) -> None:
         status, end = event.payload["status"], _milliseconds(event.payload.get("ended", event.time))
         for round_state in self.state.rounds.values():
             if round_state.status == "RUNNING":
-                self._client.set_terminated(round_state.run_id, status, end)
+                self._store.set_ended(round_state.run_id, status, end)
                 round_state.status = status
-        self._client.set_terminated(self._campaign(event), status, end)
+        self._store.set_ended(self._campaign(event), status, end)
 
     def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""
-        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-        for run in self._client.search_runs([self.state.experiment_id], condition, max_results=1):
-            return str(run.info.run_id)
-        created = self._client.create_run(
-            self.state.experiment_id, _milliseconds(event.time), {**identity, **tags}, name
-        )
-        return str(created.info.run_id)
+        experiment, start = self.state.experiment_id, _milliseconds(event.time)
+        found = self._store.find_run(experiment, identity)
+        return found or self._store.create_run(experiment, start, {**identity, **tags}, name)
 
     def _log(self, run_id: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
         timestamp = _milliseconds(event.time)
@@ -239,27 +229,6 @@ class MlflowWriter:
             for key, value in values.items()
             if value is not None
         ]
-
-
-def _is_active(client: MlflowClient, run_id: str) -> bool:
-    try:
-        stage = client.get_run(run_id).info.lifecycle_stage
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return bool(stage == LifecycleStage.ACTIVE)
-
-
-def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        return str(client.create_experiment(name, artifact_location(uri), tags=_TRAINING))
-    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise RaylignError(
-            f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"
-        )
-    return str(experiment.experiment_id)
 
 
 def _milliseconds(seconds: float) -> int:

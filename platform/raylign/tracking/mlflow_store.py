@@ -1,0 +1,132 @@
+"""MLflow as raylign asks it: plain values, whatever it answers; whatever goes wrong is a TrackingError."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from raylign.boundary.secrets import without_secrets
+from raylign.errors import RaylignError, TrackingError
+from raylign.text import escape_control
+from raylign.tracking.database import create_database
+from raylign.tracking.transport import limited
+from raylign.tracking.uri import artifact_location
+
+_REFUSED = "INVALID_PARAMETER_VALUE"
+_UNKNOWN = "RESOURCE_DOES_NOT_EXIST"
+_SHOWN = 300
+_LONGEST_ID = 256
+# MLflow opens an experiment without a kind on its pages for agents, not on the runs and their curves.
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+T = TypeVar("T")
+
+
+class MlflowStore:
+    """A server or database. Every method raises TrackingError, whose `passing` says whether waiting may help."""
+
+    def __init__(self, uri: str) -> None:
+        """Creates the database of a sqlite URI. Raises ConfigError when its folder cannot be made."""
+        self._uri = uri
+        _asked(lambda: create_database(uri))
+        self._client: MlflowClient = _asked(lambda: MlflowClient(tracking_uri=uri))
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment called `name`, which is made if it is missing."""
+        found = _asked(lambda: self._client.get_experiment_by_name(name))
+        if found is None:
+            where = artifact_location(self._uri)
+            return _id(_asked(lambda: self._client.create_experiment(name, where, tags=_TRAINING)), "experiment")
+        if _asked(lambda: found.lifecycle_stage) != LifecycleStage.ACTIVE:
+            raise _refusal(
+                f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"
+            )
+        return _id(_asked(lambda: found.experiment_id), "experiment")
+
+    def has(self, run_id: str) -> bool:
+        """Whether the run is there and not deleted."""
+        try:
+            return bool(_asked(lambda: self._client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.ACTIVE)
+        except TrackingError as error:
+            if isinstance(error.__cause__, MlflowException) and error.__cause__.error_code == _UNKNOWN:
+                return False
+            raise
+
+    def find_run(self, experiment_id: str, tags: Mapping[str, str]) -> str | None:
+        """A run with all of `tags`."""
+        condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found = _asked(
+            lambda: [run.info.run_id for run in self._client.search_runs([experiment_id], condition, max_results=1)]
+        )
+        return _id(found[0], "run") if found else None
+
+    def create_run(self, experiment_id: str, start_ms: int, tags: dict[str, str], name: str) -> str:
+        """The id of a new run."""
+        return _id(
+            _asked(lambda: self._client.create_run(experiment_id, start_ms, tags, name).info.run_id),
+            "run",
+        )
+
+    def params(self, run_id: str) -> dict[str, str]:
+        """What was logged before."""
+        return _asked(lambda: dict(self._client.get_run(run_id).data.params))
+
+    def set_running(self, run_id: str) -> None:
+        _asked(lambda: self._client.update_run(run_id, status="RUNNING"))
+
+    def set_ended(self, run_id: str, status: str, end_ms: int) -> None:
+        _asked(lambda: self._client.set_terminated(run_id, status, end_ms))
+
+    def log_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        _asked(lambda: self._client.log_batch(run_id, metrics=metrics, synchronous=True))
+
+    def log_params(self, run_id: str, params: Sequence[Param]) -> None:
+        _asked(lambda: self._client.log_batch(run_id, params=params, synchronous=True))
+
+    def log_tags(self, run_id: str, tags: Sequence[RunTag]) -> None:
+        _asked(lambda: self._client.log_batch(run_id, tags=tags, synchronous=True))
+
+    def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
+        _asked(lambda: self._client.log_inputs(run_id, [dataset]))
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """`text` as the artifact called `name`."""
+        _asked(lambda: self._client.log_text(run_id, text, name))
+
+    def log_file(self, run_id: str, file: Path, folder: str | None) -> None:
+        """The file as an artifact of its own name in `folder`."""
+        _asked(lambda: self._client.log_artifact(run_id, str(file), folder))
+
+
+def _asked(ask: Callable[[], T]) -> T:
+    """What `ask` gives. Raises TrackingError for whatever MLflow and its libraries make of an answer."""
+    try:
+        with limited():
+            return ask()
+    except RaylignError:
+        raise
+    except MlflowException as error:
+        failure = TrackingError(shown(str(error)))
+        failure.passing = error.error_code != _REFUSED
+        raise failure from error
+    except Exception as error:
+        raise TrackingError(shown(f"{type(error).__name__}: {error}")) from error
+
+
+def _refusal(message: str) -> TrackingError:
+    refusal = TrackingError(message)
+    refusal.passing = False
+    return refusal
+
+
+def _id(value: Any, of: str) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _LONGEST_ID:
+        raise TrackingError(f"answered {shown(repr(value))} as the id of the {of}")
+    return value
+
+
+def shown(text: str) -> str:
+    """The first line, without secrets and terminal controls, 300 characters at most."""
+    return escape_control(without_secrets(text[: 10 * _SHOWN].split("\n", 1)[0])[:_SHOWN])
