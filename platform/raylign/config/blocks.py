@@ -19,6 +19,9 @@ from raylign.config.base import Block
 Dtype = Literal["bfloat16", "float16", "float32"]
 _SECRET_IN_QUERY = re.compile(r"[?&][^=&]*(token|key|secret|pass)[^=&]*=", re.IGNORECASE)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+"""What Python, NumPy, torch and vLLM all take."""
+ControlTokens = Literal["keep", "break_up"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
 
 
@@ -29,7 +32,7 @@ class RunBlock(Block):
     """Directory name under `dir`; at most 128 letters, digits, dots, dashes and underscores."""
     dir: Path = Path("runs")
     """Parent of the run directory; shared storage on a cluster of several nodes."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seeds prompts, sampling, adapter initialisation and batch order."""
 
 
@@ -91,6 +94,9 @@ class PromptsBlock(PartBlock):
     """Column with a string or a list of chat messages."""
     system: str | None = None
     """System message put before prompts that have none."""
+    control_tokens: ControlTokens = "keep"
+    """Tokens of the chat template such as `<|im_end|>` in the text of messages: `keep` leaves and counts them, as data
+    that talk about templates need; `break_up` writes `< |im_end|>`, so that no row can end its turn or open another."""
     held_out: PositiveInt = 32
     """Prompts kept for evaluation: the source's own held-out split if it has one, else a seeded draw."""
     max_invalid: Fraction = 0.0
