@@ -22,6 +22,7 @@ from raylign.reporting import report_console
 from raylign.rundir import continue_or_create, require_continuable
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
 from recipes.signals import terminable
@@ -33,6 +34,7 @@ def offline_campaign(
 ) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
     """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
+    require_learnable(loss, folder, config.model)
     measured = resolve_reference(reference, config.model, folder)
     require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)

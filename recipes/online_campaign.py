@@ -21,6 +21,7 @@ from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
 from recipes.signals import terminable
@@ -32,6 +33,7 @@ _CANARY_PROMPTS = 4
 def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Team]]:
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
+    require_learnable(config.loss, folder, config.model)
     for read in (folder, resolve_reference(config.reference, config.model, folder)):
         require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)

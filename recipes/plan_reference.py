@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from actors.weight_sync.manifest import checkpoint_manifest
@@ -21,6 +21,7 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.models import DTYPES, resolve_reference
+from raylign.models.open import empty_model, open_config
 
 _FP32_BYTES = 4
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -72,8 +73,8 @@ def stored_bytes(folder: Path, block: ModelBlock) -> int:
 def _linear_parameters(folder: Path, block: ModelBlock) -> int:
     """Weights of linear layers but the output head, counted on a model without storage."""
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=block.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+        config = open_config(str(folder), block.trust_remote_code)
+        model = empty_model(AutoModelForCausalLM, config, block.trust_remote_code)
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
     return sum(module.weight.numel() for module in linear)

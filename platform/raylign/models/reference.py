@@ -1,11 +1,10 @@
 """The checkpoint of the reference, and whether it reads the policy's token ids."""
 
-from transformers import AutoTokenizer
-
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import ModelReferenceBlock, ReferenceBlock
 from raylign.errors import ModelError
-from raylign.models.load import embedding_rows
+from raylign.models.load import embedding_rows, require_fit
+from raylign.models.open import open_tokenizer
 from raylign.models.resolve import resolve_model
 
 _CURE = "take a reference that was trained from the same base model, so that token ids mean the same to both"
@@ -14,11 +13,12 @@ _CURE = "take a reference that was trained from the same base model, so that tok
 def resolve_reference(block: ReferenceBlock, model: ModelBlock, folder: str) -> str:
     """Folder of the reference's weights: `folder`, the policy's, unless `block` names another checkpoint.
 
-    Raises ModelError when that is not there, or has another vocabulary.
+    Raises ModelError when that is not there, has other weights than its config.json says, or another vocabulary.
     """
     if not isinstance(block, ModelReferenceBlock):
         return folder
     found = resolve_model(block.path, block.revision, option="reference")
+    require_fit(found, model.trust_remote_code)
     require_same_vocabulary(folder, found, model.trust_remote_code)
     return found
 
@@ -52,7 +52,6 @@ def require_same_vocabulary(policy: str, reference: str, trust: bool) -> None:
 def _tokens(folder: str, trust: bool) -> dict[str, int] | None:
     """Ids by token; None where there is no tokenizer."""
     try:
-        tokens: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust).get_vocab()
-    except (OSError, ValueError):
+        return dict(open_tokenizer(folder, trust).get_vocab())
+    except ModelError:
         return None
-    return tokens
