@@ -16,6 +16,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models.load import require_fit
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
@@ -36,6 +37,8 @@ def offline_campaign(
     folder = resolve_model(config.model.path, config.model.revision)
     require_learnable(loss, folder, config.model)
     measured = resolve_reference(reference, config.model, folder)
+    if measured != folder:
+        require_fit(measured, config.model.trust_remote_code)
     require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)
     default_uri(config.tracking, config.run.dir / config.run.name)

@@ -13,6 +13,7 @@ from raylign.checkpoints import Checkpoint
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.models import load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models.load import require_fit
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reporting import report_console
@@ -34,7 +35,10 @@ def campaign(config: OnlineDpoConfig) -> Iterator[tuple[Campaign, PromptSet, Tea
     """Check everything that can be checked, then start the team; leaves nothing behind but the run directory."""
     folder = resolve_model(config.model.path, config.model.revision)
     require_learnable(config.loss, folder, config.model)
-    for read in (folder, resolve_reference(config.reference, config.model, folder)):
+    reference = resolve_reference(config.reference, config.model, folder)
+    if reference != folder:
+        require_fit(reference, config.model.trust_remote_code)
+    for read in (folder, reference):
         require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
     prompts = load_prompts(

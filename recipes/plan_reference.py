@@ -21,6 +21,7 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.models import DTYPES, resolve_reference
+from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
 
 _FP32_BYTES = 4
@@ -39,7 +40,10 @@ class ReferenceFacts:
 def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> ReferenceFacts:
     """`folder` is the policy's and `trained` its parameters with gradients. Raises ModelError as a run would."""
     reference, adapter = config.reference, config.model.lora is not None
-    whole = stored_bytes(Path(resolve_reference(reference, config.model, str(folder))), config.model)
+    found = resolve_reference(reference, config.model, str(folder))
+    if found != str(folder):
+        require_fit(found, config.model.trust_remote_code)
+    whole = stored_bytes(Path(found), config.model)
     shards = config.trainer.ranks if config.trainer.zero_stage == 3 else 1
     copy, mix = math.ceil(whole / shards), math.ceil(trained * _FP32_BYTES / shards)
     followed = trained * _FP32_BYTES if adapter else copy

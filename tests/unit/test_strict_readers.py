@@ -394,7 +394,9 @@ def test_a_key_that_is_there_twice_in_a_file_of_a_model_is_refused(tmp_path: Pat
     folder = save_policy(tmp_path / "policy")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("{", '{"num_hidden_layers": 1,', 1))
-    with pytest.raises(ModelError, match=r"config\.json: not JSON that can be read \(the key 'num_hidden_layers' is"):
+    with pytest.raises(
+        ModelError, match=r"config\.json: not a JSON object that can be read \(the key 'num_hidden_layers' is"
+    ):
         resolve_model(str(folder))
 
 

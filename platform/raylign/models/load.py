@@ -83,7 +83,13 @@ def require_fit(folder: str, trust_remote_code: bool, kind: Any = AutoModelForCa
     with torch.device("meta"):
         shell = empty_model(kind, config, trust_remote_code)
         stored = {name: torch.empty(shape) for name, shape in stored_shapes(Path(folder)).items()}
-    options = {"config": shell.config, "state_dict": stored, "device_map": {"": "meta"}, "dtype": torch.float32}
+    options = {
+        "config": shell.config,
+        "state_dict": stored,
+        "device_map": {"": "meta"},
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": True,
+    }
     open_model(type(shell), None, trust_remote_code, where=folder, **options).require_fit(folder, heads)
 
 

@@ -93,8 +93,11 @@ def open_model(kind: Any, folder: str | None, trust_remote_code: bool, *, where:
         )
     model, info = loaded
     if info["mismatched_keys"]:
-        names = sorted(str(key) for key in info["mismatched_keys"])
-        raise ModelError(f"{where}: {len(names)} weights have another shape than config.json says, first {names[0]}")
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+        raise ModelError(
+            f"{where}: the model cannot be loaded: {len(names)} weights have another shape than config.json says, "
+            f"first {names[0]}; copy the model again, with the config.json that belongs to it"
+        )
     return Opened(model, *(tuple(sorted(info[name])) for name in ("missing_keys", "unexpected_keys")))
 
 

@@ -3,7 +3,7 @@
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import ModelReferenceBlock, ReferenceBlock
 from raylign.errors import ModelError
-from raylign.models.load import embedding_rows, require_fit
+from raylign.models.load import embedding_rows
 from raylign.models.open import open_tokenizer
 from raylign.models.resolve import resolve_model
 
@@ -13,12 +13,11 @@ _CURE = "take a reference that was trained from the same base model, so that tok
 def resolve_reference(block: ReferenceBlock, model: ModelBlock, folder: str) -> str:
     """Folder of the reference's weights: `folder`, the policy's, unless `block` names another checkpoint.
 
-    Raises ModelError when that is not there, has other weights than its config.json says, or another vocabulary.
+    Raises ModelError when that is not there, or has another vocabulary.
     """
     if not isinstance(block, ModelReferenceBlock):
         return folder
     found = resolve_model(block.path, block.revision, option="reference")
-    require_fit(found, model.trust_remote_code)
     require_same_vocabulary(folder, found, model.trust_remote_code)
     return found
 

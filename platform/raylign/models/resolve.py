@@ -82,7 +82,7 @@ def read_facts(file: Path) -> dict[str, Any]:
     try:
         found = parse_json(read_text(file), ANY_INTEGER)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not JSON that can be read ({error}); copy the model again") from error
+        raise ModelError(f"{file}: not a JSON object that can be read ({error}); copy the model again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: a {type(found).__name__} instead of a JSON object; copy the model again")
     return found
