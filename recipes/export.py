@@ -55,7 +55,8 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
         return _export_reward_model(directory, config, report, checkpoint, base, to.absolute())
     in_4bit = config.model if config.model.load_in_4bit else None
     facts = card_facts(directory, config, report)
-    folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, config.model.chat_template)
+    template, trust = config.model.chat_template, config.model.trust_remote_code
+    folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, template, trust)
     stays_adapter = (folder / ADAPTER_CONFIG).is_file()
     if stays_adapter and in_4bit:
         use = f"{shlex.join(['raylign', 'export', str(run), '--to', f'{folder}-merged', '--merge'])}{_NO_4_BITS}"
@@ -82,7 +83,8 @@ def _export_reward_model(
         versions=training_versions(directory),
     )
     in_4bit = config.model if config.model.load_in_4bit else None
-    folder = export_reward_model(checkpoint, base, to, facts, in_4bit, config.model.chat_template)
+    template, trust = config.model.chat_template, config.model.trust_remote_code
+    folder = export_reward_model(checkpoint, base, to, facts, in_4bit, template, trust)
     return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
 
 

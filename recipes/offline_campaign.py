@@ -16,6 +16,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models.load import require_fit
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reporting import report_console
@@ -23,6 +24,7 @@ from raylign.run.inputs import keep, require_same
 from raylign.rundir import continue_or_create, require_continuable, run_path
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
 from recipes.inputs import inputs_of
@@ -38,7 +40,10 @@ def offline_campaign(
     `recipe` is the file with the loop: a run goes on only with the same one.
     """
     folder = resolve_model(config.model.path, config.model.revision)
+    require_learnable(loss, folder, config.model)
     measured = resolve_reference(reference, config.model, folder)
+    if measured != folder:
+        require_fit(measured, config.model.trust_remote_code)
     require_context("data.max_length", config.data.max_length, measured, config.model)
     data, pad_id = load_rows(config, folder)
     default_uri(config.tracking, run_path(config.run))

@@ -13,6 +13,7 @@ from raylign.checkpoints import Checkpoint
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.models import load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models.load import require_fit
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reporting import report_console
@@ -22,6 +23,7 @@ from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
 from recipes.failures import told
 from recipes.inputs import inputs_of
@@ -37,7 +39,10 @@ def campaign(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[tup
     `recipe` is the file with the loop: a run goes on only with the same one.
     """
     folder = resolve_model(config.model.path, config.model.revision)
+    require_learnable(config.loss, folder, config.model)
     measured = resolve_reference(config.reference, config.model, folder)
+    if measured != folder:
+        require_fit(measured, config.model.trust_remote_code)
     for read in (folder, measured):
         require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)

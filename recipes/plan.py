@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from actors.cluster import cluster
 from actors.placement import PlacementPlan, choose_device, plan_placement, require_resources
@@ -22,6 +22,9 @@ from raylign.config.blocks import ModelBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.errors import ModelError
 from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models.load import require_fit
+from raylign.models.open import empty_model, open_config
+from raylign.models.reward_model import require_reward_fit
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
@@ -94,7 +97,7 @@ class RunPlan:
 
 def make_plan(config: OnlineDpoConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
-    scorer = describe_scorer(config.scoring)
+    scorer = describe_scorer(config.scoring, load=False)
     model = model_facts(config.model)
     for read in (str(model.folder), resolve_reference(config.reference, config.model, str(model.folder))):
         require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
@@ -135,9 +138,13 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     )
 
 
-def model_facts(block: ModelBlock) -> ModelFacts:
-    """Resolve the path (a hub id is downloaded) and count parameters by the headers of the files."""
+def model_facts(block: ModelBlock, *, rewards: bool = False) -> ModelFacts:
+    """Resolve the path (a hub id is downloaded) and count parameters by the headers of the files.
+
+    Raises ModelError when these are not of the policy, or for `rewards` the reward model, that config.json describes.
+    """
     folder = Path(resolve_model(block.path, block.revision))
+    (require_reward_fit if rewards else require_fit)(str(folder), block.trust_remote_code)
     parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
     trained = _trained_parameters(folder, block)
     return ModelFacts(folder, parameters, trained, context_limit(str(folder), block.trust_remote_code))
@@ -148,14 +155,13 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
     trust = block.trust_remote_code
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            model = empty_model(AutoModelForCausalLM, open_config(str(folder), trust), trust)
             CompletionLogps(model)
             if block.lora is not None:
                 targets = block.lora.target_modules
                 wanted = targets if isinstance(targets, str) else list(targets)
                 model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=block.lora.r, target_modules=wanted))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from actors.placement import PlacementPlan
 from actors.trainer_team import plan_trainer_team
-from raylign.config import OfflineConfig
+from raylign.config import OfflineConfig, RewardModelConfig
 from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.prompts import left_out
@@ -33,7 +33,7 @@ class OfflinePlan:
 
 def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     """Check what a run would check before its start, and read its rows. Raises RaylignError, naming the cure."""
-    model = model_facts(config.model)
+    model = model_facts(config.model, rewards=isinstance(config, RewardModelConfig))
     data = load_rows(config, str(model.folder))[0]
     where, available = present_resources()
     steps = total_steps(len(data.train), config.schedule, config.trainer)

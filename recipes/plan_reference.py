@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from actors.weight_sync.manifest import checkpoint_manifest
@@ -21,6 +21,8 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.models import DTYPES, resolve_reference
+from raylign.models.load import require_fit
+from raylign.models.open import empty_model, open_config
 
 _FP32_BYTES = 4
 _BLOCK, _NESTED_BLOCK = 64, 256
@@ -38,7 +40,10 @@ class ReferenceFacts:
 def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> ReferenceFacts:
     """`folder` is the policy's and `trained` its parameters with gradients. Raises ModelError as a run would."""
     reference, adapter = config.reference, config.model.lora is not None
-    whole = stored_bytes(Path(resolve_reference(reference, config.model, str(folder))), config.model)
+    found = resolve_reference(reference, config.model, str(folder))
+    if found != str(folder):
+        require_fit(found, config.model.trust_remote_code)
+    whole = stored_bytes(Path(found), config.model)
     shards = config.trainer.ranks if config.trainer.zero_stage == 3 else 1
     copy, mix = math.ceil(whole / shards), math.ceil(trained * _FP32_BYTES / shards)
     followed = trained * _FP32_BYTES if adapter else copy
@@ -72,8 +77,8 @@ def stored_bytes(folder: Path, block: ModelBlock) -> int:
 def _linear_parameters(folder: Path, block: ModelBlock) -> int:
     """Weights of linear layers but the output head, counted on a model without storage."""
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=block.trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=block.trust_remote_code)
+        config = open_config(str(folder), block.trust_remote_code)
+        model = empty_model(AutoModelForCausalLM, config, block.trust_remote_code)
     head = model.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
     return sum(module.weight.numel() for module in linear)

@@ -23,6 +23,8 @@ from raylign.boundary.http import ask
 from raylign.boundary.secrets import holds_secret, names_secret, secrets_in, without_secrets
 from raylign.config import RunConfig, load_recipe
 from raylign.errors import ConfigError, PlacementError, ServerError
+from raylign.reading.files import read_text
+from raylign.reading.yaml_text import LONGEST_YAML, parse_yaml
 from raylign.text import escape_control, one_line
 from recipes.checks.ray_cluster import TOKEN_CURE, token_source
 from recipes.signals import INTERRUPTED
@@ -133,8 +135,8 @@ def _runtime_env(root: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return PLAIN_RUNTIME_ENV
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = parse_yaml(read_text(path, LONGEST_YAML))
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("env_vars", {}), dict):
         raise ConfigError(f"{path}: a runtime environment is a mapping, and so is env_vars in it; correct the file")

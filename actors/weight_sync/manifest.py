@@ -1,12 +1,13 @@
 """What a model's weights must look like: names and shapes, read from safetensors headers alone."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 
 from raylign.errors import WeightSyncError
+from raylign.reading.files import read_text
+from raylign.reading.json_text import ANY_INTEGER, parse_json
 
 Manifest = Mapping[str, tuple[int, ...]]
 _SHOWN = 3
@@ -23,7 +24,7 @@ def checkpoint_manifest(folder: Path) -> Manifest:
     manifest = {
         name: shape for path in sorted(folder.glob("*.safetensors")) for name, shape in file_manifest(path).items()
     }
-    if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False):
+    if parse_json(read_text(folder / "config.json"), ANY_INTEGER).get("tie_word_embeddings", False):
         manifest.pop("lm_head.weight", None)
     return manifest
 

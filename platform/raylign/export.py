@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
@@ -23,6 +22,8 @@ from raylign.files import disk_errors, require_free
 from raylign.model_card import ModelFacts, card_text
 from raylign.models import DTYPES, load_policy
 from raylign.models.chat_template import read_chat_template
+from raylign.models.open import open_adapter, open_config, open_model
+from raylign.models.resolve import Shapes, check_facts, read_facts, stored_shapes
 from raylign.tensor_file import tensor_errors
 from raylign.training.weights import checkpoint_weights
 
@@ -46,7 +47,6 @@ TOKENIZER_FILES = (
 )
 
 _TO = "--to"
-Shapes = dict[str, tuple[int, ...]]
 
 
 def export_model(
@@ -57,6 +57,7 @@ def export_model(
     card: ModelFacts,
     in_4bit: ModelBlock | None = None,
     chat_template: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the policy in `source` to the folder `to` with tokenizer, chat template, generation config and README.md.
 
@@ -67,6 +68,7 @@ def export_model(
     float32 a merged weight is off by at most half a unit in the last place of that dtype (bfloat16: 2^-9 relative).
     An adapter that was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in the
     run's dtype: the weights that the run evaluated. The file `chat_template` takes the place of the tokenizer's own.
+    Code that ships with the base model goes with it, and is run to load the model, only with `trust_remote_code`.
 
     `to` appears whole or not at all, after its tensors were read back and compared by name and shape. Raises ModelError
     when `source` is no such folder, a part is missing, `to` is not empty, or the tensors differ.
@@ -76,12 +78,14 @@ def export_model(
     companions = _companions(source, base)
     merged = Path(base) if is_adapter and merge and base is not None else None
     with appearing_whole(to, weights_size(source) if merged is None else weights_size(merged, in_4bit)) as staging:
+        if trust_remote_code and (merge or not is_adapter):
+            copy_code(base or source, staging)
         if is_adapter and merge:
-            _write_merged(source, required_base(base, source), staging, in_4bit)
+            _write_merged(source, required_base(base, source), staging, in_4bit, trust_remote_code)
         elif is_adapter:
             _write_adapter(source, card.base_model, staging)
         else:
-            _write_full(source, base, staging)
+            _write_full(source, base, staging, trust_remote_code)
         for file in companions:
             _copy(file, staging / file.name)
         template = None if chat_template is None else read_chat_template(chat_template)
@@ -167,9 +171,17 @@ def required_base(base: str | None, source: Path) -> Path:
     return Path(base)
 
 
+def copy_code(folder: str | Path, staging: Path) -> None:
+    """What config.json and the tokenizer's config name as the model's own code."""
+    for file in sorted(Path(folder).glob("*.py")):
+        shutil.copyfile(file, staging / file.name)
+
+
 def _companions(source: Path, base: str | None) -> list[Path]:
     """Files of one tokenizer, and a generation config if there is one; what `source` has goes before `base`."""
     folders = [source, *([Path(base)] if base is not None else [])]
+    for folder in folders:
+        check_facts(folder)
     tokenizers = [folder for folder in folders if (folder / TOKENIZER_CONFIG).is_file()]
     if not tokenizers:
         places = " or ".join(str(folder) for folder in folders)
@@ -181,7 +193,7 @@ def _companions(source: Path, base: str | None) -> list[Path]:
 
 def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
     """Copy the adapter, naming its base as the card does instead of by a path of the training machine."""
-    config: dict[str, Any] = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_facts(source / ADAPTER_CONFIG)
     config["base_model_name_or_path"] = base_model
     with disk_errors(staging, _TO):
         (staging / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -189,7 +201,7 @@ def _write_adapter(source: Path, base_model: str, staging: Path) -> None:
     compare(stored_shapes(source), stored_shapes(staging), staging)
 
 
-def _write_full(source: Path, base: str | None, staging: Path) -> None:
+def _write_full(source: Path, base: str | None, staging: Path, trust_remote_code: bool) -> None:
     """Copy the weights; a config that `source` lacks is the base's, and then the two must fit together."""
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
@@ -204,35 +216,36 @@ def _write_full(source: Path, base: str | None, staging: Path) -> None:
         _copy(source / MODEL_CONFIG, staging / MODEL_CONFIG)
     else:
         _copy(required_base(base, source) / MODEL_CONFIG, staging / MODEL_CONFIG)
-        load_back(staging)
+        load_back(staging, trust_remote_code)
 
 
-def _write_merged(source: Path, base: Path, staging: Path, in_4bit: ModelBlock | None) -> None:
+def _write_merged(source: Path, base: Path, staging: Path, in_4bit: ModelBlock | None, trust_remote_code: bool) -> None:
     """Merge, save and load back; the two models are never in memory together."""
     adapter_file(source)
     if in_4bit is None:
-        expected = _save_merged(source, base, staging)
-        compare(expected, load_back(staging), staging)
+        expected = _save_merged(source, base, staging, trust_remote_code)
+        compare(expected, load_back(staging, trust_remote_code), staging)
     else:
         _save_unpacked(source, base, staging, in_4bit)
-        load_back(staging)
+        load_back(staging, trust_remote_code)
 
 
 def _save_unpacked(source: Path, base: Path, staging: Path, in_4bit: ModelBlock) -> None:
     model = load_policy(str(base), in_4bit.model_copy(update={"lora": None}), seed=0)
     adapted = with_adapter(model, source)
     weights = checkpoint_weights(adapted, lambda parameters: nullcontext())
-    config = AutoConfig.from_pretrained(base)
+    config = open_config(str(base), in_4bit.trust_remote_code)
     config.dtype = DTYPES[in_4bit.dtype]
     with tensor_errors(staging, _TO):
         save_file({name: tensor.cpu() for name, tensor in weights}, staging / MODEL_WEIGHTS, {"format": "pt"})
         config.save_pretrained(staging)
 
 
-def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
-    dtype: torch.dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
-    merged = with_adapter(model, source).merge_and_unload(safe_merge=True).to(dtype)
+def _save_merged(source: Path, base: Path, staging: Path, trust_remote_code: bool) -> Shapes:
+    dtype = dtype_of(open_config(str(base), trust_remote_code))
+    opened = open_model(AutoModelForCausalLM, str(base), trust_remote_code, dtype=torch.float32)
+    opened.require_fit(str(base))
+    merged = with_adapter(opened.model, source).merge_and_unload(safe_merge=True).to(dtype)
     with tensor_errors(staging, _TO):
         merged.save_pretrained(staging)
     return shapes(merged.state_dict())
@@ -240,22 +253,24 @@ def _save_merged(source: Path, base: Path, staging: Path) -> Shapes:
 
 def with_adapter(model: nn.Module, source: Path) -> PeftModel:
     """`model` under the adapter in `source`. Raises ModelError when the two do not fit."""
-    adapted = PeftModel.from_pretrained(model, source)
+    adapted = open_adapter(model, source)
     # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
     compare(stored_shapes(source), shapes(get_peft_model_state_dict(adapted)), source)
     return adapted
 
 
-def load_back(folder: Path, kind: Any = AutoModelForCausalLM) -> Shapes:
+def load_back(folder: Path, trust_remote_code: bool, kind: Any = AutoModelForCausalLM) -> Shapes:
     """Shapes of the tensors of the model in `folder`, as `kind` loads it. Raises ModelError when names do not fit."""
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True
-    )
-    model, info = loaded
-    faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if faults:
+    opened = open_model(kind, str(folder), trust_remote_code)
+    if opened.missing or opened.unexpected:
+        faults = {"missing_keys": opened.missing, "unexpected_keys": opened.unexpected}
         raise ModelError(f"{folder}: the weights do not fit {MODEL_CONFIG}: {faults}; give the model's own base folder")
-    return shapes(model.state_dict())
+    return shapes(opened.model.state_dict())
+
+
+def dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a model was saved in; float32 where its config names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def adapter_file(source: Path) -> Path:
@@ -269,18 +284,6 @@ def adapter_file(source: Path) -> Path:
 def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     """Shapes by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def stored_shapes(folder: Path) -> Shapes:
-    """Shapes of all tensors in the safetensors files of `folder`, by name."""
-    found: Shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
-    return found
 
 
 def compare(expected: Shapes, found: Shapes, where: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,18 +22,21 @@ from raylign.export import (
     adapter_file,
     appearing_whole,
     compare,
+    copy_code,
+    dtype_of,
     load_back,
     refuse_occupied,
     required_base,
     shapes,
-    stored_shapes,
     weights_size,
     with_adapter,
 )
 from raylign.files import disk_errors
 from raylign.models import DTYPES, load_tokenizer
 from raylign.models.ends import end_ids
-from raylign.models.reward_model import load_reward_model
+from raylign.models.open import empty_model, open_config, open_model
+from raylign.models.resolve import check_facts, stored_shapes
+from raylign.models.reward_model import HEAD_WEIGHT, load_reward_model
 from raylign.reward_card import RewardModelFacts, reward_card_text
 from raylign.tensor_file import tensor_errors
 from raylign.training.rewards import score_head
@@ -51,13 +53,15 @@ def export_reward_model(
     card: RewardModelFacts,
     in_4bit: ModelBlock | None = None,
     chat_template: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the reward model in `source` to the folder `to` with tokenizer, chat template and README.md.
 
     `source` is an adapter folder, which is merged, or has full weights in safetensors; `base` is the model that
     training started from. Merging adds the update in float32 and rounds once to the dtype of `base`; an adapter that
     was trained on a base in 4 bits, as `in_4bit` says, is merged into what those unpack to, in its dtype. The file
-    `chat_template` takes the place of the tokenizer's own.
+    `chat_template` takes the place of the tokenizer's own. Code that ships with the base model goes with it, and is run
+    to load the model, only with `trust_remote_code`.
 
     transformers reads the reward at the last token that is not the pad token, and would miss the end of an answer if
     the two were one: where they are, the folder's tokenizer and embedding get a pad token of their own. Nor may the
@@ -69,10 +73,19 @@ def export_reward_model(
     """
     refuse_occupied(to)
     folder = required_base(base, source)
+    for checked in (source, folder):
+        check_facts(checked)
     named = str(source if (source / TOKENIZER_CONFIG).is_file() else folder)
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
     with appearing_whole(to, weights_size(folder, in_4bit)) as staging:
-        tokenizer = load_tokenizer(named, chat_template=chat_template)
-        model = _merged(source, folder, in_4bit) if (source / ADAPTER_CONFIG).is_file() else _full(source, folder)
+        if trust_remote_code:
+            copy_code(folder, staging)
+        tokenizer = load_tokenizer(named, trust_remote_code, chat_template)
+        model = (
+            _merged(source, folder, in_4bit, trust_remote_code)
+            if is_adapter
+            else _full(source, folder, trust_remote_code)
+        )
         score_head(model)
         ends = end_ids(tokenizer, (source, folder))
         _end_at_end_token(tokenizer, ends)
@@ -80,41 +93,40 @@ def export_reward_model(
         with tensor_errors(to, "--to"):
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-        compare(stored_shapes(staging), load_back(staging, AutoModelForSequenceClassification), staging)
+        loaded = load_back(staging, trust_remote_code, AutoModelForSequenceClassification)
+        compare(stored_shapes(staging), loaded, staging)
         with disk_errors(to, "--to"):
             (staging / "README.md").write_text(reward_card_text(card), encoding="utf-8")
     return to
 
 
-def _config(folder: Path) -> PreTrainedConfig:
-    config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    config = open_config(str(folder), trust_remote_code)
     config.num_labels = 1
     return config
 
 
-def _merged(source: Path, base: Path, in_4bit: ModelBlock | None) -> PreTrainedModel:
+def _merged(source: Path, base: Path, in_4bit: ModelBlock | None, trust_remote_code: bool) -> PreTrainedModel:
     adapter_file(source)
-    config = _config(base)
+    config = _config(base, trust_remote_code)
     if in_4bit is not None:
         block = in_4bit.model_copy(update={"lora": None})
         plain = load_reward_model(str(base), block, 0, lambda parameters: nullcontext())
         weights = checkpoint_weights(with_adapter(plain, source), lambda parameters: nullcontext())
-        return _filled(config, dict(weights), DTYPES[in_4bit.dtype], source)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        base, config=config, dtype=torch.float32, use_safetensors=True
-    )
-    merged: PreTrainedModel = with_adapter(plain, source).merge_and_unload(safe_merge=True).to(dtype)
+        return _filled(config, dict(weights), DTYPES[in_4bit.dtype], source, trust_remote_code)
+    dtype, kind = dtype_of(config), AutoModelForSequenceClassification
+    opened = open_model(kind, str(base), trust_remote_code, config=config, dtype=torch.float32)
+    opened.require_fit(str(base), heads=(HEAD_WEIGHT,))
+    merged: PreTrainedModel = with_adapter(opened.model, source).merge_and_unload(safe_merge=True).to(dtype)
     merged.config.dtype = dtype
     return merged
 
 
-def _full(source: Path, base: Path) -> PreTrainedModel:
+def _full(source: Path, base: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Weights under the names of the model in memory, as the trainer saves them, or as transformers does."""
     if (source / MODEL_CONFIG).is_file():
-        load_back(source, AutoModelForSequenceClassification)
-        kept: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(source, use_safetensors=True)
-        return kept
+        load_back(source, trust_remote_code, AutoModelForSequenceClassification)
+        return open_model(AutoModelForSequenceClassification, str(source), trust_remote_code).model
     stored_shapes(source)
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
@@ -124,13 +136,18 @@ def _full(source: Path, base: Path) -> PreTrainedModel:
             f"{source}: neither an adapter ({ADAPTER_CONFIG}) nor weights of a reward model (score.weight in "
             "*.safetensors); give a checkpoint of a reward model"
         )
-    return _filled(_config(base), weights, weights["score.weight"].dtype, source)
+    config = _config(base, trust_remote_code)
+    return _filled(config, weights, weights["score.weight"].dtype, source, trust_remote_code)
 
 
 def _filled(
-    config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, source: Path
+    config: PreTrainedConfig,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    source: Path,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    model = empty_model(AutoModelForSequenceClassification, config, trust_remote_code, dtype=dtype)
     compare(shapes(model.state_dict()), shapes(weights), source)
     model.load_state_dict(weights)
     return model

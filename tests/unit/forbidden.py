@@ -35,6 +35,7 @@ CALLS |= dict.fromkeys(
 )
 FLAGS = {"allow_pickle": True, "shell": True, "trust_remote_code": True, "weights_only": False, "verify": False}
 """Literal arguments, and what they must not be."""
+OPENERS = frozenset(["from_pretrained", "from_config"])
 WORDS = {
     "0.0.0.0": "is every network interface",
     "::": "is every network interface",
@@ -114,3 +115,13 @@ def _dotted(node: ast.expr, aliases: dict[str, str]) -> str:
     if not isinstance(node, ast.Name):
         return ""
     return ".".join([aliases.get(node.id, node.id), *reversed(parts)])
+
+
+def opened_elsewhere(tree: ast.AST) -> list[int]:
+    """Lines that let transformers or PEFT open a model, tokenizer or config: one module does that for all."""
+    return sorted(
+        node.lineno
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in OPENERS)
+        or (isinstance(node, ast.Constant) and node.value in OPENERS)
+    )

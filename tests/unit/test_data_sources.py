@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylign.config.data import SourceBlock
-from raylign.data import json_array
 from raylign.data.examples import Example
 from raylign.data.load import ExampleStream, read_examples
 from raylign.data.rows import RowStream, _hub_rows
 from raylign.errors import DataError
 from raylign.prompts.tables import Fault, Row
+from raylign.reading import json_array
 
 
 def row(index: int) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def test_a_syntax_error_is_found_without_reading_on(tmp_path: Path, monkeypatch:
     (tmp_path / "a.json").write_text(f"[{ROW}, {{'chosen': 1}}, {', '.join([ROW] * 50)}]")
     problem = f"Expecting property name enclosed in double quotes at character {len(ROW) + 4}"
     with (tmp_path / "a.json").open("rb") as file:
-        values = json_array.array_values(file, "here", "train")
+        values = json_array.array_values(file, "train")
         assert next(values) == ROWS[0]
         with pytest.raises(ValueError, match=problem):
             next(values)
@@ -215,7 +215,7 @@ def test_values_are_whole_wherever_the_file_is_cut_into_chunks(tmp_path: Path, m
     for chunk in range(1, 40):
         monkeypatch.setattr(json_array, "CHUNK", chunk)
         with (tmp_path / "a.json").open("rb") as file:
-            assert list(json_array.array_values(file, "here", "train")) == rows
+            assert list(json_array.array_values(file, "train")) == rows
 
 
 def test_half_a_surrogate_pair_reaches_the_checks_as_it_is(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from raylign.config.base import Block
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+"""What Python, NumPy, torch and vLLM all take."""
+ControlTokens = Literal["keep", "break_up"]
 _TAKEN = ("mlflow.db", "mlartifacts")
 _OF_REFUSED = ".quarantine.jsonl"
 _LONGEST_NAME, _LONGEST_PATH = 255, 3500
@@ -32,7 +35,7 @@ class RunBlock(Block):
     """Directory name under `dir`; at most 128 letters, digits, dots, dashes and underscores."""
     dir: Path = Path("runs")
     """Parent of the run directory; shared storage on a cluster of several nodes."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seeds prompts, sampling, adapter initialisation and batch order."""
 
     @field_validator("name")
@@ -116,6 +119,9 @@ class PromptsBlock(PartBlock):
     """Column with a string or a list of chat messages."""
     system: str | None = None
     """System message put before prompts that have none."""
+    control_tokens: ControlTokens = "keep"
+    """Tokens of the chat template such as `<|im_end|>` in the text of messages: `keep` leaves and counts them, as data
+    that talk about templates need; `break_up` writes `< |im_end|>`, so that no row can end its turn or open another."""
     held_out: PositiveInt = 32
     """Prompts kept for evaluation: the source's own held-out split if it has one, else a seeded draw."""
     max_invalid: Fraction = 0.0

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from raylign.config.blocks import Fraction, PartBlock
+from raylign.config.blocks import ControlTokens, Fraction, PartBlock
 
 Format = Literal["auto", "trl", "sharegpt", "alpaca", "hh", "helpsteer2", "ultrafeedback", "ultrafeedback_zh"]
 
@@ -30,6 +30,9 @@ class DataBlock(SourceBlock):
     """Rows to use at most, from the start; null uses all."""
     system: str | None = None
     """System message put before conversations that have none."""
+    control_tokens: ControlTokens = "keep"
+    """Tokens of the chat template such as `<|im_end|>` in the text of prompts: `keep` leaves them, `break_up` writes
+    `< |im_end|>`. Answers stay as they are. Rows that have them, in prompt or answers, are counted."""
     max_length: PositiveInt = 1024
     """Longest prompt with one completion, in tokens."""
     truncation_mode: Literal["keep_start"] = "keep_start"

@@ -14,6 +14,9 @@ from raylign.config.offline import OfflineDpoConfig, RewardModelConfig, SftConfi
 from raylign.config.online import OnlineDpoConfig
 from raylign.config.tree import RunConfig
 from raylign.errors import ConfigError
+from raylign.reading import Refused, shown
+from raylign.reading.files import read_text
+from raylign.reading.yaml_text import LONGEST_YAML, parse_yaml
 
 RECIPES: Mapping[str, type[RunConfig]] = {
     "online_dpo": OnlineDpoConfig,
@@ -23,6 +26,8 @@ RECIPES: Mapping[str, type[RunConfig]] = {
 }
 """The tree of each `recipe`, which is the name of its script in `recipes/` too."""
 _DEFAULT = "online_dpo"
+_MOST_PARTS = 16
+"""Of the name of a setting; the longest has six."""
 Tree = TypeVar("Tree", bound=Block)
 
 
@@ -34,7 +39,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw = overridden(_read_yaml(path), overrides)
     name = raw.get("recipe", _DEFAULT)
     if not isinstance(name, str) or name not in RECIPES:
-        raise ConfigError(f"{path}: recipe: unknown value {name!r}; {_hint(str(name), list(RECIPES), 'values')}")
+        raise ConfigError(f"{path}: recipe: unknown value {shown(name)}; {_hint(str(name), list(RECIPES), 'values')}")
     return parse_tree(raw, RECIPES[name], str(path))
 
 
@@ -76,7 +81,9 @@ def dump_config(config: Block) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(read_text(path, LONGEST_YAML))
+    except Refused as error:
+        raise ConfigError(f"{path}: {error}") from error
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a .yaml file"
@@ -97,13 +104,17 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     keys = name.split(".")
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form block.key=value")
+    if len(keys) > _MOST_PARTS:
+        raise ConfigError(f"override {shown(override)}: a name of {len(keys)} parts; no setting has one, correct it")
     node = tree
     for key in keys[:-1]:
         child = node.get(key)
         node[key] = dict(child) if isinstance(child, Mapping) else {}
         node = node[key]
     try:
-        node[keys[-1]] = yaml.safe_load(text)
+        node[keys[-1]] = parse_yaml(text)
+    except Refused as error:
+        raise ConfigError(f"override {shown(override)}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: value is not valid YAML") from error
 
@@ -127,14 +138,15 @@ def _describe(detail: ErrorDetails, tree: type[Block]) -> str:
         case "union_tag_invalid":
             kinds = _quoted(detail["ctx"]["expected_tags"])
             name, tag = _quoted(detail["ctx"]["discriminator"])[0], detail["ctx"]["tag"]
-            return f"{location}.{name}: unknown value {tag!r}; {_hint(tag, kinds, 'values')}"
+            return f"{location}.{name}: unknown value {shown(tag)}; {_hint(tag, kinds, 'values')}"
         case "union_tag_not_found":
-            return f"{location}.{_quoted(detail['ctx']['discriminator'])[0]}: Field required (got {detail['input']!r})"
+            name = _quoted(detail["ctx"]["discriminator"])[0]
+            return f"{location}.{name}: Field required (got {shown(detail['input'])})"
         case "value_error":
             # Rules of ours name the value themselves, without what must stay secret.
             message = detail["msg"].removeprefix("Value error, ")
             return f"{location}: {message}" if location else message
-    return f"{location}: {detail['msg']} (got {detail['input']!r})"
+    return f"{location}: {detail['msg']} (got {shown(detail['input'])})"
 
 
 def _hint(wrong: str, known: Sequence[str], what: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from raylign.config.base import Block
-from raylign.config.blocks import Fraction
+from raylign.config.blocks import Fraction, Seed
 from raylign.config.data import SourceBlock
 
 Attribute = Literal["correctness", "helpfulness", "coherence", "complexity", "verbosity"]
@@ -164,7 +164,7 @@ class PrepareConfig(Block):
     """Read in this order; of duplicates the first stays."""
     output: Path
     """Folder to make; it must not exist."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seeds the draw of the mix."""
     max_invalid: Fraction = 0.01
     """Share of a source's rows that may be bad and are then left out, listed in quarantine.jsonl."""

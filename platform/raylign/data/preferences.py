@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from raylign.data.load import ExampleStream, read_examples
 from raylign.data.split import key, split
 from raylign.data.tokens import Tokenized, tokenized
 from raylign.errors import DataError
+from raylign.prompts.control_tokens import ControlTokens
 from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.tables import Fault
 from raylign.records import Preference
@@ -51,7 +52,8 @@ class PreferenceData:
     `ties`, `prompt_too_long`, `identical` and `duplicates` are left out and `used` are not. Of those that are neither
     bad nor left out for a reason of their own, `truncated` have a completion cut at `max_length`, `repeated` go without
     an answer that a better one repeats, `boundary_mismatch` have an answer tokenised apart from its prompt, and
-    `without_end` have one without an end token.
+    `without_end` have one without an end token. Of all rows, `control_tokens` have tokens of the chat template in the
+    text of their messages.
     """
 
     train: tuple[Preference, ...]
@@ -79,14 +81,17 @@ def load_preferences(
     """
     stream = read_examples(block)
     seen = _Seen(Counter(), {}, [])
-    examples = _counted(stream, block.limit, seen)
+    control = ControlTokens(tokenizer, block.control_tokens)
+    examples = _counted(stream, block.limit, seen, control)
     made = list(_kept(tokenized(examples, tokenizer, rows, block.system, ends), block.max_length, tokenizer, seen))
     invalid = InvalidRows(stream.where, stream.unit, tuple(seen.faults), seen.counts["rows"])
     refuse((invalid,), block.max_invalid, refused_to, option="data.max_invalid", error=DataError)
     _warn(stream, seen)
+    control.warn(stream.where, stream.unit, "data.control_tokens")
     unique = list({key(one): one for one in reversed(made)}.values())[::-1]
     counts = seen.counts
     counts["invalid"], counts["duplicates"], counts["used"] = len(seen.faults), len(made) - len(unique), len(unique)
+    counts.update({"control_tokens": len(control.found)} if control.found else {})
     if not unique:
         raise DataError(_nothing_left(stream.where, counts))
     train, held_out = split(unique, block.held_out, seed, stream.where)
@@ -122,9 +127,15 @@ class _Seen:
         self.first.setdefault(name, number)
 
 
-def _counted(stream: ExampleStream, limit: int | None, seen: _Seen) -> Iterator[Example | Fault]:
+def _counted(
+    stream: ExampleStream, limit: int | None, seen: _Seen, control: ControlTokens
+) -> Iterator[Example | Fault]:
     for example in islice(stream, limit):
         seen.counts["rows"] += 1
+        if isinstance(example, Example):
+            for completion in example.completions:
+                control.look(example.number, completion.messages)
+            example = replace(example, prompt=control.prompt(example.number, example.prompt))
         yield example
 
 

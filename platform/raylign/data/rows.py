@@ -1,25 +1,26 @@
 """Rows of a source of judged text: files, folders, saved data sets and the hub, each read as a stream."""
 
-import gzip
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
 
 import datasets
 import httpx
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from raylign.config.data import SourceBlock
-from raylign.data.json_array import array_values, has_splits
 from raylign.errors import DataError
 from raylign.prompts.hub import hub_split, hub_splits, local_part
-from raylign.prompts.tables import Fault, Row, Unit, closest, json_lines
+from raylign.prompts.tables import Fault, Row, Unit, closest, flawless, json_lines
+from raylign.reading import Refused
+from raylign.reading.arrow import open_parquet, require_plain_columns
+from raylign.reading.files import open_plain, plain_lines, require_plain_files
+from raylign.reading.json_array import NoSplit, array_values, has_splits
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 JSON_ARRAY = (".json", ".json.gz")
@@ -61,6 +62,8 @@ class RowStream:
             raise DataError(
                 f"{self.where}: it ends inside row {count}; whole rows before it: {count}; {self.cure}"
             ) from error
+        except Refused as error:
+            raise DataError(f"{self.where}: {error}") from error
         except UNREADABLE as error:
             raise DataError(
                 f"{self.where}: row {count} cannot be read ({error}); whole rows before it: {count}; {self.cure}"
@@ -91,37 +94,37 @@ def _file_rows(path: Path, split: str) -> RowStream:
             where = f"{where} split {split}"
         return RowStream(where, "row", None, lambda: _json_array(path, where, split))
     if name.endswith(PARQUET):
-        total = _readable(where, lambda: pq.read_metadata(path).num_rows)
-        return RowStream(where, "row", total, lambda: _parquet(path))
+        return RowStream(where, "row", _readable(where, lambda: _count(path)), lambda: _parquet(path))
     raise DataError(f"{path}: not a {', '.join(SUFFIXES)} file; convert it to one of these")
 
 
 def _readable(where: str, read: Callable[[], T]) -> T:
     try:
         return read()
+    except Refused as error:
+        raise DataError(f"{where}: {error}") from error
     except (EOFError, *UNREADABLE) as error:
         raise DataError(f"{where}: cannot be read ({error}); check that it is whole") from error
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
-
-
 def _json_lines(path: Path) -> Iterator[Row | Fault]:
-    with _open(path) as lines:
-        for parsed in json_lines(lines):
+    with open_plain(path) as file:
+        for parsed in json_lines(plain_lines(file)):
             yield parsed if isinstance(parsed, Fault) else _row(*parsed)
 
 
 def _has_splits(path: Path) -> bool:
-    with _open(path) as file:
+    with open_plain(path) as file:
         return has_splits(file)
 
 
 def _json_array(path: Path, where: str, split: str) -> Iterator[Row | Fault]:
-    with _open(path) as file:
-        for number, value in enumerate(array_values(file, where, split)):
-            yield _row(number, value)
+    try:
+        with open_plain(path) as file:
+            for parsed in (flawless(*numbered) for numbered in enumerate(array_values(file, split))):
+                yield parsed if isinstance(parsed, Fault) else _row(*parsed)
+    except NoSplit as error:
+        raise DataError(f"{where}: no split {split!r}; {closest(split, error.names)}; correct split") from error
 
 
 def _row(number: int, value: object) -> Row | Fault:
@@ -130,15 +133,21 @@ def _row(number: int, value: object) -> Row | Fault:
     return Fault(number, f"{type(value).__name__} instead of an object", value, "give one JSON object per row")
 
 
+def _count(path: Path) -> int:
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
 def _parquet(path: Path) -> Iterator[Row]:
-    # Buffered ahead, every row group would stay in memory until the end.
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    with open_parquet(path) as file:
         yield from _arrow_rows(file.iter_batches(batch_size=BATCH))
 
 
 def _arrow_rows(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        if not number:
+            require_plain_columns(batch.schema)
         for cells in batch.to_pylist():
             yield Row(number, _without_nulls(cells))
             number += 1
@@ -193,7 +202,7 @@ def _split_files(path: Path, split: str) -> list[Path]:
 
 
 def _saved_rows(path: Path, split: str) -> RowStream:
-    saved = _readable(str(path), lambda: datasets.load_from_disk(str(path)))
+    saved = _readable(str(path), lambda: _saved(path))
     where = str(path)
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
@@ -201,6 +210,11 @@ def _saved_rows(path: Path, split: str) -> RowStream:
         saved, where = saved[split], f"{path} split {split}"
     table = saved.with_format("arrow")
     return RowStream(where, "row", len(saved), lambda: _arrow_rows(table.iter(batch_size=BATCH)))
+
+
+def _saved(path: Path) -> Any:
+    require_plain_files(path)
+    return datasets.load_from_disk(str(path))
 
 
 def _hub_rows(name: str, block: SourceBlock) -> RowStream:

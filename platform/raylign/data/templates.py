@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config.offline import Rows
 from raylign.data.answers import answers, shown
 from raylign.data.examples import Completion, Example
+from raylign.models.chat_template import TEMPLATE_ERRORS
 from raylign.prompts.conversations import conversation
 from raylign.prompts.tables import Fault
 from raylign.records import Message
@@ -50,7 +50,7 @@ def templated(
             _text(tokenizer, (*messages, *completion.messages), example.tools, generation=False)
             for completion in completions
         )
-    except (TemplateError, TypeError) as error:
+    except TEMPLATE_ERRORS as error:
         # Templates add texts up: what is not there, such as the content of a call, is a TypeError.
         problem, cure = f"refused by the chat template ({error})", f"order roles as the model expects, or {ANOTHER}"
         return Fault(example.number, problem, shown(example), cure)

@@ -7,8 +7,21 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from raylign.errors import ModelError
+from raylign.reading.files import read_text
 
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template raises: its own errors, and Python's for what it does with a conversation."""
 _CHAT = [{"role": "user", "content": "hello"}]
+_LONGEST = 1 << 20
+"""Bytes of a template."""
 
 
 def read_chat_template(path: Path) -> str:
@@ -25,8 +38,8 @@ def read_chat_template(path: Path) -> str:
 def read_template(path: Path) -> str:
     """The template of a model that only reads conversations, which must write a user's message. Raises ModelError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, _LONGEST)
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{path}: cannot be read ({error}); give a Jinja file in UTF-8 (model.chat_template)"
         ) from error
@@ -46,6 +59,6 @@ def _rendered(path: Path, template: str, generation: bool) -> str:
             pad_token="",
             unk_token="",
         )
-    except (TemplateError, TypeError) as error:
+    except TEMPLATE_ERRORS as error:
         raise ModelError(f"{path}: not a chat template ({error}); correct model.chat_template") from error
     return rendered[0][0]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from raylign.errors import ModelError
 from raylign.models.cache import cached_folder, sha256_of
+from raylign.models.open import open_model, open_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +87,25 @@ def _build(carrier: Carrier, folder: Path) -> None:
 
 def _dequantised(gguf: Path) -> PreTrainedModel:
     """The weights unpacked in float32 and rounded once to bfloat16, in a model that no longer knows of GGUF."""
-    unpacked = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    packed = GgufConfig(dequantize=True)
+    unpacked = open_model(
+        AutoModelForCausalLM,
+        str(gguf.parent),
+        False,
+        gguf_file=gguf.name,
+        quantization_config=packed,
+        dtype=torch.float32,
+    ).model
     facts = unpacked.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         facts.pop(key, None)
-    model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
-        None, config=LlamaConfig(**facts), state_dict=unpacked.state_dict(), dtype=torch.bfloat16
-    )
-    return model
+    weights = unpacked.state_dict()
+    config = LlamaConfig(**facts)
+    return open_model(LlamaForCausalLM, None, False, config=config, state_dict=weights, dtype=torch.bfloat16).model
 
 
 def _save_tokenizer(gguf: Path, folder: Path, max_tokens: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = open_tokenizer(str(gguf.parent), False, gguf_file=gguf.name)
     # The GGUF names its splitting rule ("smollm") and the conversion drops it: digits one by one, then GPT-2's regex.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,12 +1,12 @@
 """Where generation stops."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from raylign.errors import ModelError
+from raylign.models.resolve import read_facts
 
 _CONFIGS = ("generation_config.json", "config.json")
 """The second counts where there is no first."""
@@ -24,11 +24,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, folders: Iterable[Path]) -> froz
 
 
 def _named(file: Path) -> list[int]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{file}: not a JSON object that can be read ({error}); copy the model again") from error
+    found = read_facts(file).get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(end, int) for end in ends):
+    if not all(type(end) is int for end in ends):
         raise ModelError(f"{file}: eos_token_id={found} is neither an id nor a list of ids; correct it")
     return ends

@@ -2,18 +2,15 @@
 
 import difflib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,13 +20,14 @@ from transformers import (
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
 from raylign.models.chat_template import read_chat_template
+from raylign.models.open import Heads, Opened, empty_model, open_config, open_model, open_tokenizer
+from raylign.models.resolve import stored_shapes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PLAIN = (
     "generators and trainer start from the plain ones; give the 16-bit model, with model.load_in_4bit=true for a base "
     "in 4 bits"
 )
-UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
 
 
 def load_tokenizer(
@@ -40,7 +38,7 @@ def load_tokenizer(
     The file `chat_template` takes the place of the model's own template. Raises ModelError when one of them cannot be
     read or used, or when there is no EOS token or no template.
     """
-    tokenizer = read_tokenizer(folder, trust_remote_code)
+    tokenizer = open_tokenizer(folder, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer names no EOS token; set eos_token in tokenizer_config.json")
     if chat_template is not None:
@@ -55,31 +53,44 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_tokenizer(folder: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of `folder` as it is. Raises ModelError when it cannot be read."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no tokenizer can be loaded ({error}); {UNTRUSTED}") from error
-    return tokenizer
-
-
 def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | PeftModel:
     """The causal language model of `folder` in `block.dtype`, every dropout 0, with a fresh adapter if `block.lora`.
 
     `block.load_in_4bit` quantises every linear layer but the output head, on the GPU where there is one. Adapter
     weights have the compute dtype (fp32 masters are the optimizer's) and depend on `seed` alone; the adapter starts as
-    the identity. Raises ModelError when weights are missing or of another shape, or no module is targeted.
+    the identity. Raises ModelError when the weights are not those of config.json, or no module is targeted.
     """
     config = without_dropout(read_config(folder, block.trust_remote_code))
-    model, missing = load_whole(AutoModelForCausalLM, folder, block, config)
-    require_weights(folder, missing)
+    opened = load_whole(AutoModelForCausalLM, folder, block, config)
+    opened.require_fit(folder)
+    model = opened.model
     if block.lora is None:
         return model
     adapter = adapter_config(model, block.lora, "CAUSAL_LM")
     with adapter_seed(seed):
         adapted: PeftModel = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     return adapted
+
+
+def require_fit(folder: str, trust_remote_code: bool, kind: Any = AutoModelForCausalLM, heads: Heads = None) -> None:
+    """Raises ModelError unless the tensors that the files name are those of config.json; no weights are read.
+
+    `heads` is that of `Opened.require_fit`.
+    """
+    config = read_config(folder, trust_remote_code)
+    if heads is not None:
+        config.num_labels = 1
+    with torch.device("meta"):
+        shell = empty_model(kind, config, trust_remote_code)
+        stored = {name: torch.empty(shape) for name, shape in stored_shapes(Path(folder)).items()}
+    options = {
+        "config": shell.config,
+        "state_dict": stored,
+        "device_map": {"": "meta"},
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": True,
+    }
+    open_model(type(shell), None, trust_remote_code, where=folder, **options).require_fit(folder, heads)
 
 
 def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
@@ -89,10 +100,7 @@ def embedding_rows(folder: str, trust_remote_code: bool = False) -> int:
 
 def read_config(folder: str, trust_remote_code: bool, plain: str = PLAIN) -> PreTrainedConfig:
     """Raises ModelError when it cannot be read, or is of quantised weights: `plain` says what to take instead."""
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json cannot be used ({error}); {UNTRUSTED}") from error
+    config = open_config(folder, trust_remote_code)
     if found := getattr(config, "quantization_config", None):
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise ModelError(f"{folder}: its weights are quantised already ({method}), and {plain}")
@@ -108,40 +116,24 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def load_whole(
-    kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model that `kind`, one of transformers' Auto classes, makes, and the names that the files have no weight of.
+def load_whole(kind: Any, folder: str, block: ModelBlock, config: PreTrainedConfig) -> Opened:
+    """The model that `kind`, one of transformers' Auto classes, makes, and what does not fit in its files.
 
     Raises ModelError when it cannot be loaded, or weights have another shape.
     """
-    try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[block.dtype],
-            use_safetensors=True,
-            trust_remote_code=block.trust_remote_code,
-            quantization_config=_quantisation(block),
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the model cannot be loaded ({error})") from error
-    model, info = loaded
-    for module in model.modules():
+    opened = open_model(
+        kind,
+        folder,
+        block.trust_remote_code,
+        config=config,
+        dtype=DTYPES[block.dtype],
+        quantization_config=_quantisation(block),
+    )
+    for module in opened.model.modules():
         # bitsandbytes would repack the weights of an evaluated model in place, for AVX-512, past dequantising.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return model, sorted(info["missing_keys"])
-
-
-def require_weights(folder: str, missing: Sequence[str]) -> None:
-    """Raises ModelError when a weight would start random."""
-    if missing:
-        raise ModelError(
-            f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
-            "copy the model again"
-        )
+    return opened
 
 
 def _quantisation(block: ModelBlock) -> BitsAndBytesConfig | None:

@@ -1,11 +1,10 @@
 """The checkpoint of the reference, and whether it reads the policy's token ids."""
 
-from transformers import AutoTokenizer
-
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import ModelReferenceBlock, ReferenceBlock
 from raylign.errors import ModelError
 from raylign.models.load import embedding_rows
+from raylign.models.open import open_tokenizer
 from raylign.models.resolve import resolve_model
 
 _CURE = "take a reference that was trained from the same base model, so that token ids mean the same to both"
@@ -52,7 +51,6 @@ def require_same_vocabulary(policy: str, reference: str, trust: bool) -> None:
 def _tokens(folder: str, trust: bool) -> dict[str, int] | None:
     """Ids by token; None where there is no tokenizer."""
     try:
-        tokens: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust).get_vocab()
-    except (OSError, ValueError):
+        return dict(open_tokenizer(folder, trust).get_vocab())
+    except ModelError:
         return None
-    return tokens

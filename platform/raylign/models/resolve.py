@@ -1,8 +1,8 @@
 """A model path of a recipe becomes a local folder of safetensors."""
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -18,10 +18,16 @@ from raylign.checkpoints import is_checkpoint
 from raylign.errors import ModelError
 from raylign.fingerprints import sealed_damage
 from raylign.models.embedded import PREFIX, embedded_folder
+from raylign.reading import Refused
+from raylign.reading.files import read_text, require_plain_files
+from raylign.reading.json_text import ANY_INTEGER, parse_json
 
 CONFIG = "config.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 HUB_EXCEPT = ["*/*", "consolidated*"]
+FACTS = (CONFIG, "adapter_config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files whose every key counts; libraries would take the last of two."""
+Shapes = dict[str, tuple[int, ...]]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -85,6 +91,40 @@ def _downloaded(hub_id: str, revision: str | None, option: str) -> Path:
     return Path(folder)
 
 
+def read_facts(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises ModelError."""
+    try:
+        found = parse_json(read_text(file), ANY_INTEGER)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not a JSON object that can be read ({error}); copy the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: a {type(found).__name__} instead of a JSON object; copy the model again")
+    return found
+
+
+def check_facts(folder: Path) -> None:
+    """Raises ModelError when a file in the folder of a model or an adapter is none, or none that JSON can be."""
+    try:
+        require_plain_files(folder)
+    except Refused as error:
+        raise ModelError(f"{folder}: {error}") from error
+    for name in FACTS:
+        if (folder / name).is_file():
+            read_facts(folder / name)
+
+
+def stored_shapes(folder: Path) -> Shapes:
+    """Shapes of all tensors in the safetensors files of `folder`, by name."""
+    found: Shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
+    return found
+
+
 def _check_folder(folder: Path, option: str) -> None:
     if not os.path.exists(folder):
         raise ModelError(f"{folder}: no such folder (from {Path.cwd()}); correct {option}.path")
@@ -94,6 +134,7 @@ def _check_folder(folder: Path, option: str) -> None:
         cure = "an adapter alone; merge it into its base model with `raylign export` first"
         other = f"not a model in transformers format; give the folder that holds {CONFIG} and *.safetensors"
         raise ModelError(f"{folder}: no {CONFIG}, {cure if (folder / 'adapter_config.json').is_file() else other}")
+    check_facts(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ModelError(f"{folder}: no *.safetensors{_pickle_hint(folder)}")
@@ -114,10 +155,12 @@ def _pickle_hint(folder: Path) -> str:
 
 
 def _check_index(index: Path) -> None:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not an index of shards ({error!r}); copy the model again") from error
+    shards = read_facts(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise ModelError(f"{index}: not an index of shards (no names of files in weight_map); copy the model again")
+    names = set(shards.values())
     if missing := sorted(name for name in names if not (index.parent / name).is_file()):
         raise ModelError(f"{index.parent}: {len(missing)} of {len(names)} shards missing, first {missing[0]}; copy it")
 

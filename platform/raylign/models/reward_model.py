@@ -11,14 +11,19 @@ from raylign.models.load import (
     adapter_seed,
     load_whole,
     read_config,
-    require_weights,
+    require_fit,
     without_dropout,
 )
 from raylign.training.rewards import score_head
 from raylign.training.weights import Gather
 
 _HEAD = "score"
-_HEAD_WEIGHT = f"{_HEAD}.weight"
+HEAD_WEIGHT = f"{_HEAD}.weight"
+
+
+def require_reward_fit(folder: str, trust_remote_code: bool) -> None:
+    """Raises ModelError unless `load_reward_model` finds the weights it needs in the files; none are read."""
+    require_fit(folder, trust_remote_code, AutoModelForSequenceClassification, (HEAD_WEIGHT,))
 
 
 def load_reward_model(folder: str, block: ModelBlock, seed: int, writable: Gather) -> PreTrainedModel | PeftModel:
@@ -32,10 +37,11 @@ def load_reward_model(folder: str, block: ModelBlock, seed: int, writable: Gathe
     """
     config = without_dropout(read_config(folder, block.trust_remote_code))
     config.num_labels = 1
-    model, missing = load_whole(AutoModelForSequenceClassification, folder, block, config)
-    require_weights(folder, [name for name in missing if name != _HEAD_WEIGHT])
+    opened = load_whole(AutoModelForSequenceClassification, folder, block, config)
+    opened.require_fit(folder, heads=(HEAD_WEIGHT,))
+    model = opened.model
     head = score_head(model)
-    if missing:
+    if opened.missing:
         _draw(head, seed, writable)
     return model if block.lora is None else _with_adapter(model, block.lora, seed)
 

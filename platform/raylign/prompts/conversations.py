@@ -1,9 +1,10 @@
 """One cell of the prompt column: is it a conversation, and which messages is it?"""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from raylign.reading import plain_problem
+from raylign.reading.values import unicode_problem
 from raylign.records import Message
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -30,6 +31,9 @@ def messages_problem(value: object) -> tuple[str, str]:
         return "a conversation without messages", "give at least one user message"
     for index, message in enumerate(value):
         problem, cure = _message_problem(index, message)
+        if not problem:
+            # Other keys reach the chat template and the scorer too.
+            problem, cure = plain_problem(f"message {index}", message)
         if problem:
             return problem, cure
     return "", ""
@@ -51,7 +55,7 @@ def text_problem(name: str, text: str) -> tuple[str, str]:
     """(problem, cure) of a text that must say something in valid Unicode; two empty strings if it does."""
     if not text.strip():
         return f"{name} is empty", "write the text or remove the row"
-    return _unicode_problem(name, text)
+    return unicode_problem(name, text)
 
 
 def _message_problem(index: int, message: object) -> tuple[str, str]:
@@ -79,17 +83,9 @@ def _calls_problem(index: int, role: object, calls: object) -> tuple[str, str]:
         return f"message {index} from {role} has tool_calls", "only the assistant calls tools"
     if not isinstance(calls, list) or not all(isinstance(call, dict) and _called(call) for call in calls):
         return f"tool_calls of message {index} name no function", 'give [{"function": {"name": ..., "arguments": ...}}]'
-    return _unicode_problem(f"tool_calls of message {index}", json.dumps(calls, ensure_ascii=False, default=str))
+    return plain_problem(f"tool_calls of message {index}", calls)
 
 
 def _called(call: Mapping[str, Any]) -> bool:
     function = call.get("function", call)
     return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
-
-
-def _unicode_problem(name: str, text: str) -> tuple[str, str]:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"{name} has half a surrogate pair at character {error.start}", "save the text as valid Unicode"
-    return "", ""

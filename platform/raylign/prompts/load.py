@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
+from raylign.models.chat_template import TEMPLATE_ERRORS
+from raylign.prompts.control_tokens import ControlTokens
 from raylign.prompts.conversations import conversation, conversation_problem
 from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.sources import read_source
@@ -30,7 +31,7 @@ class PromptSet:
 
     Ids are `p` (train) or `h` (held out) and the number of the row in its split: the line from 1 for JSONL, else the
     row from 0. `digest` is a sha256 (hex) over all ids and token ids: equal digests, equal prompts. `invalid` has the
-    rows that were left out, split by split.
+    rows that were left out, split by split. `controlled` counts rows whose text had control tokens.
     """
 
     train: tuple[Prompt, ...]
@@ -38,14 +39,16 @@ class PromptSet:
     source: str
     digest: str
     invalid: tuple[InvalidRows, ...] = ()
+    controlled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """Good and bad rows of one table."""
+    """Good and bad rows of one table; `controlled` of the good ones had control tokens in their text."""
 
     prompts: list[Prompt]
     invalid: InvalidRows
+    controlled: int
 
 
 def load_prompts(
@@ -72,6 +75,7 @@ def load_prompts(
         parts.append(_checked("h", source.held_out, block, tokenizer, max_prompt_tokens, wanted=block.held_out))
     invalid = tuple(part.invalid for part in parts)
     refuse(invalid, block.max_invalid, refused_to)
+    controlled = sum(part.controlled for part in parts)
     train = _unique(checked.prompts, source.train.where)
     if source.held_out is None:
         train, held_out = _drawn(train, block.held_out, seed)
@@ -80,7 +84,7 @@ def load_prompts(
         train = _without(train, held_out, source.train.where)
     if not train:
         raise PromptError(f"{block.source}: every prompt is also in its held-out split; give other prompts to train on")
-    return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]), invalid)
+    return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]), invalid, controlled)
 
 
 def _checked(
@@ -97,10 +101,11 @@ def _checked(
     """
     prompts: list[Prompt] = []
     faults = list(table.faults)
+    control = ControlTokens(tokenizer, block.control_tokens)
     for row in table.rows:
         if len(prompts) == wanted:
             break
-        outcome = _prompt(prefix, row, block, tokenizer, limit)
+        outcome = _prompt(prefix, row, block, tokenizer, limit, control)
         if isinstance(outcome, Prompt):
             prompts.append(outcome)
         else:
@@ -110,11 +115,17 @@ def _checked(
     invalid = InvalidRows(table.where, table.unit, tuple(faults), total)
     if not prompts and invalid.share <= block.max_invalid:
         raise PromptError(f"{table.where}: none of {total} rows can be used; lower prompts.max_invalid to see why")
-    return _Checked(prompts, invalid)
+    control.warn(table.where, table.unit, "prompts.control_tokens")
+    return _Checked(prompts, invalid, len(control.found))
 
 
 def _prompt(
-    prefix: str, row: Row, block: PromptsBlock, tokenizer: PreTrainedTokenizerBase, limit: int
+    prefix: str,
+    row: Row,
+    block: PromptsBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    control: ControlTokens,
 ) -> Prompt | Fault:
     if row.cells.get(block.column) is None:
         return Fault(row.number, f"no {block.column!r}", dict(row.cells), "fill that column or remove the row")
@@ -122,10 +133,10 @@ def _prompt(
     problem, cure = conversation_problem(value)
     if problem:
         return Fault(row.number, problem, value, cure)
-    messages = conversation(value, block.system)
+    messages = conversation([*control.prompt(row.number, conversation(value, None))], block.system)
     try:
         token_ids = _token_ids(messages, tokenizer)
-    except (TemplateError, TypeError) as error:
+    except TEMPLATE_ERRORS as error:
         return Fault(row.number, f"refused by the chat template ({error})", value, "order roles as the model expects")
     if len(token_ids) > limit:
         return Fault(row.number, f"{len(token_ids)} tokens, limit {limit}", value, LENGTH_CURE)

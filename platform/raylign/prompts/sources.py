@@ -1,22 +1,24 @@
 """From `prompts.source` to tables: embedded sets, JSONL, JSON and Parquet files, saved data sets, the hub."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
 from raylign.prompts.hub import hub_split, hub_splits, local_part
-from raylign.prompts.tables import Fault, Row, Table, closest, json_lines
+from raylign.prompts.tables import Fault, Row, Table, Unit, closest, flawless, json_lines
+from raylign.reading import Refused
+from raylign.reading.arrow import open_parquet, require_plain_columns
+from raylign.reading.files import open_plain, plain_lines, require_plain_files
+from raylign.reading.json_array import all_arrays
 
 PREFIX = "embedded:"
 EMBEDDED = {"review-topics": "review_topics.json"}
@@ -48,8 +50,8 @@ def _read_embedded(block: PromptsBlock) -> Source:
     name = block.source.removeprefix(PREFIX)
     if name not in EMBEDDED:
         raise PromptError(f"no embedded prompts {name!r}; {closest(name, list(EMBEDDED))}")
-    text = resources.files("raylign.prompts").joinpath(EMBEDDED[name]).read_text(encoding="utf-8")
-    return _json_source(block.source, json.loads(text), block)
+    with resources.files("raylign.prompts").joinpath(EMBEDDED[name]).open("rb") as file:
+        return _json_source(block.source, file, block)
 
 
 def _read_path(path: Path, block: PromptsBlock) -> Source:
@@ -61,38 +63,30 @@ def _read_path(path: Path, block: PromptsBlock) -> Source:
         if path.suffix == ".jsonl":
             return Source(_read_jsonl(path, block), None)
         if path.suffix == ".json":
-            return _json_source(str(path), json.loads(path.read_text(encoding="utf-8-sig")), block)
+            with open_plain(path) as file:
+                return _json_source(str(path), file, block)
         if path.suffix == ".parquet":
             return Source(_parquet_table(path), None)
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except Refused as error:
+        raise PromptError(f"{path}: {error}") from error
+    except EOFError as error:
+        raise PromptError(f"{path}: cannot be read (it ends too early); write it again") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise PromptError(f"{path}: cannot be read ({error}); check that it is a whole {path.suffix} file") from error
     raise PromptError(f"{path}: not a {', '.join(SUFFIXES)} file; convert it to one of these")
 
 
 def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
-    rows: list[Row] = []
-    faults: list[Fault] = []
-    with path.open("rb") as lines:
-        for parsed in json_lines(lines):
-            if isinstance(parsed, Fault):
-                faults.append(parsed)
-                continue
-            number, value = parsed
-            try:
-                rows.append(Row(number, _cells(value, block.column)))
-            except ValueError as error:
-                faults.append(Fault(number, f"not a JSON row ({error})", value, "one JSON object per line"))
-    return Table(str(path), "line", _columns(rows), tuple(rows), tuple(faults))
+    with open_plain(path) as file:
+        parsed = list(json_lines(plain_lines(file)))
+    return _table(str(path), "line", parsed, block.column, "not a JSON row ({})", "one JSON object per line")
 
 
-def _json_source(where: str, content: object, block: PromptsBlock) -> Source:
+def _json_source(where: str, file: BinaryIO, block: PromptsBlock) -> Source:
     """A list of rows, or an object of splits that are lists of rows; a row is an object or the prompt itself."""
+    content = all_arrays(file)
     if isinstance(content, list):
         return Source(_json_table(where, content, block), None)
-    if not isinstance(content, dict) or not all(isinstance(rows, list) for rows in content.values()):
-        raise PromptError(f"{where}: neither a list of rows nor an object of splits; wrap the rows in [...]")
     train, held_out = _pick_splits(where, list(content), block.split)
     return Source(
         _json_table(f"{where} split {train}", content[train], block),
@@ -101,14 +95,26 @@ def _json_source(where: str, content: object, block: PromptsBlock) -> Source:
 
 
 def _json_table(where: str, content: list[object], block: PromptsBlock) -> Table:
+    parsed = [flawless(number, value) for number, value in enumerate(content)]
+    return _table(where, "row", parsed, block.column, "{}", "one JSON object per row")
+
+
+def _table(
+    where: str, unit: Unit, parsed: list[tuple[int, Any] | Fault], column: str, problem: str, cure: str
+) -> Table:
+    """`problem` and `cure` say what is wrong with a value that is no row."""
     rows: list[Row] = []
     faults: list[Fault] = []
-    for number, value in enumerate(content):
+    for one in parsed:
+        if isinstance(one, Fault):
+            faults.append(one)
+            continue
+        number, value = one
         try:
-            rows.append(Row(number, _cells(value, block.column)))
+            rows.append(Row(number, _cells(value, column)))
         except ValueError as error:
-            faults.append(Fault(number, str(error), value, "one JSON object per row"))
-    return Table(where, "row", _columns(rows), tuple(rows), tuple(faults))
+            faults.append(Fault(number, problem.format(error), value, cure))
+    return Table(where, unit, _columns(rows), tuple(rows), tuple(faults))
 
 
 def _cells(value: object, column: str) -> Mapping[str, Any]:
@@ -124,12 +130,14 @@ def _columns(rows: list[Row]) -> tuple[str, ...]:
 
 
 def _parquet_table(path: Path) -> Table:
-    table = pq.read_table(path)
+    with open_parquet(path) as file:
+        table = file.read()
     rows = tuple(Row(number, cells) for number, cells in enumerate(table.to_pylist()))
     return Table(str(path), "row", tuple(table.column_names), rows)
 
 
 def _read_saved(path: Path, block: PromptsBlock) -> Source:
+    require_plain_files(path)
     try:
         saved = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
@@ -171,6 +179,7 @@ def _read_hub(block: PromptsBlock) -> Source:
 
 def _dataset_table(where: str, dataset: datasets.Dataset, column: str) -> Table:
     """Columns other than `column` and plain values (images, audio, nested) are never decoded."""
+    require_plain_columns(dataset.data.schema)
     columns = tuple(dataset.column_names)
     plain = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Value)]
     kept = [name for name in columns if name == column or name in plain]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raylign.errors import PromptError
+from raylign.reading import Refused
+from raylign.reading.json_text import StrictDecoder
 
 Unit = Literal["line", "row"]
 
@@ -57,17 +59,32 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, Any] | Fault]:
     """(line from 1, value) of each line of JSON, or why it is none; blank lines are passed over."""
+    decoder = StrictDecoder()
     for number, line in enumerate(lines, start=1):
         text = line.removeprefix(codecs.BOM_UTF8).strip()
         if not text:
             continue
         try:
-            yield number, json.loads(text.decode())
+            yield flawless(number, _whole(decoder, text.decode()))
         except UnicodeDecodeError as error:
             shown = text.decode(errors="backslashreplace")
             yield Fault(number, f"not UTF-8 at byte {error.start}", shown, "save the file as UTF-8")
         except (ValueError, RecursionError) as error:
             yield Fault(number, f"not a JSON row ({error})", text.decode(), "one JSON object per line")
+
+
+def flawless(number: int, value: Any) -> tuple[int, Any] | Fault:
+    """Row `number` and its value as it was read, or the fault that a strict reader found in it."""
+    if isinstance(value, Refused):
+        return Fault(number, value.problem, value.value, value.cure)
+    return number, value
+
+
+def _whole(decoder: StrictDecoder, text: str) -> Any:
+    value, end = decoder.decode(text)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 def is_json_scalar(value: object) -> bool:

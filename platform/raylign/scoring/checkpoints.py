@@ -1,13 +1,11 @@
 """Checkpoints that scorers run: whole models, and PEFT adapters on their bases."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -15,10 +13,11 @@ from torch import nn
 from raylign.config.blocks import ModelBlock
 from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ModelError, ScorerError
-from raylign.export import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes, stored_shapes
+from raylign.export import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes
 from raylign.fingerprints import model_digest
 from raylign.models import resolve_model
-from raylign.models.resolve import locate
+from raylign.models.open import open_adapter
+from raylign.models.resolve import check_facts, locate, read_facts, stored_shapes
 
 # What errors of models call the policy's options, or would call a scorer's.
 _OF_SCORERS = {
@@ -70,7 +69,8 @@ def find_checkpoint(path: str, revision: str | None, task: str, option: str = "s
     if (folder / MODEL_CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
         return Checkpoint((Path(resolve_model(path, revision, option)),))
     adapter_file(folder)
-    config = _adapter_config(folder)
+    check_facts(folder)
+    config = read_facts(folder / ADAPTER_CONFIG)
     if config.get("task_type") != task:
         raise ModelError(
             f"{folder}: {ADAPTER_CONFIG} has task_type={config.get('task_type')}, and {option}.path takes {task}; "
@@ -89,14 +89,6 @@ def find_checkpoint(path: str, revision: str | None, task: str, option: str = "s
     return Checkpoint((Path(found), folder.resolve()))
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder}: {ADAPTER_CONFIG} is not JSON ({error}); copy the adapter again") from error
-    return config if isinstance(config, dict) else {}
-
-
 def model_fingerprint(checkpoint: Checkpoint) -> str:
     """sha256 (hex) over weights, config, tokenizer, template and code of a checkpoint; it reads every byte of them."""
     return model_digest(*checkpoint.folders)
@@ -110,10 +102,7 @@ def model_block(block: ModelScoringBlock) -> ModelBlock:
 def adapted(model: nn.Module, adapter: Path) -> PeftModel:
     """`model` under an adapter, every weight of which has its place. Raises ModelError."""
     stored = stored_shapes(adapter)
-    try:
-        found: PeftModel = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{adapter}: the adapter does not fit its base ({error}); give the base it has") from error
+    found = open_adapter(model, adapter, autocast_adapter_dtype=False)
     # PEFT only warns of names that it cannot place.
     if differing := sorted(name for name, _ in stored.items() ^ shapes(get_peft_model_state_dict(found)).items()):
         raise ModelError(

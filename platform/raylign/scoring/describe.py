@@ -19,20 +19,22 @@ from raylign.scoring.composition import named
 from raylign.scoring.function import describe_function
 from raylign.scoring.http_service import check_service
 from raylign.scoring.judge_check import check_judge
+from raylign.scoring.locate import locate_function
 from raylign.scoring.models import describe_implicit, describe_reward_model
 
 
-def describe_scorer(block: ScoringBlock) -> tuple[str, ...]:
+def describe_scorer(block: ScoringBlock, *, load: bool = True) -> tuple[str, ...]:
     """Name and facts, one a line; those of a composition's members behind their names.
 
+    With `load` functions are imported, in a process of their own, as a run will do; without it they are only located.
     Raises ScorerError: a function cannot be loaded, a judge or service does not answer, a model is not there.
     """
     if not isinstance(block, CompositionBlock):
-        return _describe_leaf(block)
+        return _describe_leaf(block, load)
     lines = [scorer_name(block)]
     for name, member in block.members.items():
         with named(f"{block.place}{name}"):
-            first, *facts = describe_scorer(member)
+            first, *facts = describe_scorer(member, load=load)
         lines += [f"{name}: {first}", *(f"  {fact}" for fact in facts)]
     return tuple(lines)
 
@@ -62,11 +64,12 @@ def scorer_name(block: ScoringBlock) -> str:
             return " ".join(f"{weight:+g} {name}" for name, weight in block.weights.items())
 
 
-def _describe_leaf(block: LeafBlock) -> tuple[str, ...]:
+def _describe_leaf(block: LeafBlock, load: bool) -> tuple[str, ...]:
     name = scorer_name(block)
     match block:
         case FunctionScoringBlock():
-            info = describe_function(block.function, allow_outside=block.allow_outside)
+            describe = describe_function if load else locate_function
+            info = describe(block.function, allow_outside=block.allow_outside)
             return name, f"{info.file}:{info.line}", f"sha256 {info.sha256}"
         case JudgeScoringBlock():
             check_judge(block)

@@ -16,6 +16,7 @@ from raylign.boundary.http import Answer, exchange
 from raylign.chunks import chunks
 from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ScorerError
+from raylign.reading.files import read_text
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
 from raylign.scoring.http_client import Ledger, NoReply, Server, api_key, connected
@@ -209,8 +210,8 @@ def template_of(block: HttpScoringBlock) -> Template | None:
     )
     environment.globals["raise_exception"] = _refuse
     try:
-        return environment.from_string(block.chat_template.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        return environment.from_string(read_text(block.chat_template))
+    except (OSError, ValueError, TemplateError) as error:
         raise ScorerError(
             f"scoring.chat_template={block.chat_template} cannot be read ({error}); give a Jinja file in UTF-8"
         ) from error

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.errors import ModelError
-from raylign.models.load import load_whole, read_config, require_weights, without_dropout
+from raylign.models.load import load_whole, read_config, without_dropout
 from raylign.models.reference import require_same_vocabulary
 from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
 
@@ -53,9 +53,9 @@ def load_language_model(checkpoint: Checkpoint, block: ImplicitScoringBlock, dev
     Raises ModelError when a weight is in no file, or an adapter's weight has no place.
     """
     config = without_dropout(_config(checkpoint, block))
-    plain, missing = load_whole(AutoModelForCausalLM, checkpoint.base, model_block(block), config)
-    require_weights(checkpoint.base, missing)
-    model: nn.Module = plain
+    opened = load_whole(AutoModelForCausalLM, checkpoint.base, model_block(block), config)
+    opened.require_fit(checkpoint.base)
+    model: nn.Module = opened.model
     for adapter in checkpoint.adapters:
-        model = adapted(plain, adapter)
+        model = adapted(opened.model, adapter)
     return model.to(device).eval()

@@ -17,13 +17,13 @@ ScoringFunction = Callable[..., object]
 
 def resolve(spec: str) -> ScoringFunction:
     """Import and return `module:function`. Raises ScorerError, or whatever the module's own code raises."""
-    module_name, name = _parts(spec)
+    module_name, name = spec_parts(spec)
     module = _import(module_name)
     if name not in dir(module):
-        raise ScorerError(f"module {module_name!r} has no {name!r}{_hint(name, _callables(module))}")
+        raise ScorerError(f"module {module_name!r} has no {name!r}{closest(name, _callables(module))}")
     function: ScoringFunction = getattr(module, name)
     if not callable(function):
-        raise ScorerError(f"{name!r} is a {type(function).__name__}, not a function{_hint(name, _callables(module))}")
+        raise ScorerError(f"{name!r} is a {type(function).__name__}, not a function{closest(name, _callables(module))}")
     return function
 
 
@@ -39,7 +39,7 @@ def source_of(spec: str, function: ScoringFunction) -> tuple[str, int]:
 
 def require_inside(spec: str, roots: Sequence[Path]) -> None:
     """Raise ScorerError when the module, or a package around it, is a file outside `roots`. Runs nothing outside."""
-    parts = _parts(spec)[0].split(".")
+    parts = spec_parts(spec)[0].split(".")
     for count in range(1, len(parts) + 1):
         try:
             # Imports the packages around it, which have passed.
@@ -61,7 +61,8 @@ def require_file_inside(file: str, roots: Sequence[Path]) -> None:
         )
 
 
-def _parts(spec: str) -> tuple[str, str]:
+def spec_parts(spec: str) -> tuple[str, str]:
+    """Module and name of `module:function`. Raises ScorerError."""
     module, _, name = spec.partition(":")
     if not module or not name:
         raise ScorerError("it is not of the form module:function")
@@ -76,7 +77,7 @@ def _import(name: str) -> ModuleType:
         if not f"{name}.".startswith(f"{missing}."):
             raise ScorerError(f"module {name!r} needs {missing!r}, which is not installed") from error
         raise ScorerError(
-            f"no module {missing!r} on PYTHONPATH or in the working directory{_hint(missing, _siblings(missing))}"
+            f"no module {missing!r} on PYTHONPATH or in the working directory{closest(missing, _siblings(missing))}"
         ) from error
 
 
@@ -94,6 +95,7 @@ def _callables(module: ModuleType) -> list[str]:
     return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no name is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -6,10 +6,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from raylign.config.scoring import RewardModelScoringBlock
 from raylign.errors import ModelError
-from raylign.export import stored_shapes
 from raylign.models import DTYPES
 from raylign.models.chat_template import read_template
-from raylign.models.load import load_whole, read_config, read_tokenizer, require_weights
+from raylign.models.load import load_whole, read_config
+from raylign.models.open import open_tokenizer
+from raylign.models.resolve import stored_shapes
 from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
 
 _TASK, _ADAPTER_HEADS = "SEQ_CLS", ("score.weight", "classifier.weight")
@@ -73,13 +74,12 @@ def load_reward_scorer(
     options = model_block(block)
     if checkpoint.adapters:
         options = options.model_copy(update={"dtype": "float32"})
-    model, missing = load_whole(AutoModelForSequenceClassification, checkpoint.base, options, config)
+    opened = load_whole(AutoModelForSequenceClassification, checkpoint.base, options, config)
+    opened.require_fit(checkpoint.base, heads=_ADAPTER_HEADS if checkpoint.adapters else None)
     for adapter in checkpoint.adapters:
-        require_weights(checkpoint.base, [name for name in missing if not name.endswith(_ADAPTER_HEADS)])
-        merged: PreTrainedModel = adapted(model, adapter).merge_and_unload(safe_merge=True)
+        merged: PreTrainedModel = adapted(opened.model, adapter).merge_and_unload(safe_merge=True)
         return _evaluated(merged.to(DTYPES[block.dtype]))  # type: ignore[arg-type]
-    require_weights(checkpoint.base, missing)
-    return _evaluated(model)
+    return _evaluated(opened.model)
 
 
 def _evaluated(model: PreTrainedModel) -> PreTrainedModel:
@@ -107,7 +107,7 @@ def load_reward_tokenizer(checkpoint: Checkpoint, block: RewardModelScoringBlock
             f"{checkpoint.adapters[0]}: an adapter without a tokenizer, so that nobody knows where it reads rewards; "
             "export the run (`raylign export`), or save the tokenizer it was trained with beside it"
         )
-    tokenizer = read_tokenizer(folder, block.trust_remote_code)
+    tokenizer = open_tokenizer(folder, block.trust_remote_code)
     if block.chat_template is not None:
         tokenizer.chat_template = read_template(block.chat_template)
     if tokenizer.chat_template is None:

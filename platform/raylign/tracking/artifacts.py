@@ -11,6 +11,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from raylign.errors import RaylignError, RecordError
+from raylign.reading.files import read_text
+from raylign.reading.yaml_text import parse_yaml
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
 from raylign.tracking.params import redacted
@@ -47,7 +49,7 @@ def upload(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str,
         logger.warning("%s is gone; MLflow goes without it", path)
         return False
     if payload["kind"] == "config":
-        text = yaml.safe_dump(redacted(yaml.safe_load(path.read_text(encoding="utf-8"))), sort_keys=False)
+        text = yaml.safe_dump(redacted(parse_yaml(read_text(path))), sort_keys=False)
         store.log_text(run_id, text, str(relative))
         return True
     if path.suffix in TABLE_SUFFIXES:

@@ -15,7 +15,8 @@ from raylign.config.losses.reward_model import RewardLossBase
 from raylign.losses import LossOutput, LossState, next_state, preference_loss, under_new_reference
 from raylign.losses.reward_model import reward_loss
 from raylign.models import load_policy
-from raylign.models.reward_model import load_reward_model
+from raylign.models.load import require_fit
+from raylign.models.reward_model import load_reward_model, require_reward_fit
 from raylign.training import metrics, reward_metrics
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.preferences import PreferenceBatch, candidate_logps, placed, without_kl_samples
@@ -63,6 +64,12 @@ def learner_of(loss: TrainerLoss, folder: str, block: ModelBlock, seed: int, wri
     if isinstance(loss, RewardLossBase):
         return RewardLearner(load_reward_model(folder, block, seed, writable), loss)
     return PolicyLearner(load_policy(folder, block, seed), loss)
+
+
+def require_learnable(loss: TrainerLoss, folder: str, block: ModelBlock) -> None:
+    """Raises ModelError unless the files of `folder` have the weights that `loss` is trained on; none are read."""
+    require = require_reward_fit if isinstance(loss, RewardLossBase) else require_fit
+    require(folder, block.trust_remote_code)
 
 
 class PolicyLearner:

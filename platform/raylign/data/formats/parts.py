@@ -1,13 +1,14 @@
 """What a row holds, whatever its format, and the checks that all formats share."""
 
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylign.config.base import FLOAT32
 from raylign.data.examples import SCORES, Completion
 from raylign.prompts.conversations import conversation, conversation_problem, messages_problem, text_problem
+from raylign.reading import plain_problem, shown
+from raylign.reading.json_text import parse_json
 from raylign.records import Message
 
 Cells = Mapping[str, Any]
@@ -166,7 +167,7 @@ def pair(
 
 
 def number(name: str, value: object) -> float:
-    """A finite number, also when it is written as text."""
+    """A number that a float32 holds, also when it is written as text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -174,8 +175,8 @@ def number(name: str, value: object) -> float:
             raise BadRow(f"{name} is no number", value, "give a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} is a {type(value).__name__} instead of a number", value, "give a number")
-    if not math.isfinite(value):
-        raise BadRow(f"{name} is {value}", value, "give a finite number")
+    if not abs(value) <= FLOAT32[1]:
+        raise BadRow(f"{name} is {shown(value)}", value, f"give a finite number of at most {FLOAT32[1]:g}")
     return float(value)
 
 
@@ -194,22 +195,27 @@ def tools_of(value: object) -> tuple[Mapping[str, Any], ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError as error:
             raise BadRow(f"tools is not JSON ({error})", value, "give a list of tool schemas") from error
     schemas = [value] if isinstance(value, dict) else value
     if not isinstance(schemas, list) or not all(isinstance(schema, dict) for schema in schemas):
         raise BadRow("tools is no list of objects", value, "give a list of tool schemas")
-    try:
-        json.dumps(schemas, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("tools has half a surrogate pair", value, "save the text as valid Unicode") from None
+    if not all(_is_function(schema.get("function", schema)) for schema in schemas):
+        raise BadRow("tools has a function without a name in text", value, 'give [{"function": {"name": ...}}]')
+    problem, cure = plain_problem("tools", schemas)
+    if problem:
+        raise BadRow(problem, value, cure)
     return tuple(_wrapped(schema) for schema in schemas)
 
 
 def used(row: Cells, columns: Iterable[str]) -> frozenset[str]:
     """Those of `columns` that the row has."""
     return frozenset(columns) & row.keys()
+
+
+def _is_function(schema: object) -> bool:
+    return isinstance(schema, dict) and isinstance(schema.get("name", ""), str)
 
 
 def _wrapped(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,6 +1,5 @@
 """LLaMA-Factory's ShareGPT format: `conversations` of {from, value}, and `chosen` and `rejected` messages."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from raylign.data.formats.parts import (
     used,
 )
 from raylign.prompts.conversations import conversation
+from raylign.reading.json_text import parse_json
 from raylign.records import Message
 
 COLUMNS = (
@@ -85,7 +85,7 @@ def _message(name: str, given: object) -> Mapping[str, Any]:
 def _calls(name: str, content: object) -> list[Mapping[str, Any]]:
     """Tool calls of the JSON text of one call or a list of calls."""
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = parse_json(content) if isinstance(content, str) else content
     except ValueError as error:
         raise BadRow(
             f"{name}: the function call is not JSON ({error})", content, 'give {"name": ..., "arguments": ...}'

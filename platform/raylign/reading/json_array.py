@@ -2,37 +2,49 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from raylign.errors import DataError
-from raylign.prompts.tables import closest
+from raylign.reading.files import LONGEST_ROW
+from raylign.reading.json_text import StrictDecoder
+from raylign.reading.values import Refused, shown
 
 CHUNK = 1 << 18
 """Bytes read at a time; a longer value doubles it."""
 SLACK = 16
 """Characters before the end of what is read where an error may only mean that more is to come."""
-DECODER = json.JSONDecoder()
 BEGINNINGS = tuple(word[:size] for word in ("true", "false", "null", "NaN", "-Infinity") for size in range(len(word)))
+BLANK = re.compile(r"\s*")
+NO_ROWS = "neither a list of rows nor an object of splits"
+WRAP = "wrap the rows in [...]"
 
 
-def array_values(file: BinaryIO, where: str, split: str) -> Iterator[Any]:
+def array_values(file: BinaryIO, split: str) -> Iterator[Any]:
     """The values of the array, or of the array of `split`, one by one; memory holds the largest value.
 
-    Raises EOFError when the file ends too early, ValueError where it is no JSON, DataError when there is no such array.
+    A value with a flaw, such as a key that is there twice, is a Refused that says so. Raises EOFError when the file
+    ends too early, ValueError where it is no JSON, Refused when there is no such array.
     """
     text = _Text(file)
-    match text.peek():
-        case "[":
-            yield from _array(text)
-            if text.peek():
-                raise ValueError(f"text after the array at character {text.position}")
-        case "{":
-            yield from _split(text, where, split)
-        case "":
-            raise DataError(f"{where}: the file is empty; give a list of rows")
-        case _:
-            raise DataError(f"{where}: neither a list of rows nor an object of splits; wrap the rows in [...]")
+    if text.peek() == "[":
+        yield from _only_array(text)
+        return
+    names: list[str] = []
+    for name, values in _splits(text):
+        names.append(name)
+        if name == split:
+            yield from values
+    if split not in names:
+        raise NoSplit(names)
+
+
+def all_arrays(file: BinaryIO) -> dict[str, list[Any]] | list[Any]:
+    """All values of the array, or of each split by its name. Flaws and errors are those of `array_values`."""
+    text = _Text(file)
+    if text.peek() == "[":
+        return list(_only_array(text))
+    return {name: list(values) for name, values in _splits(text)}
 
 
 def has_splits(file: BinaryIO) -> bool:
@@ -40,24 +52,48 @@ def has_splits(file: BinaryIO) -> bool:
     return _Text(file).peek() == "{"
 
 
-def _split(text: "_Text", where: str, split: str) -> Iterator[Any]:
-    """What follows the split is not read."""
+class NoSplit(Refused):
+    """The file has splits of other names, which are `names`."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__("no such split", "name one that is there")
+        self.names = names
+
+
+def _splits(text: "_Text") -> Iterator[tuple[str, Iterator[Any]]]:
+    """Name and values of each split; values that are not taken are passed over."""
+    if not text.peek():
+        raise Refused("the file is empty", "give a list of rows")
+    if text.peek() != "{":
+        raise Refused(NO_ROWS, WRAP)
     text.take("{")
-    names: list[str] = []
+    names: set[str] = set()
     while text.peek() != "}":
         if names:
             text.take(",")
         name = text.value()
         text.take(":")
-        if text.peek() != "[":
-            raise DataError(f"{where}: neither a list of rows nor an object of splits; wrap the rows in [...]")
-        if name == split:
-            yield from _array(text)
-            return
-        names.append(str(name))
-        for _ in _array(text):
+        if not isinstance(name, str) or text.peek() != "[":
+            raise Refused(NO_ROWS, WRAP)
+        if name in names:
+            raise Refused(f"the split {shown(name)} is there twice", "leave one of them, or join them")
+        names.add(name)
+        values = _array(text)
+        yield name, values
+        for _ in values:
             pass
-    raise DataError(f"{where}: no split {split!r}; {closest(split, names)}; correct split")
+    text.take("}")
+    _end(text)
+
+
+def _only_array(text: "_Text") -> Iterator[Any]:
+    yield from _array(text)
+    _end(text)
+
+
+def _end(text: "_Text") -> None:
+    if text.peek():
+        raise ValueError(f"text after the array at character {text.position}")
 
 
 def _array(text: "_Text") -> Iterator[Any]:
@@ -78,6 +114,7 @@ class _Text:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._decoder = StrictDecoder()
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._bytes = 0
         self._before = 0
@@ -95,8 +132,7 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no white space; empty at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at].isspace():
-                self._at += 1
+            self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text) or self._ended:
                 return self._text[self._at : self._at + 1]
             self._more()
@@ -111,11 +147,11 @@ class _Text:
         self._at += 1
 
     def value(self) -> Any:
-        """The next value, whole."""
+        """The next value, whole, or the Refused that it is."""
         self.peek()
         while True:
             try:
-                value, end = DECODER.raw_decode(self._text, self._at)
+                value, end = self._decoder.decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 if self._ended and self._is_torn(error):
                     raise EOFError from error
@@ -140,6 +176,10 @@ class _Text:
 
     def _more(self) -> None:
         waiting = len(self._text) - self._at
+        if waiting > LONGEST_ROW:
+            raise Refused(
+                f"the value at character {self.position:,} is longer than {LONGEST_ROW >> 20} MiB", "give shorter rows"
+            )
         data = self._file.read(max(CHUNK, waiting))
         pending = len(self._utf8.getstate()[0])
         try:

@@ -1,0 +1,137 @@
+"""The one place that lets transformers and PEFT open what others made.
+
+Their code is run only where the block of the recipe says so, and nobody is asked: without a value of its own,
+transformers would ask at the terminal and run the code when something answers y.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from raylign.errors import ModelError, RaylignError
+
+UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
+Heads = tuple[str, ...] | None
+"""Names of the weights of a head that a recipe makes."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model, and what its files and its config.json do not agree on.
+
+    `missing` are weights of the model that no file has, `unexpected` those of files that the model has no place for.
+    Weights that transformers declares tied or without meaning are in neither.
+    """
+
+    model: PreTrainedModel
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def require_fit(self, folder: str, heads: Heads = None) -> None:
+        """Raises ModelError unless files and config.json fit.
+
+        `heads` are the weights of a head that the recipe makes where it is missing, in place of any other the files
+        have; None takes the head of the files as it is.
+        """
+        backbone = f"{self.model.base_model_prefix}."
+        missing = [name for name in self.missing if not name.endswith(heads or ())]
+        unexpected = [name for name in self.unexpected if heads is None or name.startswith(backbone)]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} weights are not in the files, first {missing[0]}, and would start random; "
+                "copy the model again, with the config.json that belongs to it"
+            )
+        if unexpected:
+            raise ModelError(
+                f"{folder}: config.json has no place for {len(unexpected)} weights of the files, first "
+                f"{', '.join(unexpected[:_SHOWN])}; copy the model again, with the config.json that belongs to it"
+            )
+
+
+def open_config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """What config.json says. Raises ModelError."""
+    with _opening(f"{folder}: config.json cannot be used", UNTRUSTED):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _refuse_kernels(folder, config, trust_remote_code)
+    return config
+
+
+def open_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer as it is. Raises ModelError."""
+    with _opening(f"{folder}: no tokenizer can be loaded", UNTRUSTED):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+    return tokenizer
+
+
+def open_model(kind: Any, folder: str | None, trust_remote_code: bool, *, where: str = "", **options: Any) -> Opened:
+    """The model that `kind`, a class of transformers, makes of the safetensors in `folder`; `options` are its own.
+
+    Without a folder there is a `state_dict` among them, and `where` names what it is of.
+
+    Raises ModelError when it cannot be loaded, or weights have another shape.
+    """
+    where = folder or where
+    with _opening(f"{where}: the model cannot be loaded", UNTRUSTED):
+        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = kind.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        )
+    model, info = loaded
+    if info["mismatched_keys"]:
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+        raise ModelError(
+            f"{where}: the model cannot be loaded: {len(names)} weights have another shape than config.json says, "
+            f"first {names[0]}; copy the model again, with the config.json that belongs to it"
+        )
+    return Opened(model, *(tuple(sorted(info[name])) for name in ("missing_keys", "unexpected_keys")))
+
+
+def empty_model(kind: Any, config: PreTrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """The model of `config` with weights of no meaning. Raises ModelError."""
+    name = config.name_or_path
+    with _opening(f"{name}: no model can be made of its config.json", UNTRUSTED):
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, **options)
+    return model
+
+
+def open_adapter(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
+    """`model` under the adapter of `folder`. Raises ModelError when the two do not fit."""
+    with _opening(f"{folder}: the adapter does not fit its base", "give the base it has"):
+        adapted: PeftModel = PeftModel.from_pretrained(model, folder, **options)
+    return adapted
+
+
+@contextmanager
+def _opening(problem: str, cure: str) -> Iterator[None]:
+    """What a library says of files that it cannot open becomes a ModelError."""
+    try:
+        yield
+    except (RaylignError, MemoryError, torch.OutOfMemoryError):
+        raise
+    # tokenizers raises Exception itself, and the others whatever Python says of a value of another type.
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{problem} ({told}); {cure}") from error
+
+
+def _refuse_kernels(folder: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """A config.json can name a repository of compiled code to compute with."""
+    for part in (config, config.get_text_config()):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if not trust_remote_code and "/" in str(getattr(part, name, None) or ""):
+                raise ModelError(f"{folder}: config.json computes with code from {getattr(part, name)}; {UNTRUSTED}")
