@@ -25,6 +25,7 @@ from raylign.models import load_tokenizer, resolve_model
 from raylign.models.chat_template import read_chat_template
 from raylign.prompts import load_prompts
 from raylign.prompts.tables import Fault
+from tests.fuzz import records, servers
 from tests.fuzz.mutations import as_json, changed, edited, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +160,7 @@ def data_as(suffix: str) -> Callable[[bytes], None]:
         for example in read_examples(block):
             if isinstance(example, Fault):
                 str(example.problem + example.cure)
-        load_preferences(block, tokenizer(), rows="preferences", ends=frozenset({2}), seed=SEED)
+        load_preferences(block, tokenizer(), rows="preferences", ends=frozenset({2}), seed=SEED, refused_to=None)
 
     return reader
 
@@ -231,6 +232,16 @@ FORMATS: Mapping[str, Format] = {
     "data-parquet": Format(lambda: parquet(DATA_ROWS), data_as(".parquet")),
     "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template),
     **{f"model-{name}": model_file(name) for name in MODEL_FILES},
+    **{f"run-{name}": Format(records.inputs(name), records.reader(name, folder)) for name in records.FILES},
+    "run-mlflow.json": Format(lambda: edited([records.MLFLOW_STATE]), records.mlflow_state(folder)),
+    "run-scores.sqlite": Format(lambda: edited([records.kept_scores()]), records.scores(folder)),
+    "server-raylign": Format(
+        lambda: edited(servers.answers(servers.SCORES), servers.WORDS), servers.service("raylign")
+    ),
+    "server-openrlhf": Format(
+        lambda: edited(servers.answers(b'{"rewards": [0.5]}'), servers.WORDS), servers.service("openrlhf")
+    ),
+    "server-judge": Format(lambda: edited(servers.answers(servers.VERDICT), servers.WORDS), servers.judge),
 }
 
 

@@ -1,0 +1,117 @@
+"""Files of a run directory, read as `raylign resume` and `raylign export` read them."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from raylign.records import Score
+from raylign.rounds import finished_stages
+from raylign.rundir import RunDirectory, open_run
+from raylign.sampled import read_sampled
+from raylign.scoring.cache import ScoreCache, score_key
+from raylign.store import read_candidates, read_preferences
+from raylign.tracking.journal import read_events
+from raylign.tracking.state import load_state
+from recipes.resume import resumed_config
+from tests.fuzz.mutations import as_json, changed, edited
+from tests.unit.test_resume import PROMPTS, config_in, run_once
+
+FILES = (
+    "config.yaml",
+    "events.jsonl",
+    "rounds/0000/report.json",
+    "rounds/0001/report.json",
+    "rounds/0001/stages.json",
+    "rounds/0001/sampled.jsonl",
+    "rounds/0001/candidates.parquet",
+    "rounds/0001/preferences.parquet",
+    "checkpoints/0002/manifest.json",
+    "checkpoints/0002/progress.json",
+)
+
+
+@cache
+def finished_run() -> Path:
+    """The run directory of two rounds with roles that are fakes."""
+    parent = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
+    run_once(config_in(parent), parent)
+    (found,) = (path.parent for path in parent.glob("runs/*/config.yaml"))
+    return found
+
+
+def inputs(name: str) -> Callable[[], st.SearchStrategy[bytes]]:
+    def make() -> st.SearchStrategy[bytes]:
+        content = (finished_run() / name).read_bytes()
+        if not name.endswith((".json", ".jsonl")):
+            return edited([content])
+        lines = content.splitlines() if name.endswith("l") else [content]
+        trees = changed([json.loads(line) for line in lines]).map(as_json)
+        return st.one_of(edited([content]), trees, trees.map(lambda tree: tree + b"\n" + lines[-1] + b"\n"))
+
+    return make
+
+
+def reader(name: str, folder: Callable[[], Path]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        place = folder() / "run"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(finished_run(), place)
+        (place / name).write_bytes(data)
+        _read_all(place)
+
+    return read
+
+
+def _read_all(place: Path) -> None:
+    resumed_config(place, ())
+    directory: RunDirectory = open_run(place)
+    directory.reports()
+    for index in (1, 2):
+        finished_stages(directory.round(index))
+    directory.checkpoint_store(None).newest()
+    for _ in read_events(place / "events.jsonl"):
+        pass
+    for _ in read_sampled(directory.round(1) / "sampled.jsonl"):
+        pass
+    if directory.rounds_finished():
+        directory.baseline()
+    candidates, _ = read_candidates(directory.round(1) / "candidates.parquet")
+    read_preferences(directory.round(1) / "preferences.parquet", PROMPTS.train, candidates)
+
+
+def mlflow_state(folder: Callable[[], Path]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        (folder() / "mlflow.json").write_bytes(data)
+        load_state(folder(), "sqlite:///x")
+
+    return read
+
+
+MLFLOW_STATE = json.dumps(
+    {"stores": {"sqlite:///x": {"sequence": 3, "run_id": "r", "rounds": {"1": {"run_id": "s", "steps": 2}}}}}
+).encode()
+
+
+@cache
+def kept_scores() -> bytes:
+    """A file of `ScoreCache` with a score."""
+    path = Path(tempfile.mkdtemp(prefix="fuzz-scores-")) / "scores.sqlite"
+    kept = ScoreCache(path)
+    kept.put({score_key("a"): Score(0.5, {"a": 1.0}, "")})
+    return path.read_bytes()
+
+
+def scores(folder: Callable[[], Path]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        place = folder() / "scores"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        (place / "scores.sqlite").write_bytes(data)
+        ScoreCache(place / "scores.sqlite").get([score_key("a")])
+
+    return read

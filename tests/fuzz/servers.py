@@ -1,0 +1,93 @@
+"""Answers of reward services and judges: whatever comes, there is one score an item."""
+
+import socket
+import threading
+from collections.abc import Callable
+from functools import cache
+
+from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
+from raylign.records import Prompt
+from raylign.scoring import JudgeScorer, ScoringItem
+from raylign.scoring.http_service import HttpScorer
+
+ITEM = ScoringItem(Prompt("p", ({"role": "user", "content": "Why?"},), (1,)), "So.")
+SCORES = b'{"scores": [0.5], "reasons": ["good"]}'
+VERDICT = (
+    b'{"choices": [{"message": {"role": "assistant", "content": "7"}}], "usage": {"total_tokens": 9, '
+    b'"prompt_tokens": 8, "completion_tokens": 1}}'
+)
+
+
+def answers(*bodies: bytes) -> list[bytes]:
+    """Whole HTTP answers with these bodies."""
+    head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n%s\r\n%s"
+    found = [head % (b"200 OK", len(body), b"", body) for body in bodies]
+    found.append(head % (b"429 Too Many Requests", 2, b"Retry-After: 1\r\n", b"{}"))
+    found.append(head % (b"200 OK", len(bodies[0]), b"Content-Encoding: gzip\r\n", bodies[0]))
+    found.append(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+    return found
+
+
+WORDS = (b"Content-Encoding: br\r\n", b"Transfer-Encoding: chunked\r\n", b"Retry-After: 999999999\r\n", b"HTTP/1.1 ")
+
+
+class _Server:
+    """Sends the same bytes to whoever asks, and hangs up."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            with connection:
+                try:
+                    connection.settimeout(5)
+                    asked = b""
+                    while b"\r\n\r\n" not in asked:
+                        if not (piece := connection.recv(65536)):
+                            break
+                        asked += piece
+                    connection.sendall(self.data)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+                except OSError:
+                    continue
+
+
+@cache
+def server() -> _Server:
+    return _Server()
+
+
+def service(protocol: str) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        server().data = data
+        url = f"http://127.0.0.1:{server().port}/score"
+        block = HttpScoringBlock.model_validate(
+            {"url": url, "protocol": protocol, "retries": 0, "timeout_s": 5.0, "max_unscored": 1.0}
+        )
+        (score,) = HttpScorer(block).score([ITEM])
+        assert score.value is not None or score.reason
+
+    return read
+
+
+def judge(data: bytes) -> None:
+    server().data = data
+    block = JudgeScoringBlock.model_validate(
+        {
+            "base_url": f"http://127.0.0.1:{server().port}/v1",
+            "model": "m",
+            "canaries": False,
+            "retries": 0,
+            "timeout_s": 5.0,
+            "max_unscored": 1.0,
+        }
+    )
+    (score,) = JudgeScorer(block).score([ITEM])
+    assert score.value is not None or score.reason
