@@ -218,7 +218,8 @@ def test_every_request_of_mlflow_is_limited(pieces: Pieces, tmp_path: Path, monk
 
 def test_only_raylign_s_own_requests_are_limited() -> None:
     options = (0, 2, 1.0, frozenset[int](), True, True)
+    session: Any = request_utils._get_request_session  # has no types
     with transport.limited():
-        assert isinstance(request_utils._get_request_session(*options).get_adapter("http://h"), LIMITED)
-    other = request_utils._get_request_session(*options)
+        assert isinstance(session(*options).get_adapter("http://h"), LIMITED)
+    other = session(*options)
     assert isinstance(other, requests.Session) and not isinstance(other.get_adapter("http://h"), LIMITED)
