@@ -1,1 +1,1 @@
-"""What crosses the program's boundary: requests to servers that may answer anything."""
+"""What crosses the program's boundary: requests to servers that may answer anything, and secrets."""
