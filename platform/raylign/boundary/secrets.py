@@ -136,7 +136,19 @@ def _hidden(text: str) -> str:
     for look in _LOOKS:
         text = look.sub(REDACTED, text)
     text = _HEADER.sub(rf"\g<start>{REDACTED}", text)
-    return _ASSIGNED.sub(_hide_value, _IN_QUERY.sub(_hide_value, text))
+    return _without_assigned(_IN_QUERY.sub(_hide_value, text))
+
+
+def _without_assigned(text: str) -> str:
+    """`text` without the values that are assigned to secret names; a value may itself be an assignment."""
+    parts: list[str] = []
+    done = at = 0
+    while match := _ASSIGNED.search(text, at):
+        at = match.end("start")
+        if names_secret(match["name"]) and match["value"] != REDACTED:
+            parts += [text[done:at], REDACTED]
+            done = at = match.end()
+    return "".join([*parts, text[done:]])
 
 
 def _hide_value(match: re.Match[str]) -> str:
