@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from actors.cluster import cluster
@@ -157,13 +158,16 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
         with torch.device("meta"):
             model = empty_model(AutoModelForCausalLM, open_config(str(folder), trust), trust)
             CompletionLogps(model)
+            trained: nn.Module = model
             if block.lora is not None:
                 targets = block.lora.target_modules
                 wanted = targets if isinstance(targets, str) else list(targets)
-                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=block.lora.r, target_modules=wanted))
+                trained = get_peft_model(
+                    model, LoraConfig(task_type="CAUSAL_LM", r=block.lora.r, target_modules=wanted)
+                )
     except ValueError as error:
         raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
 
 
 def prompt_facts(prompts: PromptSet) -> PromptFacts:

@@ -74,7 +74,7 @@ def adapter(tmp_path: Path) -> Path:
     plain = save_policy(tmp_path / "plain")
     model = LlamaForCausalLM.from_pretrained(plain)
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "adapter"
+        str(tmp_path / "adapter")
     )
     return tmp_path / "adapter"
 

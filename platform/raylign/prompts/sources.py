@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -82,7 +82,7 @@ def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
     return _table(str(path), "line", parsed, block.column, "not a JSON row ({})", "one JSON object per line")
 
 
-def _json_source(where: str, file: BinaryIO, block: PromptsBlock) -> Source:
+def _json_source(where: str, file: IO[bytes], block: PromptsBlock) -> Source:
     """A list of rows, or an object of splits that are lists of rows; a row is an object or the prompt itself."""
     content = all_arrays(file)
     if isinstance(content, list):

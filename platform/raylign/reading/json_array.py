@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from raylign.reading.files import LONGEST_ROW
 from raylign.reading.json_text import StrictDecoder
@@ -20,7 +20,7 @@ NO_ROWS = "neither a list of rows nor an object of splits"
 WRAP = "wrap the rows in [...]"
 
 
-def array_values(file: BinaryIO, split: str) -> Iterator[Any]:
+def array_values(file: IO[bytes], split: str) -> Iterator[Any]:
     """The values of the array, or of the array of `split`, one by one; memory holds the largest value.
 
     A value with a flaw, such as a key that is there twice, is a Refused that says so. Raises EOFError when the file
@@ -39,7 +39,7 @@ def array_values(file: BinaryIO, split: str) -> Iterator[Any]:
         raise NoSplit(names)
 
 
-def all_arrays(file: BinaryIO) -> dict[str, list[Any]] | list[Any]:
+def all_arrays(file: IO[bytes]) -> dict[str, list[Any]] | list[Any]:
     """All values of the array, or of each split by its name. Flaws and errors are those of `array_values`."""
     text = _Text(file)
     if text.peek() == "[":
@@ -47,7 +47,7 @@ def all_arrays(file: BinaryIO) -> dict[str, list[Any]] | list[Any]:
     return {name: list(values) for name, values in _splits(text)}
 
 
-def has_splits(file: BinaryIO) -> bool:
+def has_splits(file: IO[bytes]) -> bool:
     """Whether the file has an object where a list of rows would begin."""
     return _Text(file).peek() == "{"
 
@@ -112,7 +112,7 @@ def _array(text: "_Text") -> Iterator[Any]:
 class _Text:
     """A window over the text of a file that moves on value by value."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._decoder = StrictDecoder()
         self._utf8 = codecs.getincrementaldecoder("utf-8")()

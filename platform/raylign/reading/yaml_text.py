@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         self._level = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) not in (None, "!", _STR):
             raise ComposerError(None, None, f"the tag {shown(event.tag)} is not read; leave it out", event.start_mark)
         self._level += 1

@@ -56,20 +56,22 @@ def _defined(module: str, name: str, roots: Sequence[Path], hops: int) -> tuple[
 
 def _file_of(module: str, roots: Sequence[Path]) -> tuple[Path, bool]:
     """The file of a module, and whether that is a package's. Every package around it must be inside `roots` too."""
-    path: Sequence[str] | None = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
-    places, parts = path, module.split(".")
+    places: Sequence[str] | None = [*(entry or os.getcwd() for entry in sys.path), os.getcwd()]
+    parts = module.split(".")
+    found: importlib.machinery.ModuleSpec | None = None
     for count in range(1, len(parts) + 1):
         name = ".".join(parts[:count])
         found = _find(name, places)
         if found is None:
-            known = [f"{prefix}{one.name}" for prefix in [name[: -len(parts[count - 1])]] for one in _modules(places)]
+            prefix = name.removesuffix(parts[count - 1])
+            known = [f"{prefix}{one.name}" for one in pkgutil.iter_modules(None if places is None else list(places))]
             raise ScorerError(f"no module {name!r} on PYTHONPATH or in the working directory{closest(name, known)}")
         if found.has_location and found.origin and roots:
             require_file_inside(found.origin, roots)
         places = found.submodule_search_locations
         if places is None and count < len(parts):
             raise ScorerError(f"no module {'.'.join(parts[: count + 1])!r}: {name} is no package")
-    if not (found.has_location and found.origin):
+    if found is None or not (found.has_location and found.origin):
         raise ScorerError(f"module {module!r} has no source file to show; wrap the function in one of your own module")
     return Path(found.origin), found.submodule_search_locations is not None
 
@@ -81,10 +83,6 @@ def _find(name: str, places: Sequence[str] | None) -> importlib.machinery.Module
     # Editable installs bring finders of their own.
     specs = (finder.find_spec(name, places) for finder in sys.meta_path)
     return next((spec for spec in specs if spec is not None), None)
-
-
-def _modules(places: Sequence[str] | None) -> Iterator[pkgutil.ModuleInfo]:
-    yield from pkgutil.iter_modules(None if places is None else list(places))
 
 
 def _parsed(file: Path) -> tuple[bytes, ast.Module]:
