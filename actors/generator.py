@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import os
+import re
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,9 @@ _ADAPTER = "policy"
 _HEARTBEAT_S = 0.5
 _GIB = 1 << 30
 _CPU_BATCH_TOKENS = 16384
+_ENGINE_ERROR = re.compile(r"^\(EngineCore[^)]*\) ERROR [^\]]*\] (\w[\w.]*(?:Error|Exception): .*)", re.MULTILINE)
+_SAID = 250
+"""Characters of it that are told."""
 _CPU_BLOCK = 32
 """Tokens of a KV-cache block, the fewest that vLLM takes on CPUs: candidates share whole blocks of their prompt."""
 
@@ -133,6 +137,13 @@ def _own_sockets() -> Path:
     return folder
 
 
+def _said_by_engine() -> str:
+    """The last error that the engine's process wrote into the logs of this actor; vLLM passes on that there is one."""
+    logs = [path for number in (1, 2) if (path := Path(f"/proc/self/fd/{number}").resolve()).is_file()]
+    found = [error for path in logs for error in _ENGINE_ERROR.findall(path.read_text(errors="replace"))]
+    return str(found[-1])[:_SAID] if found else ""
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -164,7 +175,10 @@ class _Generator:
         clean_up_family(os.getpid(), _own_sockets())
         if spec.device == "cpu":
             _use_cores(spec)
-        self._engine = AsyncLLM.from_engine_args(engine_args(spec))
+        try:
+            self._engine = AsyncLLM.from_engine_args(engine_args(spec))
+        except RuntimeError as error:
+            raise RuntimeError(f"vLLM's engine cannot start: {_said_by_engine() or error}") from error
         self._adapters: list[LoRARequest] = []
         self._requests = 0
         self._closing = False
