@@ -116,7 +116,7 @@ def _refuse_secrets(settings: Sequence[str]) -> None:
 def _as_yaml(value: str) -> object:
     """Mappings and lists in an override; None where there are none."""
     try:
-        found = yaml.safe_load(value)
+        found = parse_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):  # the recipe's own reader says what is wrong with it
         return None
     return found if isinstance(found, dict | list) else None

@@ -17,7 +17,7 @@ from tests.fuzz.formats import FORMATS, Format
 from tests.fuzz.guard import Defect, limited_memory, read
 
 CASES = Path(__file__).parent / "cases"
-PER_TURN = 400
+PER_TURN = 60
 
 
 def turn(found: Format, number: int, examples: int, counts: Counter[str]) -> tuple[bytes, str] | None:

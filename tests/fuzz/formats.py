@@ -160,7 +160,7 @@ def data_as(suffix: str) -> Callable[[bytes], None]:
         for example in read_examples(block):
             if isinstance(example, Fault):
                 str(example.problem + example.cure)
-        load_preferences(block, tokenizer(), rows="preferences", ends=frozenset({2}), seed=SEED, refused_to=None)
+        load_preferences(block, tokenizer(), rows="pairs", ends=frozenset({2}), seed=SEED, refused_to=None)
 
     return reader
 

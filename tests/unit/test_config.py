@@ -239,11 +239,11 @@ def test_every_problem_is_listed_at_once() -> None:
 
 @pytest.mark.parametrize("wrong", ["sampling.top_k", "=3", "run..name=x", ".name=x", "run.=x"])
 def test_an_override_without_key_or_value_is_refused(wrong: str) -> None:
-    assert refusal(wrong) == f"override {wrong!r} is not of the form block.key=value"
+    assert refusal(wrong) == f"override {wrong!r} is not of the form block.key=value; correct it"
 
 
 def test_an_override_that_is_no_yaml_is_refused() -> None:
-    assert refusal("run.name=[1") == "override 'run.name=[1': value is not valid YAML"
+    assert refusal("run.name=[1") == "override 'run.name=[1': value is not valid YAML; quote it"
 
 
 @pytest.mark.parametrize(

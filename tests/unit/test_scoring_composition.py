@@ -79,7 +79,7 @@ def test_an_item_that_one_member_leaves_unscored_is_unscored_with_its_name() -> 
 
 
 def test_a_sum_that_overflows_is_unscored() -> None:
-    block = WeightedScoringBlock(scorers=TWO, weights={"good": 1e300, "short": 1.0})
+    block = WeightedScoringBlock(scorers=TWO, weights={"good": 1e38, "short": 1.0})
     members = {"good": table(a=1e300), "short": table(a=1.0)}
     assert score(block, members, of_prompt("p", "a"))[0].reason == "the members' values come to inf"
 

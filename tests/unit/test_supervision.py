@@ -159,7 +159,7 @@ def test_a_generator_that_the_monitor_ends_is_replaced_when_its_node_has_room(no
 
 
 def test_the_other_generators_work_on_meanwhile() -> None:
-    desk = Desk(Node(full=10**9), recovery=RecoveryBlock(memory_timeout_s=1e9))
+    desk = Desk(Node(full=10**9), recovery=RecoveryBlock(memory_timeout_s=1e8))
     busy = Handle(sample=answer)
     pool = generators(desk, Handle(sample=[OOM]), busy, count=2)
     pool.wait_ready()

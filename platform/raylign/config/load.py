@@ -95,7 +95,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of blocks, not a {type(raw).__name__}")
+        raise ConfigError(f"{path}: a recipe is a mapping of blocks, not a {type(raw).__name__}; begin with `run:`")
     return raw
 
 
@@ -103,7 +103,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     keys = name.split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form block.key=value")
+        raise ConfigError(f"override {override!r} is not of the form block.key=value; correct it")
     if len(keys) > _MOST_PARTS:
         raise ConfigError(f"override {shown(override)}: a name of {len(keys)} parts; no setting has one, correct it")
     node = tree
@@ -116,7 +116,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except Refused as error:
         raise ConfigError(f"override {shown(override)}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: value is not valid YAML") from error
+        raise ConfigError(f"override {override!r}: value is not valid YAML; quote it") from error
 
 
 def _with_default_kinds(raw: Mapping[str, Any], kind: type[Block]) -> dict[str, Any]:
