@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -34,10 +35,11 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`reader` gets one input of `inputs` as bytes."""
+    """`reader` gets one input of `inputs` as bytes; it takes what `valid` gives."""
 
     inputs: Callable[[], st.SearchStrategy[bytes]]
     reader: Callable[[bytes], object]
+    valid: Callable[[], bytes]
 
 
 @cache
@@ -107,25 +109,32 @@ DATA_ROWS: list[dict[str, Any]] = [
 ]
 
 
+def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Four rows of the same form with other words."""
+    text = json.dumps(row)
+    return [json.loads(re.sub(r"(\w)([.?])", rf"\1 {number}\2", text)) for number in range(4)]
+
+
 def lines_of(rows: list[dict[str, Any]]) -> bytes:
     return b"".join(as_json(row) + b"\n" for row in rows)
 
 
 def json_lines(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
-    tree = st.lists(changed(rows), min_size=1, max_size=4).map(lambda found: b"\n".join(map(as_json, found)))
-    raw = edited([lines_of([row] * 3) for row in rows], [b'"prompt"', b'"chosen"', b'"role"', b'"content"'])
+    mixed = [variant for row in rows for variant in variants(row)]
+    tree = st.lists(changed(mixed), min_size=1, max_size=4).map(lambda found: b"\n".join(map(as_json, found)))
+    raw = edited([lines_of(variants(row)) for row in rows], [b'"prompt"', b'"chosen"', b'"role"', b'"content"'])
     return st.one_of(tree, raw)
 
 
 def json_array(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
     tree = st.lists(changed(rows), min_size=1, max_size=4).map(as_json)
-    raw = edited([as_json([row] * 3) for row in rows] + [as_json({"train": rows})])
+    raw = edited([as_json(variants(row)) for row in rows] + [as_json({"train": rows})])
     return st.one_of(tree, raw)
 
 
 def zipped(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     whole = inner.map(lambda data: gzip.compress(data, compresslevel=1))
-    return st.one_of(whole, edited([gzip.compress(lines_of(DATA_ROWS[:1] * 3), compresslevel=1)]))
+    return st.one_of(whole, edited([gzip.compress(lines_of(variants(DATA_ROWS[0])), compresslevel=1)]))
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes | None:
@@ -142,7 +151,7 @@ def parquet(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
     made = cells.map(_parquet).filter(lambda data: data is not None).map(lambda data: data or b"")
     columns = st.dictionaries(st.sampled_from(("prompt", "chosen", "rejected", "score")), values(), min_size=1)
     odd = columns.map(lambda row: _parquet([row]) or b"")
-    whole = [data for row in rows if (data := _parquet([row] * 3))]
+    whole = [data for row in rows if (data := _parquet(variants(row)))]
     return st.one_of(made, odd, edited(whole))
 
 
@@ -217,31 +226,57 @@ def model_file(name: str) -> Format:
             (place / other).write_bytes(data if other == name else content)
         load_tokenizer(str(place))
 
-    return Format(inputs, reader)
+    return Format(inputs, reader, lambda: model_seeds()[name])
+
+
+def text_rows(
+    suffix: str,
+    inputs: Callable[[list[dict[str, Any]]], st.SearchStrategy[bytes]],
+    write: Callable[[list[dict[str, Any]]], bytes],
+) -> dict[str, Format]:
+    """Prompts and judged text in files of this kind."""
+
+    def made(rows: list[dict[str, Any]], reader: Callable[[bytes], None]) -> Format:
+        return Format(lambda: inputs(rows), reader, lambda: write(variants(rows[0])))
+
+    return {
+        f"prompts{suffix}": made(PROMPT_ROWS, prompts_as(suffix)),
+        f"data{suffix}": made(DATA_ROWS, data_as(suffix)),
+    }
+
+
+def packed() -> Format:
+    def inputs() -> st.SearchStrategy[bytes]:
+        return zipped(json_lines(DATA_ROWS))
+
+    return Format(inputs, data_as(".jsonl.gz"), lambda: gzip.compress(lines_of(variants(DATA_ROWS[0]))))
+
+
+def answered(body: bytes, reader: Callable[[bytes], None]) -> Format:
+    found = servers.answers(body)
+    return Format(lambda: edited(found, servers.WORDS), reader, lambda: found[0])
 
 
 FORMATS: Mapping[str, Format] = {
-    "recipe": Format(lambda: edited(RECIPES, RECIPE_WORDS), recipe),
-    "override": Format(lambda: edited(OVERRIDES, RECIPE_WORDS), override),
-    "prompts-jsonl": Format(lambda: json_lines(PROMPT_ROWS), prompts_as(".jsonl")),
-    "prompts-json": Format(lambda: json_array(PROMPT_ROWS), prompts_as(".json")),
-    "prompts-parquet": Format(lambda: parquet(PROMPT_ROWS), prompts_as(".parquet")),
-    "data-jsonl": Format(lambda: json_lines(DATA_ROWS), data_as(".jsonl")),
-    "data-json": Format(lambda: json_array(DATA_ROWS), data_as(".json")),
-    "data-jsonl-gz": Format(lambda: zipped(json_lines(DATA_ROWS)), data_as(".jsonl.gz")),
-    "data-parquet": Format(lambda: parquet(DATA_ROWS), data_as(".parquet")),
-    "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template),
+    "recipe": Format(lambda: edited(RECIPES, RECIPE_WORDS), recipe, lambda: RECIPES[-1]),
+    "override": Format(lambda: edited(OVERRIDES, RECIPE_WORDS), override, lambda: OVERRIDES[0]),
+    **text_rows(".jsonl", json_lines, lines_of),
+    **text_rows(".json", json_array, as_json),
+    **text_rows(".parquet", parquet, lambda rows: _parquet(rows) or b""),
+    "data.jsonl.gz": packed(),
+    "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template, lambda: TEMPLATES[0]),
     **{f"model-{name}": model_file(name) for name in MODEL_FILES},
-    **{f"run-{name}": Format(records.inputs(name), records.reader(name, folder)) for name in records.FILES},
-    "run-mlflow.json": Format(lambda: edited([records.MLFLOW_STATE]), records.mlflow_state(folder)),
-    "run-scores.sqlite": Format(lambda: edited([records.kept_scores()]), records.scores(folder)),
-    "server-raylign": Format(
-        lambda: edited(servers.answers(servers.SCORES), servers.WORDS), servers.service("raylign")
+    **{
+        f"run-{name}": Format(records.inputs(name), records.reader(name, folder), records.valid(name))
+        for name in records.FILES
+    },
+    "run-mlflow.json": Format(
+        lambda: edited([records.MLFLOW_STATE]), records.mlflow_state(folder), lambda: records.MLFLOW_STATE
     ),
-    "server-openrlhf": Format(
-        lambda: edited(servers.answers(b'{"rewards": [0.5]}'), servers.WORDS), servers.service("openrlhf")
-    ),
-    "server-judge": Format(lambda: edited(servers.answers(servers.VERDICT), servers.WORDS), servers.judge),
+    "run-scores.sqlite": Format(lambda: edited([records.kept_scores()]), records.scores(folder), records.kept_scores),
+    "server-raylign": answered(servers.SCORES, servers.service("raylign")),
+    "server-openrlhf": answered(b'{"rewards": [0.5]}', servers.service("openrlhf")),
+    "server-judge": answered(servers.VERDICT, servers.judge),
 }
 
 

@@ -56,6 +56,10 @@ def inputs(name: str) -> Callable[[], st.SearchStrategy[bytes]]:
     return make
 
 
+def valid(name: str) -> Callable[[], bytes]:
+    return lambda: (finished_run() / name).read_bytes()
+
+
 def reader(name: str, folder: Callable[[], Path]) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         place = folder() / "run"
