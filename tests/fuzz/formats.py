@@ -112,7 +112,7 @@ DATA_ROWS: list[dict[str, Any]] = [
 def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Four rows of the same form with other words."""
     text = json.dumps(row)
-    return [json.loads(re.sub(r"(\w)([.?])", rf"\1 {number}\2", text)) for number in range(4)]
+    return [json.loads(re.sub(r"([a-z])([.?])", rf"\1 {number}\2", text)) for number in range(4)]
 
 
 def lines_of(rows: list[dict[str, Any]]) -> bytes:
@@ -209,7 +209,7 @@ MODEL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "genera
 @cache
 def model_seeds() -> Mapping[str, bytes]:
     source = Path(resolve_model("embedded:smollm2-135m"))
-    return {name: (source / name).read_bytes() for name in MODEL_FILES if (source / name).is_file()}
+    return {name: (source / name).read_bytes() for name in (*MODEL_FILES, "chat_template.jinja")}
 
 
 def model_file(name: str) -> Format:

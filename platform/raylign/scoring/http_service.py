@@ -180,7 +180,11 @@ def check_service(block: HttpScoringBlock) -> None:
         asyncio.run(ask())
     except NoReply as failure:
         if isinstance(failure, BadAnswer) or not failure.of_content:
-            raise ScorerError(f"the reward service at {block.url}: {failure}") from failure
+            refused = ScorerError(f"the reward service at {block.url}: {failure}")
+            refused.cure = (
+                "see that the service is up and answers as scoring.protocol says, then run the same command again"
+            )
+            raise refused from failure
 
 
 def label_of(item: ScoringItem, block: HttpScoringBlock) -> object:

@@ -87,4 +87,6 @@ async def _said(client: JudgeClient, block: JudgeScoringBlock, make: Callable[[]
     except UnclearAnswer as unclear:
         return str(unclear)
     except NoReply as failure:
-        raise ScorerError(f"the judge {block.model} at {block.base_url}: {failure}") from failure
+        refused = ScorerError(f"the judge {block.model} at {block.base_url}: {failure}")
+        refused.cure = "see that the server is up and takes this model and key, then run the same command again"
+        raise refused from failure
