@@ -173,11 +173,13 @@ install_torch() {
 # to read.
 load() {
   "$venv/bin/python" -P -c '
-import importlib, sys
+import importlib, site, sys
 for name in sys.argv[1:]:
     if name == "--":
         sys.stdin.readline() or sys.exit("not all is installed")
         importlib.invalidate_caches()
+        for folder in site.getsitepackages():
+            site.addsitedir(folder)  # for what was installed editable meanwhile
     else:
         importlib.import_module(name)' "$@"
 }
