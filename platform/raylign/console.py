@@ -1,6 +1,7 @@
 """The console is raylign's own: what libraries print, log, warn of and draw goes into a file of the run."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,19 @@ _LINE = "%(levelname)s %(name)s: %(message)s"
 _aside: list[TextIO] = []
 """What stands in for stdout and stderr, once it was needed. Never closed: libraries hold on to it."""
 _own_stdout: list[TextIO] = []
+
+
+class _Aside(io.TextIOWrapper):
+    """Text that a full disk does not take is lost: no library may fail because of what it only tells."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class PlainLines(logging.Formatter):
@@ -48,7 +62,8 @@ def libraries_aside() -> Iterator[None]:
     if not _aside:
         # Bars in a file are no use. Ray's processes inherit this.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        file = tempfile.TemporaryFile("w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        stored = tempfile.TemporaryFile()  # noqa: SIM115
+        file = _Aside(stored, encoding="utf-8", errors="backslashreplace", line_buffering=True)
         handler = logging.StreamHandler(file)
         handler.setFormatter(PlainLines(f"%(asctime)s {_LINE}"))
         logging.getLogger().addHandler(handler)

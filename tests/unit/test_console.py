@@ -93,6 +93,16 @@ def test_a_run_that_is_continued_keeps_the_log_of_the_first(tmp_path: Path) -> N
     assert (tmp_path / "libraries.log").read_text().count("printed 1\n") == 2
 
 
+def test_a_full_disk_costs_a_library_only_its_words(tmp_path: Path) -> None:
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))\n"
+    done = started(
+        tmp_path,
+        "from raylign.console import libraries_aside\nwith libraries_aside():\n"
+        f"    import library\n    exec({full!r})\n    library.talk(1)\n    library.talk(2)\nprint('after')",
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "after\n", "")
+
+
 def test_nothing_is_kept_where_nothing_is_set_aside(tmp_path: Path) -> None:
     assert keep_library_log(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

@@ -81,8 +81,6 @@ def test_a_disk_without_room_is_found_before_the_work(
 def test_a_disk_that_fills_up_leaves_nothing_behind(
     size: int, merge: bool, finished: RunDirectory, tmp_path: Path
 ) -> None:
-    # Libraries load parts of themselves at the first export, and may write what they have compiled.
-    assert raylign("export", finished.path, "--to", tmp_path / "whole", *(["--merge"] if merge else [])).exit_code == 0
     before = tree(tmp_path)
     with files_up_to(size):
         result = raylign("export", finished.path, "--to", tmp_path / "out", *(["--merge"] if merge else []))
