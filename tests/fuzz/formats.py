@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +25,7 @@ from raylign.models.chat_template import read_chat_template
 from raylign.prompts import load_prompts
 from raylign.prompts.tables import Fault
 from tests.fuzz import records, servers
+from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +43,8 @@ class Format:
 
 @cache
 def folder() -> Path:
-    """For the files of this process; in shared memory where there is some."""
-    shared = Path("/dev/shm")
-    made = tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None)
-    _open.append(made)
-    return Path(made.name)
-
-
-_open: list[tempfile.TemporaryDirectory[str]] = []
+    """For the files of this process."""
+    return folder_until_exit()
 
 
 def written(name: str, data: bytes) -> Path:
@@ -278,8 +271,3 @@ FORMATS: Mapping[str, Format] = {
     "server-openrlhf": answered(b'{"rewards": [0.5]}', servers.service("openrlhf")),
     "server-judge": answered(servers.VERDICT, servers.judge),
 }
-
-
-def clean_up() -> None:
-    for made in _open:
-        shutil.rmtree(made.name, ignore_errors=True)

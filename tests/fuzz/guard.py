@@ -2,6 +2,7 @@
 
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,16 @@ from raylign.errors import RaylignError
 
 CPU_S = 10
 MEMORY = 1 << 30
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def folder_until_exit() -> Path:
+    """A new folder, in shared memory where there is some; it goes with this process."""
+    shared = Path("/dev/shm")
+    _folders.append(tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None))
+    return Path(_folders[-1].name)
 
 
 class Defect(AssertionError):

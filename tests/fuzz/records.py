@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from raylign.store import read_candidates, read_preferences
 from raylign.tracking.journal import read_events
 from raylign.tracking.state import load_state
 from recipes.resume import resumed_config
+from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited
 from tests.unit.test_resume import PROMPTS, config_in, run_once
 
@@ -38,7 +38,7 @@ FILES = (
 @cache
 def finished_run() -> Path:
     """The run directory of two rounds with roles that are fakes."""
-    parent = Path(tempfile.mkdtemp(prefix="fuzz-run-"))
+    parent = folder_until_exit()
     run_once(config_in(parent), parent)
     (found,) = (path.parent for path in parent.glob("runs/*/config.yaml"))
     return found
@@ -104,7 +104,7 @@ MLFLOW_STATE = json.dumps(
 @cache
 def kept_scores() -> bytes:
     """A file of `ScoreCache` with a score."""
-    path = Path(tempfile.mkdtemp(prefix="fuzz-scores-")) / "scores.sqlite"
+    path = folder_until_exit() / "scores.sqlite"
     kept = ScoreCache(path)
     kept.put({score_key("a"): Score(0.5, {"a": 1.0}, "")})
     return path.read_bytes()
