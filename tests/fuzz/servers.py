@@ -1,14 +1,14 @@
 """Answers of reward services and judges: whatever comes, there is one score an item."""
 
-import socket
-import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.http_service import HttpScorer
+from tests.hostile_servers import sending
 
 ITEM = ScoringItem(Prompt("p", ({"role": "user", "content": "Why?"},), (1,)), "So.")
 SCORES = b'{"scores": [0.5], "reasons": ["good"]}'
@@ -32,31 +32,12 @@ WORDS = (b"Content-Encoding: br\r\n", b"Transfer-Encoding: chunked\r\n", b"Retry
 
 
 class _Server:
-    """Sends the same bytes to whoever asks, and hangs up."""
+    """One server for all inputs: it sends `data` to whoever asks, and hangs up."""
 
     def __init__(self) -> None:
         self.data = b""
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            connection, _ = self._listener.accept()
-            with connection:
-                try:
-                    connection.settimeout(5)
-                    asked = b""
-                    while b"\r\n\r\n" not in asked:
-                        if not (piece := connection.recv(65536)):
-                            break
-                        asked += piece
-                    connection.sendall(self.data)
-                    connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):
-                        pass
-                except OSError:
-                    continue
+        self._open = ExitStack()
+        self.url = self._open.enter_context(sending(lambda: [self.data]))
 
 
 @cache
@@ -67,7 +48,7 @@ def server() -> _Server:
 def service(protocol: str) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         server().data = data
-        url = f"http://127.0.0.1:{server().port}/score"
+        url = f"{server().url}/score"
         block = HttpScoringBlock.model_validate(
             {"url": url, "protocol": protocol, "retries": 0, "timeout_s": 5.0, "max_unscored": 1.0}
         )
@@ -81,7 +62,7 @@ def judge(data: bytes) -> None:
     server().data = data
     block = JudgeScoringBlock.model_validate(
         {
-            "base_url": f"http://127.0.0.1:{server().port}/v1",
+            "base_url": f"{server().url}/v1",
             "model": "m",
             "canaries": False,
             "retries": 0,

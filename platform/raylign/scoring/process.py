@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import psutil
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
@@ -25,6 +25,7 @@ EXIT_GRACE_S = relay.END_S + 2.0
 REASON_LENGTH = 300
 STDERR = 2
 _LONGEST_FAILURE = 4000
+T = TypeVar("T")
 MARK = "RAYLIGN_SCORING_PROCESS"
 """Variable by which the processes are found that a relay cannot end any more, because it was killed itself."""
 
@@ -65,24 +66,23 @@ _ANSWERS: TypeAdapter[_Answers | _Failure] = TypeAdapter(_Answers | _Failure)
 
 def read_location(content: bytes) -> Location:
     """The first message of a scoring process. Raises NoAnswer, also for the failure that it tells."""
-    try:
-        found = _LOCATION.validate_json(content)
-    except ValidationError as error:
-        raise NoAnswer(f"answered no place of a function: {_shown(content)}") from error
-    if isinstance(found, _Failure):
-        _tell(found)
-    return found
+    return _read(content, _LOCATION, "place of a function")
 
 
 def read_answers(content: bytes) -> list[Given]:
     """A later message. Raises NoAnswer, also for the failure that it tells."""
+    found = _read(content, _ANSWERS, "list of scores")
+    return [given._replace(reason=one_line(given.reason, REASON_LENGTH)) for given in found.answers]
+
+
+def _read(content: bytes, kind: TypeAdapter[T | _Failure], what: str) -> T:
     try:
-        found = _ANSWERS.validate_json(content)
+        found = kind.validate_json(content)
     except ValidationError as error:
-        raise NoAnswer(f"answered no list of scores: {_shown(content)}") from error
+        raise NoAnswer(f"answered no {what}: {_shown(content)}") from error
     if isinstance(found, _Failure):
         _tell(found)
-    return [given._replace(reason=one_line(given.reason, REASON_LENGTH)) for given in found.answers]
+    return found
 
 
 class ScoringProcess:
