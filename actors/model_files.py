@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft import PeftModel
 from torch import Tensor, nn
 
 from actors.sharding import Sharding
 from raylign.errors import TrainerError
 from raylign.files import disk_errors
+from raylign.models.open import is_adapted
 from raylign.tensor_file import save_tensors
 from raylign.training.weights import adapter_weights, checkpoint_weights
 
@@ -20,7 +20,7 @@ def write_weights(model: nn.Module, sharding: Sharding, rank: int, path: Path) -
 
 def write_adapter(model: nn.Module, sharding: Sharding, rank: int, folder: Path) -> None:
     """The PEFT adapter, with a reward model's head, into `folder`; every rank must call it."""
-    if not isinstance(model, PeftModel):
+    if not is_adapted(model):
         raise TrainerError("there is no adapter to save: model.lora is null")
     _write(adapter_weights(model, sharding.gather), sharding, rank, folder / "adapter_model.safetensors")
     if rank == 0:

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +20,10 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
+from raylign.models.open import is_adapted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes sharded parameters whole, and what is written to them lasting."""
@@ -72,7 +75,7 @@ class _Still:
 class DisabledAdapter(_Still):
     """The policy's own base under a disabled adapter: no second model."""
 
-    def __init__(self, policy: PeftModel, module: nn.Module) -> None:
+    def __init__(self, policy: "PeftModel", module: nn.Module) -> None:
         self._policy, self._module = policy, module
 
     @contextmanager
@@ -137,7 +140,7 @@ class FollowingCopy(FrozenCopy):
 class FollowingAdapter:
     """The policy with the adapter weights of an earlier round in place of its own."""
 
-    def __init__(self, policy: PeftModel, module: nn.Module, pace: Pace, access: Access) -> None:
+    def __init__(self, policy: "PeftModel", module: nn.Module, pace: Pace, access: Access) -> None:
         self._module, self._pace, self._access = module, pace, access
         self._parameters = [parameter for name, parameter in policy.named_parameters() if ".lora_" in name]
         self._weights = self._copies()
@@ -221,7 +224,7 @@ class References:
 
 def references(
     block: ReferenceBlock,
-    policy: PreTrainedModel | PeftModel,
+    policy: "PreTrainedModel | PeftModel",
     module: nn.Module,
     sharding: Sharding,
     copy: Callable[[], nn.Module],
@@ -230,15 +233,15 @@ def references(
 
     An adapter's base is the policy before round 1, whatever the reference is, and costs nothing.
     """
-    initial = (DisabledAdapter(policy, module),) if isinstance(policy, PeftModel) else ()
+    initial = (DisabledAdapter(policy, module),) if is_adapted(policy) else ()
     if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
         return References((), initial)
-    if isinstance(policy, PeftModel) and not isinstance(block, ModelReferenceBlock):
+    if is_adapted(policy) and not isinstance(block, ModelReferenceBlock):
         return References((adapter_reference(block, policy, module, sharding.writable),), initial)
     return References((copied_reference(block, copy(), module, sharding.stored),), initial)
 
 
-def adapter_reference(block: ReferenceBlock, policy: PeftModel, module: nn.Module, access: Access) -> ReferencePolicy:
+def adapter_reference(block: ReferenceBlock, policy: "PeftModel", module: nn.Module, access: Access) -> ReferencePolicy:
     """The reference in the policy's own base, `module` wrapping the policy."""
     follows = pace(block)
     return DisabledAdapter(policy, module) if follows is None else FollowingAdapter(policy, module, follows, access)

@@ -22,7 +22,7 @@ SHARING_RANKS = (
 LONG = (
     "integration/test_job_submission.py",
     *SHARING_RANKS,
-    *("integration/test_judge.py", "integration/test_secrets.py", "integration/test_bad_input.py"),
+    *("integration/test_judge.py", "integration/test_leaks.py", "integration/test_bad_input.py"),
 )
 """Begin first of the integration tests, so that no process is left alone with one at the end."""
 

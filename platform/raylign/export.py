@@ -8,10 +8,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -26,6 +25,9 @@ from raylign.models.open import open_adapter, open_config, open_model
 from raylign.models.resolve import Shapes, check_facts, read_facts, stored_shapes
 from raylign.tensor_file import tensor_errors
 from raylign.training.weights import checkpoint_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -251,8 +253,10 @@ def _save_merged(source: Path, base: Path, staging: Path, trust_remote_code: boo
     return shapes(merged.state_dict())
 
 
-def with_adapter(model: nn.Module, source: Path) -> PeftModel:
+def with_adapter(model: nn.Module, source: Path) -> "PeftModel":
     """`model` under the adapter in `source`. Raises ModelError when the two do not fit."""
+    from peft import get_peft_model_state_dict  # noqa: PLC0415 - takes seconds, and few need it
+
     adapted = open_adapter(model, source)
     # PEFT only warns of names it cannot place, and would then merge an untrained adapter.
     compare(stored_shapes(source), shapes(get_peft_model_state_dict(adapted)), source)

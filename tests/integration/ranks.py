@@ -8,8 +8,9 @@ from typing import Any
 import ray
 from deepspeed.accelerator import get_accelerator
 
+from actors.deepspeed_rank import DeepSpeedRank
 from actors.network import free_address
-from actors.trainer import TrainerSpec, _TrainerRank
+from actors.trainer import TrainerSpec
 from actors.trainer_group import TrainerGroup
 from actors.waiting import get_all
 from raylign.checkpoints import Metrics
@@ -24,7 +25,7 @@ _PORTS = 5
 _STEP_S = 1200.0
 
 
-class _Process(_TrainerRank):
+class _Process(DeepSpeedRank):
     """A process of a group of fixed size that is made one trainer rank after another."""
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class _Process(_TrainerRank):
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
         get_accelerator().is_fp16_supported = lambda: True
-        _TrainerRank.__init__(self, spec, rank, address, port)
+        DeepSpeedRank.__init__(self, spec, rank, address, port)
 
     def set_loss_scale(self, scale: float) -> None:
         self._engine.set_loss_scaler({"cur_scale": scale})

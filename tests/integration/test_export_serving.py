@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.generator import EngineSpec, _Generator
+from actors.generator import EngineSpec
+from actors.vllm_engine import VllmEngine
 from raylign.export import export_model
 from raylign.model_card import Method, ModelFacts, framework_versions
 from raylign.records import Evaluation, Prompt
@@ -71,7 +72,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         threads=1,
         stacks=tempfile.gettempdir(),
     )
-    generator = _Generator(spec, "generator-0")
+    generator = VllmEngine(spec, "generator-0")
     await generator.ready()
     decoding = Decoding(num_generations=1, max_new_tokens=_NEW, temperature=0.0, top_p=1.0, top_k=0)
     found = [(await generator.sample(prompt, decoding, 0, 0))[0] for prompt in prompts]

@@ -5,10 +5,9 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -22,6 +21,9 @@ from raylign.errors import ModelError
 from raylign.models.chat_template import read_chat_template
 from raylign.models.open import Heads, Opened, empty_model, open_config, open_model, open_tokenizer
 from raylign.models.resolve import stored_shapes
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PLAIN = (
@@ -53,7 +55,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | PeftModel:
+def load_policy(folder: str, block: ModelBlock, seed: int) -> "PreTrainedModel | PeftModel":
     """The causal language model of `folder` in `block.dtype`, every dropout 0, with a fresh adapter if `block.lora`.
 
     `block.load_in_4bit` quantises every linear layer but the output head, on the GPU where there is one. Adapter
@@ -66,6 +68,8 @@ def load_policy(folder: str, block: ModelBlock, seed: int) -> PreTrainedModel | 
     model = opened.model
     if block.lora is None:
         return model
+    from peft import get_peft_model  # noqa: PLC0415 - takes seconds, and full fine-tuning does without
+
     adapter = adapter_config(model, block.lora, "CAUSAL_LM")
     with adapter_seed(seed):
         adapted: PeftModel = get_peft_model(model, adapter, autocast_adapter_dtype=False)
@@ -150,10 +154,12 @@ def _quantisation(block: ModelBlock) -> BitsAndBytesConfig | None:
     )
 
 
-def adapter_config(model: PreTrainedModel, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+def adapter_config(model: PreTrainedModel, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> "LoraConfig":
     """PEFT's settings of the adapter of `block`. Raises ModelError when no module of `model` has a targeted name."""
     if not isinstance(block.target_modules, str):
         _check_targets(model, block.target_modules)
+    from peft import LoraConfig  # noqa: PLC0415 - takes seconds, and full fine-tuning does without
+
     return LoraConfig(
         task_type=task,
         r=block.r,

@@ -4,14 +4,14 @@ Their code is run only where the block of the recipe says so, and nobody is aske
 transformers would ask at the terminal and run the code when something answers y.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +22,9 @@ from transformers import (
 )
 
 from raylign.errors import ModelError, RaylignError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 UNTRUSTED = "if it needs code of its own, read that code and set model.trust_remote_code=true"
 Heads = tuple[str, ...] | None
@@ -109,8 +112,15 @@ def empty_model(kind: Any, config: PreTrainedConfig, trust_remote_code: bool, **
     return model
 
 
-def open_adapter(model: nn.Module, folder: Path, **options: Any) -> PeftModel:
+def is_adapted(model: nn.Module) -> "TypeGuard[PeftModel]":
+    """Whether `model` has an adapter. PEFT takes seconds to import, and is not needed for models without."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def open_adapter(model: nn.Module, folder: Path, **options: Any) -> "PeftModel":
     """`model` under the adapter of `folder`. Raises ModelError when the two do not fit."""
+    from peft import PeftModel  # noqa: PLC0415 - takes seconds, and few need it
+
     with _opening(f"{folder}: the adapter does not fit its base", "give the base it has"):
         adapted: PeftModel = PeftModel.from_pretrained(model, folder, **options)
     return adapted

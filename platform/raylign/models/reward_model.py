@@ -1,7 +1,8 @@
 """Folders to reward models: sequence classifiers with one output."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -17,6 +18,9 @@ from raylign.models.load import (
 from raylign.training.rewards import score_head
 from raylign.training.weights import Gather
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 _HEAD = "score"
 HEAD_WEIGHT = f"{_HEAD}.weight"
 
@@ -26,7 +30,7 @@ def require_reward_fit(folder: str, trust_remote_code: bool) -> None:
     require_fit(folder, trust_remote_code, AutoModelForSequenceClassification, (HEAD_WEIGHT,))
 
 
-def load_reward_model(folder: str, block: ModelBlock, seed: int, writable: Gather) -> PreTrainedModel | PeftModel:
+def load_reward_model(folder: str, block: ModelBlock, seed: int, writable: Gather) -> "PreTrainedModel | PeftModel":
     """The model of `folder` with a score head, in `block.dtype`, every dropout 0, with a fresh adapter if `block.lora`.
 
     `folder` is a causal language model, whose head is drawn from N(0, 1 / (d + 1)) for hidden states of size d
@@ -52,8 +56,10 @@ def _draw(head: nn.Linear, seed: int, writable: Gather) -> None:
         head.weight.copy_(values * (head.in_features + 1) ** -0.5)
 
 
-def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, block: LoraBlock, seed: int) -> "PeftModel":
     """PEFT would train a copy of the head beside the head; here the head itself is trained."""
+    from peft import PeftModel  # noqa: PLC0415 - takes seconds, and full fine-tuning does without
+
     config = adapter_config(model, block, "SEQ_CLS")
     with adapter_seed(seed):
         adapted = PeftModel(model, config, autocast_adapter_dtype=False)

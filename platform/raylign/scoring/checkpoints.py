@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from raylign.config.blocks import ModelBlock
@@ -18,6 +18,9 @@ from raylign.fingerprints import model_digest
 from raylign.models import resolve_model
 from raylign.models.open import open_adapter
 from raylign.models.resolve import check_facts, locate, read_facts, stored_shapes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # What errors of models call the policy's options, or would call a scorer's.
 _OF_SCORERS = {
@@ -99,8 +102,10 @@ def model_block(block: ModelScoringBlock) -> ModelBlock:
     return ModelBlock(dtype=block.dtype, trust_remote_code=block.trust_remote_code)
 
 
-def adapted(model: nn.Module, adapter: Path) -> PeftModel:
+def adapted(model: nn.Module, adapter: Path) -> "PeftModel":
     """`model` under an adapter, every weight of which has its place. Raises ModelError."""
+    from peft import get_peft_model_state_dict  # noqa: PLC0415 - takes seconds, and few need it
+
     stored = stored_shapes(adapter)
     found = open_adapter(model, adapter, autocast_adapter_dtype=False)
     # PEFT only warns of names that it cannot place.

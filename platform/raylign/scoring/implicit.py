@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.data.examples import Completion, Example
 from raylign.data.tokens import Tokenized, tokenized
 from raylign.models import end_ids, load_tokenizer
+from raylign.models.open import is_adapted
 from raylign.prompts.tables import Fault
 from raylign.records import Score
 from raylign.scoring.base import ScoringItem
@@ -22,6 +23,9 @@ from raylign.scoring.implicit_checkpoints import Pair, find_pair, load_language_
 from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, token_batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Ids = tuple[int, ...]
 Row = tuple[Ids, Ids]
@@ -57,7 +61,7 @@ class ImplicitScorer:
         self._layout = self._supported_layout()
 
     def _reference_of(self, model: nn.Module, pair: Pair) -> _Module:
-        if isinstance(model, PeftModel) and pair.reference.folders == pair.policy.folders[:1]:
+        if is_adapted(model) and pair.reference.folders == pair.policy.folders[:1]:
             return partial(_without_adapter, model, self._policy)
         reference = CompletionLogps(load_language_model(pair.reference, self._block, self._device))
         return lambda: nullcontext(reference)
@@ -110,7 +114,7 @@ class ImplicitScorer:
 
 
 @contextmanager
-def _without_adapter(model: PeftModel, module: CompletionLogps) -> Iterator[CompletionLogps]:
+def _without_adapter(model: "PeftModel", module: CompletionLogps) -> Iterator[CompletionLogps]:
     with model.disable_adapter():
         yield module
 

@@ -1,10 +1,10 @@
 """LoRA layers in matrix products alone: no passes over outputs to scale an adapter's share and to add it."""
 
+import sys
 from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -14,15 +14,18 @@ _ADAPTER = "default"
 
 def use_fused_adapters(model: nn.Module) -> None:
     """Replace the forward of all plain LoRA layers: no dropout, bias or variant, and a base that is not quantised."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.lora.layer import Linear  # noqa: PLC0415 - takes seconds, and only adapters need it
+
     for module in model.modules():
-        if _is_plain(module):
+        if type(module) is Linear and _is_plain(module):
             module.forward = MethodType(_forward, module)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     return (
-        type(module) is LoraLinear
-        and type(module.base_layer) is nn.Linear
+        type(module.base_layer) is nn.Linear
         and module.active_adapters == [_ADAPTER]
         and isinstance(module.lora_dropout[_ADAPTER], nn.Identity)
         and not module.lora_variant
@@ -36,7 +39,7 @@ def _forward(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # ZeRO-3 gathers a weight where its module is called, and one dtype is all that a matrix product takes.
     sharded, mixed = hasattr(base.weight, "ds_id"), not x.dtype == base.weight.dtype == down.dtype
     if args or kwargs or module.disable_adapters or module.merged or sharded or mixed:
-        plain: Tensor = LoraLinear.forward(module, x, *args, **kwargs)
+        plain: Tensor = type(module).forward(module, x, *args, **kwargs)
         return plain
     scaling = module.scaling[_ADAPTER]
     output: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scaling)  # type: ignore[no-untyped-call]

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,9 @@ from raylign.training.preferences import PreferenceBatch, candidate_logps, place
 from raylign.training.rewards import CompletionRewards
 from raylign.training.weights import Gather
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -36,7 +38,7 @@ class Learner(Protocol):
     """The model in training and what belongs to it."""
 
     @property
-    def model(self) -> PreTrainedModel | PeftModel:
+    def model(self) -> "PreTrainedModel | PeftModel":
         """The model itself."""
 
     @property
@@ -77,7 +79,7 @@ class PolicyLearner:
 
     has_reference = True
 
-    def __init__(self, model: PreTrainedModel | PeftModel, loss: LossBlock) -> None:
+    def __init__(self, model: "PreTrainedModel | PeftModel", loss: LossBlock) -> None:
         self.model, self._loss = model, loss
 
     def module(self) -> nn.Module:
@@ -103,7 +105,7 @@ class RewardLearner:
 
     has_reference = False
 
-    def __init__(self, model: PreTrainedModel | PeftModel, loss: RewardLossBlock) -> None:
+    def __init__(self, model: "PreTrainedModel | PeftModel", loss: RewardLossBlock) -> None:
         self.model, self._loss = model, loss
 
     def module(self) -> nn.Module:

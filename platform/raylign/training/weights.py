@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from raylign.models.open import is_adapted
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes sharded parameters whole inside its context; every rank must enter it in the same order."""
@@ -46,7 +49,8 @@ def checkpoint_shapes(model: nn.Module, shape_of: ShapeOf) -> Iterator[tuple[str
 
 
 def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base: nn.Module = model.get_base_model() if is_adapted(model) else model
+    return base
 
 
 def _base_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -61,7 +65,11 @@ def _checkpoint_name(name: str) -> str:
 
 def _plain(weight: nn.Parameter) -> Tensor:
     """The weight itself, or what bitsandbytes makes of its 4 bits."""
-    plain: Tensor = weight if getattr(weight, "quant_state", None) is None else dequantize_bnb_weight(weight)
+    if getattr(weight, "quant_state", None) is None:
+        return weight
+    from peft.utils.integrations import dequantize_bnb_weight  # noqa: PLC0415 - takes seconds, and few need it
+
+    plain: Tensor = dequantize_bnb_weight(weight)
     return plain
 
 
@@ -71,8 +79,7 @@ def _is_transposed(base: nn.Module, name: str) -> bool:
     return leaf == "weight" and issubclass(getattr(base.get_submodule(owner), "source_cls", nn.Module), Conv1D)
 
 
-def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
-    assert isinstance(layer, LoraLayer)
+def _merged(layer: Any, weight: nn.Parameter, gather: Gather) -> Tensor:
     lora_a = layer.lora_A.get_parameter(f"{_ADAPTER}.weight")
     lora_b = layer.lora_B.get_parameter(f"{_ADAPTER}.weight")
     with gather([weight, lora_a, lora_b]), torch.no_grad():
@@ -82,7 +89,7 @@ def _merged(layer: nn.Module, weight: nn.Parameter, gather: Gather) -> Tensor:
         return (plain.float() + (update.T if layer.fan_in_fan_out else update)).to(plain.dtype)
 
 
-def adapter_weights(model: PeftModel, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+def adapter_weights(model: "PeftModel", gather: Gather) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every trained parameter, a reward model's head among them, under PEFT's file names."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 
+from actors.deepspeed_rank import DeepSpeedRank
 from actors.network import free_address
-from actors.trainer import TrainerRank, TrainerSpec, _TrainerRank
+from actors.trainer import TrainerRank, TrainerSpec
 from actors.trainer_group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock
@@ -29,7 +30,7 @@ class Place:
     wide_products: bool = False
 
 
-class _WideRank(_TrainerRank):
+class _WideRank(DeepSpeedRank):
     def __init__(self, *arguments: Any) -> None:
         widen_products()
         super().__init__(*arguments)
