@@ -91,6 +91,8 @@ def _join(num_cpus: int | None) -> None:
             return
         # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Workers started ahead lack the environment of ours: a process for each core that nobody would use.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         with _on_loopback(), _ended_with_this_process():
             _start(num_cpus or os.cpu_count(), runtime_env)
     except (OSError, RuntimeError, ValueError, RayError) as cause:
