@@ -18,8 +18,9 @@ def use_fused_adapters(model: nn.Module) -> None:
         return
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415 - takes seconds, and only adapters need it
 
+    plain: type[nn.Module] = Linear
     for module in model.modules():
-        if type(module) is Linear and _is_plain(module):
+        if type(module) is plain and _is_plain(module):
             module.forward = MethodType(_forward, module)
 
 
