@@ -9,6 +9,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM
 
 from actors.trainer_state import StoredTensors
 from raylign.checkpoints import Metrics
@@ -71,6 +72,22 @@ def test_same_trajectory(
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
         for metric in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
             assert right[metric] == pytest.approx(left[metric], rel=2e-4, abs=2e-5), (step, metric)
+
+
+def test_an_architecture_without_packed_rows_takes_the_same_steps_sharded(ranks: Processes, tmp_path: Path) -> None:
+    """The start check runs it packed, finds that it cannot, and takes padded rows: on parameters that ZeRO-3 shards."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=12288, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=2)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    found = []
+    for options in ({}, {"zero_stage": 3}, HALVES | {"zero_stage": 3}):
+        group = ranks.group(spec_of(str(tmp_path), {}, {"learning_rate": RATE, **BASELINE, **options}))
+        assert {ray.get(handle.layout.remote()) for handle in group.handles} == {"padded"}
+        found.append(train_round(group, preferences(PAIRS)))
+    for steps in found[1:]:
+        for step, (left, right) in enumerate(zip(found[0], steps, strict=True)):
+            for metric in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+                assert right[metric] == pytest.approx(left[metric], rel=2e-4, abs=2e-5), (step, metric)
 
 
 def test_first_step_is_ln_2_and_training_learns(baselines: dict[str, Steps]) -> None:
