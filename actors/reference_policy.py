@@ -12,15 +12,13 @@ from transformers import PreTrainedModel
 from actors.sharding import Sharding
 from actors.trainer_state import own_part, whole
 from raylign.config.reference import (
-    EmaReferenceBlock,
-    EveryReferenceBlock,
     ModelReferenceBlock,
     NoReferenceBlock,
-    PreviousRoundReferenceBlock,
     ReferenceBlock,
     SamplerReferenceBlock,
 )
 from raylign.models.open import is_adapted
+from raylign.reference_versions import Pace, pace
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,17 +28,6 @@ Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 
 Storage = Callable[[nn.Parameter], Tensor]
 """This rank's part of a parameter, as it is stored; what is written to it counts from the next use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Every how many rounds the reference takes which share of the policy."""
-
-    share: float
-    every: int
-
-    def is_due(self, rounds: int) -> bool:
-        return rounds > 0 and rounds % self.every == 0
 
 
 class ReferencePolicy(Protocol):
@@ -178,19 +165,6 @@ class FollowingAdapter:
     def load(self, get: Callable[[str], Tensor]) -> None:
         for index, weight in enumerate(self._weights):
             weight.copy_(get(f"reference/{index}"))
-
-
-def pace(block: ReferenceBlock) -> Pace | None:
-    """None for a reference that stays where it is."""
-    match block:
-        case PreviousRoundReferenceBlock():
-            return Pace(1.0, 1)
-        case EveryReferenceBlock():
-            return Pace(1.0, block.n)
-        case EmaReferenceBlock():
-            return Pace(block.alpha, 1)
-        case _:
-            return None
 
 
 @dataclass(slots=True)

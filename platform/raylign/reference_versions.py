@@ -1,5 +1,6 @@
-"""Which policy version the reference is, round by round."""
+"""Which policy version the reference is, round by round, and how it follows the policy."""
 
+from dataclasses import dataclass
 from typing import assert_never
 
 from raylign.config.reference import (
@@ -42,3 +43,27 @@ def is_new_reference(block: ReferenceBlock, rounds_done: int) -> bool:
 def is_initial_reference(block: ReferenceBlock, rounds_done: int) -> bool:
     """Whether the reference of the round after `rounds_done` is known to be the policy before round 1."""
     return reference_version(block, rounds_done) == 0 or (isinstance(block, EmaReferenceBlock) and rounds_done == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Every how many rounds the reference takes which share of the policy."""
+
+    share: float
+    every: int
+
+    def is_due(self, rounds: int) -> bool:
+        return rounds > 0 and rounds % self.every == 0
+
+
+def pace(block: ReferenceBlock) -> Pace | None:
+    """None for a reference that stays where it is."""
+    match block:
+        case PreviousRoundReferenceBlock():
+            return Pace(1.0, 1)
+        case EveryReferenceBlock():
+            return Pace(1.0, block.n)
+        case EmaReferenceBlock():
+            return Pace(block.alpha, 1)
+        case _:
+            return None

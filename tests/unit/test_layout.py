@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.conftest import LONG, SHARING_RANKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = ("platform", "actors", "recipes")
+OURS = ("raylign", "actors", "recipes")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 TOP_LEVEL = {
@@ -46,6 +48,47 @@ def imported_packages(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
             names.add(node.module.split(".")[0])
     return names
+
+
+def modules_at_start(module: str) -> set[str]:
+    """What importing `module` imports before any function is called: ours by full name, others by package.
+
+    Imports for type checkers alone are left out.
+    """
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if (path := _file_of(name)) is not None:
+            waiting += [name.rpartition(".")[0]] if "." in name else []
+            waiting += _imports_at_start(ast.parse(path.read_text()).body)
+    return found
+
+
+def _file_of(module: str) -> Path | None:
+    root = ROOT / "platform" if module.split(".")[0] == "raylign" else ROOT
+    path = root / module.replace(".", "/")
+    places = (path.with_suffix(".py"), path / "__init__.py")
+    return next((place for place in places if place.is_file() and module.split(".")[0] in OURS), None)
+
+
+def _imports_at_start(body: Sequence[ast.stmt]) -> Iterator[str]:
+    for node in body:
+        match node:
+            case ast.Import():
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in OURS:
+                yield module
+                yield from (name for alias in node.names if _file_of(name := f"{module}.{alias.name}"))
+            case ast.ImportFrom(module=str(module)):
+                yield module.split(".")[0]
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                yield from _imports_at_start(node.orelse)
+            case ast.If() | ast.Try() | ast.With() | ast.ClassDef():
+                yield from _imports_at_start([*node.body, *getattr(node, "orelse", ())])
 
 
 def long_functions(source: str, limit: int) -> list[tuple[str, int]]:
@@ -108,6 +151,20 @@ def test_the_configuration_loads_without_the_heavy_libraries() -> None:
     heavy = ("torch", "transformers", "ray", "vllm", "deepspeed", "mlflow", "datasets")
     code = f"import sys, raylign.config; print([name for name in {heavy!r} if name in sys.modules])"
     assert run_python(code, ROOT / "platform") == "[]"
+
+
+@pytest.mark.parametrize("module", [f"recipes.{name}" for name in ("online_dpo", "offline_dpo", "sft", "reward_model")])
+def test_a_driver_starts_without_engines(module: str) -> None:
+    """They take half a minute of CPU time here; the actors import them on their nodes."""
+    imported = modules_at_start(module)
+    assert {"raylign.training.sequences", "actors.trainer_group", "ray", "torch"} <= imported
+    assert not imported & {"vllm", "deepspeed", "peft", "bitsandbytes"}
+
+
+def test_actors_import_their_engines_where_they_start() -> None:
+    assert "vllm" in modules_at_start("actors.vllm_engine")
+    assert "deepspeed" in modules_at_start("actors.deepspeed_rank")
+    assert not modules_at_start("actors.deepspeed_rank") & {"vllm", "peft"}
 
 
 def test_long_functions_counts_from_def_to_last_line() -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy, Pace, pace
+from actors.reference_policy import DisabledAdapter, FollowingAdapter, FollowingCopy, FrozenCopy
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
@@ -20,6 +20,7 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
+from raylign.reference_versions import Pace, pace
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, token_batch
 from tests.unit.tiny_models import tiny
