@@ -89,6 +89,7 @@ def main() -> int:
     names = asked.formats or list(FORMATS)
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     number, end = asked.seed, time.monotonic() + 60 * asked.minutes
+    defects: set[bytes] = set()
     logging.disable(logging.CRITICAL)
     with limited_memory():
         while not counts[names[-1]] or (not asked.examples and time.monotonic() < end):
@@ -97,7 +98,8 @@ def main() -> int:
                 examples = max(1, (asked.examples or PER_TURN) // FORMATS[name].cost)
                 broken = known(name) or turn(FORMATS[name], number, examples, counts[name])
                 print(f"turn {number - asked.seed + 1}, {_told(name, counts[name], began)}", flush=True)
-                if broken:
+                if broken and broken[0] not in defects:
+                    defects.add(broken[0])
                     counts[name]["defects"] += 1
                     print(f"{name}, seed {number}: {broken[1]}\n  {keep(name, broken[0])}", flush=True)
             number += 1

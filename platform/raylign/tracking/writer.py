@@ -29,9 +29,9 @@ _NAMES = TypeAdapter(list[str])
 _INDEX = TypeAdapter(Annotated[int, Field(ge=0, lt=10**12)])
 _TIME = TypeAdapter(Annotated[float, Field(ge=0, lt=10**12)])
 _VALUE = TypeAdapter(float | None)
-_VALUES = TypeAdapter(dict[str, float | None])
-_COUNTS = TypeAdapter(dict[str, int])
-_ANY = TypeAdapter(dict[str, Any])
+_VALUES: TypeAdapter[Mapping[str, float | None]] = TypeAdapter(dict[str, float | None])
+_COUNTS: TypeAdapter[Mapping[str, int]] = TypeAdapter(dict[str, int])
+_ANY: TypeAdapter[Mapping[str, Any]] = TypeAdapter(dict[str, Any])
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 # One line per table of a new database otherwise.
@@ -175,7 +175,7 @@ class MlflowWriter:
         round_state, step = self._round(event), event.get("step", _INDEX)
         if step <= round_state.steps:
             return
-        metrics = event.get("metrics", _VALUES)
+        metrics = dict(event.get("metrics", _VALUES))
         if "non_finite" in event.payload:
             metrics["non_finite"] = len(event.get("non_finite", _NAMES))
         self._log(round_state.run_id, event, step, metrics)
