@@ -175,7 +175,8 @@ class MlflowWriter:
         round_state, step = self._round(event), event.get("step", _INDEX)
         if step <= round_state.steps:
             return
-        metrics = dict(event.get("metrics", _VALUES))
+        measured: Mapping[str, float | None] = event.get("metrics", _VALUES)
+        metrics = dict(measured)
         if "non_finite" in event.payload:
             metrics["non_finite"] = len(event.get("non_finite", _NAMES))
         self._log(round_state.run_id, event, step, metrics)
@@ -192,7 +193,8 @@ class MlflowWriter:
             **_prefixed("scoring", event.get("scoring", _VALUES) if "scoring" in event.payload else {}),
             "policy_version": event.get("policy_version", _INDEX),
         }
-        of_campaign = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **event.get("train", _VALUES)}
+        train: Mapping[str, float | None] = event.get("train", _VALUES)
+        of_campaign = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **train}
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
         self._log(round_state.run_id, event, index, measured)
