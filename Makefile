@@ -3,9 +3,10 @@ DEVICE ?= auto
 RECIPE ?= recipes/sentiment_smollm2.yaml
 ARGS ?=
 WORKERS ?= 2
+MINUTES ?= 60
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-faults fault-table lint bench clean
+.PHONY: help setup demo test test-faults fault-table lint bench fuzz clean
 
 help:
 	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13; DEVICE=cpu or gpu)'
@@ -14,6 +15,7 @@ help:
 	@echo 'make test-faults   run the tests of faults that take over a minute each; make fault-table writes tests/README.md'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (40 minutes on two cores)'
+	@echo 'make fuzz    give every format that is read inputs that nobody meant, for an hour (MINUTES=... for less)'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 setup:
@@ -47,6 +49,9 @@ bench: setup
 	}; \
 	run dpo_step; run online_round; run online_round --wall-clock; run scaling; run tracking_overhead; \
 	[ -z "$$missed" ] || { echo "bench: missed by$$missed"; exit 1; }
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $$(date +%s) $(ARGS)
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache build dist

@@ -41,10 +41,7 @@ def offline_campaign(
     """
     folder = resolve_model(config.model.path, config.model.revision)
     require_learnable(loss, folder, config.model)
-    measured = resolve_reference(reference, config.model, folder)
-    if measured != folder:
-        require_fit(measured, config.model.trust_remote_code)
-    require_context("data.max_length", config.data.max_length, measured, config.model)
+    measured = find_reference(config, reference, folder)
     data, pad_id = load_rows(config, folder)
     default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
@@ -76,6 +73,15 @@ def offline_campaign(
                 run.say(f"trainers ready in {time.monotonic() - started:.0f} s")
                 yield run, data, trainers
         run.summary()
+
+
+def find_reference(config: OfflineConfig, reference: ReferenceBlock, folder: str) -> str:
+    """Folder of the reference's weights, where `folder` is the policy's. Raises RaylignError when it cannot be used."""
+    found = resolve_reference(reference, config.model, folder)
+    if found != folder:
+        require_fit(found, config.model.trust_remote_code)
+    require_context("data.max_length", config.data.max_length, found, config.model)
+    return found
 
 
 def load_rows(config: OfflineConfig, folder: str) -> tuple[PreferenceData, int]:

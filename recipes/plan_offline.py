@@ -8,12 +8,12 @@ from rich.text import Text
 
 from actors.placement import PlacementPlan
 from actors.trainer_team import plan_trainer_team
-from raylign.config import OfflineConfig, RewardModelConfig
+from raylign.config import OfflineConfig, OfflineDpoConfig, RewardModelConfig
 from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
-from recipes.offline_campaign import load_rows, said
+from recipes.offline_campaign import find_reference, load_rows, said
 from recipes.plan import ModelFacts, model_facts, present_resources, run_directory
 from recipes.plan_view import Line, grid, many
 
@@ -34,6 +34,8 @@ class OfflinePlan:
 def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     """Check what a run would check before its start, and read its rows. Raises RaylignError, naming the cure."""
     model = model_facts(config.model, rewards=isinstance(config, RewardModelConfig))
+    if isinstance(config, OfflineDpoConfig):
+        find_reference(config, config.reference, str(model.folder))
     data = load_rows(config, str(model.folder))[0]
     where, available = present_resources()
     steps = total_steps(len(data.train), config.schedule, config.trainer)

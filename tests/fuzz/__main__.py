@@ -1,11 +1,14 @@
 """Fuzzes every format in turn, with new inputs each time: `python -m tests.fuzz --minutes 60`.
 
+Prints a line a format and turn, and at the end a table.
+
 Inputs that break a reader are made small and kept in `tests/fuzz/cases/FORMAT/`, which every later turn tries first.
 With `--examples` there is one turn of as many inputs a format, the same each time; `make test` has such a turn.
 """
 
 import argparse
 import hashlib
+import logging
 import sys
 import time
 from collections import Counter
@@ -18,7 +21,7 @@ from tests.fuzz.formats import FORMATS, Format
 from tests.fuzz.guard import Defect, limited_memory, read
 
 CASES = Path(__file__).parent / "cases"
-PER_TURN = 200
+PER_TURN = 100
 
 
 def turn(found: Format, number: int, examples: int, counts: Counter[str]) -> tuple[bytes, str] | None:
@@ -71,6 +74,11 @@ def known(name: str) -> tuple[bytes, str] | None:
     return None
 
 
+def _told(name: str, found: Counter[str], began: float) -> str:
+    seconds = time.process_time() - began
+    return f"{name}: {found['inputs']:,} inputs, {found['taken']:,} taken, {seconds:.1f} CPU s"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -81,11 +89,17 @@ def main() -> int:
     names = asked.formats or list(FORMATS)
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     number, end = asked.seed, time.monotonic() + 60 * asked.minutes
+    defects: set[bytes] = set()
+    logging.disable(logging.CRITICAL)
     with limited_memory():
         while not counts[names[-1]] or (not asked.examples and time.monotonic() < end):
             for name in names:
-                broken = known(name) or turn(FORMATS[name], number, asked.examples or PER_TURN, counts[name])
-                if broken:
+                began = time.process_time()
+                examples = max(1, (asked.examples or PER_TURN) // FORMATS[name].cost)
+                broken = known(name) or turn(FORMATS[name], number, examples, counts[name])
+                print(f"turn {number - asked.seed + 1}, {_told(name, counts[name], began)}", flush=True)
+                if broken and broken[0] not in defects:
+                    defects.add(broken[0])
                     counts[name]["defects"] += 1
                     print(f"{name}, seed {number}: {broken[1]}\n  {keep(name, broken[0])}", flush=True)
             number += 1

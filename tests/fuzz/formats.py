@@ -20,11 +20,12 @@ from raylign.config.blocks import PromptsBlock
 from raylign.config.data import DataBlock
 from raylign.data.load import read_examples
 from raylign.data.preferences import load_preferences
-from raylign.models import load_tokenizer, resolve_model
+from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model
 from raylign.models.chat_template import read_chat_template
+from raylign.models.load import embedding_rows
 from raylign.prompts import load_prompts
 from raylign.prompts.tables import Fault
-from tests.fuzz import records, servers
+from tests.fuzz import functions, journal, records, servers
 from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited, values
 
@@ -34,11 +35,15 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`reader` gets one input of `inputs` as bytes; it takes what `valid` gives."""
+    """`reader` gets one input of `inputs` as bytes; it takes what `valid` gives.
+
+    `cost` is how much longer than usual it takes; there are so many fewer inputs in a turn.
+    """
 
     inputs: Callable[[], st.SearchStrategy[bytes]]
     reader: Callable[[bytes], object]
     valid: Callable[[], bytes]
+    cost: int = 1
 
 
 @cache
@@ -139,13 +144,22 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes | None:
     return buffer.getvalue()
 
 
+def _bomb(drawn: tuple[str, int]) -> bytes:
+    """One text that stands in thousands of rows, and once in the file."""
+    column, size = drawn
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({column: pa.DictionaryArray.from_arrays(pa.array([0] * 4000), ["z" * size])}), buffer)
+    return buffer.getvalue()
+
+
 def parquet(rows: list[dict[str, Any]]) -> st.SearchStrategy[bytes]:
     cells = st.lists(changed(rows).filter(lambda row: isinstance(row, dict)), min_size=1, max_size=3)
     made = cells.map(_parquet).filter(lambda data: data is not None).map(lambda data: data or b"")
+    bombs = st.tuples(st.sampled_from(sorted(rows[0])), st.sampled_from((1 << 18, 1 << 20))).map(_bomb)
     columns = st.dictionaries(st.sampled_from(("prompt", "chosen", "rejected", "score")), values(), min_size=1)
     odd = columns.map(lambda row: _parquet([row]) or b"")
     whole = [data for row in rows if (data := _parquet(variants(row)))]
-    return st.one_of(made, odd, edited(whole))
+    return st.one_of(made, odd, bombs, edited(whole))
 
 
 def prompts_as(suffix: str) -> Callable[[bytes], None]:
@@ -189,6 +203,9 @@ TEMPLATE_WORDS = (
     b"{{ cycler.__init__.__globals__ }}",
     b"{% set x = namespace(y=1) %}",
     b"{% for i in range(99999999) %}{% endfor %}",
+    b"{% for i in range(9999) %}{% for i in range(9999) %}{% endfor %}{% endfor %}",
+    b"{% set x = namespace(y='aaaa') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+    b"{{ 9 ** (9 ** 9) }}",
 )
 
 
@@ -217,9 +234,15 @@ def model_file(name: str) -> Format:
         place.mkdir(exist_ok=True)
         for other, content in model_seeds().items():
             (place / other).write_bytes(data if other == name else content)
-        load_tokenizer(str(place))
+        if name.startswith("tokenizer"):
+            load_tokenizer(str(place))
+            return
+        end_ids(tokenizer(), [place])
+        if name == "config.json":
+            embedding_rows(str(place))
+            context_limit(str(place))
 
-    return Format(inputs, reader, lambda: model_seeds()[name])
+    return Format(inputs, reader, lambda: model_seeds()[name], cost=10 if name.startswith("tokenizer") else 1)
 
 
 def text_rows(
@@ -245,9 +268,10 @@ def packed() -> Format:
     return Format(inputs, data_as(".jsonl.gz"), lambda: gzip.compress(lines_of(variants(DATA_ROWS[0]))))
 
 
-def answered(body: bytes, reader: Callable[[bytes], None]) -> Format:
+def answered(body: bytes, reader: Callable[[bytes], None], cost: int = 1) -> Format:
     found = servers.answers(body)
-    return Format(lambda: edited(found, servers.WORDS), reader, lambda: found[0])
+    changes = changed([json.loads(body)]).map(lambda tree: servers.answers(as_json(tree))[0])
+    return Format(lambda: st.one_of(changes, edited(found, servers.WORDS)), reader, lambda: found[0], cost)
 
 
 FORMATS: Mapping[str, Format] = {
@@ -257,17 +281,37 @@ FORMATS: Mapping[str, Format] = {
     **text_rows(".json", json_array, as_json),
     **text_rows(".parquet", parquet, lambda rows: _parquet(rows) or b""),
     "data.jsonl.gz": packed(),
-    "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template, lambda: TEMPLATES[0]),
+    "chat-template": Format(lambda: edited(TEMPLATES, TEMPLATE_WORDS), chat_template, lambda: TEMPLATES[0], cost=10),
     **{f"model-{name}": model_file(name) for name in MODEL_FILES},
     **{
-        f"run-{name}": Format(records.inputs(name), records.reader(name, folder), records.valid(name))
+        f"run-{name}": Format(records.inputs(name), records.reader(name, folder), records.valid(name), cost=2)
         for name in records.FILES
     },
     "run-mlflow.json": Format(
         lambda: edited([records.MLFLOW_STATE]), records.mlflow_state(folder), lambda: records.MLFLOW_STATE
     ),
     "run-scores.sqlite": Format(lambda: edited([records.kept_scores()]), records.scores(folder), records.kept_scores),
+    "run-scores-table": Format(records.tables, records.scores(folder), records.kept_scores),
+    "run-trainer-state": Format(
+        lambda: st.one_of(edited([records.TRAINER]), changed([json.loads(records.TRAINER)]).map(as_json)),
+        records.trainer(folder),
+        lambda: records.TRAINER,
+    ),
+    "run-journal-to-mlflow": Format(journal.inputs, journal.reader(folder), lambda: journal.written(journal.events())),
+    "function-source": Format(
+        lambda: edited(functions.SOURCES, functions.SOURCE_WORDS),
+        functions.source(folder),
+        lambda: functions.SOURCES[0],
+    ),
+    "function-name": Format(
+        lambda: edited(functions.SPECS, functions.SPEC_WORDS), functions.spec, lambda: functions.SPECS[0], cost=5
+    ),
+    "function-answers": Format(
+        functions.frames, functions.channel, lambda: functions.framed(as_json(functions.ANSWERS[0]))
+    ),
+    "text-with-secrets": Format(functions.texts, functions.secrets, lambda: functions.TEXTS[0]),
     "server-raylign": answered(servers.SCORES, servers.service("raylign")),
     "server-openrlhf": answered(b'{"rewards": [0.5]}', servers.service("openrlhf")),
     "server-judge": answered(servers.VERDICT, servers.judge),
+    "server-mlflow": answered(servers.MLFLOW, servers.mlflow, cost=5),
 }

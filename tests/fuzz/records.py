@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 from hypothesis import strategies as st
 
+from actors.trainer_state import STATE_NAME, read_state
 from raylign.records import Score
 from raylign.rounds import finished_stages
+from raylign.run.inputs import INPUTS_NAME, Input, accept, keep, require_same
 from raylign.rundir import RunDirectory, open_run
 from raylign.sampled import read_sampled
 from raylign.scoring.cache import ScoreCache, score_key
@@ -32,6 +36,7 @@ FILES = (
     "rounds/0001/preferences.parquet",
     "checkpoints/0002/manifest.json",
     "checkpoints/0002/progress.json",
+    "inputs.json",
 )
 
 
@@ -41,6 +46,8 @@ def finished_run() -> Path:
     parent = folder_until_exit()
     run_once(config_in(parent), parent)
     (found,) = (path.parent for path in parent.glob("runs/*/config.yaml"))
+    if not (found / INPUTS_NAME).exists():
+        keep(found, {"prompts.source": Input("0" * 64, "rows of prompts", True)})
     return found
 
 
@@ -73,6 +80,8 @@ def reader(name: str, folder: Callable[[], Path]) -> Callable[[bytes], None]:
 
 def _read_all(place: Path) -> None:
     resumed_config(place, ())
+    require_same(place, PROMPTS, {})
+    accept(place, ())
     directory: RunDirectory = open_run(place)
     directory.reports()
     for index in (1, 2):
@@ -119,3 +128,54 @@ def scores(folder: Callable[[], Path]) -> Callable[[bytes], None]:
         ScoreCache(place / "scores.sqlite").get([score_key("a")])
 
     return read
+
+
+TRAINER = json.dumps(
+    {"steps_done": 3, "followed": 1, "loss": {"kl": 0.5}, "warm_at": 1.0, "loss_scaler": {"scale": 2.0}}
+).encode()
+
+
+def trainer(folder: Callable[[], Path]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        (folder() / STATE_NAME).write_bytes(data)
+        read_state(folder())
+
+    return read
+
+
+VALUES: tuple[object, ...] = (
+    0.5,
+    None,
+    "a",
+    "nan",
+    b"x",
+    1e999,
+    -1,
+    2**63 - 1,
+    '{"a": 1}',
+    "[]",
+    '{"a": "b"}',
+    "[" * 9999,
+)
+
+
+def tables() -> st.SearchStrategy[bytes]:
+    """Files with a table of scores that holds whatever SQLite takes."""
+    columns = st.lists(st.sampled_from(("key", "value", "parts", "more")), min_size=1, max_size=4, unique=True)
+    cells = st.lists(st.sampled_from(VALUES), min_size=4, max_size=4)
+    return st.tuples(columns, cells).map(lambda drawn: _table(*drawn))
+
+
+@cache
+def _made() -> Path:
+    return folder_until_exit()
+
+
+def _table(columns: list[str], cells: list[object]) -> bytes:
+    path = _made() / "scores.sqlite"
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"CREATE TABLE scores ({', '.join(columns)})")
+        row = [score_key("a") if name == "key" else cell for name, cell in zip(columns, cells, strict=False)]
+        connection.execute(f"INSERT INTO scores VALUES ({', '.join('?' * len(columns))})", row)
+    return path.read_bytes()

@@ -1,21 +1,41 @@
-"""Answers of reward services and judges: whatever comes, there is one score an item."""
+"""Answers of servers: whatever comes, there is one score an item, or one thing that MLflow misses."""
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 
+from mlflow.entities import Metric, Param, RunTag
+
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
+from raylign.errors import TrackingError
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.http_service import HttpScorer
+from raylign.tracking.mlflow_store import MlflowStore
 from tests.hostile_servers import sending
 
 ITEM = ScoringItem(Prompt("p", ({"role": "user", "content": "Why?"},), (1,)), "So.")
+LONGEST = 500
 SCORES = b'{"scores": [0.5], "reasons": ["good"]}'
 VERDICT = (
     b'{"choices": [{"message": {"role": "assistant", "content": "7"}}], "usage": {"total_tokens": 9, '
     b'"prompt_tokens": 8, "completion_tokens": 1}}'
 )
+_RUN = {
+    "info": {"run_id": "r", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active", "start_time": 1},
+    "data": {"params": [{"key": "a", "value": "b"}], "tags": [{"key": "c", "value": "d"}], "metrics": []},
+}
+MLFLOW = json.dumps(
+    {
+        "experiment": {"experiment_id": "1", "name": "e", "lifecycle_stage": "active", "artifact_location": "x:/"},
+        "experiment_id": "1",
+        "run": _RUN,
+        "runs": [_RUN],
+        "run_info": _RUN["info"],
+    }
+).encode()
+"""What each of the questions is answered by."""
 
 
 def answers(*bodies: bytes) -> list[bytes]:
@@ -72,3 +92,29 @@ def judge(data: bytes) -> None:
     )
     (score,) = JudgeScorer(block).score([ITEM])
     assert score.value is not None or score.reason
+
+
+def mlflow(data: bytes) -> None:
+    """Every question raises TrackingError or gets what it asks for."""
+    server().data = data
+    store, missed = MlflowStore(server().url), 0
+    questions: list[Callable[[], object]] = [
+        lambda: store.experiment("e"),
+        lambda: store.has("r"),
+        lambda: store.find_run("1", {"a": "b"}),
+        lambda: store.create_run("1", 1, {"a": "b"}, "name"),
+        lambda: store.params("r"),
+        lambda: store.set_running("r"),
+        lambda: store.set_ended("r", "FINISHED", 2),
+        lambda: store.log_metrics("r", [Metric("m", 1.0, 1, 1)]),
+        lambda: store.log_params("r", [Param("p", "v")]),
+        lambda: store.log_tags("r", [RunTag("t", "v")]),
+    ]
+    for ask in questions:
+        try:
+            ask()
+        except TrackingError as error:
+            assert len(str(error)) < LONGEST and str(error).isprintable(), str(error)
+            missed += 1
+    if missed:
+        raise TrackingError(f"MLflow misses {missed} of {len(questions)}; see the log")

@@ -18,6 +18,7 @@ RUN_ELSEWHERE = {
     "make setup": "makes the environment this test runs in",
     "make lint": "below, as its three commands",
     "make bench": "below, make -n",
+    "make fuzz": "tests/unit/test_fuzz.py, fewer inputs",
     "make clean": "below, make -n",
     "raylign run": "tests/integration/test_interrupts.py, test_offline_recipes.py, test_model_scorers.py",
     "raylign export": "tests/unit/test_cli.py; tests/integration/test_offline_recipes.py a reward model",
@@ -59,7 +60,7 @@ def test_quick_command_runs(command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "clean", "setup"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "fuzz", "clean", "setup"])
 def test_make_target_exists(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -54,6 +54,30 @@ def test_a_file_is_checked(content: bytes | None, problem: str, policy: Path, tm
         load_tokenizer(str(policy), chat_template=path)
 
 
+ENDLESS = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 3 s of CPU time",
+    "{{ 9 ** (9 ** 9) }}": "takes more than 3 s of CPU time",
+    "{{ 'a' * 10 ** 10 }}": "takes more than 512 MiB",
+    "{{ 'a' * 10 ** 7 }}": "writes more than 1 Mi characters",
+}
+
+
+@pytest.mark.parametrize("place", ["file", "model"])
+@pytest.mark.parametrize(("piece", "problem"), ENDLESS.items())
+def test_one_without_end_is_refused(piece: str, problem: str, place: str, policy: Path, tmp_path: Path) -> None:
+    path = policy / "chat_template.jinja" if place == "model" else tmp_path / "mine.jinja"
+    path.write_text(MINE + piece)
+    with pytest.raises(ModelError, match=rf"{problem} for a conversation of a few words; correct"):
+        load_tokenizer(str(policy), chat_template=None if place == "model" else path)
+
+
+def test_one_that_only_takes_some_conversations_is_no_endless_one(policy: Path, tmp_path: Path) -> None:
+    strict = "{% if messages[0].role != 'user' or messages | length > 1 %}{{ raise_exception('no') }}{% endif %}"
+    (tmp_path / "mine.jinja").write_text(strict + MINE + "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}")
+    tokenizer = load_tokenizer(str(policy), chat_template=tmp_path / "mine.jinja")
+    assert "{% generation %}" in str(tokenizer.chat_template)
+
+
 def test_prompts_are_written_by_it(policy: Path, mine: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "film"}\n{"prompt": "good"}\n')
     block = PromptsBlock(source=str(tmp_path / "prompts.jsonl"), held_out=1)

@@ -249,6 +249,9 @@ def test_a_template_that_fails_names_the_prompt(served: Make, tmp_path: Path) ->
         scorer.score(items("a"))
     with pytest.raises(ScorerError, match="cannot be read .*give a Jinja file"):
         HttpScorer(HttpScoringBlock(url="http://h/", protocol="openrlhf", chat_template=tmp_path / "none.jinja"))
+    template.write_text("{{ 'a' * 10 ** 10 }}")
+    with pytest.raises(ScorerError, match=r"chat.jinja: the chat template takes more than 512 MiB .*; correct it"):
+        HttpScorer(HttpScoringBlock(url="http://h/", protocol="openrlhf", chat_template=template))
 
 
 @pytest.mark.parametrize(

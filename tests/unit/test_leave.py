@@ -264,14 +264,15 @@ def test_a_plan_finds_a_function_without_running_its_module(project: Path, mark:
     ("spec", "complaint"),
     [
         ("mine:scor", "module 'mine' has no 'scor'; did you mean 'score'?"),
-        ("mine:VALUE", "'VALUE' is a int, not a function"),
+        ("mine:VALUE", "'VALUE' is a int, not a function; correct the name"),
         ("mime:score", "no module 'mime' on PYTHONPATH or in the working directory; did you mean 'mine'?"),
         ("tools.dep:other", "no module 'tools.dep' .*; did you mean 'tools.deep'?"),
         ("mine.inner:x", "no module 'mine.inner'"),
         ("broken:score", "broken.py is no Python that can be read"),
         ("foreign:score", "foreign.py is outside the project"),
         ("taken:score", "foreign.py is outside the project"),
-        ("json.loads", "not of the form module:function"),
+        ("json.loads", "not of the form module:function; give it so"),
+        ("m" * 400 + ":x", "longer than 300 characters; correct the name"),
         ("sys:exit", "no source file"),
     ],
 )

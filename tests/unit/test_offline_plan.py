@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from raylign.config import OfflineConfig, load_recipe
-from raylign.errors import ConfigError, DataError, PlacementError
+from raylign.errors import ConfigError, DataError, ModelError, PlacementError
 from raylign.rundir import continue_or_create
 from recipes.plan_offline import OfflinePlan, make_offline_plan, show_offline_plan
 from recipes.resume import resumed_config
@@ -93,6 +93,19 @@ def test_what_cannot_run_is_refused(load: Load) -> None:
         make_offline_plan(load("data.max_length=65"))
     with pytest.raises(DataError, match="data.held_out=6 leaves none of 6"):
         make_offline_plan(load("data.held_out=6"))
+
+
+def test_a_reference_that_a_run_would_refuse_is_refused(load: Load, tmp_path: Path) -> None:
+    other = save_policy(tmp_path / "other")
+    reference = f"reference={{policy: model, path: {other}}}"
+    make_offline_plan(load(reference))
+    facts = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 32}))
+    with pytest.raises(ConfigError, match=r"data.max_length=64 exceeds the 32 positions of .*other; lower it"):
+        make_offline_plan(load(reference))
+    (other / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": facts["num_hidden_layers"] + 1}))
+    with pytest.raises(ModelError, match=r"other: \d+ weights are not in the files"):
+        make_offline_plan(load(reference))
 
 
 def test_a_run_goes_on_with_other_settings_but_not_on_other_rows(load: Load) -> None:

@@ -18,7 +18,7 @@ from raylign.errors import DataError
 from raylign.prompts.hub import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Unit, closest, flawless, json_lines
 from raylign.reading import Refused
-from raylign.reading.arrow import open_parquet, require_plain_columns
+from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
 from raylign.reading.json_array import NoSplit, array_values, has_splits
 
@@ -139,11 +139,11 @@ def _count(path: Path) -> int:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    with open_parquet(path) as file:
-        yield from _arrow_rows(file.iter_batches(batch_size=BATCH))
+    for number, cells in enumerate(parquet_rows(path)):
+        yield Row(number, _without_nulls(cells))
 
 
-def _arrow_rows(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Row]:
+def _arrow_rows(batches: Iterable[pa.Table]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         if not number:

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from raylign.boundary.templates import require_bounded
 from raylign.errors import ModelError
 from raylign.reading.files import read_text
 
@@ -49,6 +50,7 @@ def read_template(path: Path) -> str:
 
 
 def _rendered(path: Path, template: str, generation: bool) -> str:
+    require_bounded(template, str(path), "correct model.chat_template")
     try:
         rendered: tuple[list[str], Any] = render_jinja_template(  # type: ignore[assignment]
             conversations=[_CHAT],

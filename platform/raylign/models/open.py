@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from raylign.boundary.templates import require_bounded
 from raylign.errors import ModelError, RaylignError
 
 if TYPE_CHECKING:
@@ -74,11 +75,15 @@ def open_config(folder: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def open_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer as it is. Raises ModelError."""
+    """The tokenizer as it is. Raises ModelError, also for a chat template that takes too long or too much memory."""
     with _opening(f"{folder}: no tokenizer can be loaded", UNTRUSTED):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
         )
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if isinstance(template, str):
+            require_bounded(template, folder, "correct it, or take the model from a source that you trust")
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from raylign.errors import PromptError
 from raylign.prompts.hub import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Table, Unit, closest, flawless, json_lines
 from raylign.reading import Refused
-from raylign.reading.arrow import open_parquet, require_plain_columns
+from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
 from raylign.reading.json_array import all_arrays
 
@@ -131,9 +131,9 @@ def _columns(rows: list[Row]) -> tuple[str, ...]:
 
 def _parquet_table(path: Path) -> Table:
     with open_parquet(path) as file:
-        table = file.read()
-    rows = tuple(Row(number, cells) for number, cells in enumerate(table.to_pylist()))
-    return Table(str(path), "row", tuple(table.column_names), rows)
+        columns = tuple(file.schema_arrow.names)
+    rows = tuple(Row(number, cells) for number, cells in enumerate(parquet_rows(path)))
+    return Table(str(path), "row", columns, rows)
 
 
 def _read_saved(path: Path, block: PromptsBlock) -> Source:

@@ -3,16 +3,77 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylign.reading.files import LONGEST_ROW, open_plain
 from raylign.reading.values import DEEPEST, Refused, shown
 
+_BATCH = 256
+_RATIO, _FREE = 200, 128 << 20
+"""The rows may have so many times the bytes of the file, and these bytes in any case."""
+_VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+"""What arrow cannot unpack texts to, and the type with the same values."""
+_PER_ROW, _PER_VALUE = 256, 8
+"""Bytes that a row and a value take in memory, whatever is in them."""
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file. Raises as `open_parquet`, and Refused where little becomes very much.
+
+    A text that a file has once may stand in every row. So texts are unpacked once it is known how long they are.
+    """
+    with open_parquet(path) as plain:
+        columns, metadata = plain.schema, plain.metadata
+        schema = pa.schema([field.with_type(_VIEWS.get(field.type, field.type)) for field in plain.schema_arrow])
+    _require_few_values(path, metadata)
+    total = 0
+    leaves = [columns.column(index).path for index in range(len(columns))]
+    with pq.ParquetFile(path, pre_buffer=False, read_dictionary=leaves) as file:
+        for batch in file.iter_batches(batch_size=_BATCH):
+            total += _PER_ROW * batch.num_rows + sum(map(_unpacked, batch.columns))
+            _require_few_bytes(path, total)
+            yield from batch.cast(schema).to_pylist()
+
+
+def _require_few_values(path: Path, facts: pq.FileMetaData) -> None:
+    groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
+    values = [group.column(index).num_values for group in groups for index in range(group.num_columns)]
+    _require_few_bytes(path, _PER_VALUE * sum(values) + _PER_ROW * facts.num_rows)
+    _require_few_bytes(path, sum(group.total_byte_size for group in groups))
+
+
+def _require_few_bytes(path: Path, unpacked: int) -> None:
+    if unpacked > _FREE + _RATIO * (size := path.stat().st_size):
+        raise Refused(
+            f"its {size:,} bytes become more than {unpacked:,} in memory",
+            "look at what is in it, and give rows without so many repetitions",
+        )
+
+
+def _unpacked(array: pa.Array) -> int:
+    """Bytes of the values, with texts written out wherever they stand."""
+    match array:
+        case pa.DictionaryArray():
+            if not pa.types.is_string(array.type.value_type) and not pa.types.is_binary(array.type.value_type):
+                return int(array.nbytes)
+            lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+            return int(pc.sum(lengths.take(array.indices)).as_py() or 0)
+        case pa.MapArray():
+            return _unpacked(array.keys) + _unpacked(array.items)
+        case pa.ListArray() | pa.LargeListArray() | pa.FixedSizeListArray():
+            return _unpacked(array.flatten())
+        case pa.StructArray():
+            return sum(map(_unpacked, array.flatten()))
+        case _:
+            return int(array.nbytes)
+
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """A Parquet file, which its rows are read from as they are asked for.
+    """A Parquet file of others, for its facts; `parquet_rows` reads its rows.
 
     Raises OSError, pyarrow's errors where it is no Parquet, and Refused for columns that have no one meaning and for
     rows that would become very large.

@@ -13,9 +13,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ValidationError
 
 from raylign.boundary.http import Answer, exchange
+from raylign.boundary.templates import require_bounded
 from raylign.chunks import chunks
 from raylign.config.scoring import HttpScoringBlock
-from raylign.errors import ScorerError
+from raylign.errors import ModelError, ScorerError
 from raylign.reading.files import read_text
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
@@ -214,7 +215,11 @@ def template_of(block: HttpScoringBlock) -> Template | None:
     )
     environment.globals["raise_exception"] = _refuse
     try:
-        return environment.from_string(read_text(block.chat_template))
+        text = read_text(block.chat_template)
+        require_bounded(text, f"scoring.chat_template={block.chat_template}", "correct it")
+        return environment.from_string(text)
+    except ModelError as error:
+        raise ScorerError(str(error)) from error
     except (OSError, ValueError, TemplateError) as error:
         raise ScorerError(
             f"scoring.chat_template={block.chat_template} cannot be read ({error}); give a Jinja file in UTF-8"

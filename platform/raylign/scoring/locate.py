@@ -14,8 +14,10 @@ from raylign.reading.files import open_plain
 from raylign.scoring.function import FunctionInfo
 from raylign.scoring.resolve import closest, require_file_inside, spec_parts
 from raylign.scoring.roots import trusted_roots
+from raylign.text import one_line
 
 _HOPS = 8
+_LONGEST_NAME, _SHOWN = 300, 60
 _LONGEST = 4 << 20
 """Bytes of a module."""
 
@@ -26,6 +28,10 @@ def locate_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:
     Raises ScorerError: no such module or name, a value that is no function, source that is no Python, and unless
     `allow_outside` code outside the working directory and the installed packages.
     """
+    if len(spec) > _LONGEST_NAME:
+        raise ScorerError(
+            f"scoring.function={one_line(spec, _SHOWN)} is longer than {_LONGEST_NAME} characters; correct the name"
+        )
     roots = () if allow_outside else trusted_roots(Path.cwd())
     try:
         module, name = spec_parts(spec)
@@ -70,7 +76,7 @@ def _file_of(module: str, roots: Sequence[Path]) -> tuple[Path, bool]:
             require_file_inside(found.origin, roots)
         places = found.submodule_search_locations
         if places is None and count < len(parts):
-            raise ScorerError(f"no module {'.'.join(parts[: count + 1])!r}: {name} is no package")
+            raise ScorerError(f"no module {'.'.join(parts[: count + 1])!r}: {name} is no package; correct the name")
     if found is None or not (found.has_location and found.origin):
         raise ScorerError(f"module {module!r} has no source file to show; wrap the function in one of your own module")
     return Path(found.origin), found.submodule_search_locations is not None

@@ -65,7 +65,7 @@ def spec_parts(spec: str) -> tuple[str, str]:
     """Module and name of `module:function`. Raises ScorerError."""
     module, _, name = spec.partition(":")
     if not module or not name:
-        raise ScorerError("it is not of the form module:function")
+        raise ScorerError("it is not of the form module:function; give it so, as in my_scores:score")
     return module, name
 
 
@@ -75,7 +75,7 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if not f"{name}.".startswith(f"{missing}."):
-            raise ScorerError(f"module {name!r} needs {missing!r}, which is not installed") from error
+            raise ScorerError(f"module {name!r} needs {missing!r}, which is not installed; install it") from error
         raise ScorerError(
             f"no module {missing!r} on PYTHONPATH or in the working directory{closest(missing, _siblings(missing))}"
         ) from error
@@ -96,6 +96,6 @@ def _callables(module: ModuleType) -> list[str]:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no name is close."""
+    """`; did you mean 'x'?`, or the general cure when no name is close."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "; correct the name"

@@ -13,19 +13,29 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from raylign.errors import RaylignError, RecordError
 from raylign.reading.files import read_text
 from raylign.reading.yaml_text import parse_yaml
+from raylign.run.reading import unreadable
+from raylign.text import one_line
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
 from raylign.tracking.params import redacted
 
 UPLOAD_LIMIT_MIB = 256
 _MAX_DIGEST = 36
+_SHOWN = 200
+_CURE = "restore it from a copy"
 
 logger = logging.getLogger(__name__)
 
 
 def inside(run_dir: Path, relative: str) -> Path:
     """`relative` as a path under `run_dir`, links followed. Raises RaylignError when it leads outside."""
-    path = (run_dir / relative).resolve()
+    try:
+        path = (run_dir / relative).resolve()
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise RaylignError(
+            f"artifact {relative[:_SHOWN]!r} cannot be the name of a file ({error}); correct it"
+        ) from error
     if not path.is_relative_to(run_dir.resolve()):
         raise RaylignError(f"artifact {relative!r} is outside the run directory {run_dir}; copy it into the run first")
     return path
@@ -41,25 +51,23 @@ def dataset_input(
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training"), InputTag("raylign.digest", digest)])
 
 
-def upload(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> bool:
-    """Send the file of an artifact event, and a page of it if it is a table. False when the file is gone or damaged."""
-    path = inside(run_dir, payload["path"])
-    relative = PurePosixPath(payload["path"])
+def upload(store: MlflowStore, run_id: str, run_dir: Path, name: str, kind: str) -> bool:
+    """Send the file `name` of the run, and a page of it if it is a table. False when the file is gone or damaged."""
+    path, relative = inside(run_dir, name), PurePosixPath(name)
     if not path.is_file():
         logger.warning("%s is gone; MLflow goes without it", path)
         return False
-    if payload["kind"] == "config":
-        text = yaml.safe_dump(redacted(parse_yaml(read_text(path))), sort_keys=False)
-        store.log_text(run_id, text, str(relative))
-        return True
-    if path.suffix in TABLE_SUFFIXES:
-        try:
+    try:
+        if kind == "config":
+            store.log_text(run_id, _config_text(path), name)
+            return True
+        if path.suffix in TABLE_SUFFIXES:
             # A lone surrogate in model output has no UTF-8 form.
             page = table_page(path).encode("utf-8", "replace").decode()
-        except RecordError as error:
-            logger.warning("%s; MLflow goes without it", error)
-            return False
-        store.log_text(run_id, page, str(relative.with_suffix(".html")))
+            store.log_text(run_id, page, str(relative.with_suffix(".html")))
+    except RecordError as error:
+        logger.warning("%s; MLflow goes without it", error)
+        return False
     if path.stat().st_size > UPLOAD_LIMIT_MIB << 20:
         logger.info("%s is above %d MiB; MLflow gets its page only", path, UPLOAD_LIMIT_MIB)
         return True
@@ -68,9 +76,19 @@ def upload(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str,
     return True
 
 
-def name_preferences(store: MlflowStore, run_id: str, run_dir: Path, payload: Mapping[str, Any]) -> None:
-    """Name a round's preferences as the run's training data."""
-    path = inside(run_dir, payload["path"])
-    name = f"preferences-round-{payload['round']}"
+def preferences_input(run_dir: Path, name: str, index: int, sha256: str) -> DatasetInput:
+    """The preferences of round `index` as its training data."""
+    path = inside(run_dir, name)
     profile = {"num_rows": row_count(path)} if path.suffix in TABLE_SUFFIXES else {}
-    store.log_dataset(run_id, dataset_input(name, payload["sha256"], "local", {"uri": str(path)}, profile))
+    return dataset_input(f"preferences-round-{index}", sha256, "local", {"uri": str(path)}, profile)
+
+
+def _config_text(path: Path) -> str:
+    """A recipe without secrets. Raises RecordError."""
+    try:
+        tree = parse_yaml(read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise unreadable(path, one_line(str(error), _SHOWN), _CURE) from error
+    if not isinstance(tree, dict):
+        raise unreadable(path, "it is no mapping", _CURE)
+    return yaml.safe_dump(redacted(tree), sort_keys=False)

@@ -16,9 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from raylign.errors import RaylignError, RecordError
 from raylign.files import disk_errors
 from raylign.run.reading import first_problem, unreadable
+from raylign.text import escape_control
 
 JOURNAL_NAME = "events.jsonl"
 T = TypeVar("T")
+_SHOWN, _NEWLINE = 60, b"\n"
 _LATEST = 10**12
 """Times and sequences stay below, so that whatever is computed with them fits its type."""
 _ENVELOPE = frozenset({"time", "sequence", "event", "non_finite"})
@@ -36,6 +38,10 @@ class Event:
     sequence: int
     name: str
     payload: Mapping[str, Any]
+    path: Path
+    """Of the journal."""
+    offset: int
+    """Of the line's first byte."""
 
     @property
     def round(self) -> int | None:
@@ -46,16 +52,18 @@ class Event:
     def get(self, name: str, kind: TypeAdapter[T]) -> T:
         """`payload[name]` as `kind`. Raises RecordError when it is not there or of another type."""
         if name not in self.payload:
-            raise self._wrong(f"has no {name!r}")
+            raise self.wrong(f"has no {name!r}")
         try:
             return kind.validate_python(self.payload[name], strict=True)
         except ValidationError as error:
-            raise self._wrong(f"has a wrong {name!r}: {first_problem(error)}") from error
+            raise self.wrong(f"has a wrong {name!r}: {first_problem(error)}") from error
+        except OverflowError as error:
+            raise self.wrong(f"has a number in {name!r} that is too large") from error
 
-    def _wrong(self, problem: str) -> RecordError:
-        error = RecordError(f"event {self.sequence} ({self.name}) of {JOURNAL_NAME} {problem}")
-        error.cure = "restore the run's journal from a copy"
-        return error
+    def wrong(self, problem: str) -> RecordError:
+        """That this line is not one that a run writes."""
+        name = escape_control(self.name[:_SHOWN])
+        return _damaged(self.path, self.offset, f"event {self.sequence} ({name}) of {JOURNAL_NAME} {problem}")
 
 
 class Journal:
@@ -85,7 +93,7 @@ class Journal:
         if non_finite:
             body["non_finite"] = non_finite
         with self._lock:
-            event = Event(time.time(), self._sequence + 1, name, body)
+            event = Event(time.time(), self._sequence + 1, name, body, self.path, self._size())
             line = {"time": event.time, "sequence": event.sequence, "event": name, **body}
             self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._sequence = event.sequence
@@ -93,7 +101,7 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """All of the line or nothing: a torn one would hide what is written after it."""
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size()
         with disk_errors(self.path):
             try:
                 _write_all(self._file.fileno(), line)
@@ -101,6 +109,9 @@ class Journal:
             except OSError:
                 os.ftruncate(self._file.fileno(), size)
                 raise
+
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
@@ -142,18 +153,30 @@ def read_from(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                event = _parse(line)
+                event = _parse(line, path, offset)
             except (ValueError, RecursionError) as error:
                 if not file.read(1):
                     return
-                raise RecordError(
-                    f"{path}: byte {offset} does not start an event ({error}); restore the file"
+                raise _damaged(
+                    path, offset, f"byte {offset} does not start an event ({escape_control(str(error))})"
                 ) from error
             offset += len(line)
             yield event, offset
 
 
-def _parse(line: bytes) -> Event:
+def _damaged(path: Path, offset: int, problem: str) -> RecordError:
+    try:
+        with path.open("rb") as file:
+            before = file.read(offset)
+        place = f"line {before.count(_NEWLINE) + 1}: "
+    except OSError:
+        place = ""
+    error = RecordError(f"{path}: {place}{problem}")
+    error.cure = f"restore {JOURNAL_NAME} from a copy"
+    return error
+
+
+def _parse(line: bytes, path: Path, offset: int) -> Event:
     raw = json.loads(line)
     if not isinstance(raw, dict) or not {"time", "sequence", "event"} <= raw.keys():
         raise ValueError("time, sequence or event is missing")
@@ -162,7 +185,7 @@ def _parse(line: bytes) -> Event:
         raise ValueError(f"time is {str(when)[:60]}, not epoch seconds")
     if type(sequence) is not int or not 0 < sequence < _LATEST or type(name) is not str:
         raise ValueError("sequence is no number, or event no name")
-    return Event(when, sequence, name, raw)
+    return Event(when, sequence, name, raw, path, offset)
 
 
 def _finite(value: Any, name: str, non_finite: list[str]) -> Any:

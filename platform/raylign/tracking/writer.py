@@ -5,14 +5,14 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from pydantic import Field, TypeAdapter
 
 from raylign.chunks import chunks
-from raylign.errors import RaylignError
-from raylign.tracking.artifacts import dataset_input, name_preferences, upload
+from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.journal import Event
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.state import FeedState, RoundState, load_state, save_state
@@ -23,6 +23,15 @@ _LONGEST_UNSAVED_S = 10.0
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
+_TEXT = TypeAdapter(str)
+_TEXTS = TypeAdapter(dict[str, str])
+_NAMES = TypeAdapter(list[str])
+_INDEX = TypeAdapter(Annotated[int, Field(ge=0, lt=10**12)])
+_TIME = TypeAdapter(Annotated[float, Field(ge=0, lt=10**12)])
+_VALUE = TypeAdapter(float | None)
+_VALUES: TypeAdapter[Mapping[str, float | None]] = TypeAdapter(dict[str, float | None])
+_COUNTS: TypeAdapter[Mapping[str, int]] = TypeAdapter(dict[str, int])
+_ANY: TypeAdapter[Mapping[str, Any]] = TypeAdapter(dict[str, Any])
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
 # One line per table of a new database otherwise.
@@ -64,8 +73,8 @@ class MlflowWriter:
             case "prompts":
                 self._prompts(event)
             case "evaluation":
-                measured = _prefixed("eval", event.payload["evaluation"])
-                self._log(self._campaign(event), event, event.payload["round"], measured)
+                measured = _prefixed("eval", event.get("evaluation", _VALUES))
+                self._log(self._campaign(event), event, event.get("round", _INDEX), measured)
             case "round_started":
                 self._round_started(event)
             case "stage":
@@ -81,9 +90,9 @@ class MlflowWriter:
             case "campaign_finished":
                 self._campaign_finished(event)
             case _:
-                raise RaylignError(
-                    f"journal event {event.name!r} is unknown here; use the raylign that wrote it, or newer"
-                )
+                error = event.wrong("is unknown here")
+                error.cure = "use the raylign that wrote it, or newer"
+                raise error
         self.state.sequence = event.sequence
 
     def flush(self) -> None:
@@ -100,25 +109,25 @@ class MlflowWriter:
 
     def _campaign(self, event: Event) -> str:
         if not self.state.run_id:
-            raise RaylignError(f"journal event {event.sequence} ({event.name}) comes before campaign_started")
+            raise event.wrong("comes before campaign_started")
         return self.state.run_id
 
     def _round(self, event: Event) -> RoundState:
-        index = event.payload["round"]
+        index = event.get("round", _INDEX)
         if index not in self.state.rounds:
-            raise RaylignError(f"journal event {event.sequence} ({event.name}) comes before round_started {index}")
+            raise event.wrong(f"comes before round_started {index}")
         return self.state.rounds[index]
 
     def _campaign_started(self, event: Event) -> None:
-        campaign, name = event.payload["campaign"], event.payload["name"]
+        campaign, name = event.get("campaign", _TEXT), event.get("name", _TEXT)
+        facts, params = event.get("tags", _TEXTS), event.get("params", _TEXTS)
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
         run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
         self._store.set_running(run_id)
-        facts: Mapping[str, str] = event.payload["tags"]
         tags = {**facts, "raylign.run_dir": str(self._run_dir)}
         if "git.sha" in facts:
             tags[MLFLOW_GIT_COMMIT] = facts["git.sha"]
-        self._log_params(run_id, event.payload["params"], tags)
+        self._log_params(run_id, params, tags)
         self.state.campaign, self.state.name = campaign, name
         self.state.run_id = run_id
 
@@ -135,15 +144,13 @@ class MlflowWriter:
             self._store.log_tags(run_id, tag_chunk)
 
     def _prompts(self, event: Event) -> None:
-        payload = event.payload
-        prompts = dataset_input(
-            "prompts", payload["digest"], payload["source_type"], payload["source"], payload["counts"]
-        )
+        digest, source_type = event.get("digest", _TEXT), event.get("source_type", _TEXT)
+        prompts = dataset_input("prompts", digest, source_type, event.get("source", _ANY), event.get("counts", _COUNTS))
         self._store.log_dataset(self._campaign(event), prompts)
 
     def _round_started(self, event: Event) -> None:
         """Every attempt at a round has the same run; one that has finished stays so."""
-        index, parent = event.payload["round"], {MLFLOW_PARENT_RUN_ID: self._campaign(event)}
+        index, parent = event.get("round", _INDEX), {MLFLOW_PARENT_RUN_ID: self._campaign(event)}
         if index not in self.state.rounds:
             identity = {
                 "raylign.campaign": self.state.campaign,
@@ -158,58 +165,61 @@ class MlflowWriter:
             round_state.status = "RUNNING"
 
     def _stage(self, event: Event) -> None:
-        name, seconds = event.payload["name"], event.payload["seconds"]
+        name, seconds = event.get("name", _TEXT), event.get("seconds", _VALUE)
         round_state = self._round(event)
         if name not in round_state.stages:
-            self._log(round_state.run_id, event, event.payload["round"], {f"seconds/{name}": seconds})
+            self._log(round_state.run_id, event, event.get("round", _INDEX), {f"seconds/{name}": seconds})
             round_state.stages.append(name)
 
     def _step(self, event: Event) -> None:
-        round_state, step = self._round(event), event.payload["step"]
+        round_state, step = self._round(event), event.get("step", _INDEX)
         if step <= round_state.steps:
             return
-        metrics = dict(event.payload["metrics"])
+        measured: Mapping[str, float | None] = event.get("metrics", _VALUES)
+        metrics = dict(measured)
         if "non_finite" in event.payload:
-            metrics["non_finite"] = len(event.payload["non_finite"])
+            metrics["non_finite"] = len(event.get("non_finite", _NAMES))
         self._log(round_state.run_id, event, step, metrics)
         round_state.steps = step
 
     def _round_finished(self, event: Event) -> None:
-        payload, round_state, index = event.payload, self._round(event), event.payload["round"]
+        round_state, index = self._round(event), event.get("round", _INDEX)
         if round_state.status == "FINISHED":
             return
+        measured = {
+            **_prefixed("eval", event.get("evaluation", _VALUES)),
+            **_prefixed("counts", event.get("counts", _VALUES)),
+            **_prefixed("sync", event.get("sync", _VALUES)),
+            **_prefixed("scoring", event.get("scoring", _VALUES) if "scoring" in event.payload else {}),
+            "policy_version": event.get("policy_version", _INDEX),
+        }
+        train: Mapping[str, float | None] = event.get("train", _VALUES)
+        of_campaign = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **train}
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
-        measured = {
-            **_prefixed("eval", payload["evaluation"]),
-            **_prefixed("counts", payload["counts"]),
-            **_prefixed("sync", payload["sync"]),
-            **_prefixed("scoring", payload.get("scoring", {})),
-            "policy_version": payload["policy_version"],
-        }
         self._log(round_state.run_id, event, index, measured)
-        of_campaign = {**measured, **_prefixed("seconds", payload["seconds"]), **payload["train"]}
         self._log(self._campaign(event), event, index, of_campaign)
 
     def _incident(self, event: Event) -> None:
         """How many actors of a role were lost or recovered so far, over the round in which it happened."""
-        payload = event.payload
-        name = f"incidents/{payload['role']}_{payload['happened']}"
-        self._log(self._campaign(event), event, payload["round"], {name: payload["count"]})
+        name = f"incidents/{event.get('role', _TEXT)}_{event.get('happened', _TEXT)}"
+        self._log(self._campaign(event), event, event.get("round", _INDEX), {name: event.get("count", _INDEX)})
 
     def _artifact(self, event: Event) -> None:
-        payload = event.payload
-        if payload["round"] not in self.state.rounds:
-            upload(self._store, self._campaign(event), self._run_dir, payload)
+        index, kind, relative = event.get("round", _INDEX), event.get("kind", _TEXT), event.get("path", _TEXT)
+        if index not in self.state.rounds:
+            upload(self._store, self._campaign(event), self._run_dir, relative, kind)
             return
-        round_state = self._round(event)
-        sent = upload(self._store, round_state.run_id, self._run_dir, payload)
-        if sent and payload["kind"] == "preferences" and not round_state.has_preferences:
-            name_preferences(self._store, round_state.run_id, self._run_dir, payload)
+        round_state = self.state.rounds[index]
+        sent = upload(self._store, round_state.run_id, self._run_dir, relative, kind)
+        if sent and kind == "preferences" and not round_state.has_preferences:
+            dataset = preferences_input(self._run_dir, relative, index, event.get("sha256", _TEXT))
+            self._store.log_dataset(round_state.run_id, dataset)
             round_state.has_preferences = True
 
     def _campaign_finished(self, event: Event) -> None:
-        status, end = event.payload["status"], _milliseconds(event.payload.get("ended", event.time))
+        ended = event.get("ended", _TIME) if "ended" in event.payload else event.time
+        status, end = event.get("status", _TEXT), _milliseconds(ended)
         for round_state in self.state.rounds.values():
             if round_state.status == "RUNNING":
                 self._store.set_ended(round_state.run_id, status, end)
