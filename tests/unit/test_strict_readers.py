@@ -407,3 +407,9 @@ def test_nobody_else_reads_what_others_wrote() -> None:
     files += [ROOT / "recipes/submit.py", ROOT / "recipes/cli.py"]
     found = {str(file.relative_to(ROOT)): lines for file in files if (lines := READ_HERE.findall(file.read_text()))}
     assert len(files) > 50 and found == {}, "use raylign.reading"
+
+
+def test_what_a_fault_quotes_of_a_row_is_cut() -> None:
+    fault = Fault(1, f"message 0 has unknown role '{'9' * 5000}'\nand more", "row", "x" * 5000)
+    assert len(fault.problem) == len(fault.cure) == 400 and "\n" not in fault.problem
+    assert fault.problem.startswith("message 0 has unknown role '999")

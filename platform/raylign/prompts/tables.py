@@ -11,8 +11,10 @@ from typing import Any, Literal
 from raylign.errors import PromptError
 from raylign.reading import Refused
 from raylign.reading.json_text import StrictDecoder
+from raylign.text import one_line
 
 Unit = Literal["line", "row"]
+_LONGEST_TEXT = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a row cannot be used, the value at fault, and what to do about it."""
+    """Why a row cannot be used, the value at fault, and what to do about it.
+
+    Problem and cure become one line of bounded length each: what they quote of the row may be of any length.
+    """
 
     number: int
     problem: str
     value: object
     cure: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "problem", one_line(self.problem, _LONGEST_TEXT))
+        object.__setattr__(self, "cure", one_line(self.cure, _LONGEST_TEXT))
 
 
 @dataclass(frozen=True, slots=True)
