@@ -7,12 +7,14 @@ calls `record` once. Rows wait in .cache/faults, one file a test, until the tabl
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / ".cache/faults"
 README = ROOT / "tests/README.md"
+_LISTED = 4
 START, END = "<!-- fault table: python -m tests.faults -->", "<!-- end of the fault table -->"
 
 
@@ -39,17 +41,29 @@ def record(
 
 
 def table(rows: list[FaultRow]) -> str:
-    """Rows by test as Markdown."""
+    """Rows by test as Markdown; what the cases of one test have in common is one row."""
     lines = ["| fault | injected by | detected in | recovered in | lost | test |", "|---|---|---|---|---|---|"]
+    cases: dict[tuple[str, str, str], list[FaultRow]] = {}
     for row in sorted(rows, key=lambda row: row.test):
-        name = row.test.removeprefix("tests/")
-        cells = (row.fault, row.injected, _seconds(row.detected_s), _seconds(row.recovered_s), row.lost, f"`{name}`")
+        cases.setdefault((row.test.partition("[")[0], row.fault, row.lost), []).append(row)
+    for (function, fault, lost), alike in cases.items():
+        name = (alike[0].test if len(alike) == 1 else function).removeprefix("tests/")
+        test = f"`{name}`" if len(alike) == 1 else f"`{name}`, {len(alike)} cases"
+        times = (_slowest(row.detected_s for row in alike), _slowest(row.recovered_s for row in alike))
+        cells = (fault, _listed(row.injected for row in alike), *times, lost, test)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 
-def _seconds(value: float | None) -> str:
-    return "at once" if value is None else f"{value:.1f} s"
+def _listed(texts: Iterable[str]) -> str:
+    found = list(dict.fromkeys(texts))
+    more = f"; {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return "; ".join(found[:_LISTED]) + more
+
+
+def _slowest(seconds: Iterable[float | None]) -> str:
+    measured = [value for value in seconds if value is not None]
+    return f"{max(measured):.1f} s" if measured else "at once"
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ def test_weights_that_config_json_has_no_place_for_are_refused(folder: Path, how
             load_policy(str(folder), ModelBlock(), seed=0)
         else:
             require_fit(str(folder), False)
-    record(f"config.json of another model, {how}", "num_hidden_layers: 1 of 2", lost="nothing: refused")
+    record("config.json of another model", f"num_hidden_layers: 1 of 2, {how}", lost="nothing: refused")
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_place_that_cannot_be_exported_to_is_found_before_the_work(
     result = raylign("export", finished.path, "--to", to, *(["--merge"] if merge else []))
     assert result.exit_code == 1 and message in result.stderr and "Traceback" not in result.output
     assert tree(tmp_path) == before
-    record(f"export to {place}{', merged' if merge else ''}", str(message), lost="nothing: refused before the work")
+    record("export to where nothing can be put", place, lost="nothing: refused before the work")
 
 
 @pytest.mark.fault

@@ -145,8 +145,8 @@ def test_what_was_edited_between_two_starts_is_named_and_refused(edited: str, pr
         start(project)
         start(project)
     record(
-        f"edited while a run was stopped: {edited}",
-        "its file changed between two starts",
+        "edited while a run was stopped",
+        edited,
         lost="nothing: refused before anything starts, with the name and the way to mean it",
     )
 
@@ -290,8 +290,8 @@ def test_actors_run_the_code_that_the_run_began_with(
     finally:
         scorer._scorer.close()
     record(
-        f"a node whose code for a scorer is {changed}",
-        "its file changed, or none there",
+        "a node with other code for a scorer",
+        changed,
         lost="nothing: the code that the run began with is run",
     )
 

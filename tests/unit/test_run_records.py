@@ -81,8 +81,8 @@ def test_a_damaged_report_is_made_again_from_its_round(
     assert what_it_came_to(directory) == what_it_came_to(whole[1])
     assert len(happened(directory, "round_finished")) == 2
     record(
-        f"a report damaged: {damage}",
-        "its file changed between two starts",
+        "a report damaged",
+        damage,
         lost="nothing: said with its path, made again from the round's files and the journal",
     )
 
@@ -141,9 +141,7 @@ def test_stages_of_a_damaged_ledger_are_done_again(
     assert f"{ledger} cannot be read" in caplog.text
     assert "score 6" in again and not any(event.startswith("sample a") for event in again)
     assert what_it_came_to(directory) == what_it_came_to(whole[1]) and tables(directory.path) == tables(whole[1].path)
-    record(
-        f"a round's ledger damaged: {damage}", "its file changed between two starts", lost="nothing that was sampled"
-    )
+    record("a round's ledger damaged", damage, lost="nothing that was sampled")
 
 
 LINE = {
@@ -276,8 +274,8 @@ def test_a_damaged_checkpoint_is_not_exported(merge: bool, finished: RunDirector
     result = raylign("export", finished.path, "--to", tmp_path / "out", *options, "--version", 1)
     assert result.exit_code == 0, result.output
     record(
-        f"export of a damaged checkpoint{', merged' if merge else ''}",
-        "2,000 bytes flipped",
+        "export of a damaged checkpoint",
+        f"2,000 bytes flipped{', merged' if merge else ''}",
         lost="nothing: refused, naming the newest version that is whole",
     )
 

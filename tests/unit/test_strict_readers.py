@@ -276,7 +276,9 @@ def test_values_that_json_does_not_have_are_refused_in_messages(
     for fault in read_examples(SourceBlock(source=str(tmp_path / "d.parquet"))):
         assert isinstance(fault, Fault) and fault.problem == f"message 0.sent is a {kind}, which JSON does not have"
     record(
-        f"a {kind} in a message", "a Parquet column beside role and content", lost="nothing: refused before the start"
+        "a value that JSON does not have in a message",
+        f"a {kind} in a Parquet column",
+        lost="nothing: refused before the start",
     )
 
 
@@ -365,7 +367,7 @@ def test_a_packed_bomb_is_refused_within_little_memory(tmp_path: Path, kind: str
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 128 << 20, f"{peak:,} bytes for a file of {path.stat().st_size:,}"
-    record(f"a gzip bomb: {kind}", "48 MiB in less than 1 MiB", lost="nothing: refused")
+    record("a gzip bomb, 48 MiB in less than 1 MiB", kind, lost="nothing: refused")
 
 
 def test_a_long_row_is_refused_in_any_format(
