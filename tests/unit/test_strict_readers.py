@@ -415,3 +415,15 @@ def test_what_a_fault_quotes_of_a_row_is_cut() -> None:
     fault = Fault(1, f"message 0 has unknown role '{'9' * 5000}'\nand more", "row", "x" * 5000)
     assert len(fault.problem) == len(fault.cure) == 400 and "\n" not in fault.problem
     assert fault.problem.startswith("message 0 has unknown role '999")
+
+
+def test_what_is_said_of_a_recipe_has_a_bounded_length() -> None:
+    with pytest.raises(ConfigError) as one:
+        parse_config({}, ["9" * 5000 + "=1"])
+    assert "unknown key; known keys: " in str(one.value) and len(str(one.value)) < 600
+    with pytest.raises(ConfigError) as many:
+        parse_config({f"key{number}": 1 for number in range(1000)})
+    assert str(many.value).startswith("config: 1000 problem(s)\n  key0: ")
+    assert str(many.value).endswith("\n  and 980 more; correct these first")
+    with pytest.raises(ConfigError, match=r"^override '9+\.\.\. is not of the form"):
+        parse_config({}, ["9" * 5000])

@@ -17,6 +17,7 @@ from raylign.errors import ConfigError
 from raylign.reading import Refused, shown
 from raylign.reading.files import read_text
 from raylign.reading.yaml_text import LONGEST_YAML, parse_yaml
+from raylign.text import one_line
 
 RECIPES: Mapping[str, type[RunConfig]] = {
     "online_dpo": OnlineDpoConfig,
@@ -28,6 +29,8 @@ RECIPES: Mapping[str, type[RunConfig]] = {
 _DEFAULT = "online_dpo"
 _MOST_PARTS = 16
 """Of the name of a setting; the longest has six."""
+_LONGEST_KEY, _MOST_TOLD = 80, 20
+"""Characters of a key, and problems, in a message."""
 Tree = TypeVar("Tree", bound=Block)
 
 
@@ -70,8 +73,10 @@ def parse_tree(raw: Mapping[str, Any], kind: type[Tree], where: str) -> Tree:
     try:
         return kind.model_validate(_with_default_kinds(raw, kind))
     except ValidationError as error:
-        lines = [f"  {_describe(detail, kind)}" for detail in error.errors(include_url=False)]
-        raise ConfigError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines)) from error
+        problems = error.errors(include_url=False)
+        lines = [f"  {_describe(detail, kind)}" for detail in problems[:_MOST_TOLD]]
+        lines += [f"  and {more} more; correct these first"] if (more := len(problems) - len(lines)) else []
+        raise ConfigError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(lines)) from error
 
 
 def dump_config(config: Block) -> str:
@@ -103,7 +108,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     keys = name.split(".")
     if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form block.key=value; correct it")
+        raise ConfigError(f"override {shown(override)} is not of the form block.key=value; correct it")
     if len(keys) > _MOST_PARTS:
         raise ConfigError(f"override {shown(override)}: a name of {len(keys)} parts; no setting has one, correct it")
     node = tree
@@ -116,7 +121,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except Refused as error:
         raise ConfigError(f"override {shown(override)}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: value is not valid YAML; quote it") from error
+        raise ConfigError(f"override {shown(override)}: value is not valid YAML; quote it") from error
 
 
 def _with_default_kinds(raw: Mapping[str, Any], kind: type[Block]) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def _with_default_kinds(raw: Mapping[str, Any], kind: type[Block]) -> dict[str, 
 
 def _describe(detail: ErrorDetails, tree: type[Block]) -> str:
     keys, _ = _place(detail["loc"], tree)
-    location = ".".join(keys)
+    location = ".".join(one_line(key, _LONGEST_KEY) for key in keys)
     match detail["type"]:
         case "extra_forbidden":
             known = _known_keys(detail["loc"][:-1], tree)
