@@ -57,9 +57,10 @@ _USERINFO = re.compile(r"(?<=://)(?<!ssh://)[^/\s]*@|(?<=ssh://)[^/\s@]*:[^/\s]*
 _IN_QUERY = re.compile(r"(?P<start>[?&])(?P<name>[^=&?#\s]+)=(?P<value>[^&#\s]+)")
 _SIGNATURES = frozenset({"sig", "signature", "x-amz-signature", "x-goog-signature"})
 _ASSIGNED = re.compile(
-    r"(?P<start>(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)(?:[\"']?\s*=\s*|[\"']\s*:\s*(?=[\"'])))"
-    r"(?P<value>\"[^\"\n]{4,}\"|'[^'\n]{4,}'|[^\s;,&'\"]{4,})"
+    r"(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)(?:[\"']?\s*=\s*|[\"']\s*:\s*(?=[\"']))"
+    r"(?=\"[^\"\n]{4}|'[^'\n]{4}|[^\s;,&'\"]{4})"
 )
+_VALUE = re.compile(r"\"[^\"\n]{4,}\"|'[^'\n]{4,}'|[^\s;,&'\"]{4,}")
 _HEADER = re.compile(
     r"(?P<start>(?i:authorization)[\"']?\s*[:=]\s*[\"']?(?:(?i:basic|bearer|token)\s+)?|\bBearer )\S{6,}"
 )
@@ -140,14 +141,18 @@ def _hidden(text: str) -> str:
 
 
 def _without_assigned(text: str) -> str:
-    """`text` without the values that are assigned to secret names; a value may itself be an assignment."""
+    """`text` without the values that are assigned to secret names; a value may itself be an assignment.
+
+    A value is looked at where the name is a secret's alone: each may be as long as the text.
+    """
     parts: list[str] = []
     done = at = 0
     while match := _ASSIGNED.search(text, at):
-        at = match.end("start")
-        if names_secret(match["name"]) and match["value"] != REDACTED:
+        at = match.end()
+        value = _VALUE.match(text, at) if names_secret(match["name"]) else None
+        if value is not None and value[0] != REDACTED:
             parts += [text[done:at], REDACTED]
-            done = at = match.end()
+            done = at = value.end()
     return "".join([*parts, text[done:]])
 
 
