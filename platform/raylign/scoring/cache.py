@@ -64,7 +64,8 @@ class ScoreCache:
                 return self._connected(work)
             except sqlite3.OperationalError:
                 raise
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                # The second where SQLite's own complaint quotes bytes that are no text.
                 self._set_aside(error)
                 return self._connected(work)
         except (sqlite3.OperationalError, OSError) as error:
@@ -83,7 +84,7 @@ class ScoreCache:
             connection.execute(_TABLE)
             return work(connection)
 
-    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+    def _set_aside(self, error: Exception) -> None:
         aside = self._path.with_name(f"{self._path.name}{DAMAGED}")
         log.warning("%s is damaged (%s) and set aside as %s; its scores are asked for again", self._path, error, aside)
         os.replace(self._path, aside)
