@@ -93,15 +93,15 @@ class Journal:
         if non_finite:
             body["non_finite"] = non_finite
         with self._lock:
-            event = Event(time.time(), self._sequence + 1, name, body, self.path, self._size())
+            offset = os.fstat(self._file.fileno()).st_size
+            event = Event(time.time(), self._sequence + 1, name, body, self.path, offset)
             line = {"time": event.time, "sequence": event.sequence, "event": name, **body}
-            self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._write(json.dumps(line, allow_nan=False).encode() + b"\n", offset)
             self._sequence = event.sequence
         return event
 
-    def _write(self, line: bytes) -> None:
-        """All of the line or nothing: a torn one would hide what is written after it."""
-        size = self._size()
+    def _write(self, line: bytes, size: int) -> None:
+        """All of the line behind the `size` bytes that are there, or nothing: a torn one would hide what follows it."""
         with disk_errors(self.path):
             try:
                 _write_all(self._file.fileno(), line)
@@ -109,9 +109,6 @@ class Journal:
             except OSError:
                 os.ftruncate(self._file.fileno(), size)
                 raise
-
-    def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
