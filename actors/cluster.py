@@ -16,9 +16,9 @@ import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError
 
-from actors.cures import cure_of
-from actors.endings import one_line
-from actors.janitor import clean_up_processes
+from actors.supervision.cures import cure_of
+from actors.supervision.endings import one_line
+from actors.supervision.janitor import clean_up_processes
 from raylign.errors import PlacementError
 
 LOOPBACK = "127.0.0.1"

@@ -11,9 +11,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.generator import EngineSpec, Generator
-from actors.generator_supervision import Spawn, SupervisedGenerators, actor_name
-from actors.incidents import Incidents
+from actors.generator.actor import EngineSpec, Generator
 from actors.placement import (
     OUTSIDE,
     ActorPlace,
@@ -23,15 +21,17 @@ from actors.placement import (
     require_resources,
     reserve,
 )
-from actors.processes import kill
-from actors.scorer import Scorer
-from actors.scorer_client import ACTOR as SCORER_NAME
-from actors.scorer_client import ScorerClient
-from actors.stacks import FOLDER as STACKS
-from actors.stacks import remove_empty
-from actors.trainer import TrainerSpec
-from actors.trainer_supervision import SupervisedTrainers, start_ranks
-from actors.watch import watched
+from actors.scorer.actor import Scorer
+from actors.scorer.client import ACTOR as SCORER_NAME
+from actors.scorer.client import ScorerClient
+from actors.supervision.generators import Spawn, SupervisedGenerators, actor_name
+from actors.supervision.incidents import Incidents
+from actors.supervision.processes import kill
+from actors.supervision.stacks import FOLDER as STACKS
+from actors.supervision.stacks import remove_empty
+from actors.supervision.trainers import SupervisedTrainers, start_ranks
+from actors.supervision.watch import watched
+from actors.trainer.actor import TrainerSpec
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.manifest import checkpoint_manifest

@@ -202,7 +202,7 @@ install_all() {
   # While DeepSpeed is built the largest libraries are loaded; each of the two finds what the other has compiled.
   load ray mlflow trl >"$venv/setup-libraries.log" 2>&1 &
   libraries=$!
-  exec {built}> >(load vllm.entrypoints.llm vllm.v1.engine.core -- deepspeed recipes.cli actors.team >"$venv/setup-load.log" 2>&1)
+  exec {built}> >(load vllm.entrypoints.llm vllm.v1.engine.core -- deepspeed recipes.commands.cli actors.team >"$venv/setup-load.log" 2>&1)
   loading=$!
   # Published as source only, and its build asks the installed torch what this machine has: so it comes last and no
   # build of it for another torch is taken from a cache.

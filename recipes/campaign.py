@@ -12,21 +12,21 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
-from actors.incidents import Incidents
-from actors.trainer_supervision import SupervisedTrainers
-from raylign.checkpoints import Checkpoint, Metrics
+from actors.supervision.incidents import Incidents
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OnlineDpoConfig, RunConfig
-from raylign.console import keep_library_log
 from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, RoundReport
-from raylign.reporting import Sample, report_console, samples_block
-from raylign.rounds import RoundLog, Trained, finished_stages
+from raylign.report.console import keep_library_log
+from raylign.report.summary import headline, rounds_table, rounds_warnings
+from raylign.report.tables import Sample, report_console, samples_block
+from raylign.report.text import escape_control
+from raylign.run.checkpoints import Checkpoint, Metrics
+from raylign.run.directory import RunDirectory, require_continuable, run_path
 from raylign.run.inputs import Rows
+from raylign.run.rounds import RoundLog, Trained, finished_stages
 from raylign.run.settings import CONFIG_NAME
-from raylign.rundir import RunDirectory, require_continuable, run_path
-from raylign.summary import headline, rounds_table, rounds_warnings
-from raylign.text import escape_control
 from raylign.tracking.facts import run_facts
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.tracker import Status, Tracker

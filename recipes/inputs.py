@@ -4,7 +4,7 @@ from pathlib import Path
 
 from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RunConfig
 from raylign.config.reference import ModelReferenceBlock
-from raylign.fingerprints import fingerprint, model_digest
+from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, rows_digest
 from raylign.scoring.contents import scorer_inputs
 

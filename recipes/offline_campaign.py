@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
-from actors.trainer_supervision import SupervisedTrainers
-from actors.trainer_team import plan_trainer_team, trainer_team
+from actors.supervision.trainers import SupervisedTrainers
+from actors.trainer.team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
@@ -19,16 +19,16 @@ from raylign.models import end_ids, load_tokenizer, require_context, resolve_mod
 from raylign.models.load import require_fit
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
+from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.inputs import keep, require_same
-from raylign.rundir import continue_or_create, require_continuable, run_path
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
-from recipes.failures import told
+from recipes.commands.failures import told
+from recipes.commands.signals import terminable
 from recipes.inputs import inputs_of
-from recipes.signals import terminable
 
 
 @contextmanager

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.trainer_supervision import SupervisedTrainers
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
-from raylign.held_out import held_out_evaluation
+from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
-from raylign.reference_versions import pace
-from raylign.rounds import RoundLog
+from raylign.reference.versions import pace
+from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
-from recipes.failures import as_script
+from recipes.commands.failures import as_script
 from recipes.offline_campaign import offline_campaign
 from recipes.offline_stages import train_rows
 

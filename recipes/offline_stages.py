@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from actors.trainer_supervision import SupervisedTrainers
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineConfig
-from raylign.held_out import Metric, held_out_evaluation
+from raylign.evaluation.held_out import Metric, held_out_evaluation
 from raylign.records import AnyEvaluation, Preference
-from raylign.rounds import RoundLog
+from raylign.run.rounds import RoundLog
 from raylign.training.schedule import steps_per_round
 
 

@@ -9,25 +9,25 @@ from rich.text import Text
 from actors.cluster import cluster, log_folder
 from actors.team import Team, plan_team, team
 from actors.weight_sync.publish import Publisher
-from raylign.checkpoints import Checkpoint
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.models import load_tokenizer, require_context, resolve_model, resolve_reference
 from raylign.models.load import require_fit
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
+from raylign.run.checkpoints import Checkpoint
+from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.inputs import keep, require_same
-from raylign.rundir import continue_or_create, require_continuable, run_path
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from raylign.training.learners import require_learnable
 from recipes.campaign import Campaign, recorded, starting
-from recipes.failures import told
+from recipes.commands.failures import told
+from recipes.commands.signals import terminable
 from recipes.inputs import inputs_of
-from recipes.signals import terminable
 
 _CANARY_PROMPTS = 4
 

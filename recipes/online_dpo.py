@@ -11,8 +11,7 @@ from pathlib import Path
 
 from actors.team import Team
 from raylign.config import OnlineDpoConfig, load_config
-from raylign.curriculum import History, draw_open
-from raylign.evaluation import evaluate
+from raylign.evaluation.generated import evaluate
 from raylign.pairing import (
     PairingResult,
     build_preferences,
@@ -22,16 +21,26 @@ from raylign.pairing import (
 )
 from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
-from raylign.reference_versions import is_initial_reference
-from raylign.reporting import Sample
-from raylign.resampling import NOTHING_KNOWN, Place, attempt_seed, filled_in, joined, place, regrouped, scores_by_place
-from raylign.rounds import RoundLog, numbered
-from raylign.sampling import evaluation_decoding, policy_versions, training_decoding
+from raylign.reference.versions import is_initial_reference
+from raylign.report.tables import Sample
+from raylign.run.rounds import RoundLog, numbered
+from raylign.sampling.curriculum import History, draw_open
+from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
+from raylign.sampling.resampling import (
+    NOTHING_KNOWN,
+    Place,
+    attempt_seed,
+    filled_in,
+    joined,
+    place,
+    regrouped,
+    scores_by_place,
+)
 from raylign.scoring import check_unscored
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
 from recipes.campaign import Campaign, finished_before
-from recipes.failures import as_script
+from recipes.commands.failures import as_script
 from recipes.online_campaign import campaign
 
 

@@ -8,17 +8,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.trainer_supervision import SupervisedTrainers
-from raylign.calibration import calibration, random_pairs
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import RewardModelConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
-from raylign.held_out import held_out_evaluation
+from raylign.evaluation.calibration import calibration, random_pairs
+from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
-from raylign.rounds import RoundLog
+from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
-from recipes.failures import as_script
+from recipes.commands.failures import as_script
 from recipes.offline_campaign import offline_campaign
 from recipes.offline_stages import train_rows
 

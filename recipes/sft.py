@@ -8,15 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.trainer_supervision import SupervisedTrainers
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import SftConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
 from raylign.records import Preference, RoundReport
-from raylign.rounds import RoundLog
+from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
-from recipes.failures import as_script
+from recipes.commands.failures import as_script
 from recipes.offline_campaign import offline_campaign
 from recipes.offline_stages import evaluate_rows, train_rows
 

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.generator_supervision import SupervisedGenerators
-from actors.incidents import Incidents
-from actors.scorer_client import ScorerClient
-from actors.trainer_supervision import SupervisedTrainers
-from raylign.checkpoints import Metrics
+from actors.scorer.client import ScorerClient
+from actors.supervision.generators import SupervisedGenerators
+from actors.supervision.incidents import Incidents
+from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
@@ -24,8 +23,9 @@ from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
-from raylign.reference_versions import reference_version
-from raylign.sampling import Decoding, policy_versions, prompt_seed
+from raylign.reference.versions import reference_version
+from raylign.run.checkpoints import Metrics
+from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.generator_pool import GeneratorPool
-from actors.trainer_group import TrainerGroup
+from actors.generator.pool import GeneratorPool
+from actors.trainer.group import TrainerGroup
 from raylign.errors import WeightSyncError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from actors.janitor import clean_up_folder, remove_folder
+from actors.supervision.janitor import clean_up_folder, remove_folder
 
 log = logging.getLogger(__name__)
 

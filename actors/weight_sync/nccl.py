@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransf
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from actors.waiting import get_all
+from actors.supervision.waiting import get_all
 from raylign.errors import WeightSyncError
 from raylign.training.weights import Gather, ShapeOf, checkpoint_shapes, checkpoint_weights
 

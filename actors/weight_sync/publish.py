@@ -6,8 +6,8 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from actors.generator_pool import GeneratorPool
-from actors.trainer_group import TrainerGroup
+from actors.generator.pool import GeneratorPool
+from actors.trainer.group import TrainerGroup
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.transports import NcclTransport, WeightTransport
 from raylign.errors import GeneratorError, TrainerError, WeightSyncError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from actors.generator_pool import GeneratorPool
-from actors.trainer_group import TrainerGroup
+from actors.generator.pool import GeneratorPool
+from actors.trainer.group import TrainerGroup
 from actors.weight_sync.manifest import Manifest, file_manifest, require_same
 from raylign.errors import PlacementError, WeightSyncError
 

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.bound_store import listen_on_own_address
+from actors.trainer.bound_store import listen_on_own_address
 
 SHM_BACKEND = "raylign_shm"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"

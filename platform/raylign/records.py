@@ -92,7 +92,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out quality of one policy version. Made by `raylign.evaluation`, read by reports and tracking.
+    """Held-out quality of one policy version. Made by `raylign.evaluation.generated`, read by reports and tracking.
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
@@ -114,7 +114,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutEvaluation:
-    """Held-out rows of a data set under one policy version; nothing is sampled. Made by `raylign.held_out`.
+    """Held-out rows of a data set under one policy version; nothing is sampled. Made by `raylign.evaluation.held_out`.
 
     `metric` names the value that sums it up, `low`/`high` bound it (bootstrap over rows). `metrics` has TRL's metrics,
     means over the rows or their tokens.

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from raylign.records import HeldOutEvaluation
-from raylign.reporting import report_console
-from raylign.rundir import RunDirectory
+from raylign.report.tables import report_console
+from raylign.run.directory import RunDirectory
 from tests.benchmarks.harness.children import ROOT, measured
 from tests.benchmarks.harness.commands import raylign
 from tests.benchmarks.harness.report import Check, finish, results_folder, table

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from raylign.config.blocks import LoraBlock
 from raylign.models import load_tokenizer, resolve_model
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
 from tests.benchmarks.harness.children import Outcome, Stage, measured
 from tests.benchmarks.harness.dpo import (
     DpoJob,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
 from tests.benchmarks.harness.children import ROOT, Outcome, Stage, measured
 from tests.benchmarks.harness.online import JudgeJob, JudgeResult, OnlineJob, OnlineResult, Stop
 from tests.benchmarks.harness.report import Check, cores, finish, machine, plain, results_folder, table

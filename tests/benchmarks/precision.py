@@ -10,9 +10,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from raylign.files import publish_text
 from raylign.models import load_tokenizer, resolve_model
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
+from raylign.run.files import publish_text
 from tests.benchmarks.harness.children import Stage, measured
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult, in_planned_order
 from tests.benchmarks.harness.pairs import TokenPair, read_pairs

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
 from tests.benchmarks.harness.children import ROOT, Stage
 from tests.benchmarks.harness.judged import write_rows
 from tests.benchmarks.harness.report import Check, finish, machine, results_folder, table
@@ -51,7 +51,7 @@ def _prepare(stage: Stage, work: Path, log: Path) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "recipes.cli", "data", "prepare", str(recipe), *settings],
+            [sys.executable, "-m", "recipes.commands.cli", "data", "prepare", str(recipe), *settings],
             cwd=ROOT,
             env=environment,
             stdout=stream,

@@ -14,8 +14,8 @@ from raylign.config import RewardModelConfig, load_config
 from raylign.data.preferences import load_preferences
 from raylign.models import end_ids, load_tokenizer, resolve_model
 from raylign.records import HeldOutEvaluation, Preference
-from raylign.reporting import report_console
-from raylign.rundir import RunDirectory
+from raylign.report.tables import report_console
+from raylign.run.directory import RunDirectory
 from tests.benchmarks.harness.children import ROOT, measured
 from tests.benchmarks.harness.commands import raylign
 from tests.benchmarks.harness.report import Check, finish, results_folder, table

@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from raylign.models import resolve_model
-from raylign.reporting import report_console
-from raylign.rundir import RunDirectory
+from raylign.report.tables import report_console
+from raylign.run.directory import RunDirectory
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.state import load_state
 from tests.benchmarks.harness.chaos import DRIVER, KILLED, OUTAGE, SLOW, WEIGHTS, Chaos, kill_one
@@ -193,7 +193,7 @@ class Soak:
         if OUTAGE in self._timers:
             self._timers[OUTAGE] = 0.0
         self._end_timed()
-        sync = [sys.executable, "-m", "recipes.cli", "sync", str(self.directory.path)]
+        sync = [sys.executable, "-m", "recipes.commands.cli", "sync", str(self.directory.path)]
         subprocess.run(sync, cwd=self._folder, env=_environment(), check=True, timeout=300)
         self._end_timed()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from raylign.reporting import report_console
+from raylign.report.tables import report_console
 from tests.benchmarks.harness.children import Stage, measured
 from tests.benchmarks.harness.report import Check, finish, machine, results_folder, table
 from tests.benchmarks.harness.tracking import Server, TrackedBlock, TrackingJob, TrackingResult

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from actors.trainer_state import STATE_NAME, read_state
+from actors.trainer.state import STATE_NAME, read_state
 from raylign.records import Score
-from raylign.rounds import finished_stages
+from raylign.run.directory import RunDirectory, open_run
 from raylign.run.inputs import INPUTS_NAME, Input, accept, keep, require_same
-from raylign.rundir import RunDirectory, open_run
-from raylign.sampled import read_sampled
+from raylign.run.rounds import finished_stages
+from raylign.run.sampled import read_sampled
+from raylign.run.tables import read_candidates, read_preferences
 from raylign.scoring.cache import ScoreCache, score_key
-from raylign.store import read_candidates, read_preferences
 from raylign.tracking.journal import read_events
 from raylign.tracking.state import load_state
-from recipes.resume import resumed_config
+from recipes.commands.resume import resumed_config
 from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited
-from tests.unit.test_resume import PROMPTS, config_in, run_once
+from tests.unit.run.test_resume import PROMPTS, config_in, run_once
 
 FILES = (
     "config.yaml",

@@ -9,7 +9,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.bound_store import listen_on_own_address
+from actors.trainer.bound_store import listen_on_own_address
 from tests.processes import descendants
 
 

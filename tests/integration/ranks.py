@@ -8,17 +8,17 @@ from typing import Any
 import ray
 from deepspeed.accelerator import get_accelerator
 
-from actors.deepspeed_rank import DeepSpeedRank
-from actors.network import free_address
-from actors.trainer import TrainerSpec
-from actors.trainer_group import TrainerGroup
-from actors.waiting import get_all
-from raylign.checkpoints import Metrics
+from actors.supervision.waiting import get_all
+from actors.trainer.actor import TrainerSpec
+from actors.trainer.group import TrainerGroup
+from actors.trainer.network import free_address
+from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
+from raylign.run.checkpoints import Metrics
 
 _START_S = 1200.0
 _PORTS = 5

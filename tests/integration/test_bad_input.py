@@ -10,9 +10,9 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
-from raylign.reporting import sampled
-from raylign.rundir import open_run
-from recipes.cli import app
+from raylign.report.tables import sampled
+from raylign.run.directory import open_run
+from recipes.commands.cli import app
 from tests.faults import record
 from tests.integration.tiny import RECIPE, ROOT, SMALLEST, START_S, Watched, campaign_record, command_line
 

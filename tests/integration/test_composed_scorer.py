@@ -7,9 +7,9 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.incidents import Incidents
-from actors.scorer import Scorer
-from actors.scorer_client import ACTOR, ScorerClient
+from actors.scorer.actor import Scorer
+from actors.scorer.client import ACTOR, ScorerClient
+from actors.supervision.incidents import Incidents
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate, Prompt, Score

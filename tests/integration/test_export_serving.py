@@ -10,12 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.generator import EngineSpec
-from actors.vllm_engine import VllmEngine
-from raylign.export import export_model
-from raylign.model_card import Method, ModelFacts, framework_versions
+from actors.generator.actor import EngineSpec
+from actors.generator.engine import VllmEngine
+from raylign.export.card import Method, ModelFacts, framework_versions
+from raylign.export.policy import export_model
 from raylign.records import Evaluation, Prompt
-from raylign.sampling import Decoding
+from raylign.sampling.decoding import Decoding
 
 pytestmark = pytest.mark.slow
 

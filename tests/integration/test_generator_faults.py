@@ -12,14 +12,14 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from actors.incidents import Incidents
-from actors.processes import process_of
+from actors.supervision.incidents import Incidents
+from actors.supervision.processes import process_of
 from actors.team import Team, plan_team, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Preference, Prompt
-from raylign.sampling import Decoding
+from raylign.sampling.decoding import Decoding
 from tests.faults import record
 from tests.integration.tiny import wait_until
 from tests.processes import descendants

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raylign.rundir import open_run
+from raylign.run.directory import open_run
 from raylign.tracking.journal import read_events
-from recipes.signals import INTERRUPTED, STOPPED
+from recipes.commands.signals import INTERRUPTED, STOPPED
 from tests.faults import record
 from tests.integration.tiny import (
     LONG_SAMPLING,

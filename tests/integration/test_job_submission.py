@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raylign.rundir import open_run
+from raylign.run.directory import open_run
 from raylign.tracking.journal import read_events
 from tests.faults import record
 from tests.integration.tiny import (
@@ -82,7 +82,7 @@ class Cluster:
     def submit(self, *arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
         """`raylign submit` of the recipe in `cwd`, with the code of this checkout and other variables if need be."""
         return subprocess.run(
-            [sys.executable, "-P", "-m", "recipes.cli", "submit", RECIPE, *arguments],
+            [sys.executable, "-P", "-m", "recipes.commands.cli", "submit", RECIPE, *arguments],
             cwd=cwd,
             env={**self.environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}", **extra},
             stdout=subprocess.PIPE,

@@ -14,7 +14,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from raylign.rundir import RunDirectory, open_run
+from raylign.run.directory import RunDirectory, open_run
 from raylign.tracking.journal import Event, read_events
 from tests.faults import record
 from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, campaign_record, script, wait_until
@@ -109,7 +109,7 @@ def test_the_driver_is_killed_in_every_stage(served_llama: str, expected: RunDir
             run.send(signal.SIGKILL, to_group=False)
             run.finish(20)
             assert_nothing_left(run)
-    with Watched([sys.executable, "-m", "recipes.cli", "resume", f"runs/{NAME}"], tmp_path) as run:
+    with Watched([sys.executable, "-m", "recipes.commands.cli", "resume", f"runs/{NAME}"], tmp_path) as run:
         status, _ = run.finish(START_S)
         assert status == 0, run.output
     assert_same(finished(tmp_path), expected)

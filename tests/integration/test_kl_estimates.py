@@ -11,8 +11,7 @@ import pytest
 from torch import tensor
 from torch.nn.functional import logsigmoid
 
-from actors.trainer_group import TrainerGroup
-from raylign.checkpoints import Metrics
+from actors.trainer.group import TrainerGroup
 from raylign.config.losses import (
     BcoPairLossBlock,
     KlLossBlock,
@@ -28,6 +27,7 @@ from raylign.config.reference import (
     ReferenceBlock,
 )
 from raylign.records import KlSample, Preference
+from raylign.run.checkpoints import Metrics
 from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
 pytestmark = pytest.mark.slow

@@ -70,7 +70,7 @@ def watch(run: Watched) -> tuple[set[str], dict[str, bytes]]:
         assert time.monotonic() < deadline, run.output
         for pid, line in run.processes().items():
             lines.add(line)
-            if "raylign.scoring.worker" in line or "recipes.cli" in line:
+            if "raylign.scoring.worker" in line or "recipes.commands.cli" in line:
                 try:
                     environments[f"{pid} {line}"] = Path(f"/proc/{pid}/environ").read_bytes()
                 except OSError:
@@ -107,8 +107,8 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(
         assert run.finish(START_S)[0] == 0, output
 
     assert any("raylet" in line for line in lines), "the watch saw the processes"
-    driver = [environment for line, environment in environments.items() if "recipes.cli" in line]
-    scoring = [environment for line, environment in environments.items() if "recipes.cli" not in line]
+    driver = [environment for line, environment in environments.items() if "recipes.commands.cli" in line]
+    scoring = [environment for line, environment in environments.items() if "recipes.commands.cli" not in line]
     assert driver and all(environment.count(SECRET.encode()) == 9 for environment in driver), "the run had them"
     assert SECRET not in output
     assert [line for line in lines if SECRET in line] == []

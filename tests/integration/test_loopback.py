@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray._private import ray_constants
 
-from actors.generator import EngineSpec, Generator
-from actors.network import free_address
+from actors.generator.actor import EngineSpec, Generator
+from actors.trainer.network import free_address
 from tests.integration.listeners import Member, listening
 from tests.integration.tiny import clean_environment
 from tests.processes import descendants

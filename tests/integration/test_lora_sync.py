@@ -13,7 +13,7 @@ from actors.team import Team, plan_team, team
 from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
-from raylign.sampling import Decoding
+from raylign.sampling.decoding import Decoding
 from raylign.training.sequences import Completions
 from tests.fakes import quiet_incidents
 from tests.faults import record

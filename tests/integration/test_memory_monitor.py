@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from raylign.rundir import RunDirectory, open_run
+from raylign.run.directory import RunDirectory, open_run
 from raylign.tracking.journal import Event, read_events
 from tests.faults import record
 from tests.integration.tiny import START_S, Watched, wait_until
@@ -50,7 +50,7 @@ def command(model: str, folder: Path) -> list[str]:
         "placement": {"trainer_cpus": 1},
     }
     (folder / "short.yaml").write_text(yaml.safe_dump(raw))
-    return [sys.executable, "-m", "recipes.cli", "run", str(folder / "short.yaml")]
+    return [sys.executable, "-m", "recipes.commands.cli", "run", str(folder / "short.yaml")]
 
 
 def events(folder: Path) -> list[Event]:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.tracking.journal import read_events
 from raylign.tracking.state import load_state
-from recipes.cli import app
+from recipes.commands.cli import app
 from tests import faults
 from tests.integration.campaigns import (
     EVENTS,
@@ -173,7 +173,7 @@ def has_runs(uri: str) -> bool:
 DRIVER = """
 import sys, time
 from pathlib import Path
-from raylign.rundir import RunDirectory
+from raylign.run.directory import RunDirectory
 from tests.integration.campaigns import CONFIG, open_run, play_round, start
 run_dir = Path(sys.argv[1])
 with RunDirectory(run_dir).locked():
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_a_sync_that_waits(run_dir: Path, interruptible: None) -> No
     play_campaign(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=60) == 0
     uri = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "recipes.cli", "sync", str(run_dir), "--uri", uri]
+    command = [sys.executable, "-m", "recipes.commands.cli", "sync", str(run_dir), "--uri", uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "trying for 60 s" in process.stdout.readline()

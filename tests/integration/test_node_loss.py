@@ -10,8 +10,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.cluster import actor_environment
-from actors.incidents import Incidents
-from actors.processes import process_of
+from actors.supervision.incidents import Incidents
+from actors.supervision.processes import process_of
 from actors.team import plan_team, team
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock

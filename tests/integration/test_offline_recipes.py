@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from raylign.config import RunConfig, load_recipe
 from raylign.config.load import RECIPES
 from raylign.records import HeldOutEvaluation
-from raylign.rundir import RunDirectory
-from recipes.export import export_run
-from recipes.start import start
+from raylign.run.directory import RunDirectory
+from recipes.commands.export import export_run
+from recipes.commands.start import start
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
 

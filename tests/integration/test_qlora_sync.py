@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from actors.team import Team, plan_team, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
-from raylign.export import export_model
+from raylign.export.policy import export_model
 from raylign.records import Candidate, Preference, Prompt
 from recipes.online_campaign import agree_on_weights
 from tests.fakes import quiet_incidents
-from tests.unit.test_export import FACTS
+from tests.unit.export.test_export import FACTS
 
 pytestmark = pytest.mark.slow
 

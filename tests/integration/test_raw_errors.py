@@ -13,12 +13,12 @@ import typer
 from ray.actor import ActorHandle
 
 from actors.cluster import cluster
-from actors.generator import EngineSpec, Generator
-from actors.generator_supervision import SupervisedGenerators, actor_name
+from actors.generator.actor import EngineSpec, Generator
+from actors.supervision.generators import SupervisedGenerators, actor_name
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, RunBlock
 from raylign.errors import RaylignError
-from recipes.cli import ended_cleanly
-from recipes.failures import told
+from recipes.commands.cli import ended_cleanly
+from recipes.commands.failures import told
 from tests.fakes import quiet_incidents
 from tests.integration.ranks import spec_of
 from tests.integration.test_trainer_faults import Trainers

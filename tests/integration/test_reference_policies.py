@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.trainer_group import TrainerGroup
+from actors.trainer.group import TrainerGroup
 from raylign.config.losses import SimpoLossBlock
 from raylign.config.reference import (
     EmaReferenceBlock,

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from actors.trainer_group import TrainerGroup
-from raylign.calibration import calibration
-from raylign.checkpoints import Metrics
+from actors.trainer.group import TrainerGroup
 from raylign.config.losses import BradleyTerryRewardLossBlock, SftLossBlock, SigmoidLossBlock
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
-from raylign.export_reward import export_reward_model
+from raylign.evaluation.calibration import calibration
+from raylign.export.reward_card import RewardModelFacts
+from raylign.export.reward_model import export_reward_model
 from raylign.records import Candidate, Preference
-from raylign.reward_card import RewardModelFacts
+from raylign.run.checkpoints import Metrics
 from raylign.training.held_out import HeldOut
 from tests.integration.ranks import Processes, preferences, spec_of, train_round
 

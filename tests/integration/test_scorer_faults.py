@@ -15,10 +15,10 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from actors import scorer_client
-from actors.incidents import Happened, Incidents
-from actors.scorer import Scorer
-from actors.scorer_client import ACTOR, TRIES, ScorerClient
+from actors.scorer import client as scorer_client
+from actors.scorer.actor import Scorer
+from actors.scorer.client import ACTOR, TRIES, ScorerClient
+from actors.supervision.incidents import Happened, Incidents
 from raylign.config.blocks import RecoveryBlock
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError

@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors import trainer_supervision
-from actors.incidents import Incidents
-from actors.network import free_address
-from actors.processes import kill, process_of
-from actors.trainer import TrainerSpec
-from actors.trainer_supervision import SupervisedTrainers, start_ranks
-from raylign.checkpoints import Checkpoints, Metrics
+from actors.supervision import trainers as trainer_supervision
+from actors.supervision.incidents import Incidents
+from actors.supervision.processes import kill, process_of
+from actors.supervision.trainers import SupervisedTrainers, start_ranks
+from actors.trainer.actor import TrainerSpec
+from actors.trainer.network import free_address
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import TrainerError
 from raylign.records import Preference
+from raylign.run.checkpoints import Checkpoints, Metrics
 from tests.faults import record
 from tests.integration.ranks import preferences, spec_of
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import FalconConfig, FalconForCausalLM
 
-from actors.trainer_state import StoredTensors
-from raylign.checkpoints import Metrics
+from actors.trainer.state import StoredTensors
 from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import ActorsLost
+from raylign.run.checkpoints import Metrics
 from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actors.trainer_group import TrainerGroup
-from actors.trainer_state import StoredTensors
+from actors.trainer.group import TrainerGroup
+from actors.trainer.state import StoredTensors
 from raylign.config.losses import BcoPairLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
 from raylign.errors import TrainerError

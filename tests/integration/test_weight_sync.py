@@ -20,7 +20,7 @@ from actors.weight_sync.transports import load_file as push_file
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
-from raylign.sampling import Decoding
+from raylign.sampling.decoding import Decoding
 from tests.fakes import quiet_incidents
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from recipes.sync import sync_run
+from recipes.commands.sync import sync_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "recipes/sentiment_smollm2.yaml"
@@ -67,7 +67,7 @@ def script(*settings: str) -> list[str]:
 
 def command_line(*settings: str) -> list[str]:
     """`raylign run` of the recipe."""
-    return [sys.executable, "-m", "recipes.cli", "run", str(ROOT / RECIPE), *settings]
+    return [sys.executable, "-m", "recipes.commands.cli", "run", str(ROOT / RECIPE), *settings]
 
 
 _OWN_LINES = re.compile(

@@ -157,14 +157,14 @@ def test_the_configuration_loads_without_the_heavy_libraries() -> None:
 def test_a_driver_starts_without_engines(module: str) -> None:
     """They take half a minute of CPU time here; the actors import them on their nodes."""
     imported = modules_at_start(module)
-    assert {"raylign.training.sequences", "actors.trainer_group", "ray", "torch"} <= imported
+    assert {"raylign.training.sequences", "actors.trainer.group", "ray", "torch"} <= imported
     assert not imported & {"vllm", "deepspeed", "peft", "bitsandbytes"}
 
 
 def test_actors_import_their_engines_where_they_start() -> None:
-    assert "vllm" in modules_at_start("actors.vllm_engine")
-    assert "deepspeed" in modules_at_start("actors.deepspeed_rank")
-    assert not modules_at_start("actors.deepspeed_rank") & {"vllm", "peft"}
+    assert "vllm" in modules_at_start("actors.generator.engine")
+    assert "deepspeed" in modules_at_start("actors.trainer.rank")
+    assert not modules_at_start("actors.trainer.rank") & {"vllm", "peft"}
 
 
 def test_long_functions_counts_from_def_to_last_line() -> None:

@@ -17,7 +17,7 @@ from raylign.errors import ConfigError
 from raylign.reading import Refused, shown
 from raylign.reading.files import read_text
 from raylign.reading.yaml_text import LONGEST_YAML, parse_yaml
-from raylign.text import one_line
+from raylign.report.text import one_line
 
 RECIPES: Mapping[str, type[RunConfig]] = {
     "online_dpo": OnlineDpoConfig,

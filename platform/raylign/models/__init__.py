@@ -3,8 +3,8 @@
 from raylign.models.context import context_limit, require_context
 from raylign.models.ends import end_ids
 from raylign.models.load import DTYPES, load_policy, load_tokenizer
-from raylign.models.reference import resolve_reference
 from raylign.models.resolve import resolve_model
+from raylign.reference.checkpoint import resolve_reference
 
 __all__ = [
     "DTYPES",

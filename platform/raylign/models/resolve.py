@@ -14,13 +14,13 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from raylign.checkpoints import is_checkpoint
 from raylign.errors import ModelError
-from raylign.fingerprints import sealed_damage
 from raylign.models.embedded import PREFIX, embedded_folder
 from raylign.reading import Refused
 from raylign.reading.files import read_text, require_plain_files
 from raylign.reading.json_text import ANY_INTEGER, parse_json
+from raylign.run.checkpoints import is_checkpoint
+from raylign.run.fingerprints import sealed_damage
 
 CONFIG = "config.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]

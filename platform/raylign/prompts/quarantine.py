@@ -8,8 +8,8 @@ from pathlib import Path
 
 from raylign.config.blocks import RunBlock
 from raylign.errors import DiskError, PromptError, RaylignError
-from raylign.files import publish_text
 from raylign.prompts.tables import Fault, Unit
+from raylign.run.files import publish_text
 
 QUARANTINE_NAME = "quarantine.jsonl"
 SHOWN_FAULTS = 10

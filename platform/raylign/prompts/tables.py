@@ -11,7 +11,7 @@ from typing import Any, Literal
 from raylign.errors import PromptError
 from raylign.reading import Refused
 from raylign.reading.json_text import StrictDecoder
-from raylign.text import one_line
+from raylign.report.text import one_line
 
 Unit = Literal["line", "row"]
 _LONGEST_TEXT = 400

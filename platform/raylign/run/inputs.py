@@ -11,8 +11,8 @@ from typing import Protocol
 from pydantic import TypeAdapter
 
 from raylign.errors import ConfigError
-from raylign.files import publish_text
 from raylign.records import Prompt
+from raylign.run.files import publish_text
 from raylign.run.reading import read_record
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from raylign.errors import RecordError
-from raylign.text import escape_control
+from raylign.report.text import escape_control
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

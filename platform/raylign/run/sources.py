@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylign.files import disk_errors, publish_folder
+from raylign.run.files import disk_errors, publish_folder
 
 OURS = frozenset({"raylign", "actors", "recipes"})
 """Packages that every node has."""

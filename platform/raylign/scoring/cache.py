@@ -16,9 +16,9 @@ from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from raylign.chunks import chunks
 from raylign.errors import ScorerError
 from raylign.records import Score
+from raylign.report.text import one_line
 from raylign.scoring.base import Scorer, ScoringItem
 from raylign.scoring.usage import Usage
-from raylign.text import one_line
 
 log = logging.getLogger(__name__)
 CACHE_NAME = "scores.sqlite"

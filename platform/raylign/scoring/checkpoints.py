@@ -13,11 +13,11 @@ from torch import nn
 from raylign.config.blocks import ModelBlock
 from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ModelError, ScorerError
-from raylign.export import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes
-from raylign.fingerprints import model_digest
+from raylign.export.policy import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes
 from raylign.models import resolve_model
 from raylign.models.open import open_adapter
 from raylign.models.resolve import check_facts, locate, read_facts, stored_shapes
+from raylign.run.fingerprints import model_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel

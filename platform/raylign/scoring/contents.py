@@ -15,7 +15,7 @@ from raylign.config.scoring import (
     VerifierScoringBlock,
     leaves,
 )
-from raylign.fingerprints import fingerprint
+from raylign.run.fingerprints import fingerprint
 from raylign.run.inputs import Input
 from raylign.run.sources import KeptSources, module_sources
 

@@ -16,7 +16,7 @@ from raylign.boundary.http import OK, Answer, connections
 from raylign.boundary.secrets import REDACTED, without_secrets
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
 from raylign.errors import RaylignError, ScorerError, ServerAway, ServerError, ServerLate
-from raylign.text import one_line
+from raylign.report.text import one_line
 
 FIRST_WAIT_S, LONGEST_WAIT_S, JITTER_S = 0.5, 8.0, 0.5
 _SHOWN = 200

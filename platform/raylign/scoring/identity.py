@@ -15,7 +15,7 @@ from raylign.config.scoring import (
     RewardModelScoringBlock,
     VerifierScoringBlock,
 )
-from raylign.fingerprints import fingerprint
+from raylign.run.fingerprints import fingerprint
 
 OPERATIONAL = frozenset(
     {"allow_outside", "api_key_env", "batch_size", "cache", "canaries", "concurrency", "max_unscored"}

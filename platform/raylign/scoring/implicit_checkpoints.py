@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.errors import ModelError
 from raylign.models.load import load_whole, read_config, without_dropout
-from raylign.models.reference import require_same_vocabulary
+from raylign.reference.checkpoint import require_same_vocabulary
 from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
 
 _TASK = "CAUSAL_LM"

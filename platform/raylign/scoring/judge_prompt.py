@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylign.records import Message
-from raylign.text import escape_control
+from raylign.report.text import escape_control
 
 FIRST, SECOND, TIE = "A", "B", "tie"
 RATINGS = tuple(str(rating) for rating in range(1, 11))

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from raylign.config.scoring import ImplicitScoringBlock, ModelScoringBlock, RewardModelScoringBlock
-from raylign.fingerprints import fingerprint
 from raylign.models import load_tokenizer
+from raylign.run.fingerprints import fingerprint
 from raylign.scoring.base import Compute, Scorer
 from raylign.scoring.checkpoints import Checkpoint, model_fingerprint, of_scorer
 from raylign.scoring.implicit import ImplicitScorer

@@ -17,8 +17,8 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 
 from raylign.boundary.secrets import is_secret
 from raylign.errors import ScorerError
+from raylign.report.text import one_line
 from raylign.scoring import relay
-from raylign.text import one_line
 
 START_TIMEOUT_S = 600.0
 EXIT_GRACE_S = relay.END_S + 2.0

@@ -23,12 +23,12 @@ from typing import Any
 
 from raylign.errors import ScorerError
 from raylign.records import Score
+from raylign.report.text import one_line
 from raylign.scoring import relay
 from raylign.scoring.base import RETURNED_NONE
 from raylign.scoring.process import REASON_LENGTH, Given
 from raylign.scoring.resolve import ScoringFunction, require_file_inside, require_inside, resolve, source_of
 from raylign.scoring.roots import trusted_roots
-from raylign.text import one_line
 
 
 class _Channel:

@@ -13,8 +13,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from raylign.errors import RaylignError, RecordError
 from raylign.reading.files import read_text
 from raylign.reading.yaml_text import parse_yaml
+from raylign.report.text import one_line
 from raylign.run.reading import unreadable
-from raylign.text import one_line
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
 from raylign.tracking.params import redacted

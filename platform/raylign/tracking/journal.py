@@ -14,9 +14,9 @@ from typing import Any, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from raylign.errors import RaylignError, RecordError
-from raylign.files import disk_errors
+from raylign.report.text import escape_control
+from raylign.run.files import disk_errors
 from raylign.run.reading import first_problem, unreadable
-from raylign.text import escape_control
 
 JOURNAL_NAME = "events.jsonl"
 T = TypeVar("T")

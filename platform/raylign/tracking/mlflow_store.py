@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from raylign.boundary.secrets import without_secrets
 from raylign.errors import RaylignError, TrackingError
-from raylign.text import escape_control
+from raylign.report.text import escape_control
 from raylign.tracking.database import create_database
 from raylign.tracking.transport import limited
 from raylign.tracking.uri import artifact_location

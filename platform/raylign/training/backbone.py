@@ -6,11 +6,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import raylign.training.attention as attention
+import raylign.training.kernels.attention as attention
 from raylign.errors import ModelError
 from raylign.models.context import switch_length
-from raylign.training.adapted_linear import use_fused_adapters
-from raylign.training.rms_norm import use_lean_norms
+from raylign.training.kernels.adapted_linear import use_fused_adapters
+from raylign.training.kernels.rms_norm import use_lean_norms
 from raylign.training.sequences import TokenBatch
 
 PaddedAttention = Literal["sdpa", "eager"]

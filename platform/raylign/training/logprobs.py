@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from raylign.errors import ModelError
 from raylign.training.backbone import PaddedAttention, inner_model, last_hidden_states, use_lean_layers
-from raylign.training.head import TokenScores, linear_scores
+from raylign.training.kernels.head import TokenScores, linear_scores
 from raylign.training.sequences import TokenBatch
 
 _LOGIT_RESCALING = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from raylign.config.losses import TrainerLoss
 from raylign.losses import CandidateLogps, ld_weights
 from raylign.records import Preference
-from raylign.training.head import TokenScores
+from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.sequences import Completions, Layout, TokenBatch, token_batch, token_cost
 

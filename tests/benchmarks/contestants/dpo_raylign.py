@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.cluster import cluster
-from actors.trainer_group import TrainerGroup
+from actors.trainer.group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import SigmoidLossBlock
 from raylign.models.resolve import CONFIG

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Tra
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from actors.host_memory import keep_freed_memory
+from actors.trainer.host_memory import keep_freed_memory
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.dpo import DpoJob, DpoResult
 from tests.benchmarks.harness.products import widen_products

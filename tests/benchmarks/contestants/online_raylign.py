@@ -12,7 +12,7 @@ from pathlib import Path
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.errors import NoPreferencesError
 from raylign.prompts import draw
-from raylign.reporting import sampled
+from raylign.report.tables import sampled
 from recipes.online_campaign import campaign
 from recipes.online_dpo import evaluate_policy, run_round
 from tests.benchmarks.harness.children import contestant, progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from actors.cluster import cluster
-from actors.trainer_group import TrainerGroup
+from actors.trainer.group import TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import PlackettLuceLossBlock
 from raylign.records import Preference

@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 
 from raylign.config.base import Block
-from recipes.signals import terminable
+from recipes.commands.signals import terminable
 from tests.benchmarks.harness.meter import Meter, PeakMemory, family, gpu_name
 
 ROOT = Path(__file__).resolve().parents[3]

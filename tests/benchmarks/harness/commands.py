@@ -19,7 +19,7 @@ def raylign(console: Console, log: Path, *words: str) -> float:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
     started = time.monotonic()
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "recipes.cli", *words]
+        command = [sys.executable, "-m", "recipes.commands.cli", *words]
         done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": paths})
     if done.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from raylign.chunks import chunks
-from raylign.files import publish_text
 from raylign.models import load_tokenizer, resolve_model
+from raylign.run.files import publish_text
 from tests.benchmarks.harness.children import ROOT
 
 MODEL = "embedded:smollm2-135m"

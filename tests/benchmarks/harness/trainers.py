@@ -8,10 +8,10 @@ from typing import Any
 
 import ray
 
-from actors.deepspeed_rank import DeepSpeedRank
-from actors.network import free_address
-from actors.trainer import TrainerRank, TrainerSpec
-from actors.trainer_group import TrainerGroup
+from actors.trainer.actor import TrainerRank, TrainerSpec
+from actors.trainer.group import TrainerGroup
+from actors.trainer.network import free_address
+from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock
 from raylign.config.reference import InitialReferenceBlock

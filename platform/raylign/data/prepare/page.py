@@ -7,7 +7,7 @@ import yaml
 
 from raylign.data.prepare.accounts import MEANINGS, PairFate, RowFate
 from raylign.data.prepare.report import QUANTILES, Quantiles, Report
-from raylign.text import escape_control
+from raylign.report.text import escape_control
 
 Fate = TypeVar("Fate", RowFate, PairFate)
 

@@ -23,10 +23,10 @@ from raylign.data.prepare.ratings import Rater
 from raylign.data.prepare.report import PAIRS_NAME, Report, make_report, write_json
 from raylign.data.prepare.table import copy_rows
 from raylign.errors import ConfigError
-from raylign.files import disk_errors, publish_folder
-from raylign.progress import stage_progress
 from raylign.prompts.quarantine import QUARANTINE_NAME
 from raylign.prompts.tables import Fault
+from raylign.report.progress import stage_progress
+from raylign.run.files import disk_errors, publish_folder
 
 ADVANCE = 100
 """Rows between two looks at the progress."""

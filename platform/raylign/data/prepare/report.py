@@ -15,7 +15,7 @@ from raylign.config.prepare import PrepareConfig
 from raylign.data.prepare.accounts import Account, PairFate, RowFate, total_fates
 from raylign.data.prepare.decide import Decision
 from raylign.data.prepare.keys import Keys
-from raylign.fingerprints import fingerprint
+from raylign.run.fingerprints import fingerprint
 
 PAIRS_NAME = "preferences.parquet"
 QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}

@@ -1,0 +1,1 @@
+"""Generators: an actor with a vLLM engine each."""

@@ -1,0 +1,1 @@
+"""The scorer actor and its client."""

@@ -1,0 +1,67 @@
+"""The scorer: any `raylign.scoring` object in a process of its own."""
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.supervision.stacks import enable_stack_dumps
+from raylign.config.scoring import ScoringBlock
+from raylign.errors import ScorerError
+from raylign.records import Score
+from raylign.run.sources import KeptSources
+from raylign.scoring import Compute, ScoringItem, Usages
+from raylign.scoring.load import ONE_THREAD, load_scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """One score per item, in order, and what that took. Made by the actor, read by its client."""
+
+    scores: list[Score]
+    usage: Usages
+
+
+class _Scorer:
+    """Scores one batch a call; constructing it loads the scorer."""
+
+    def __init__(
+        self,
+        block: ScoringBlock,
+        cache: str,
+        stacks: str,
+        name: str,
+        compute: Compute = ONE_THREAD,
+        code: Mapping[str, KeptSources] | None = None,
+    ) -> None:
+        """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
+        when it is asked to. Models run on `compute`. `code` has the sources of functions by their `module:function`.
+
+        Raises ScorerError: cannot be loaded, or this node has other code for a function.
+        """
+        enable_stack_dumps(stacks, name)
+        for spec, kept in (code or {}).items():
+            if not kept.make_importable(spec):
+                shared = f", or put run.dir on storage that every node sees ({kept.folder})" if kept.folder else ""
+                raise ScorerError(
+                    f"scoring.function={spec}: {socket.gethostname()} has other code for it than the run began with; "
+                    f"install the same version of it on every node{shared}"
+                )
+        # What a judge costs is logged as INFO; it goes to the actor's own log.
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+        logging.getLogger("raylign").setLevel(logging.INFO)
+        self._scorer = load_scorer(block, Path(cache), compute)
+
+    def ready(self) -> bool:
+        return True
+
+    def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
+        """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
+        return ScoredBatch(self._scorer.score(items, allowed), self._scorer.take_usage())
+
+
+Scorer: Any = ray.remote(_Scorer)

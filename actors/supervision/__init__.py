@@ -1,0 +1,1 @@
+"""Actors that end: noticed, explained, replaced, counted."""

@@ -1,0 +1,77 @@
+"""DeepSpeed engines, with the corrections that make every ZeRO stage take the same steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from actors.trainer.state import Access
+from actors.trainer.zero_state import ZeroState
+from raylign.config.blocks import Dtype, TrainerBlock
+from raylign.errors import TrainerError
+from raylign.training.masters import adamw
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def frozen_engine(module: nn.Module, config: dict[str, Any], dtype: Dtype) -> Any:
+    """A DeepSpeed engine around `module` without an optimizer. Raises TrainerError as `require_dtype` does."""
+    require_dtype(dtype)
+    return deepspeed.initialize(model=module, config=config)[0]
+
+
+class ZeroEngine:
+    """A DeepSpeed engine that shares out optimizer state, gradients or weights over ranks: ZeRO stages 1 to 3."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        config: dict[str, Any],
+        block: TrainerBlock,
+        writable: Access,
+    ) -> None:
+        optimizer = adamw([parameter for parameter in module.parameters() if parameter.requires_grad], block)
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+        if self._engine.fp16_enabled():
+            # The trainer says itself that the loss scale cannot be lowered any further.
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self.training_module: nn.Module = self._engine
+        self.module: nn.Module = self._engine.module
+        self.state = ZeroState(self._engine.optimizer, parameters, writable, in_bf16=self._engine.bfloat16_enabled())
+
+    @property
+    def loss_scale(self) -> float | None:
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float | None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        skipped = self._engine.skipped_steps
+        with self.state.rounded():
+            self._engine.step()
+        return None if self._engine.skipped_steps > skipped else float(self._engine.get_global_grad_norm())
+
+    def loss_scaler(self) -> Mapping[str, float]:
+        if not self._engine.fp16_enabled():
+            return {}
+        return {name: getattr(self._engine.optimizer.loss_scaler, name) for name in _SCALER}
+
+    def set_loss_scaler(self, state: Mapping[str, float]) -> None:
+        for name, value in state.items() if self._engine.fp16_enabled() else ():
+            setattr(self._engine.optimizer.loss_scaler, name, value)
+
+
+def require_dtype(dtype: Dtype) -> None:
+    """Raises TrainerError when the device does not compute in it."""
+    device = get_accelerator()
+    if dtype == "float16" and not device.is_fp16_supported():
+        raise TrainerError("this device does not compute in float16; set model.dtype=bfloat16 or float32")
+    if dtype == "bfloat16" and not device.is_bf16_supported():
+        raise TrainerError("this device does not compute in bfloat16; set model.dtype=float16 or float32")

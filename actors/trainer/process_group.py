@@ -1,0 +1,38 @@
+"""The process group of the trainer ranks, and parameters that it shares out."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import deepspeed
+from torch import nn
+
+from actors.trainer.bound_store import listen_on_own_address
+from raylign.config.blocks import TrainerBlock
+
+_INFERENCE_COLLECTIVES = "deepspeed_shm_comm"
+
+
+def join_group(block: TrainerBlock, rank: int, address: str, port: int, *, on_gpu: bool) -> None:
+    """Become rank `rank` of the group that meets at address:port."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(block.ranks),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    listen_on_own_address()
+    # Half a minute of compiling at a machine's first start, for collectives that only DeepSpeed's inference calls.
+    deepspeed.ops.__compatible_ops__[_INFERENCE_COLLECTIVES] = False
+    # The driver's deadline is step_timeout_s: it comes first and knows which rank is silent.
+    timeout = timedelta(seconds=2 * block.step_timeout_s)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout)
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter], writer: int | None = None) -> Iterator[None]:
+    """ZeRO-3's parameters made whole; what rank `writer` changes in them lasts."""
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=writer):
+        yield

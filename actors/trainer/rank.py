@@ -1,0 +1,340 @@
+"""One DeepSpeed rank: what a trainer does."""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.supervision.stacks import enable_stack_dumps
+from actors.trainer.actor import TrainerSpec
+from actors.trainer.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
+from actors.trainer.deepspeed_engine import frozen_engine
+from actors.trainer.engine import training_engine
+from actors.trainer.host_memory import keep_freed_memory, memory_errors
+from actors.trainer.model_files import drain, write_adapter, write_weights
+from actors.trainer.process_group import join_group
+from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
+from actors.trainer.sharding import Sharding
+from actors.trainer.state import (
+    StoredTensors,
+    TrainerState,
+    load_tensors,
+    read_state,
+    state_nbytes,
+    state_tensors,
+    store,
+    write_state,
+)
+from raylign.config.reference import NoReferenceBlock
+from raylign.losses import LossState
+from raylign.models import load_policy
+from raylign.records import Preference
+from raylign.reference.logps import require_reference
+from raylign.reference.versions import is_new_reference, reference_version
+from raylign.run.checkpoints import Metrics
+from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
+from raylign.training.layout_check import supported_layout
+from raylign.training.learners import Totals, learner_of
+from raylign.training.logprobs import CompletionLogps
+from raylign.training.passes import Passes
+from raylign.training.preferences import PreferenceBatch, mean_chosen_tokens, pass_cost, preference_batch, to_device
+from raylign.training.schedule import Schedule
+from raylign.training.sequences import Completions, Layout, token_batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The round in training: its preferences, every step's micro-batches, the reports of the steps done."""
+
+    index: int
+    preferences: tuple[Preference, ...]
+    steps: list[Step]
+    reports: list[Metrics]
+
+
+class DeepSpeedRank:
+    """Holds the model in training, its optimizer state and the reference; constructing it joins the process group.
+
+    `actors.trainer.actor` tells of its methods.
+    """
+
+    def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
+        self._spec, self._rank = spec, rank
+        self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
+        self._steps_done = 0
+        self._round = _Round(0, (), [], [])
+        self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
+        self._sender: TrainerWeightTransferEngine[Any] | None = None
+        enable_stack_dumps(spec.stacks, f"trainer-{rank}")
+        torch.set_num_threads(spec.threads)
+        if not spec.on_gpu:
+            keep_freed_memory()
+        join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
+        self._sharding = Sharding(spec.trainer.zero_stage == 3)
+        self._hf_config = self._sharded_loading() if self._sharding.zero3 else None
+        self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
+        self._model = self._checkpointed(self._learner.model)
+        self._engine = training_engine(
+            self._learner.module(),
+            self._trained(),
+            spec.trainer,
+            spec.model.dtype,
+            self._device,
+            self._sharding.writable,
+        )
+        self._engine.module.train()
+        block = spec.reference if self._learner.has_reference else NoReferenceBlock()
+        self._references = references(block, self._model, self._engine.module, self._sharding, self._frozen_copy)
+        self._layout = self._supported_layout()
+        self._passes = Passes(self._layout, spec.pad_id, self._device)
+
+    def _sharded_loading(self) -> Any:
+        """transformers shards while loading as long as this object lives."""
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: PLC0415 - for ZeRO-3 alone
+
+        return HfDeepSpeedConfig(deepspeed_config(self._spec.trainer, self._spec.model.dtype))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def _checkpointed(self, model: "PreTrainedModel | PeftModel") -> "PreTrainedModel | PeftModel":
+        if self._spec.trainer.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def _supported_layout(self) -> Layout:
+        """Holds for a second model too, which may be of another architecture."""
+        policy: Any = self._engine.module
+        copies = [reference.scored for reference in self._references.reference if isinstance(reference, FrozenCopy)]
+        return supported_layout([policy, *copies], self._spec.trainer.packing, self._device)
+
+    def layout(self) -> Layout:
+        return self._layout
+
+    def _frozen_copy(self) -> nn.Module:
+        """The model of the reference's folder."""
+        whole = self._spec.model.model_copy(update={"lora": None})
+        copy = self._checkpointed(load_policy(self._spec.reference_folder, whole, self._spec.seed))
+        copy.requires_grad_(False)
+        config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
+        frozen: nn.Module = frozen_engine(CompletionLogps(copy), config, self._spec.model.dtype)
+        frozen.eval()
+        return frozen
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def reference_candidates(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int
+    ) -> dict[int, tuple[float, ...]]:
+        found: dict[int, tuple[float, ...]] = {}
+        self._references.follow(rounds_done)
+        plan, loss = self._plan(preferences, seed, epochs=1), self._spec.loss
+        with self._references.reference[0].scoring() as module, torch.no_grad():
+            for micro in (micro for step in plan for micro in self._mine(step)):
+                mine = [replace(preferences[i], reference_logps=()) for i in micro.indices]
+                batch = self._batch(mine, micro)
+                logps = kl_logps = iter(module(batch.tokens, batch.token_weights).logps.tolist())
+                if loss.needs_kl_baseline and not loss.needs_kl_gradient:
+                    kl_logps = iter(self._passes.kl_logps(module, mine).tolist())
+                for index, weight in zip(micro.indices, micro.weights, strict=True):
+                    values = tuple(next(logps) for _ in preferences[index].candidates)
+                    values += (next(kl_logps),) if loss.needs_kl_sample else ()
+                    found |= {index: values} if weight else {}
+        return found
+
+    def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
+        loss, version = self._spec.loss, reference_version(self._spec.reference, self._references.followed)
+        form = (self._layout, self._spec.pad_id, loss.tail_weight, version, loss.needs_kl_gradient)
+        return to_device(preference_batch(preferences, micro.weights, *form), self._device)
+
+    def _plan(self, preferences: Sequence[Preference], seed: int, epochs: int) -> list[Step]:
+        block = self._spec.trainer
+        costs = [pass_cost(preference, self._layout, self._spec.loss) for preference in preferences]
+        shape = BatchShape(
+            block.ranks, block.train_batch_size, block.per_device_train_batch_size, block.max_tokens_per_micro_batch
+        )
+        return plan_steps(costs, shape, epochs=epochs, seed=seed)
+
+    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        return self._logps(self._references.reference, rows)
+
+    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        return self._logps(self._references.initial, rows)
+
+    def _logps(self, policies: Sequence[ReferencePolicy], rows: Sequence[Completions]) -> list[list[float]]:
+        """Under the first of the policies, if there is one."""
+        block = self._spec.trainer
+        for policy in policies:
+            with policy.scoring() as module:
+                mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
+                return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
+        return []
+
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
+        require_reference(preferences, self._spec.loss)
+        self._references.follow(rounds_done)
+        plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
+        if self._spec.loss.needs_reward_shift and not steps and is_new_reference(self._spec.reference, rounds_done):
+            means = self._measured(preferences, plan[:1], self._state)[0]
+            self._state = self._learner.under_new_reference(self._state, means)
+        self._round = _Round(rounds_done + 1, tuple(preferences), plan, list(steps))
+        return len(plan)
+
+    def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        require_reference(preferences, self._spec.loss)
+        plan = self._plan(preferences, seed=0, epochs=1)
+        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens(preferences))
+        return self._measured(preferences, plan, self._with_kl(state, preferences, plan))
+
+    def _measured(
+        self, preferences: Sequence[Preference], steps: Sequence[Step], state: LossState
+    ) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        """What `evaluate` returns, of the preferences of `steps`."""
+        found: dict[int, tuple[float, float, float]] = {}
+        totals: list[Totals] = []
+        self._engine.module.eval()
+        with torch.no_grad():
+            for micro in (micro for step in steps for micro in self._mine(step)):
+                batch = self._batch([preferences[index] for index in micro.indices], micro)
+                loss, own = self._learner.measure(self._engine.module, batch, state)
+                totals.append(own)
+                columns = (loss.losses.tolist(), loss.chosen_rewards.tolist(), loss.rejected_rewards.tolist())
+                for index, weight, *values in zip(micro.indices, micro.weights, *columns, strict=True):
+                    found |= {index: (values[0], values[1], values[2])} if weight else {}
+        self._engine.module.train()
+        return self._metrics(totals, tuple(loss.metrics)), found
+
+    def _with_kl(self, state: LossState, preferences: Sequence[Preference], steps: Sequence[Step]) -> LossState:
+        """With the KL of the policy as it is, estimated over all of `steps` and all ranks, where the loss reads it."""
+        if not self._spec.loss.needs_kl_baseline:
+            return state
+        self._engine.module.eval()
+        micro_batches = (micro for step in steps for micro in self._mine(step))
+        totals = self._passes.kl_totals(self._engine.module, preferences, micro_batches)
+        self._engine.module.train()
+        dist.all_reduce(totals)
+        return replace(state, kl=max(0.0, (totals[0] / totals[1]).item()))
+
+    def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
+        """Of all ranks; `own` are the names of what the loss logs itself."""
+        sums = torch.stack([total.sums for total in totals]).sum(0).to(self._device)
+        highest = torch.stack([total.highest for total in totals]).amax(0).to(self._device)
+        dist.all_reduce(sums)
+        if highest.numel():
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return dict(self._learner.metrics(Totals(sums.cpu(), highest.cpu()), own))
+
+    def train_step(self) -> Metrics:
+        number = len(self._round.reports)
+        # Dropout, where a model has it, draws the same whether or not earlier steps ran in this process.
+        torch.manual_seed((self._spec.seed * 1_000_003 + self._steps_done) * self._spec.trainer.ranks + self._rank)
+        with memory_errors(f"step {number + 1} on rank {self._rank}"):
+            report = self._step(self._round.preferences, self._round.steps[number])
+        self._round.reports.append(report)
+        return report
+
+    def step_indices(self, number: int) -> tuple[int, ...]:
+        return self._round.steps[number].indices()
+
+    def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
+        place = self._round.index - 1 + len(self._round.reports) / len(self._round.steps)
+        rate = self._schedule.rate(self._steps_done, place)
+        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens([preferences[i] for i in step.indices()]))
+        self._state = self._with_kl(state, preferences, [step])
+        report = self._accumulate(preferences, step) | {"learning_rate": rate}
+        scale = self._engine.loss_scale
+        norm = self._engine.step(rate)
+        if norm is None:
+            scaling = scale is not None and scale > MIN_LOSS_SCALE and math.isfinite(report["loss"])
+            return report | {"skipped_steps": 1.0} | ({} if scaling else {"non_finite_steps": 1.0})
+        self._steps_done += 1
+        self._state = self._learner.next_state(self._state, report)
+        return report | {"grad_norm": norm} | ({} if scale is None else {"skipped_steps": 0.0})
+
+    def _accumulate(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
+        """Forward and backward over this rank's micro-batches; the metrics are those of all ranks."""
+        mine = self._mine(step)
+        totals: list[Totals] = []
+        for number, micro in enumerate(mine):
+            batch = self._batch([preferences[index] for index in micro.indices], micro)
+            loss, own = self._learner.measure(self._engine.training_module, batch, self._state)
+            # Engines average over ranks, so world / count makes a preference of weight 1 weigh 1 / count.
+            total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
+            # A loss that is not finite makes every gradient so: all ranks then leave the step out.
+            self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), last=number == len(mine) - 1)
+            totals.append(own)
+        return self._metrics(totals, tuple(loss.metrics))
+
+    def _mine(self, step: Step) -> tuple[MicroBatch, ...]:
+        return step.micro_batches[self._rank]
+
+    def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        if self._rank > 0 and not self._sharding.zero3:
+            return []
+        rows = [Completions(ids[:1], (ids[1:],)) for ids in token_ids]
+        batch = token_batch(rows, self._layout, self._spec.pad_id).to(self._device)
+        with torch.no_grad():
+            logps: Tensor = self._engine.module(batch).tokens.logps
+        return [part.tolist() for part in torch.split(logps, [len(ids) - 1 for ids in token_ids])]
+
+    def save_weights(self, path: str) -> None:
+        write_weights(self._model, self._sharding, self._rank, Path(path))
+
+    def save_adapter(self, folder: str) -> None:
+        write_adapter(self._model, self._sharding, self._rank, Path(folder))
+
+    def state_bytes(self) -> int:
+        exported = sum(p.nbytes for p in self._model.parameters()) if self._spec.model.lora is None else 0
+        kept = sum(tensor.nbytes for _, tensor in self._references.tensors())
+        return state_nbytes(self._engine.state) * 4 // 3 + exported + kept
+
+    def save_state(self, folder: str, round_index: int) -> list[Metrics]:
+        reports = self._round.reports if self._round.index == round_index else []
+        tensors = chain(state_tensors(self._engine.state), self._references.tensors())
+        if self._rank > 0:
+            drain(tensors)
+            return reports
+        store(Path(folder), tensors)
+        followed, scaler = self._references.followed, dict(self._engine.loss_scaler())
+        state = TrainerState(self._steps_done, followed, self._state, self._schedule.warm_at, scaler)
+        write_state(Path(folder), state)
+        return reports
+
+    def load_state(self, folder: str) -> None:
+        stored, state = StoredTensors(Path(folder)), read_state(Path(folder))
+        load_tensors(self._engine.state, stored, state.steps_done)
+        self._references.load(stored.get, state.followed)
+        self._steps_done = state.steps_done
+        self._state, self._schedule.warm_at = state.loss, state.warm_at
+        self._engine.set_loss_scaler(state.loss_scaler)
+
+    def send_nccl(
+        self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float
+    ) -> None:
+        from actors.weight_sync.nccl import PolicySource, open_sender  # noqa: PLC0415 - vLLM, for this transport alone
+
+        if self._sender is None:
+            source = PolicySource(self._model, self._sharding.gather, self._sharding.shape_of)
+            self._sender = open_sender(
+                source, handles, rank=self._rank, address=address, port=port, workers=workers, timeout_s=timeout_s
+            )
+        self._sender.send_weights()

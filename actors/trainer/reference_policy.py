@@ -1,0 +1,227 @@
+"""What a trainer rank measures log-ratios against, and how it follows the policy from round to round."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actors.trainer.sharding import Sharding
+from actors.trainer.state import own_part, whole
+from raylign.config.reference import (
+    ModelReferenceBlock,
+    NoReferenceBlock,
+    ReferenceBlock,
+    SamplerReferenceBlock,
+)
+from raylign.models.open import is_adapted
+from raylign.reference.versions import Pace, pace
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Makes sharded parameters whole, and what is written to them lasting."""
+
+Storage = Callable[[nn.Parameter], Tensor]
+"""This rank's part of a parameter, as it is stored; what is written to it counts from the next use."""
+
+
+class ReferencePolicy(Protocol):
+    """The reference of one rank."""
+
+    def scoring(self) -> AbstractContextManager[nn.Module]:
+        """The module that scores under the reference, while the context lasts."""
+
+    def advance(self, rounds: int) -> None:
+        """Follow the policy, of which `rounds` rounds are done."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What cannot be loaded from the model's folder; all ranks must ask."""
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        """Take what `tensors` gave, by name."""
+
+
+class _Still:
+    """A reference that never moves."""
+
+    def advance(self, rounds: int) -> None:
+        """It stays where it is."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        """Nothing to take."""
+
+
+class DisabledAdapter(_Still):
+    """The policy's own base under a disabled adapter: no second model."""
+
+    def __init__(self, policy: "PeftModel", module: nn.Module) -> None:
+        self._policy, self._module = policy, module
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        with self._policy.disable_adapter():
+            yield self._module
+
+
+class FrozenCopy(_Still):
+    """A second model that stays where it is."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def scored(self) -> Any:
+        """The module itself, a `CompletionLogps`, without an engine around it."""
+        return getattr(self._module, "module", self._module)
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        yield self._module
+
+
+class FollowingCopy(FrozenCopy):
+    """A second model that is mixed with the policy's weights; an fp32 copy keeps what the dtype would round."""
+
+    def __init__(self, module: nn.Module, policy: nn.Module, pace: Pace, storage: Storage) -> None:
+        super().__init__(module)
+        self._pace, self._storage = pace, storage
+        self._pairs = list(zip(module.parameters(), policy.parameters(), strict=True))
+        self._exact = [storage(own).float() for own, _ in self._pairs] if pace.share < 1 else []
+
+    def advance(self, rounds: int) -> None:
+        if not self._pace.is_due(rounds):
+            return
+        with torch.no_grad():
+            if not self._exact:
+                for own, of_policy in self._pairs:
+                    self._storage(own).copy_(self._storage(of_policy))
+            for exact, (own, of_policy) in zip(self._exact, self._pairs, strict=bool(self._exact)):
+                exact.lerp_(self._storage(of_policy).to(exact), self._pace.share)
+                self._storage(own).copy_(exact)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for index, (own, _) in enumerate(self._pairs):
+            kept = self._exact[index] if self._exact else self._storage(own)
+            shape = getattr(own, "ds_shape", None)  # of a parameter that ZeRO-3 shares out
+            yield f"reference/{index}", kept if shape is None else whole(kept, shape)
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        with torch.no_grad():
+            for index, (own, _) in enumerate(self._pairs):
+                stored = self._storage(own)
+                value = get(f"reference/{index}")
+                kept = own_part(value, stored.numel()) if hasattr(own, "ds_id") else value
+                if self._exact:
+                    self._exact[index].copy_(kept)
+                stored.copy_(kept)
+
+
+class FollowingAdapter:
+    """The policy with the adapter weights of an earlier round in place of its own."""
+
+    def __init__(self, policy: "PeftModel", module: nn.Module, pace: Pace, access: Access) -> None:
+        self._module, self._pace, self._access = module, pace, access
+        self._parameters = [parameter for name, parameter in policy.named_parameters() if ".lora_" in name]
+        self._weights = self._copies()
+
+    def _copies(self) -> list[Tensor]:
+        copies = []
+        for parameter in self._parameters:
+            with self._access([parameter]):
+                copies.append(parameter.detach().float().clone())
+        return copies
+
+    @contextmanager
+    def scoring(self) -> Iterator[nn.Module]:
+        current = self._copies()
+        self._write(self._weights)
+        try:
+            yield self._module
+        finally:
+            self._write(current)
+
+    def _write(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self._parameters, weights, strict=True):
+                with self._access([parameter]):
+                    parameter.copy_(weight)
+
+    def advance(self, rounds: int) -> None:
+        if self._pace.is_due(rounds):
+            for own, of_policy in zip(self._weights, self._copies(), strict=True):
+                own.lerp_(of_policy, self._pace.share)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"reference/{index}", weight) for index, weight in enumerate(self._weights))
+
+    def load(self, get: Callable[[str], Tensor]) -> None:
+        for index, weight in enumerate(self._weights):
+            weight.copy_(get(f"reference/{index}"))
+
+
+@dataclass(slots=True)
+class References:
+    """What a rank can measure against, none or one of each: the reference, and the policy before round 1.
+
+    `followed` is the number of rounds that the reference has taken its part of.
+    """
+
+    reference: Sequence[ReferencePolicy]
+    initial: Sequence[ReferencePolicy]
+    followed: int = 0
+
+    def follow(self, rounds_done: int) -> None:
+        """Let the reference take its part of the policy, once for each number of rounds."""
+        if rounds_done > self.followed:
+            for reference in self.reference:
+                reference.advance(rounds_done)
+            self.followed = rounds_done
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What cannot be loaded from the model's folder; all ranks must ask."""
+        return (named for reference in self.reference for named in reference.tensors())
+
+    def load(self, get: Callable[[str], Tensor], followed: int) -> None:
+        """Take what `tensors` gave, by name, `followed` rounds being in it."""
+        for reference in self.reference:
+            reference.load(get)
+        self.followed = followed
+
+
+def references(
+    block: ReferenceBlock,
+    policy: "PreTrainedModel | PeftModel",
+    module: nn.Module,
+    sharding: Sharding,
+    copy: Callable[[], nn.Module],
+) -> References:
+    """`module` wraps the policy; `copy` loads a second, frozen model where one is needed.
+
+    An adapter's base is the policy before round 1, whatever the reference is, and costs nothing.
+    """
+    initial = (DisabledAdapter(policy, module),) if is_adapted(policy) else ()
+    if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
+        return References((), initial)
+    if is_adapted(policy) and not isinstance(block, ModelReferenceBlock):
+        return References((adapter_reference(block, policy, module, sharding.writable),), initial)
+    return References((copied_reference(block, copy(), module, sharding.stored),), initial)
+
+
+def adapter_reference(block: ReferenceBlock, policy: "PeftModel", module: nn.Module, access: Access) -> ReferencePolicy:
+    """The reference in the policy's own base, `module` wrapping the policy."""
+    follows = pace(block)
+    return DisabledAdapter(policy, module) if follows is None else FollowingAdapter(policy, module, follows, access)
+
+
+def copied_reference(block: ReferenceBlock, copy: nn.Module, policy: nn.Module, storage: Storage) -> ReferencePolicy:
+    """The reference in a second model; `copy` and `policy` are alike."""
+    follows = pace(block)
+    return FrozenCopy(copy) if follows is None else FollowingCopy(copy, policy, follows, storage)

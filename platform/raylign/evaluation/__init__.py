@@ -1,0 +1,1 @@
+"""What a policy or reward model is worth: generated answers, held-out rows, calibration."""

@@ -1,0 +1,1 @@
+"""What log-ratios and KL are measured against."""

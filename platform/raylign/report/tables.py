@@ -1,0 +1,217 @@
+"""What a campaign with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from raylign.records import AnyEvaluation, Evaluation, Prompt, RoundReport, Score
+from raylign.report.console import own_stdout
+from raylign.report.text import escape_control, optional
+
+STAGES = ("sample", "score", "prefer", "reference", "train", "publish", "evaluate")
+PLAIN_WIDTH = 160
+SHOWN_CHARACTERS = 1200
+FALL_LIMIT = 0.5
+LENGTH_CHANGE_LIMIT = 0.5
+KL_LIMIT_NATS = 10.0
+ACCURACY_FLOOR = 0.55
+SKIPPED_LIMIT = 0.1
+NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out completion for people to read. Made by the evaluation stage."""
+
+    prompt: Prompt
+    completion: str
+    score: Score
+
+
+def report_console() -> Console:
+    """Standard output; wide enough for the table of rounds when it is not a terminal."""
+    out = own_stdout()
+    return Console(file=out, width=None if out.isatty() else PLAIN_WIDTH)
+
+
+def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
+    """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
+
+    KL is that to the reference; that to the policy before round 1 has a column where it is another one.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
+    apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
+    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
+    for header in ("round", "score [low, high]", *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate"):
+        table.add_column(Text(header), justify="right", overflow="fold")
+    for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
+        table.add_column(Text(header), justify="right", overflow="fold")
+    for stage in STAGES:
+        table.add_column(f"{stage}\ns", justify="right", overflow="fold")
+    trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
+    for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
+        table.add_row(str(index), *_evaluation_cells(evaluation, apart=apart), *cells)
+    return table
+
+
+def samples_block(title: str, before: Sequence[Sample], after: Sequence[Sample]) -> RenderableType:
+    """Each held-out prompt with its completion before and after training, and the scores.
+
+    `before` and `after` are parallel and of the same prompts (ValueError otherwise). Model output is shown as plain
+    text with control characters written out.
+    """
+    if [sample.prompt.id for sample in before] != [sample.prompt.id for sample in after]:
+        raise ValueError("samples before and after are not of the same prompts in the same order")
+    parts: list[RenderableType] = [Rule(Text(title), characters="-")]
+    for first, last in zip(before, after, strict=True):
+        parts += [Text(f"prompt {first.prompt.id}", style="bold"), _indented(_last_message(first.prompt))]
+        parts += [Text(f"before, score {_score_text(first.score)}", style="bold"), _indented(first.completion)]
+        parts += [Text(f"after, score {_score_text(last.score)}", style="bold"), _indented(last.completion), Text("")]
+    return Group(*parts)
+
+
+def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
+    """Plain notes, with numbers, on what may be reward hacking or training without effect; empty when all is well."""
+    if not reports:
+        return []
+    last = sampled(reports[-1].evaluation)
+    notes = [
+        *_fall_note("distinct-2", baseline.distinct_2, last.distinct_2, "completions repeat themselves"),
+        *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
+        *_length_notes(baseline.length, last.length),
+        *_kl_notes(last),
+    ]
+    if last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
+        notes.append(
+            f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
+            "change may be chance; raise prompts.held_out or evaluation.num_generations to tell"
+        )
+    return [*notes, *_accuracy_notes(reports), *_skipped_notes(reports)]
+
+
+def _fall_note(name: str, before: float, after: float, meaning: str) -> list[str]:
+    if after >= before * (1 - FALL_LIMIT):
+        return []
+    return [
+        f"{name} fell from {before:.2f} to {after:.2f} ({after / before - 1:.0%}): {meaning}; "
+        "read the samples before trusting the score"
+    ]
+
+
+def _length_notes(before: float, after: float) -> list[str]:
+    if abs(after - before) <= LENGTH_CHANGE_LIMIT * before:
+        return []
+    change = f" ({after / before - 1:+.0%})" if before else ""
+    return [
+        f"mean length went from {before:.1f} to {after:.1f} tokens{change}: "
+        "the scorer may reward length rather than quality"
+    ]
+
+
+def _kl_notes(last: Evaluation) -> list[str]:
+    measured = (("initial policy", last.kl_initial), ("reference", last.kl))
+    far = [
+        f"KL to the {name} is {kl:.1f} nats per completion (noted above {KL_LIMIT_NATS:g}): the policy has moved far; "
+        "if the samples got worse, raise loss.beta or train fewer rounds"
+        for name, kl in measured
+        if kl is not None and kl > KL_LIMIT_NATS
+    ][:1]
+    if last.kl is None or last.kl_initial is not None:
+        return far
+    return [
+        "KL to the initial policy is not known: no copy of it is kept beside this reference, and the KL shown is that "
+        "to the reference alone; to tell how far the policy has moved, train an adapter (model.lora) or set "
+        "reference.policy=initial",
+        *far,
+    ]
+
+
+def _accuracy_notes(reports: Sequence[RoundReport]) -> list[str]:
+    """Round 1 starts at the reference, where every implicit reward is 0, so one round says nothing."""
+    accuracy = step_mean(reports[-1], "rewards/accuracies")
+    if len(reports) < 2 or accuracy is None or accuracy >= ACCURACY_FLOOR:
+        return []
+    return [
+        f"rewards/accuracies is {accuracy:.2f} in round {reports[-1].index} (noted below {ACCURACY_FLOOR:g}, chance is "
+        "0.5): the policy does not tell chosen from rejected; raise trainer.learning_rate or schedule.prompts_per_round"
+    ]
+
+
+def _skipped_notes(reports: Sequence[RoundReport]) -> list[str]:
+    steps = [step for report in reports for step in report.steps]
+    skipped = sum(step.get("skipped_steps", 0.0) for step in steps)
+    if skipped <= SKIPPED_LIMIT * len(steps):
+        return []
+    return [
+        f"{skipped:.0f} of {len(steps)} steps were skipped because their gradients overflowed float16 (noted above "
+        f"{SKIPPED_LIMIT:.0%}), and their preferences were not learned from; set model.dtype=bfloat16 or float32"
+    ]
+
+
+def sampled(evaluation: AnyEvaluation) -> Evaluation:
+    """The evaluation of a campaign with samples."""
+    assert isinstance(evaluation, Evaluation)
+    return evaluation
+
+
+def _evaluation_cells(evaluation: Evaluation, *, apart: bool) -> list[str]:
+    return [
+        _interval_text(evaluation),
+        optional(evaluation.kl),
+        *([optional(evaluation.kl_initial)] if apart else []),
+        f"{evaluation.length:.1f}",
+        f"{evaluation.distinct_2:.3f}",
+        f"{evaluation.eos_rate:.2f}",
+    ]
+
+
+def _training_cells(report: RoundReport) -> list[str]:
+    first_loss = report.steps[0].get("loss") if report.steps else None
+    return [
+        str(report.counts["preferences"]),
+        _cell(first_loss, ".3f"),
+        _cell(step_mean(report, "rewards/accuracies"), ".2f"),
+        _cell(step_mean(report, "rewards/margins"), ".3f"),
+        *[_seconds_cell(report.seconds.get(stage)) for stage in STAGES],
+    ]
+
+
+def step_mean(report: RoundReport, metric: str) -> float | None:
+    """Mean over the round's steps that have the metric."""
+    values = [step[metric] for step in report.steps if metric in step]
+    return fmean(values) if values else None
+
+
+def _cell(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
+
+
+def _seconds_cell(seconds: float | None) -> str:
+    return _cell(seconds, ".1f" if seconds is not None and seconds < 100 else ".0f")
+
+
+def _interval_text(evaluation: Evaluation) -> str:
+    return f"{evaluation.score:.3f} [{evaluation.score_low:.3f}, {evaluation.score_high:.3f}]"
+
+
+def _score_text(score: Score) -> str:
+    return f"none ({escape_control(score.reason)})" if score.value is None else f"{score.value:.3f}"
+
+
+def _last_message(prompt: Prompt) -> str:
+    content = prompt.messages[-1]["content"] if prompt.messages else ""
+    return content if isinstance(content, str) else repr(content)
+
+
+def _indented(text: str) -> RenderableType:
+    left_out = len(text) - SHOWN_CHARACTERS
+    ending = f" ... ({left_out} more characters)" if left_out > 0 else ""
+    return Padding(Text(escape_control(text[:SHOWN_CHARACTERS], keep="\n\t") + ending), (0, 0, 0, 2), expand=False)

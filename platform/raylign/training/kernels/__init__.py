@@ -1,0 +1,1 @@
+"""The expensive operations of a forward and backward pass, a file for each."""

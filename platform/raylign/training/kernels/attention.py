@@ -1,0 +1,55 @@
+"""Attention over a packed row: every completion sees its prompt and itself, and nothing else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from raylign.training.kernels.attention_blocked import blocked_attention
+from raylign.training.kernels.attention_joined import joined_attention
+from raylign.training.sequences import Segment
+
+PACKED = "raylign_packed"
+"""Name under which transformers finds `packed_attention`; it makes no mask for names it does not know."""
+
+_IDLE = (
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+)
+"""Options of a whole model that reach its attention and say nothing to it."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[Segment],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = True,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention [1, T, H, D] of a packed row; query is [1, H, T, D], key and value are [1, H_kv, T, D].
+
+    A token sees the tokens before it in its prompt and its completion, none of its siblings' (a mask over the whole
+    row would cost T squared), and of those the last `sliding_window` where the layer has one. Raises TypeError for
+    whatever else an architecture asks of its attention: soft-capping, sinks, biases.
+    """
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _IDLE)
+    if unknown or dropout or not is_causal or attention_mask is not None:
+        asked = {"dropout": dropout, "is_causal": is_causal, "attention_mask": attention_mask is not None}
+        raise TypeError(f"packed rows know no attention with {', '.join(unknown) or asked}")
+    attention = blocked_attention if query.device.type == "cpu" else joined_attention
+    return attention(query, key, value, segments, scaling, sliding_window), None
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,196 @@
+"""A run's policy as a folder that transformers, vLLM and the hub read."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig, RunConfig, SftConfig
+from raylign.config.losses import LossBlock
+from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
+from raylign.errors import ConfigError, RecordError
+from raylign.export.card import Method, ModelFacts, framework_versions
+from raylign.export.policy import ADAPTER_CONFIG, export_model, require_place
+from raylign.export.reward_card import RewardModelFacts
+from raylign.export.reward_model import export_reward_model
+from raylign.models import resolve_model
+from raylign.records import HeldOutEvaluation, RoundReport
+from raylign.run.directory import RunDirectory, open_run
+from raylign.scoring.describe import scorer_name
+from raylign.tracking.journal import JOURNAL_NAME, read_events
+
+LOCAL_STARTS = (".", "/", "~")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_VERSION = "version."
+_TAGS = TypeAdapter(dict[str, str])
+_NO_4_BITS = "  # first: vLLM would put the adapter on the 16-bit base, the adapter was trained on 4 bits"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Where the model is, the policy version it has, and how it is put to use."""
+
+    folder: Path
+    version: int
+    use: str
+
+
+def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Exported:
+    """Export a policy version of the run directory `run`, by default the newest whose round is finished, to `to`.
+
+    Raises ConfigError when there is no such run or version, RecordError when its checkpoint is damaged, ModelError as
+    `export_model` does.
+    """
+    directory = open_run(run)
+    if to.absolute().is_relative_to(directory.path):
+        raise ConfigError(f"{to}: inside the run directory {directory.path}; give a folder outside of it")
+    require_place(to.absolute())
+    config = directory.config()
+    report = finished_round(directory, version)
+    finished = [other.policy_version for other in directory.reports()]
+    checkpoint = directory.whole_checkpoint(report.policy_version, finished).folder
+    base = resolve_model(config.model.path, config.model.revision)
+    if isinstance(config, RewardModelConfig):
+        return _export_reward_model(directory, config, report, checkpoint, base, to.absolute())
+    in_4bit = config.model if config.model.load_in_4bit else None
+    facts = card_facts(directory, config, report)
+    template, trust = config.model.chat_template, config.model.trust_remote_code
+    folder = export_model(checkpoint, base, to.absolute(), merge, facts, in_4bit, template, trust)
+    stays_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if stays_adapter and in_4bit:
+        use = f"{shlex.join(['raylign', 'export', str(run), '--to', f'{folder}-merged', '--merge'])}{_NO_4_BITS}"
+    else:
+        use = usage(folder, base if stays_adapter else None, config)
+    return Exported(folder, report.policy_version, use)
+
+
+def _export_reward_model(
+    directory: RunDirectory, config: RewardModelConfig, report: RoundReport, checkpoint: Path, base: str, to: Path
+) -> Exported:
+    """A whole model, whatever was trained: sequence classifiers are served without adapters."""
+    if not isinstance(report.evaluation, HeldOutEvaluation):
+        raise RecordError(
+            f"{directory.round(report.index)}: its report has the evaluation of samples, and the run is of a reward "
+            "model; restore report.json from a copy"
+        )
+    facts = RewardModelFacts(
+        name=config.run.name,
+        base_model=public_name(config.model.path),
+        data=public_name(config.data.source),
+        loss=f"`{config.loss.loss_type}`",
+        metrics=report.evaluation.metrics,
+        versions=training_versions(directory),
+    )
+    in_4bit = config.model if config.model.load_in_4bit else None
+    template, trust = config.model.chat_template, config.model.trust_remote_code
+    folder = export_reward_model(checkpoint, base, to, facts, in_4bit, template, trust)
+    return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
+
+
+def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:
+    """The report of policy `version`, or of the newest one that still has a checkpoint."""
+    kept = {int(path.name) for path in directory.checkpoints()}
+    reports = {report.policy_version: report for report in directory.reports() if report.policy_version in kept}
+    if not reports:
+        raise ConfigError(f"{directory.path}: no finished round with a checkpoint; let the run finish a round first")
+    wanted = max(reports) if version is None else version
+    if wanted not in reports:
+        known = ", ".join(str(number) for number in sorted(reports))
+        raise ConfigError(
+            f"{directory.path}: no checkpoint of a finished round for version {wanted}; there are: {known} "
+            "(trainer.save_total_limit says how many a run keeps)"
+        )
+    return reports[wanted]
+
+
+def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> ModelFacts:
+    """What the model card tells of the run up to `report`."""
+    return ModelFacts(
+        name=config.run.name,
+        base_model=public_name(config.model.path),
+        dataset=public_name(_source(config)),
+        method=_method(config),
+        rounds=report.index,
+        evaluation=report.evaluation,
+        confidence=_confidence(config),
+        versions=training_versions(directory),
+    )
+
+
+def _source(config: RunConfig) -> str:
+    match config:
+        case OnlineDpoConfig():
+            return config.prompts.source
+        case OfflineConfig():
+            return config.data.source
+        case _:
+            raise AssertionError(f"recipe {config.recipe!r} has no source")
+
+
+def _confidence(config: RunConfig) -> float:
+    assert isinstance(config, OnlineDpoConfig | OfflineConfig)
+    return config.evaluation.confidence
+
+
+def _method(config: RunConfig) -> Method:
+    source = public_name(_source(config))
+    match config:
+        case OnlineDpoConfig():
+            told = (
+                "iterative online\ndirect preference optimisation: in each round the current policy answers prompts, a "
+                "scorer judges the answers, and the\nbest and worst answer of a prompt become a preference pair"
+            )
+            name, scorer = f"iterative online DPO, loss {_loss_name(config.loss)}", _scorer_name(config.scoring)
+            return Method(told, name, ("dpo", "online-dpo"), {"Prompts": source, "Scorer": scorer})
+        case OfflineDpoConfig():
+            told = "direct\npreference optimisation on a data set of preferences"
+            return Method(told, f"offline DPO, loss {_loss_name(config.loss)}", ("dpo",), {"Preferences": source})
+        case SftConfig():
+            return Method("supervised\nfine-tuning on answers", "SFT on the answers", ("sft",), {"Examples": source})
+        case _:
+            raise AssertionError(f"recipe {config.recipe!r} has no method")
+
+
+def _scorer_name(block: ScoringBlock) -> str:
+    match block:
+        case CompositionBlock():
+            members = ", ".join(f"{name}: {_scorer_name(member)}" for name, member in block.members.items())
+            return f"{scorer_name(block)} ({members})"
+        case JudgeScoringBlock():
+            return f"judge {public_name(block.model)}"
+        case _:
+            return scorer_name(block)
+
+
+def _loss_name(block: LossBlock) -> str:
+    beta = getattr(block, "beta", None)
+    return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
+
+
+def public_name(source: str) -> str:
+    """`source` without the path of this machine: hub ids and embedded names as they are, else the last part."""
+    is_local = source.startswith(LOCAL_STARTS) or source.endswith(FILE_SUFFIXES) or Path(source).exists()
+    return Path(source).name if is_local else source
+
+
+def training_versions(directory: RunDirectory) -> dict[str, str]:
+    """Framework versions as the run's journal has them; those installed here when there is no journal."""
+    journal = directory.path / JOURNAL_NAME
+    started = (
+        next((e for e in read_events(journal) if e.name == "campaign_started"), None) if journal.is_file() else None
+    )
+    if started is None:
+        return framework_versions()
+    tags = started.get("tags", _TAGS)
+    return {name.removeprefix(_VERSION): value for name, value in tags.items() if name.startswith(_VERSION)}
+
+
+def usage(folder: Path, base: str | None, config: RunConfig) -> str:
+    """`base` is the folder that an exported adapter needs, None for a whole model."""
+    if base is None or config.model.lora is None:
+        return shlex.join(["vllm", "serve", str(folder)])
+    # vLLM reserves buffers for powers of two from 8 up.
+    rank = max(8, 1 << (config.model.lora.r - 1).bit_length())
+    adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{config.run.name}={folder}"]
+    return shlex.join(["vllm", "serve", base, *adapter])

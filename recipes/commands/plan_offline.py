@@ -1,0 +1,90 @@
+"""What a recipe on a data set would run, found out without starting an actor or loading weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from actors.placement import PlacementPlan
+from actors.trainer.team import plan_trainer_team
+from raylign.config import OfflineConfig, OfflineDpoConfig, RewardModelConfig
+from raylign.data.epochs import total_steps
+from raylign.data.preferences import PreferenceData, mixed_scales
+from raylign.prompts import left_out
+from raylign.tracking.uri import default_uri
+from recipes.commands.plan import ModelFacts, model_facts, present_resources, run_directory
+from recipes.commands.plan_view import Line, grid, many
+from recipes.offline_campaign import find_reference, load_rows, said
+
+
+@dataclass(frozen=True, slots=True)
+class OfflinePlan:
+    """Made by `make_offline_plan`. `cluster` says whose resources `available` are."""
+
+    config: OfflineConfig
+    model: ModelFacts
+    data: PreferenceData
+    steps: int
+    placement: PlacementPlan
+    available: Mapping[str, float]
+    cluster: str
+
+
+def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
+    """Check what a run would check before its start, and read its rows. Raises RaylignError, naming the cure."""
+    model = model_facts(config.model, rewards=isinstance(config, RewardModelConfig))
+    if isinstance(config, OfflineDpoConfig):
+        find_reference(config, config.reference, str(model.folder))
+    data = load_rows(config, str(model.folder))[0]
+    where, available = present_resources()
+    steps = total_steps(len(data.train), config.schedule, config.trainer)
+    return OfflinePlan(config, model, data, steps, plan_trainer_team(config, available), available, where)
+
+
+def show_offline_plan(plan: OfflinePlan, console: Console) -> None:
+    """`name value` lines, then notes."""
+    console.print(grid([*_inputs(plan), *_work(plan), *_outside(plan)]))
+    notes = [left_out(plan.data.invalid), mixed_scales(plan.data, plan.config.score_options)]
+    if run_directory(plan.config).exists():
+        notes.append(f"{run_directory(plan.config)} exists already: `raylign run` goes on with it")
+    for note in filter(None, notes):
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+
+
+def _inputs(plan: OfflinePlan) -> list[Line]:
+    config, model, data = plan.config, plan.model, plan.data
+    kind = "every weight" if config.model.lora is None else f"LoRA adapter of rank {config.model.lora.r}"
+    return [
+        ("recipe", config.recipe),
+        ("model", f"{config.model.path}, in {model.folder}"),
+        ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
+        ("trained", f"{kind}: {model.trained:,} parameters ({model.trained / model.parameters:.1%})"),
+        ("data", f"{data.source}: {len(data.train):,} rows to train on, {len(data.held_out):,} held out"),
+        ("", said(data)),
+    ]
+
+
+def _work(plan: OfflinePlan) -> list[Line]:
+    trainer, schedule = plan.config.trainer, plan.config.schedule
+    return [
+        (
+            many(plan.config.rounds, "round"),
+            f"{many(schedule.num_train_epochs, 'epoch')} in {many(schedule.rounds_per_epoch, 'part')}, "
+            f"{many(plan.steps, 'optimizer step')} of {many(trainer.train_batch_size, 'row')} "
+            f"({many(trainer.ranks, 'rank')} x {trainer.per_device_train_batch_size} per device x "
+            f"{trainer.gradient_accumulation_steps} accumulated)",
+        ),
+        ("", f"{plan.config.rounds + 1} evaluations of {many(len(plan.data.held_out), 'row')}"),
+    ]
+
+
+def _outside(plan: OfflinePlan) -> list[Line]:
+    required, run = plan.placement.required(), run_directory(plan.config)
+    needs = ", ".join(f"{required[name]:g} {name} of {plan.available.get(name, 0.0):g}" for name in required)
+    tracking = plan.config.tracking
+    return [
+        ("required", f"{needs} on {plan.cluster}, {plan.placement.device}"),
+        ("run directory", str(run)),
+        ("MLflow", f"{default_uri(tracking, run)}, experiment {tracking.experiment}"),
+    ]

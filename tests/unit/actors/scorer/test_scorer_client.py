@@ -1,0 +1,54 @@
+"""What the driver asks of its scorer actor, and how long it waits for each answer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.scorer import client as scorer_client
+from actors.scorer.actor import ScoredBatch
+from actors.scorer.client import ScorerClient
+from raylign.config.scoring import FunctionScoringBlock
+from raylign.records import Candidate, Prompt, Score
+from tests.fakes import quiet_incidents
+
+START_S, RESTARTS_S, TIMEOUT_S = 300.0, 5.0, 1.0
+
+
+class _Call:
+    """Answers a call with the name of what was asked."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def remote(self, *arguments: object) -> str:
+        return self._name
+
+
+class _Actor:
+    ready, score = _Call("ready"), _Call("score")
+
+
+def test_the_time_of_a_batch_begins_once_the_actor_has_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A slow start is no loss: it has the deadline of starts, and the first batch its own."""
+    waits: list[tuple[str, float]] = []
+
+    def answer(asked: str, timeout_s: float) -> Any:
+        waits.append((asked, timeout_s))
+        return ScoredBatch([Score(1.0)], {})
+
+    monkeypatch.setattr(scorer_client, "_result", answer)
+    block = FunctionScoringBlock(batch_size=1, timeout_s=TIMEOUT_S)
+    actor: Any = _Actor()
+    client = ScorerClient(
+        lambda: actor,
+        block,
+        quiet_incidents(),
+        stacks=tmp_path,
+        start_timeout_s=START_S,
+        restarts_s=RESTARTS_S,
+    )
+    candidates = [Candidate("p", index, (1,), (0.0,), "text", "stop", 0, 0) for index in range(2)]
+    client.score([Prompt("p", (), (1,))], candidates)
+    batch = ("score", RESTARTS_S + 2 * TIMEOUT_S)
+    assert waits == [("ready", START_S), batch, batch]

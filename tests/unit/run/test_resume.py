@@ -1,0 +1,297 @@
+"""A run that ends at any moment goes on where it was: nothing is sampled, scored or trained twice."""
+
+import io
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from actors.team import Team
+from actors.weight_sync.canary import Canary
+from actors.weight_sync.publish import Publisher
+from actors.weight_sync.transports import ShmTransport
+from raylign.config import OnlineDpoConfig, parse_config
+from raylign.errors import ConfigError, DiskError, TrainerError
+from raylign.prompts import InvalidRows, PromptSet
+from raylign.prompts.tables import Fault
+from raylign.records import Prompt
+from raylign.run.checkpoints import Metrics
+from raylign.run.directory import RunDirectory, continue_or_create, differences, require_continuable
+from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.tracker import Tracker
+from recipes.campaign import Campaign
+from recipes.online_campaign import bring_up
+from recipes.online_dpo import train
+from tests.fakes import (
+    WEIGHT,
+    CountingTrainers,
+    Deadly,
+    FakeEngine,
+    FakeGenerators,
+    FakeScorer,
+    FakeTrainers,
+    Killed,
+    NoFeed,
+)
+from tests.faults import record
+
+SETTINGS: dict[str, Any] = {
+    "sampling": {"num_generations": 3, "max_resamples": 1},
+    "trainer": {"per_device_train_batch_size": 1, "num_train_epochs": 2},
+    "schedule": {"rounds": 2, "prompts_per_round": 2},
+    "run": {"seed": 7},
+}
+
+
+def prompts(*names: str) -> tuple[Prompt, ...]:
+    return tuple(Prompt(name, ({"role": "user", "content": name},), (1, 2, 3)) for name in names)
+
+
+PROMPTS = PromptSet(prompts("a", "b", "c"), prompts("x", "y"), "here", "00")
+
+
+def config_in(folder: Path, **options: Any) -> OnlineDpoConfig:
+    return parse_config({**SETTINGS, **options}, [f"run.dir={folder}/runs"])
+
+
+def run_once(
+    config: OnlineDpoConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
+) -> Deadly:
+    """One process with fresh roles on the run directory of `config`; it lives for `last` events."""
+    events = Deadly(last)
+    directory = continue_or_create(config)
+    with Journal(directory.path / JOURNAL_NAME) as journal:
+        run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
+        run.open_record(PROMPTS, "train")
+        group, engine = trainers(events, config), FakeEngine(events)
+        generators = FakeGenerators([engine])
+        publisher = Publisher(
+            group, generators, ShmTransport(folder, {WEIGHT: (1,)}, 1), Canary(((1, 2, 3),), 0.25), 1.0
+        )
+        team = Team(generators, group, FakeScorer(events, config.scoring), publisher)
+        try:
+            bring_up(run, team, config.model)
+            train(run, PROMPTS, team, config)
+        except Killed:
+            return events
+    return events
+
+
+def tables(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        path.relative_to(folder).as_posix(): pq.read_table(path).to_pylist()
+        for path in folder.glob("rounds/*/*.parquet")
+    }
+
+
+def what_it_came_to(directory: RunDirectory) -> list[dict[str, Any]]:
+    return [{**asdict(report), "seconds": sorted(report.seconds)} for report in directory.reports()]
+
+
+def happened(directory: RunDirectory, name: str) -> list[Any]:
+    return [event.payload for event in read_events(directory.path / JOURNAL_NAME) if event.name == name]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Deadly, RunDirectory]:
+    folder = tmp_path_factory.mktemp("whole")
+    config = config_in(folder)
+    return run_once(config, folder), continue_or_create(config)
+
+
+def test_the_run_has_enough_moments_to_end_in(whole: tuple[Deadly, RunDirectory]) -> None:
+    assert len(whole[0]) > 30 and len(what_it_came_to(whole[1])) == 2
+
+
+@pytest.mark.parametrize("last", range(40))
+def test_it_ends_as_if_it_had_not_been_killed(last: int, whole: tuple[Deadly, RunDirectory], tmp_path: Path) -> None:
+    events, expected = whole
+    if last > len(events):
+        pytest.skip("the run is over by then")
+    config = config_in(tmp_path)
+    first = run_once(config, tmp_path, last)
+    second = run_once(config, tmp_path)
+    directory = continue_or_create(config)
+    assert what_it_came_to(directory) == what_it_came_to(expected)
+    assert tables(directory.path) == tables(expected.path)
+    assert [p.name for p in directory.checkpoints()] == [p.name for p in expected.checkpoints()]
+    for kind in ("round_finished", "evaluation", "prompts"):
+        assert len(happened(directory, kind)) == len(happened(expected, kind)), kind
+    # What was finished is not done again: prompts of rounds, batches of scores, whole trainings.
+    once = [event for event in events if event in ("score 6", "sample a", "sample b", "sample c")]
+    done = [event for event in [*first, *second] if event in ("score 6", "sample a", "sample b", "sample c")]
+    assert sorted(done) == sorted(once)
+
+
+def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    directory = continue_or_create(config)
+    left_out = InvalidRows("here", "line", (Fault(3, "no 'prompt'", {"\x1b": 1}, "fill it"),), 5)
+    for _ in range(2):
+        console = Console(file=(out := io.StringIO()), width=400)
+        with Journal(directory.path / JOURNAL_NAME) as journal:
+            run = Campaign(config, directory, Tracker(journal, NoFeed()), console)
+            run.open_record(replace(PROMPTS, invalid=(left_out,)), "train")
+        file = directory.path / "quarantine.jsonl"
+        assert out.getvalue() == f"here: 1 of 5 rows left out (line 3): see {file}\n"
+        assert [json.loads(line)["number"] for line in file.read_text().splitlines()] == [3]
+
+
+def test_a_finished_run_has_nothing_to_do(whole: tuple[Deadly, RunDirectory]) -> None:
+    _, directory = whole
+    with Journal(directory.path / JOURNAL_NAME) as journal:
+        run = Campaign(directory.config(), directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
+        assert list(run.rounds_to_do()) == []
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_set_aside_and_its_round_trained_again(
+    damage: str, whole: tuple[Deadly, RunDirectory], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_in(tmp_path)
+    run_once(config, tmp_path)
+    directory = continue_or_create(config)
+    victim = directory.checkpoint(2) / "model.safetensors"
+    content = victim.read_bytes()
+    match damage:
+        case "cut":
+            victim.write_bytes(content[:-3])
+        case "flipped":
+            victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "missing":
+            victim.unlink()
+    again = run_once(config, tmp_path)
+    assert "0002 is damaged (model.safetensors" in caplog.text and "the one before it is taken" in caplog.text
+    assert what_it_came_to(directory) == what_it_came_to(whole[1])
+    assert (directory.path / "checkpoints/damaged-0002").is_dir() and directory.checkpoint(2).is_dir()
+    assert not any(event in ("score 6", "sample a", "sample b", "sample c") for event in again)
+    assert again.count("step") == 4 and len(happened(directory, "round_finished")) == 2
+    record(
+        f"checkpoint damaged: a file is {damage}",
+        "its file changed between two starts",
+        lost="nothing: said, kept aside, the one before taken, its round trained again from its files",
+    )
+
+
+@pytest.mark.fault
+def test_damaged_samples_of_an_unfinished_round_are_sampled_again(
+    whole: tuple[Deadly, RunDirectory], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path)
+    events = whole[0]
+    second_training = [index for index, event in enumerate(events) if event.startswith("train ")][1]
+    run_once(config, tmp_path, second_training)
+    directory = continue_or_create(config)
+    table = directory.round(2) / "candidates.parquet"
+    table.write_bytes(table.read_bytes()[:-1])
+    again = run_once(config, tmp_path)
+    assert "score 6" in again and not any(event.startswith("sample a") for event in again)
+    assert what_it_came_to(directory) == what_it_came_to(whole[1])
+    record("a stage's file damaged", "its last byte cut off", lost="that stage, which is done again")
+
+
+class Interrupted(CountingTrainers):
+    """Ctrl-C comes in the middle of the third step."""
+
+    def _train_step(self) -> Metrics:
+        report = super()._train_step()
+        if len(self._reports) == 3:
+            raise KeyboardInterrupt
+        return report
+
+
+def test_an_interrupted_round_goes_on_in_its_middle(whole: tuple[Deadly, RunDirectory], tmp_path: Path) -> None:
+    """The step that was running when the signal came is finished, saved and not taken again."""
+    config = config_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_once(config, tmp_path, trainers=Interrupted)
+    directory = continue_or_create(config)
+    partial = directory.path / "checkpoints/0001-partial"
+    assert len(json.loads((partial / "progress.json").read_text())["steps"]) == 3
+    again = run_once(config, tmp_path)
+    assert "train 2 seed 8 from step 3" in again and again.count("step") == 1 + 4
+    assert what_it_came_to(directory) == what_it_came_to(whole[1]) and not partial.exists()
+
+
+class NotFinite(CountingTrainers):
+    """Every loss is NaN."""
+
+    def _train_step(self) -> Metrics:
+        super()._train_step()
+        self._reports[-1] = {"loss": float("nan"), "skipped_steps": 1.0, "non_finite_steps": 1.0}
+        return self._reports[-1]
+
+
+@pytest.mark.fault
+def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with pytest.raises(TrainerError, match=r"the last 3 steps .*max_skipped_steps=3.*raylign resume RUN"):
+        run_once(config, tmp_path, trainers=NotFinite)
+    directory = continue_or_create(config)
+    saved = sorted(path.name for path in directory.round(1).glob("bad-step-*.parquet"))
+    assert saved == [f"bad-step-{number:04d}.parquet" for number in (1, 2, 3)]
+    assert pq.read_table(directory.round(1) / saved[0]).num_rows == 1 and directory.checkpoints() == []
+    assert [event["non_finite"] for event in happened(directory, "step")] == [["metrics.loss"]] * 3
+    record(
+        "losses that are not finite, three in a row",
+        "NaN from the trainer",
+        lost="nothing: steps skipped, batches saved, stops at the last good checkpoint with advice",
+    )
+
+
+def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
+    run_once(config_in(tmp_path), tmp_path, last=3)
+    other = config_in(tmp_path, sampling={"num_generations": 5, "max_resamples": 1})
+    assert differences(config_in(tmp_path), other) == ["sampling.num_generations: 3 -> 5"]
+    with pytest.raises(ConfigError, match=r"other settings:\n  sampling.num_generations: 3 -> 5\n.*raylign resume"):
+        require_continuable(other)
+
+
+@pytest.mark.fault
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    directory = continue_or_create(config_in(tmp_path))
+    with (
+        directory.locked(),
+        pytest.raises(ConfigError, match="is being worked on by another process"),
+        directory.locked(),
+    ):
+        raise AssertionError("two at once")
+    record("two processes on one run", "a second start", lost="nothing: the second is refused")
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes inside, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("size", [0, 600, 1_200, 2_500, 4_000, 6_000])
+def test_a_full_disk_stops_the_run_and_corrupts_nothing(
+    size: int, whole: tuple[Deadly, RunDirectory], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path)
+    directory = continue_or_create(config)
+    with files_up_to(size), pytest.raises(DiskError, match=r"cannot be written: File too large; free some space"):
+        run_once(config, tmp_path)
+    run_once(config, tmp_path)
+    assert what_it_came_to(directory) == what_it_came_to(whole[1])
+    assert tables(directory.path) == tables(whole[1].path)
+    record(
+        "disk full in the driver",
+        f"no file of the process may grow beyond {size:,} bytes",
+        lost="nothing: stops and says so; the same command goes on",
+    )
