@@ -46,10 +46,11 @@ from actors.weight_sync.transports import (
     require_room,
 )
 from raylign.config import OnlineDpoConfig
-from raylign.models import DTYPES, resolve_reference
+from raylign.models import DTYPES
+from raylign.reference.checkpoint import resolve_reference
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
-from raylign.scoring.contents import CODE, kept_code
+from raylign.scoring.identity import CODE, kept_code
 
 log = logging.getLogger(__name__)
 _SHUTDOWN_S = 20.0

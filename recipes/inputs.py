@@ -6,7 +6,7 @@ from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, Run
 from raylign.config.reference import ModelReferenceBlock
 from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, rows_digest
-from raylign.scoring.contents import scorer_inputs
+from raylign.scoring.identity import scorer_inputs
 
 
 def inputs_of(config: RunConfig, rows: Rows, *, model: str, reference: str, recipe: str | None) -> dict[str, Input]:

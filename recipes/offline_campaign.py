@@ -15,10 +15,11 @@ from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
-from raylign.models import end_ids, load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
 from raylign.models.load import require_fit
 from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
+from raylign.reference.checkpoint import resolve_reference
 from raylign.report.tables import report_console
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.inputs import keep, require_same

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, load_config
-from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
+from raylign.data.split import rows_of_round
 from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace

@@ -11,10 +11,11 @@ from actors.team import Team, plan_team, team
 from actors.weight_sync.publish import Publisher
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
-from raylign.models import load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models import load_tokenizer, require_context, resolve_model
 from raylign.models.load import require_fit
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
+from raylign.reference.checkpoint import resolve_reference
 from raylign.report.tables import report_console
 from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path

@@ -11,8 +11,8 @@ from pathlib import Path
 from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import RewardModelConfig, load_config
 from raylign.config.reference import NoReferenceBlock
-from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
+from raylign.data.split import rows_of_round
 from raylign.evaluation.calibration import calibration, random_pairs
 from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport

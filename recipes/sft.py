@@ -11,8 +11,8 @@ from pathlib import Path
 from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import SftConfig, load_config
 from raylign.config.reference import NoReferenceBlock
-from raylign.data.epochs import rows_of_round
 from raylign.data.preferences import PreferenceData
+from raylign.data.split import rows_of_round
 from raylign.records import Preference, RoundReport
 from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before

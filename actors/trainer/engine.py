@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.trainer.deepspeed_config import deepspeed_config
-from actors.trainer.deepspeed_engine import ZeroEngine, require_dtype
+from actors.trainer.deepspeed_engine import ZeroEngine, deepspeed_config, require_dtype
 from actors.trainer.state import Access, OptimizerState
 from raylign.config.blocks import Dtype, TrainerBlock
 from raylign.training.masters import MasterWeights

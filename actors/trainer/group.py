@@ -11,9 +11,9 @@ from actors.supervision.waiting import get_all, get_together
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
+from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
 from raylign.run.checkpoints import Metrics
-from raylign.training.held_out import HeldOut
 from raylign.training.preferences import sampler_logps
 from raylign.training.sequences import Completions
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from actors.trainer.sharding import Sharding
+from actors.trainer.process_group import Sharding
 from raylign.errors import TrainerError
 from raylign.models.open import is_adapted
 from raylign.run.files import disk_errors

@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from actors.supervision.stacks import enable_stack_dumps
 from actors.trainer.actor import TrainerSpec
-from actors.trainer.deepspeed_config import MIN_LOSS_SCALE, deepspeed_config, reference_config
-from actors.trainer.deepspeed_engine import frozen_engine
+from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, frozen_engine, reference_config
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
 from actors.trainer.model_files import drain, write_adapter, write_weights
-from actors.trainer.process_group import join_group
+from actors.trainer.process_group import Sharding, join_group
 from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
-from actors.trainer.sharding import Sharding
 from actors.trainer.state import (
     StoredTensors,
     TrainerState,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.trainer.sharding import Sharding
+from actors.trainer.process_group import Sharding
 from actors.trainer.state import own_part, whole
 from raylign.config.reference import (
     ModelReferenceBlock,

@@ -17,7 +17,7 @@ from actors.trainer.actor import TrainerSpec
 from raylign.config import OfflineConfig, RunConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
-from raylign.models import resolve_reference
+from raylign.reference.checkpoint import resolve_reference
 
 
 def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:

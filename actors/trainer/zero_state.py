@@ -1,17 +1,17 @@
 """fp32 weights and Adam's moments, whole parameters, of an optimizer of DeepSpeed's that shares them out over ranks."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
 from deepspeed.utils.tensor_fragment import safe_set_full_optimizer_state
 from torch import Tensor, nn
 
 from actors.trainer.state import MOMENTS, WEIGHTS, Access, own_part
-from actors.trainer.zero_rounding import ZeroRounding
-from raylign.training.masters import Kind
+from raylign.training.masters import Kind, StochasticRounding
 
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Where DeepSpeed's optimizers keep this rank's fp32 weights: ZeRO 3, ZeRO 1 and 2, and bf16's of ZeRO 1."""
@@ -88,3 +88,52 @@ def _write_part(parameter: Any, value: Tensor, key: str | None) -> None:
         parameter, release_swap_buffers=False, optim_state_key=key
     )
     part.data.copy_(own_part(value, part.numel()))
+
+
+class ZeroRounding:
+    """Gives DeepSpeed values of bf16 to copy, rounded up or down, and the exact ones back afterwards."""
+
+    def __init__(self, optimizer: Any, flats: Sequence[Tensor]) -> None:
+        """`optimizer` is DeepSpeed's; `flats` are this rank's fp32 weights, on which its AdamW steps."""
+        self._optimizer, self._exact = optimizer, dict[Tensor, Tensor]()
+        self._starts: dict[Tensor, int] = {}
+        start = dist.get_rank() * sum(flat.numel() for flat in flats)
+        for flat in flats:
+            self._starts[flat] = start
+            start += flat.numel()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step of DeepSpeed's, which copies a part of the weights right after AdamW's step on that part."""
+        adamw = self._optimizer.optimizer
+        hook = adamw.register_step_post_hook(lambda *_: self._show(adamw.param_groups))
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._restore()
+
+    def again(self) -> None:
+        """Give the module the weights that the last step gave it, from the fp32 weights and AdamW's count of steps."""
+        self._show([{"params": list(self._starts)}])
+        try:
+            if hasattr(self._optimizer, "update_lp_params"):
+                self._optimizer.update_lp_params()
+            else:
+                for group in range(len(self._starts)):
+                    self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        finally:
+            self._restore()
+
+    def _show(self, groups: Sequence[dict[str, Any]]) -> None:
+        for flat in (flat for group in groups for flat in group["params"]):
+            self._exact[flat] = flat.data
+            step = int(self._optimizer.optimizer.state[flat]["step"])
+            rounded = torch.empty_like(flat.data)
+            StochasticRounding(step, flat.device).round(flat.data, rounded, self._starts[flat])
+            flat.data = rounded
+
+    def _restore(self) -> None:
+        for flat, exact in self._exact.items():
+            flat.data = exact
+        self._exact.clear()

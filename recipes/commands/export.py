@@ -10,9 +10,8 @@ from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, Rew
 from raylign.config.losses import LossBlock
 from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
 from raylign.errors import ConfigError, RecordError
-from raylign.export.card import Method, ModelFacts, framework_versions
+from raylign.export.card import Method, ModelFacts, RewardModelFacts, framework_versions
 from raylign.export.policy import ADAPTER_CONFIG, export_model, require_place
-from raylign.export.reward_card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models import resolve_model
 from raylign.records import HeldOutEvaluation, RoundReport

@@ -22,11 +22,12 @@ from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.errors import ModelError
-from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model, resolve_reference
+from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
 from raylign.models.reward_model import require_reward_fit
 from raylign.prompts import PromptSet, draw, left_out, load_prompts
+from raylign.reference.checkpoint import resolve_reference
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.training.logprobs import CompletionLogps

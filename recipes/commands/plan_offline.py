@@ -9,8 +9,8 @@ from rich.text import Text
 from actors.placement import PlacementPlan
 from actors.trainer.team import plan_trainer_team
 from raylign.config import OfflineConfig, OfflineDpoConfig, RewardModelConfig
-from raylign.data.epochs import total_steps
 from raylign.data.preferences import PreferenceData, mixed_scales
+from raylign.data.split import total_steps
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
 from recipes.commands.plan import ModelFacts, model_facts, present_resources, run_directory

@@ -20,9 +20,10 @@ from raylign.config.reference import (
     PreviousRoundReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.models import DTYPES, resolve_reference
+from raylign.models import DTYPES
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
+from raylign.reference.checkpoint import resolve_reference
 
 _FP32_BYTES = 4
 _BLOCK, _NESTED_BLOCK = 64, 256

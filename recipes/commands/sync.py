@@ -17,10 +17,9 @@ from raylign.report.progress import stage_progress
 from raylign.run.directory import open_run
 from raylign.tracking import REQUEST_TIMEOUT
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events
-from raylign.tracking.sending import may_pass, send
 from raylign.tracking.state import load_state
 from raylign.tracking.uri import default_uri
-from raylign.tracking.writer import MlflowWriter
+from raylign.tracking.writer import MlflowWriter, may_pass, send
 
 _LONGEST_WAIT_S = 5.0
 _TEXT = TypeAdapter(str)

@@ -17,9 +17,9 @@ from mlflow.entities import Dataset, Run
 from mlflow.tracking import MlflowClient
 
 from raylign.config import dump_config, parse_config
+from raylign.tracking.facts import flatten
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
-from raylign.tracking.params import flatten
 from raylign.tracking.tracker import Tracker, open_tracker
 from raylign.tracking.uri import default_uri
 from tests.integration.campaigns import (

@@ -19,11 +19,11 @@ from raylign.config.losses import BradleyTerryRewardLossBlock, SftLossBlock, Sig
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.evaluation.calibration import calibration
-from raylign.export.reward_card import RewardModelFacts
+from raylign.evaluation.held_out import HeldOut
+from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.records import Candidate, Preference
 from raylign.run.checkpoints import Metrics
-from raylign.training.held_out import HeldOut
 from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
 pytestmark = pytest.mark.slow

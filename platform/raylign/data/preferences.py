@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
 from raylign.data.answers import scale_of
-from raylign.data.build import Reason, preference
 from raylign.data.examples import ORDER, Example
 from raylign.data.load import ExampleStream, read_examples
 from raylign.data.split import key, split
-from raylign.data.tokens import Tokenized, tokenized
+from raylign.data.tokens import Reason, Tokenized, preference, tokenized
 from raylign.errors import DataError
 from raylign.prompts.control_tokens import ControlTokens
 from raylign.prompts.quarantine import InvalidRows, refuse

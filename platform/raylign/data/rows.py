@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetsError
 
 from raylign.config.data import SourceBlock
 from raylign.errors import DataError
-from raylign.prompts.hub import hub_split, hub_splits, local_part
+from raylign.prompts.sources import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Unit, closest, flawless, json_lines
 from raylign.reading import Refused
 from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns

@@ -1,6 +1,7 @@
-"""What a policy version makes of held-out rows, with an interval."""
+"""What held-out preferences say of a policy or a reward model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -9,6 +10,22 @@ import numpy as np
 from raylign.config.offline import HeldOutBlock
 from raylign.evaluation.generated import Values, mean_interval
 from raylign.records import HeldOutEvaluation
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Made by the trainers' `evaluate`, read by recipes and reports.
+
+    `metrics` are means over all preferences, under the names of training. The others are per preference, in the order
+    that was given: `losses`, and the rewards of the best and the worst candidate (implicit ones of a policy, those of
+    a reward model), which are one and the same for a demonstration of one candidate.
+    """
+
+    metrics: Mapping[str, float]
+    losses: tuple[float, ...]
+    chosen: tuple[float, ...]
+    rejected: tuple[float, ...]
+
 
 Metric = Literal["rewards/accuracies", "loss"]
 

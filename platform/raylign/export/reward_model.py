@@ -15,6 +15,7 @@ from transformers import (
 
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
+from raylign.export.card import RewardModelFacts, reward_card_text
 from raylign.export.policy import (
     ADAPTER_CONFIG,
     MODEL_CONFIG,
@@ -31,9 +32,8 @@ from raylign.export.policy import (
     weights_size,
     with_adapter,
 )
-from raylign.export.reward_card import RewardModelFacts, reward_card_text
 from raylign.models import DTYPES, load_tokenizer
-from raylign.models.ends import end_ids
+from raylign.models.load import end_ids
 from raylign.models.open import empty_model, open_config, open_model
 from raylign.models.resolve import check_facts, stored_shapes
 from raylign.models.reward_model import HEAD_WEIGHT, load_reward_model

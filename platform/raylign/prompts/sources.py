@@ -1,4 +1,4 @@
-"""From `prompts.source` to tables: embedded sets, JSONL, JSON and Parquet files, saved data sets, the hub."""
+"""Data sets of the hub, by subset, folder and split."""
 
 import os
 from collections.abc import Mapping
@@ -11,14 +11,32 @@ import datasets
 import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
-from raylign.config.blocks import PromptsBlock
+from raylign.config.blocks import PartBlock, PromptsBlock
 from raylign.errors import PromptError
-from raylign.prompts.hub import hub_split, hub_splits, local_part
 from raylign.prompts.tables import Fault, Row, Table, Unit, closest, flawless, json_lines
 from raylign.reading import Refused
 from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
 from raylign.reading.json_array import all_arrays
+
+
+def hub_splits(name: str, block: PartBlock) -> list[str]:
+    """Splits of the hub data set `name`. Raises what `datasets` raises."""
+    return list(datasets.get_dataset_split_names(name, block.subset, data_dir=block.data_dir))
+
+
+def hub_split(name: str, block: PartBlock, split: str, *, streaming: bool = False) -> Any:
+    """One split: a `datasets.Dataset`, an `IterableDataset` for `streaming`. Raises what `datasets` raises."""
+    return datasets.load_dataset(name, block.subset, data_dir=block.data_dir, split=split, streaming=streaming)
+
+
+def local_part(block: PartBlock) -> str:
+    """What the config asks of a file or folder that only hub data sets have, with the cure; else empty."""
+    asked = [f"{key}={value}" for key, value in (("subset", block.subset), ("data_dir", block.data_dir)) if value]
+    return (
+        f"{' and '.join(asked)}: for hub data sets, but the source is a file or folder here; remove it" if asked else ""
+    )
+
 
 PREFIX = "embedded:"
 EMBEDDED = {"review-topics": "review_topics.json"}

@@ -1,14 +1,77 @@
-"""One campaign in a few lines, whichever kind of evaluation it has."""
+"""A run in a few lines: its table of rounds and notes on what may be wrong."""
 
 from collections.abc import Sequence
 from typing import assert_never
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
-from raylign.report.held_out import held_out_table, held_out_warnings, interval
-from raylign.report.tables import round_table, warnings
+from raylign.report.tables import NOTHING, round_table, step_mean, warnings
 from raylign.report.text import optional
+
+STAGES = ("reference", "train", "evaluate")
+_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "mean_token_accuracy")
+
+
+def held_out_table(baseline: HeldOutEvaluation, reports: Sequence[RoundReport]) -> Table:
+    """One row per evaluation, round 0 being the model before training."""
+    shown = [name for name in _SHOWN if name in baseline.metrics and name != baseline.metric]
+    stages = [stage for stage in STAGES if any(stage in report.seconds for report in reports)]
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for header in ("round", f"held-out {baseline.metric}\n[low, high]", *(f"held-out\n{name}" for name in shown)):
+        table.add_column(Text(header), justify="right", overflow="fold")
+    for header in ("rows", "steps", "train\nloss", *(f"{stage}\ns" for stage in stages)):
+        table.add_column(Text(header), justify="right", overflow="fold")
+    table.add_row("0", *_cells(baseline, shown), *[NOTHING] * (3 + len(stages)))
+    for report in reports:
+        loss = step_mean(report, "loss")
+        table.add_row(
+            str(report.index),
+            *_cells(held_out(report.evaluation), shown),
+            str(report.counts["preferences"]),
+            str(len(report.steps)),
+            NOTHING if loss is None else f"{loss:.3f}",
+            *(f"{report.seconds.get(stage, 0.0):.1f}" for stage in stages),
+        )
+    return table
+
+
+def held_out(evaluation: AnyEvaluation) -> HeldOutEvaluation:
+    """The evaluation of a campaign on a data set."""
+    assert isinstance(evaluation, HeldOutEvaluation)
+    return evaluation
+
+
+def held_out_warnings(baseline: HeldOutEvaluation, reports: Sequence[RoundReport]) -> list[str]:
+    """Plain notes, with numbers; empty when all is well."""
+    if not reports:
+        return []
+    last, notes = held_out(reports[-1].evaluation), []
+    if last.low <= baseline.high and baseline.low <= last.high:
+        notes.append(
+            f"held-out {last.metric} went from {interval(baseline)} to {interval(last)}: the intervals overlap, so the "
+            "change may be chance; raise data.held_out to tell"
+        )
+    losses = [held_out(report.evaluation).metrics["loss"] for report in reports]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if losses[-1] > losses[best]:
+        notes.append(
+            f"held-out loss was lowest after round {reports[best].index} ({losses[best]:.3f}) and is {losses[-1]:.3f} "
+            f"after round {reports[-1].index}: later rounds overfit; export --version {reports[best].index}, or train "
+            "less"
+        )
+    return notes
+
+
+def interval(evaluation: HeldOutEvaluation) -> str:
+    """`0.610 [0.550, 0.670]`."""
+    return f"{evaluation.value:.3f} [{evaluation.low:.3f}, {evaluation.high:.3f}]"
+
+
+def _cells(evaluation: HeldOutEvaluation, shown: Sequence[str]) -> list[str]:
+    return [interval(evaluation), *(f"{evaluation.metrics[name]:.3f}" for name in shown)]
 
 
 def headline(evaluation: AnyEvaluation) -> str:

@@ -19,7 +19,7 @@ from raylign.run.checkpoints import FOLDER_NAME, PARTIAL, Checkpoint, Checkpoint
 from raylign.run.files import disk_errors, publish_text
 from raylign.run.reading import finished_record, read_record, say_once
 from raylign.run.settings import CONFIG_NAME, read_settings, settings_text
-from raylign.tracking.params import flatten
+from raylign.tracking.facts import flatten
 
 REPORT_NAME = "report.json"
 LOCK_NAME = "run.lock"

@@ -1,8 +1,9 @@
 """What every scorer takes and gives."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 from raylign.errors import ScorerError
@@ -62,3 +63,22 @@ def check_unscored(scores: Sequence[Score], limit: float) -> None:
         "Fix what they name (a scoring function's traceback is on stderr), or raise scoring.timeout_s or "
         "scoring.max_unscored."
     )
+
+
+Group = list[ScoringItem]
+
+
+def groups(items: Sequence[ScoringItem]) -> list[Group]:
+    """Items of one prompt that stand together."""
+    return [list(group) for _, group in groupby(items, key=lambda item: item.prompt.id)]
+
+
+def apart(kept: Iterable[Group]) -> list[list[Group]]:
+    """Groups in as few runs as keep each a group of its own, where others between them were taken out."""
+    runs: list[list[Group]] = []
+    for group in kept:
+        if runs and runs[-1][-1][0].prompt.id != group[0].prompt.id:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return runs

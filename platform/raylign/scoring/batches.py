@@ -15,8 +15,7 @@ from raylign.config.scoring import (
     VerifierScoringBlock,
     leaves,
 )
-from raylign.scoring.base import ScoringItem
-from raylign.scoring.groups import groups
+from raylign.scoring.base import ScoringItem, groups
 from raylign.scoring.http_client import JITTER_S, LONGEST_WAIT_S, RemoteBlock
 from raylign.scoring.judge_check import CANARIES
 from raylign.scoring.verifier import GRACE_S

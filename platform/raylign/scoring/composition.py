@@ -18,8 +18,7 @@ from raylign.config.scoring import (
 )
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring.base import Scorer, ScoringItem, most_unscored, skipped
-from raylign.scoring.groups import apart, groups
+from raylign.scoring.base import Scorer, ScoringItem, apart, groups, most_unscored, skipped
 
 
 class EnsembleScorer(ABC):

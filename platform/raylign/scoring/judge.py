@@ -8,14 +8,13 @@ from itertools import combinations, permutations
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
-from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.groups import Group, groups
+from raylign.scoring.base import Group, ScoringItem, groups, most_unscored, skipped
+from raylign.scoring.cache import Texts, Verdicts
 from raylign.scoring.http_client import NoReply, api_key
 from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
 from raylign.scoring.judge_client import JudgeClient, JudgeLedger, connected
 from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, Question, how_good, which_is_better
 from raylign.scoring.usage import Usage
-from raylign.scoring.verdicts import Texts, Verdicts
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,13 @@ from raylign.config.scoring import (
 from raylign.records import Score
 from raylign.run.sources import module_sources
 from raylign.scoring.base import Compute, Scorer, ScoringItem
-from raylign.scoring.cache import CachedScorer, ScoreCache
+from raylign.scoring.cache import CachedScorer, ScoreCache, Verdicts
 from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
 from raylign.scoring.http_service import HttpScorer, label_of
 from raylign.scoring.identity import file_hash, identity
 from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.usage import MeasuredScorer, Usage, Usages
-from raylign.scoring.verdicts import Verdicts
 from raylign.scoring.verifier import VerifierScorer, reference_of
 
 ONE_THREAD = Compute()

@@ -15,9 +15,9 @@ from raylign.reading.files import read_text
 from raylign.reading.yaml_text import parse_yaml
 from raylign.report.text import one_line
 from raylign.run.reading import unreadable
+from raylign.tracking.facts import redacted
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.pages import TABLE_SUFFIXES, row_count, table_page
-from raylign.tracking.params import redacted
 
 UPLOAD_LIMIT_MIB = 256
 _MAX_DIGEST = 36

@@ -9,9 +9,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_eve
 from raylign.boundary.secrets import without_credentials
 from raylign.errors import TrackingError
 from raylign.tracking.journal import JOURNAL_NAME, read_events
-from raylign.tracking.sending import may_pass, send
 from raylign.tracking.state import load_state
-from raylign.tracking.writer import MlflowWriter
+from raylign.tracking.writer import MlflowWriter, may_pass, send
 
 _POLL_S = 2.0
 """Steps that come within it are sent in one call."""

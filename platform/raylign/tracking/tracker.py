@@ -15,9 +15,9 @@ from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 from raylign.tracking.artifacts import inside
+from raylign.tracking.facts import publishable
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
-from raylign.tracking.params import publishable
 from raylign.tracking.uri import default_uri
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]

@@ -3,17 +3,19 @@
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 from pydantic import Field, TypeAdapter
+from tenacity import Retrying
 
 from raylign.chunks import chunks
+from raylign.errors import TrackingError
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
-from raylign.tracking.journal import Event
+from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.state import FeedState, RoundState, load_state, save_state
 
@@ -251,3 +253,23 @@ def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, floa
 
 def _safe_name(name: str) -> str:
     return _NOT_IN_NAMES.sub("_", name)[:_MAX_NAME]
+
+
+def send(writer: MlflowWriter, retrying: Retrying, journal: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
+    """Give `writer` what it misses of the whole events from byte `offset` on.
+
+    Yields every event, with the offset of the next, once it is applied; metrics are sent many at a time, the last ones
+    at the end.
+    """
+    for event, end in read_from(journal, offset):
+        if event.sequence > writer.state.sequence:
+            retrying(writer.apply, event)
+        if writer.due:
+            retrying(writer.flush)
+        yield event, end
+    retrying(writer.flush)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether waiting can help; a request that MLflow calls invalid stays invalid."""
+    return isinstance(error, TrackingError) and error.passing

@@ -19,8 +19,8 @@ from raylign.config import OnlineDpoConfig
 from raylign.config.base import Block
 from raylign.report.console import PlainLines
 from raylign.scoring.process import child_environment
+from raylign.tracking.facts import publishable, redacted
 from raylign.tracking.mlflow_store import shown
-from raylign.tracking.params import publishable, redacted
 from recipes.commands.failures import complain
 
 HUSH = "hush1234hush"

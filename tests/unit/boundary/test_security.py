@@ -22,7 +22,7 @@ from raylign.prompts.sources import read_source
 from raylign.run.directory import continue_or_create
 from raylign.scoring.process import child_environment
 from raylign.tracking.artifacts import inside
-from raylign.tracking.params import publishable, redacted
+from raylign.tracking.facts import publishable, redacted
 from tests.faults import record
 from tests.unit.forbidden import AROUND_HTTP, HTTP_DOORS, forbidden
 from tests.unit.tiny_policy import save_policy

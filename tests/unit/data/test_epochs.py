@@ -4,7 +4,7 @@ import pytest
 
 from raylign.config.blocks import TrainerBlock
 from raylign.config.offline import OfflineScheduleBlock
-from raylign.data.epochs import rows_of_round, total_steps
+from raylign.data.split import rows_of_round, total_steps
 
 ROWS = tuple("abcdefgh")
 

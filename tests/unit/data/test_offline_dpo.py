@@ -15,12 +15,11 @@ from rich.console import Console
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.config.offline import HeldOutBlock
 from raylign.data.preferences import PreferenceData
-from raylign.evaluation.held_out import held_out_evaluation
+from raylign.evaluation.held_out import HeldOut, held_out_evaluation
 from raylign.records import Candidate, HeldOutEvaluation, Preference, Prompt
 from raylign.run.directory import RunDirectory, continue_or_create
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
-from raylign.training.held_out import HeldOut
 from recipes.campaign import Campaign
 from recipes.offline_dpo import train
 from tests.fakes import CountingTrainers, Deadly, Killed, NoFeed

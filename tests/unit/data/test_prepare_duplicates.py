@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from raylign.data.prepare import duplicates
-from raylign.data.prepare.duplicates import exact_duplicates, near_duplicates
-from raylign.data.prepare.signatures import PLACES, SignatureFile, band_width, shingles, signatures
+from raylign.data.prepare.duplicates import (
+    PLACES,
+    SignatureFile,
+    band_width,
+    exact_duplicates,
+    near_duplicates,
+    shingles,
+    signatures,
+)
 
 WORDS = [f"word{number}" for number in range(400)]
 

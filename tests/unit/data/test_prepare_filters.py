@@ -3,9 +3,8 @@
 import pytest
 
 from raylign.config.prepare import FiltersBlock
-from raylign.data.prepare.filters import Filters, PairText
-from raylign.data.prepare.language import language_of
-from raylign.data.prepare.texts import text_of
+from raylign.data.prepare.filters import Filters, PairText, language_of
+from raylign.data.prepare.table import text_of
 
 GOOD = "The capital of France is Paris."
 OTHER = "It might be Lyon, I think."

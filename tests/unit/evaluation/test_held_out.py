@@ -13,9 +13,9 @@ from raylign.config.blocks import RecoveryBlock, TrainerBlock
 from raylign.config.losses import BradleyTerryRewardLossBlock, SftLossBlock, SigmoidLossBlock, TrainerLoss
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import ActorsLost, TrainerError
+from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
 from raylign.reference.logps import require_reference
-from raylign.training.held_out import HeldOut
 from tests.unit.actors.trainer.test_trainer_group import preference
 
 METRICS = {"loss": 0.5}

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
-from raylign.export.reward_card import RewardModelFacts
+from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models.reward_model import load_reward_model
 from raylign.training.rewards import CompletionRewards

@@ -11,7 +11,7 @@ from raylign.config import load_config
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, ModelReferenceBlock
 from raylign.errors import ModelError
-from raylign.models import resolve_reference
+from raylign.reference.checkpoint import resolve_reference
 from recipes.online_campaign import campaign
 from tests.unit.tiny_policy import save_policy, save_recipe
 

@@ -16,8 +16,8 @@ from raylign.errors import ConfigError, DiskError
 from raylign.records import Preference
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import RunDirectory, continue_or_create
-from raylign.tracking.database import create_database
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.mlflow_store import create_database
 from raylign.tracking.tracker import Tracker
 from raylign.tracking.uri import default_uri, sqlite_path
 from recipes.campaign import recorded

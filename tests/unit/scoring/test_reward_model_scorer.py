@@ -28,7 +28,7 @@ from transformers import (
 from raylign.config.blocks import ModelBlock
 from raylign.config.scoring import RewardModelScoringBlock
 from raylign.errors import ScorerError
-from raylign.export.reward_card import RewardModelFacts
+from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models.reward_model import load_reward_model
 from raylign.records import Prompt

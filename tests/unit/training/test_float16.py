@@ -7,8 +7,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from actors.trainer.deepspeed_config import deepspeed_config, reference_config
-from actors.trainer.deepspeed_engine import frozen_engine
+from actors.trainer.deepspeed_engine import deepspeed_config, frozen_engine, reference_config
 from raylign.config.blocks import TrainerBlock
 from raylign.errors import TrainerError
 from raylign.report.tables import round_table, warnings

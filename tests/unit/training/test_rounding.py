@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from raylign.training.rounding import StochasticRounding
+from raylign.training.masters import StochasticRounding
 
 CPU = torch.device("cpu")
 

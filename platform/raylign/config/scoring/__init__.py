@@ -1,5 +1,15 @@
 """Who scores the candidates, in one union on `type`."""
 
+from raylign.config.scoring.blocks import (
+    ANSWER,
+    FunctionScoringBlock,
+    HttpScoringBlock,
+    ImplicitScoringBlock,
+    JudgeScoringBlock,
+    ModelScoringBlock,
+    RewardModelScoringBlock,
+    VerifierScoringBlock,
+)
 from raylign.config.scoring.composition import (
     MEAN,
     STD,
@@ -15,13 +25,6 @@ from raylign.config.scoring.composition import (
     WeightedScoringBlock,
     leaves,
 )
-from raylign.config.scoring.function import FunctionScoringBlock
-from raylign.config.scoring.http_service import HttpScoringBlock
-from raylign.config.scoring.implicit import ImplicitScoringBlock
-from raylign.config.scoring.judge import JudgeScoringBlock
-from raylign.config.scoring.model import ModelScoringBlock
-from raylign.config.scoring.reward_model import RewardModelScoringBlock
-from raylign.config.scoring.verifier import ANSWER, VerifierScoringBlock
 
 __all__ = [
     "ANSWER",

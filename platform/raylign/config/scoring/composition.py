@@ -8,12 +8,14 @@ from pydantic import AfterValidator, Field, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.function import FunctionScoringBlock
-from raylign.config.scoring.http_service import HttpScoringBlock
-from raylign.config.scoring.implicit import ImplicitScoringBlock
-from raylign.config.scoring.judge import JudgeScoringBlock
-from raylign.config.scoring.reward_model import RewardModelScoringBlock
-from raylign.config.scoring.verifier import VerifierScoringBlock
+from raylign.config.scoring.blocks import (
+    FunctionScoringBlock,
+    HttpScoringBlock,
+    ImplicitScoringBlock,
+    JudgeScoringBlock,
+    RewardModelScoringBlock,
+    VerifierScoringBlock,
+)
 
 MEAN, STD = "mean", "std"
 

@@ -3,7 +3,6 @@
 A format is a file with a pure function `parse` and a line in the table of `detect`.
 """
 
-from raylign.data.formats.convert import SCALES, examples
-from raylign.data.formats.detect import resolve_format
+from raylign.data.formats.detect import SCALES, examples, resolve_format
 
 __all__ = ["SCALES", "examples", "resolve_format"]

@@ -1,6 +1,8 @@
-"""OpenBMB's UltraFeedback: several rated answers to an instruction; and its binarized forms."""
+"""OpenBMB's UltraFeedback: several rated answers to an instruction; its binarized forms, and OpenCSG's in Chinese."""
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from raylign.data.examples import Completion
 from raylign.data.formats import trl
@@ -82,3 +84,16 @@ def _verdict(name: str, given: object) -> tuple[float | None, dict[str, float]]:
             continue
         ratings[attribute] = rating(f"{attribute} of {name}", value, SCALES[attribute])
     return None if score is None else number(f"overall_score of {name}", score), ratings
+
+
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+
+
+def parse_chinese(row: Cells) -> Parts:
+    """One row of OpenCSG's UltraFeedback-chinese: the same shapes, with Chinese text. Raises BadRow."""
+    return replace(parse(row), language="zh")
+
+
+def is_chinese(value: object) -> bool:
+    """Whether a cell is text with a Chinese character."""
+    return isinstance(value, str) and CHINESE.search(value) is not None

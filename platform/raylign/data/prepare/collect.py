@@ -9,13 +9,11 @@ import pyarrow.parquet as pq
 from raylign.config.prepare import PrepareConfig
 from raylign.data.examples import SCORES, STRENGTHS, Example
 from raylign.data.prepare.accounts import Account
-from raylign.data.prepare.filters import Filters, PairText
+from raylign.data.prepare.duplicates import SignatureFile, signatures
+from raylign.data.prepare.filters import Filters, PairText, language_of
 from raylign.data.prepare.keys import Keys, key_of
-from raylign.data.prepare.language import language_of
 from raylign.data.prepare.ratings import Pair, Rater
-from raylign.data.prepare.signatures import SignatureFile, signatures
-from raylign.data.prepare.table import SCHEMA, PairRow, record_batch, unknown_key, used_keys
-from raylign.data.prepare.texts import text_of
+from raylign.data.prepare.table import SCHEMA, PairRow, record_batch, text_of, unknown_key, used_keys
 from raylign.prompts.tables import Fault
 
 BATCH = 2048

@@ -1,11 +1,100 @@
-"""Which pairs repeat an earlier one, told from their keys and signatures alone."""
+"""Which pairs repeat an earlier one: the same keys, or MinHash signatures that agree in most places."""
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import rensa
 from numpy.typing import NDArray
 
-from raylign.data.prepare.signatures import PLACES, SignatureFile, band_width
+PLACES = 128
+SEED = 42
+TYPE = np.dtype("<u2")
+"""Two bytes of each hash: unequal ones agree by chance once in 65,536."""
+CHUNK = 16_384
+DETECTED = 0.9
+_CHARACTER_WORDS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
+"""Scripts that set no blanks between words, and Hangul: each character is a word."""
+TOKENS = re.compile(rf"[{_CHARACTER_WORDS}]|[^\W{_CHARACTER_WORDS}]+")
+
+
+def signatures(texts: Sequence[str], shingle: int) -> NDArray[np.uint16]:
+    """MinHash (Broder 1997) of each text: [texts, PLACES]. Case and punctuation do not count."""
+    sets = [shingles(text, shingle) for text in texts]
+    rows = rensa.RMinHash.digest_matrix_from_token_sets(sets, PLACES, SEED).to_rows()
+    return (np.array(rows, dtype=np.uint32).reshape(len(texts), PLACES) & 0xFFFF).astype(TYPE)
+
+
+def shingles(text: str, size: int) -> list[str]:
+    """Every `size` words in a row; the whole text where it has fewer."""
+    words = TOKENS.findall(text.lower())
+    if len(words) < size:
+        return [" ".join(words) or text]
+    return [" ".join(part) for part in zip(*(words[start:] for start in range(size)), strict=False)]
+
+
+def band_width(jaccard: float) -> int:
+    """Places of a band: the most with which texts of this similarity share a band with probability DETECTED.
+
+    P = 1 - (1 - jaccard^r)^(PLACES / r) for r places (Leskovec et al., Mining of Massive Datasets, section 3.4.2).
+    """
+    widths = [1 << power for power in range(PLACES.bit_length())]
+    return max(r for r in widths if r == 1 or 1.0 - (1.0 - jaccard**r) ** float(PLACES // r) >= DETECTED)
+
+
+class SignatureFile:
+    """Signatures in the order they were added; only the parts asked for are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream: BinaryIO = path.open("wb")
+        self.count = 0
+
+    def add(self, batch: NDArray[np.uint16]) -> None:
+        self._stream.write(np.ascontiguousarray(batch).tobytes())
+        self.count += len(batch)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def band(self, number: int, width: int) -> NDArray[np.uint64]:
+        """A hash of places `number * width` and on of every signature: [count]."""
+        hashes = np.empty(self.count, dtype=np.uint64)
+        with self._path.open("rb") as stream:
+            for start in range(0, self.count, CHUNK):
+                rows = np.fromfile(stream, TYPE, min(CHUNK, self.count - start) * PLACES).reshape(-1, PLACES)
+                hashes[start : start + len(rows)] = _hash(rows[:, number * width : (number + 1) * width])
+        return hashes
+
+    def similarity(self, first: NDArray[np.intp], second: NDArray[np.intp]) -> NDArray[np.float32]:
+        """The share of places in which signatures `first[i]` and `second[i]` agree: [len(first)]."""
+        found = np.empty(len(first), dtype=np.float32)
+        with self._path.open("rb") as stream:
+            for start in range(0, len(first), CHUNK):
+                part = slice(start, start + CHUNK)
+                one, other = (_rows(stream.fileno(), rows[part]) for rows in (first, second))
+                found[part] = (one == other).mean(axis=1, dtype=np.float32)
+        return found
+
+
+def _rows(descriptor: int, rows: NDArray[np.intp]) -> NDArray[np.uint16]:
+    """Read one by one: pages of a mapped file would count as memory of the process."""
+    size = PLACES * TYPE.itemsize
+    read = b"".join(os.pread(descriptor, size, row * size) for row in rows.tolist())
+    return np.frombuffer(read, TYPE).reshape(-1, PLACES)
+
+
+def _hash(places: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    """FNV-1a over the places of each row; equal rows have equal hashes."""
+    hashes = np.full(len(places), 0xCBF29CE484222325, dtype=np.uint64)
+    for column in range(places.shape[1]):
+        hashes = (hashes ^ places[:, column].astype(np.uint64)) * np.uint64(0x100000001B3)
+    return hashes
+
 
 MAX_LEADERS = 64
 """Pairs of one band that the others in it are compared with, so that time does not grow with their square."""

@@ -1,4 +1,4 @@
-"""From sources of judged text to one file of clean, mixed pairs, in memory that does not grow with their text."""
+"""Rows that cannot be used, written to quarantine.jsonl as they come; few of them stay in memory."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 
@@ -13,20 +14,62 @@ from raylign.config.prepare import PrepareConfig
 from raylign.data.formats import SCALES
 from raylign.data.load import ExampleStream, read_examples
 from raylign.data.prepare.accounts import Account
-from raylign.data.prepare.bad_rows import BadRows
 from raylign.data.prepare.collect import Collected, Collector
 from raylign.data.prepare.decide import Decision, decide
 from raylign.data.prepare.keys import Keys
-from raylign.data.prepare.page import page
-from raylign.data.prepare.pictures import LENGTHS_NAME, SCORES_NAME, lengths_picture, scores_picture
+from raylign.data.prepare.page import LENGTHS_NAME, SCORES_NAME, lengths_picture, page, scores_picture
 from raylign.data.prepare.ratings import Rater
 from raylign.data.prepare.report import PAIRS_NAME, Report, make_report, write_json
 from raylign.data.prepare.table import copy_rows
-from raylign.errors import ConfigError
-from raylign.prompts.quarantine import QUARANTINE_NAME
+from raylign.errors import ConfigError, DataError
+from raylign.prompts.quarantine import QUARANTINE_NAME, InvalidRows, quarantine_line, refusal
 from raylign.prompts.tables import Fault
 from raylign.report.progress import stage_progress
 from raylign.run.files import disk_errors, publish_folder
+
+HELD = 100
+"""Bad rows of a source that are kept for the message when there are too many."""
+
+
+class BadRows:
+    """Takes the faults of all sources, one source after another. Use as a context, then `settle`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stream = path.open("w", encoding="utf-8")
+        self._sources: list[InvalidRows] = []
+        self._held: list[Fault] = []
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def add(self, source: ExampleStream, fault: Fault) -> None:
+        self._stream.write(quarantine_line(source.where, source.unit, fault))
+        self._count += 1
+        if len(self._held) < HELD:
+            self._held.append(fault)
+
+    def finish_source(self, source: ExampleStream, total: int) -> None:
+        """Close the account of a source of `total` rows."""
+        more = self._count - len(self._held)
+        self._sources.append(InvalidRows(source.where, source.unit, tuple(self._held), total, more))
+        self._held, self._count = [], 0
+
+    def settle(self, limit: float, refused_to: Path) -> None:
+        """Without bad rows no file stays.
+
+        Raises one DataError when more than `limit` (0 to 1) of a source's rows is bad; all are then in `refused_to`.
+        """
+        if lines := refusal(self._sources, limit, "max_invalid"):
+            self._path.replace(refused_to)
+            raise DataError("\n".join([*lines, f"every bad row is in {refused_to}"]))
+        if not any(source.count for source in self._sources):
+            self._path.unlink()
+
 
 ADVANCE = 100
 """Rows between two looks at the progress."""

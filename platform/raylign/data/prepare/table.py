@@ -1,4 +1,4 @@
-"""Pairs as Parquet in TRL's conversational format with an explicit prompt."""
+"""What messages say, as text to filter and compare."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raylign.data.prepare.texts import called
 from raylign.records import Message
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """What was said and called in `messages`, without the system's part."""
+    return "\n".join(part for message in messages if message["role"] != "system" for part in _parts(message))
+
+
+def called(call: Any) -> tuple[str, str]:
+    """(name, arguments as JSON text) of a tool call, with or without the wrapper `function`."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if arguments is None:
+        return function["name"], "{}"
+    return function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _parts(message: Message) -> list[str]:
+    content = message.get("content")
+    calls = [" ".join(called(call)) for call in message.get("tool_calls") or ()]
+    return [content, *calls] if content else calls
+
 
 ROW_GROUP = 4096
 EXTRAS = ("name", "tool_call_id", "reasoning_content")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from raylign.training.kernels.attention_batches import Batch, batches_of
+from raylign.training.kernels.attention_pieces import Batch, batches_of
 from raylign.training.sequences import Segment
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from actors.trainer.deepspeed_config import deepspeed_config, reference_config
+from actors.trainer.deepspeed_engine import deepspeed_config, reference_config
 from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
 
 
