@@ -119,8 +119,8 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(ray, "put", lambda value: value)
     monkeypatch.setattr("ray._private.state.actors", lambda actor: {})
     monkeypatch.setattr("actors.supervision.watch.Guard.sleep", sleep)
-    for module in ("node_memory", "incidents", "generator_supervision"):
-        monkeypatch.setattr(f"actors.{module}.time.monotonic", lambda: now[0])
+    for module in ("node_memory", "incidents", "generators"):
+        monkeypatch.setattr(f"actors.supervision.{module}.time.monotonic", lambda: now[0])
     yield now
 
 
