@@ -1,6 +1,5 @@
 """All actors of a run, started from the config and taken down together."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,22 +10,24 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.generator.actor import EngineSpec, Generator
+from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.placement import (
     OUTSIDE,
     ActorPlace,
     PlacementPlan,
     choose_device,
     plan_placement,
+    plan_trainers,
     require_resources,
     reserve,
 )
-from actors.scorer.actor import Scorer
 from actors.scorer.client import ACTOR as SCORER_NAME
-from actors.scorer.client import ScorerClient
-from actors.supervision.generators import Spawn, SupervisedGenerators, actor_name
+from actors.scorer.client import ScorerActor, ScorerClient
+from actors.supervision.cures import Role
+from actors.supervision.generators import SupervisedGenerators, actor_name
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import kill
+from actors.supervision.slot import Supervision
 from actors.supervision.stacks import FOLDER as STACKS
 from actors.supervision.stacks import remove_empty
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
@@ -35,7 +36,7 @@ from actors.trainer.actor import TrainerSpec
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.manifest import checkpoint_manifest
-from actors.weight_sync.publish import Publisher
+from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import (
     LoraTransport,
     NcclTransport,
@@ -45,24 +46,27 @@ from actors.weight_sync.transports import (
     choose_transport,
     require_room,
 )
-from raylign.config import OnlineDpoConfig
+from raylign.config import OnlineDpoConfig, RunConfig
+from raylign.config.losses import TrainerLoss
+from raylign.config.reference import ReferenceBlock
+from raylign.errors import GeneratorError, RaylignError, ScorerError, TrainerError
 from raylign.models import DTYPES
 from raylign.reference.checkpoint import resolve_reference
+from raylign.roles import Generator, Generators, Publisher, Scorer, ScorerProcess, Trainers
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.scoring.identity import CODE, kept_code
 
-log = logging.getLogger(__name__)
 _SHUTDOWN_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The roles, ready: every actor has loaded and joined its group."""
+    """The roles of an online recipe, ready: every actor has loaded and joined its group."""
 
-    generators: SupervisedGenerators
-    trainers: SupervisedTrainers
-    scorer: ScorerClient
+    generators: Generators
+    trainers: Trainers
+    scorer: Scorer
     publisher: Publisher
 
 
@@ -72,6 +76,56 @@ def plan_team(config: OnlineDpoConfig, available: Mapping[str, float]) -> Placem
     plan = plan_placement(config.placement, config.generators, config.trainer, device)
     require_resources(plan, available)
     return plan
+
+
+def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:
+    """The same for trainers alone."""
+    plan = plan_trainers(config.placement, config.trainer, choose_device(config.placement, available))
+    require_resources(plan, available)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What every role needs to start; `stack` ends what was started, in reverse order."""
+
+    config: RunConfig
+    folder: str
+    pad_id: int
+    plan: PlacementPlan
+    incidents: Incidents
+    group: PlacementGroup
+    stack: ExitStack
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return (self.config.run.dir / self.config.run.name).absolute()
+
+    def supervision(self, role: Role, error: type[RaylignError]) -> Supervision:
+        return Supervision(role, error, self.incidents, self.run / STACKS)
+
+    def options(self, place: ActorPlace) -> dict[str, Any]:
+        """Ray's options of an actor at its place."""
+        amounts = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus}
+        if place.bundle == OUTSIDE:
+            return amounts
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=place.bundle)
+        return {**amounts, "scheduling_strategy": strategy}
+
+
+@contextmanager
+def _starting(
+    config: RunConfig, folder: str, pad_id: int, plan: PlacementPlan, incidents: Incidents
+) -> Iterator[_Start]:
+    """Reserve what the plan says; every process and file of the roles is gone at the end, whatever happened."""
+    with ExitStack() as stack:
+        group = reserve(plan, config.placement.ready_timeout_s)
+        stack.callback(remove_placement_group, group)
+        incidents.memory.note()
+        start = _Start(config, folder, pad_id, plan, incidents, group, stack)
+        stack.callback(remove_empty, start.run / STACKS)
+        yield start
 
 
 @contextmanager
@@ -84,99 +138,46 @@ def team(
     plan: PlacementPlan,
     incidents: Incidents,
 ) -> Iterator[Team]:
-    """Start every role, yield them, and kill every process and file of theirs at the end, whatever happened."""
-    with ExitStack() as stack:
-        directory = stack.enter_context(weight_folder(config.run.name))
-        group = reserve(plan, config.placement.ready_timeout_s)
-        stack.callback(remove_placement_group, group)
-        transport = choose_transport(
-            config.generators.weight_sync.transport,
-            device=plan.device,
-            adapter=config.model.adapter_fits_checkpoint,
-            own_devices=config.placement.mode == "disaggregated",
-            keeps_base=config.sampling.reference_generations > 0,
-        )
-        mover = _transport(config, folder, transport, directory)
-        incidents.memory.note()
-        actors: list[ActorHandle[Any]] = []
-        stack.callback(kill, actors)
-        stacks = (config.run.dir / config.run.name).absolute() / STACKS
-        stack.callback(remove_empty, stacks)
-        generators = SupervisedGenerators(
-            _spawner(config, folder, plan, group, transport, stacks),
-            lambda handle: roles.publisher.catch_up(handle),
-            block=config.generators,
-            recovery=config.recovery,
-            incidents=incidents,
-            stacks=stacks,
-        )
-        stack.callback(lambda: kill(generators.handles))
-        stack.callback(lambda: generators.shut_down(_SHUTDOWN_S))
-        scorer = _start_scorer(config, plan, group, incidents, actors, stacks)
-        trainers = SupervisedTrainers(
-            lambda: _start_trainers(config, folder, pad_id, plan, group, stacks),
-            block=config.trainer,
-            loss=config.loss,
-            reference=config.reference,
-            adapter=config.model.lora is not None,
-            incidents=incidents,
-            stacks=stacks,
-        )
-        stack.callback(lambda: kill(trainers.handles))
-        roles = _ready_team(config, generators, trainers, scorer, mover, canary_ids)
-        with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
-            yield roles
+    """Start every role at the same time, wait until all have loaded, yield them, and take them down at the end."""
+    with weight_folder(config.run.name) as directory:
+        mover, transport = _transport(config, folder, plan, directory)
+        with _starting(config, folder, pad_id, plan, incidents) as start:
+            generators = _start_generators(config, start, transport)
+            scorer = _start_scorer(config, start)
+            trainers = _start_trainers(start, config.loss, config.reference)
+            sync = config.generators.weight_sync
+            canary = Canary(canary_ids, sync.canary_max_gap)
+            publisher = WeightPublisher(trainers, generators, mover, canary, sync.timeout_s)
+            scorer.wait_ready()
+            generators.wait_ready(publisher.catch_up)
+            with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
+                yield Team(generators, trainers, scorer, publisher)
 
 
-def _ready_team(
-    config: OnlineDpoConfig,
-    generators: SupervisedGenerators,
-    trainers: SupervisedTrainers,
-    scorer: ScorerClient,
-    transport: WeightTransport,
-    canary_ids: tuple[tuple[int, ...], ...],
-) -> Team:
-    """Wait until every actor has loaded; they load at the same time."""
-    sync = config.generators.weight_sync
-    scorer.wait_ready()
-    generators.wait_ready()
-    canary = Canary(canary_ids, sync.canary_max_gap)
-    publisher = Publisher(trainers, generators, transport, canary, sync.timeout_s)
-    return Team(generators, trainers, scorer, publisher)
-
-
-def _start_scorer(
-    config: OnlineDpoConfig,
+@contextmanager
+def trainer_team(
+    config: RunConfig,
+    loss: TrainerLoss,
+    reference: ReferenceBlock,
+    *,
+    folder: str,
+    pad_id: int,
     plan: PlacementPlan,
-    group: PlacementGroup,
     incidents: Incidents,
-    actors: list[ActorHandle[Any]],
-    stacks: Path,
-) -> ScorerClient:
-    run = (config.run.dir / config.run.name).absolute()
-    cache, code = run / CACHE_NAME, kept_code(config.scoring, run / CODE)
-    compute = Compute(max(1, int(plan.scorer.num_cpus)), plan.scorer.num_gpus > 0)
-
-    def spawn() -> ActorHandle[Any]:
-        options = Scorer.options(**placed(plan.scorer, group))
-        handle: ActorHandle[Any] = options.remote(config.scoring, str(cache), str(stacks), SCORER_NAME, compute, code)
-        actors.append(handle)
-        return handle
-
-    return ScorerClient(
-        spawn, config.scoring, incidents, stacks=stacks, start_timeout_s=config.generators.start_timeout_s
-    )
+) -> Iterator[Trainers]:
+    """The same with trainers alone, for recipes that train on a data set."""
+    with _starting(config, folder, pad_id, plan, incidents) as start:
+        trainers = _start_trainers(start, loss, reference)
+        with watched((trainers,), config.recovery.heartbeat_s):
+            yield trainers
 
 
-def _spawner(
-    config: OnlineDpoConfig, folder: str, plan: PlacementPlan, group: PlacementGroup, transport: Transport, stacks: Path
-) -> Spawn:
-    """Starts the generator of a slot where the plan puts it."""
+def _start_generators(config: OnlineDpoConfig, start: _Start, transport: Transport) -> SupervisedGenerators:
     block = config.generators
     spec = EngineSpec(
-        model=folder,
+        model=start.folder,
         dtype=config.model.dtype,
-        device=plan.device,
+        device=start.plan.device,
         transport=transport,
         lora_rank=config.model.lora.r if config.model.lora else 0,
         tensor_parallel_size=block.tensor_parallel_size,
@@ -188,56 +189,87 @@ def _spawner(
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
         threads=config.placement.generator_cpus,
-        stacks=str(stacks),
+        stacks=str(start.run / STACKS),
     )
 
-    def spawn(slot: int) -> ActorHandle[Any]:
-        handle: ActorHandle[Any] = Generator.options(**placed(plan.generators[slot], group)).remote(
+    places = start.plan.generators
+
+    def spawn(slot: int) -> ActorHandle[Generator]:
+        handle: ActorHandle[Generator] = GeneratorActor.options(**start.options(places[slot])).remote(
             spec, actor_name(slot)
         )
         return handle
 
-    return spawn
+    supervision = start.supervision("generator", GeneratorError)
+    generators = SupervisedGenerators(spawn, block=block, recovery=config.recovery, supervision=supervision)
+    start.stack.callback(lambda: kill(generators.handles))
+    start.stack.callback(generators.shut_down, _SHUTDOWN_S)
+    return generators
 
 
-def _start_trainers(
-    config: OnlineDpoConfig, folder: str, pad_id: int, plan: PlacementPlan, group: PlacementGroup, stacks: Path
-) -> list[ActorHandle[Any]]:
-    """Every rank, once the group has formed. Raises ActorsLost; a port that was taken meanwhile is tried again."""
+def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
+    cache, code = start.run / CACHE_NAME, kept_code(config.scoring, start.run / CODE)
+    place = start.plan.scorer
+    compute = Compute(max(1, int(place.num_cpus)), place.num_gpus > 0)
+
+    def spawn() -> ActorHandle[ScorerProcess]:
+        handle: ActorHandle[ScorerProcess] = ScorerActor.options(**start.options(place)).remote(
+            config.scoring, str(cache), str(start.run / STACKS), SCORER_NAME, compute, code
+        )
+        return handle
+
+    supervision = start.supervision("scorer", ScorerError)
+    timeout_s = config.generators.start_timeout_s
+    scorer = ScorerClient(spawn, config.scoring, supervision, start_timeout_s=timeout_s)
+    start.stack.callback(lambda: kill(scorer.handles))
+    return scorer
+
+
+def _start_trainers(start: _Start, loss: TrainerLoss, reference: ReferenceBlock) -> SupervisedTrainers:
+    config, plan = start.config, start.plan
     spec = TrainerSpec(
-        folder=folder,
-        reference_folder=resolve_reference(config.reference, config.model, folder),
-        pad_id=pad_id,
+        folder=start.folder,
+        reference_folder=resolve_reference(reference, config.model, start.folder),
+        pad_id=start.pad_id,
         model=config.model,
         trainer=config.trainer,
-        loss=config.loss,
-        reference=config.reference,
+        loss=loss,
+        reference=reference,
         rounds=config.rounds,
         seed=config.run.seed,
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",
-        stacks=str(stacks),
+        stacks=str(start.run / STACKS),
     )
-    return start_ranks(spec, [placed(place, group) for place in plan.trainers])
+    trainers = SupervisedTrainers(
+        lambda: start_ranks(spec, [start.options(place) for place in plan.trainers]),
+        block=config.trainer,
+        loss=loss,
+        reference=reference,
+        adapter=config.model.lora is not None,
+        supervision=start.supervision("trainer", TrainerError),
+    )
+    start.stack.callback(lambda: kill(trainers.handles))
+    return trainers
 
 
-def placed(place: ActorPlace, group: PlacementGroup) -> dict[str, Any]:
-    """Ray's options of an actor at its place."""
-    amounts = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus}
-    if place.bundle == OUTSIDE:
-        return amounts
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle)
-    return {**amounts, "scheduling_strategy": strategy}
-
-
-def _transport(config: OnlineDpoConfig, folder: str, transport: Transport, directory: Path) -> WeightTransport:
-    """Raises WeightSyncError when a push would not fit, before anything is started."""
+def _transport(
+    config: OnlineDpoConfig, folder: str, plan: PlacementPlan, directory: Path
+) -> tuple[WeightTransport, Transport]:
+    """How weights travel, and its name. Raises WeightSyncError when a push would not fit, before anything starts."""
+    transport = choose_transport(
+        config.generators.weight_sync.transport,
+        device=plan.device,
+        adapter=config.model.adapter_fits_checkpoint,
+        own_devices=config.placement.mode == "disaggregated",
+        keeps_base=config.sampling.reference_generations > 0,
+    )
     match transport:
         case "shm":
             made = ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
             require_room(directory, made.needed_bytes)
-            return made
+            return made, transport
         case "lora":
-            return LoraTransport(directory)
+            return LoraTransport(directory), transport
         case "nccl":
-            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
+            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size), transport

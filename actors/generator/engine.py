@@ -27,6 +27,7 @@ from actors.supervision.stacks import enable_stack_dumps
 from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
+from raylign.roles import Generator
 from raylign.sampling.decoding import Decoding, policy_versions
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _leave(error: BaseException) -> NoReturn:
 class VllmEngine:
     """Samples, scores fixed tokens for the canary, and takes new weights. One asyncio loop, many requests at once.
 
-    `actors.generator.actor` tells of its methods.
+    `raylign.roles.Generator` tells of its methods.
     """
 
     def __init__(self, spec: EngineSpec, name: str) -> None:
@@ -153,7 +154,7 @@ class VllmEngine:
             self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         except RuntimeError as error:
             raise RuntimeError(f"vLLM's engine cannot start: {_said_by_engine() or error}") from error
-        self._adapters: list[LoRARequest] = []
+        self._adapter: LoRARequest | None = None
         self._requests = 0
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -185,8 +186,8 @@ class VllmEngine:
                 f"generators.weight_sync.transport={self._spec.transport} merges the two; use lora"
             )
         own = decoding.num_generations - count
-        parts = [self._completions(prompt, decoding, own, seed, self._adapters[-1:])]
-        parts += [self._completions(prompt, decoding, count, seed + own, [])] if count else []
+        parts = [self._completions(prompt, decoding, own, seed, self._adapter)]
+        parts += [self._completions(prompt, decoding, count, seed + own, None)] if count else []
         completions = [completion for part in await asyncio.gather(*parts) for completion in part]
         for completion in completions:
             _require_version(prompt, completion, version)
@@ -194,7 +195,7 @@ class VllmEngine:
         return [_candidate(prompt, completion, index, seed + index, of) for index, (completion, of) in places]
 
     async def _completions(
-        self, prompt: Prompt, decoding: Decoding, count: int, seed: int, adapters: Sequence[LoRARequest]
+        self, prompt: Prompt, decoding: Decoding, count: int, seed: int, adapter: LoRARequest | None
     ) -> list[CompletionOutput]:
         """`count` completions of one request; the i-th has the seed `seed + i`."""
         params = SamplingParams(
@@ -207,7 +208,7 @@ class VllmEngine:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._run(list(prompt.token_ids), params, adapters)
+        output = await self._run(list(prompt.token_ids), params, adapter)
         if len(output.outputs) != count:
             raise GeneratorError(f"prompt {prompt.id}: vLLM returned {len(output.outputs)} candidates, not {count}")
         return sorted(output.outputs, key=lambda completion: completion.index)
@@ -215,18 +216,15 @@ class VllmEngine:
     @_leaves_with_engine
     async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        output = await self._run(list(token_ids), params, self._adapters[-1:])
+        output = await self._run(list(token_ids), params, self._adapter)
         if output.prompt_logprobs is None:
             raise GeneratorError("vLLM returned no prompt log-probs for the canary")
         rows = output.prompt_logprobs[1:]
         return [row[token].logprob for row, token in zip(rows, token_ids[1:], strict=True) if row is not None]
 
-    async def _run(
-        self, token_ids: list[int], params: SamplingParams, adapters: Sequence[LoRARequest]
-    ) -> RequestOutput:
-        """`adapters` is the one to answer with, or empty for the model as it was loaded."""
+    async def _run(self, token_ids: list[int], params: SamplingParams, adapter: LoRARequest | None) -> RequestOutput:
+        """Without `adapter` the model answers as it was loaded."""
         self._requests += 1
-        adapter = adapters[0] if adapters else None
         final: RequestOutput | None = None
         stream = self._engine.generate(
             {"prompt_token_ids": token_ids}, params, f"request-{self._requests}", lora_request=adapter
@@ -260,7 +258,7 @@ class VllmEngine:
         async with self._paused():
             if not await self._engine.add_lora(request):
                 raise GeneratorError(f"vLLM did not take the adapter of version {version}")
-            self._adapters = [LoRARequest(_ADAPTER, 1, path)]
+            self._adapter = LoRARequest(_ADAPTER, 1, path)
             await self.label(version)
 
     @_leaves_with_engine
@@ -279,7 +277,7 @@ class VllmEngine:
         await self._engine.start_weight_update()
 
     @_leaves_with_engine
-    async def update_weights(self, update_info: dict[str, Any]) -> None:
+    async def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info))
 
     @_leaves_with_engine
@@ -293,6 +291,9 @@ class VllmEngine:
     async def shutdown(self) -> None:
         self._closing = True
         await asyncio.get_running_loop().run_in_executor(None, self._engine.shutdown)
+
+
+_: type[Generator] = VllmEngine
 
 
 def _require_version(prompt: Prompt, completion: CompletionOutput, version: int) -> None:

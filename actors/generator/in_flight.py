@@ -40,9 +40,9 @@ class InFlight:
             self._heard[slot] = time.monotonic()
         self._waiting[ref] = (prompt, slot)
 
-    def slot_of(self, ref: Any) -> list[int]:
-        """[] for a call that was given up."""
-        return [self._waiting[ref][1]] if ref in self._waiting else []
+    def slot_of(self, ref: Any) -> int | None:
+        """None for a call that was given up."""
+        return self._waiting[ref][1] if ref in self._waiting else None
 
     def finished(self, ref: Any) -> Prompt:
         prompt, slot = self._waiting.pop(ref)

@@ -1,32 +1,20 @@
-"""The scorer: any `raylign.scoring` object in a process of its own."""
+"""What a scorer's actor does: any `raylign.scoring` object in a process of its own."""
 
 import logging
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import ray
 
 from actors.supervision.stacks import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
-from raylign.records import Score
+from raylign.roles import ScoredBatch, ScorerProcess
 from raylign.run.sources import KeptSources
-from raylign.scoring import Compute, ScoringItem, Usages
+from raylign.scoring import Compute, ScoringItem
 from raylign.scoring.load import ONE_THREAD, load_scorer
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredBatch:
-    """One score per item, in order, and what that took. Made by the actor, read by its client."""
-
-    scores: list[Score]
-    usage: Usages
-
-
-class _Scorer:
+class LoadedScorer:
     """Scores one batch a call; constructing it loads the scorer."""
 
     def __init__(
@@ -60,8 +48,7 @@ class _Scorer:
         return True
 
     def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
-        """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
         return ScoredBatch(self._scorer.score(items, allowed), self._scorer.take_usage())
 
 
-Scorer: Any = ray.remote(_Scorer)
+_: type[ScorerProcess] = LoadedScorer

@@ -1,28 +1,28 @@
 """The scorer actor as the driver sees it: candidates in, scores out, in order, through the deaths of actors."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.scorer.actor import ScoredBatch
-from actors.supervision.endings import Loss, ended, ending
-from actors.supervision.incidents import Incidents
-from actors.supervision.node_memory import Pause
-from actors.supervision.processes import kill, process_of
-from actors.supervision.stacks import dump_stacks
+from actors.calls import actor_class, ask
+from actors.supervision.endings import Loss, ending
+from actors.supervision.slot import Slot, Starting, Supervision
 from actors.supervision.waiting import failure
-from actors.supervision.watch import Guard, attended
+from actors.supervision.watch import Guard, guarded
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
+from raylign.roles import ScorerProcess
 from raylign.scoring import ScoringItem, Usage, add_up, batches, longest_s, most_unscored, skipped, summary
 
-ROLE, ACTOR = "scorer", "scorer-0"
+T = TypeVar("T")
+ACTOR = "scorer-0"
+ScorerActor = actor_class(ScorerProcess, "actors.scorer.actor:LoadedScorer")
 TRIES = 3
 """Actors that one batch may cost before its items stay unscored."""
 _RESTARTS_S = 60.0
@@ -45,32 +45,37 @@ class ScorerClient:
 
     def __init__(
         self,
-        spawn: Callable[[], ActorHandle[Any]],
+        spawn: Callable[[], ActorHandle[ScorerProcess]],
         block: ScoringBlock,
-        incidents: Incidents,
+        supervision: Supervision,
         *,
-        stacks: Path,
         start_timeout_s: float,
         restarts_s: float = _RESTARTS_S,
     ) -> None:
-        """Start the first actor with `spawn`, which loads meanwhile; one that hangs leaves its stacks in `stacks`.
+        """Start the first actor with `spawn`, which loads meanwhile.
 
         A call may take the time that its items have at most, and `restarts_s` for new processes of a function.
         """
-        self._spawn, self._block, self._incidents = spawn, block, incidents
-        self._stacks, self._start_timeout_s, self._restarts_s = stacks, start_timeout_s, restarts_s
-        self._handle = spawn()
-        self._starting: list[Any] = [self._handle.ready.remote()]
-        """The answer that an actor has loaded, while it is waited for."""
-        self._pauses: list[Pause] = []
-        """What a replacement waits for before it is started."""
-        self._replaced: bool = False
+        self._spawn, self._block = spawn, block
+        self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
+        self._slot: Slot[ScorerProcess] = Slot(supervision, ACTOR, [ACTOR])
+        self._replaced = False
         self._usages: dict[str, Usage] = {}
-        self.guard: Guard = Guard()
+        self.guard = Guard()
+        self._start()
+
+    @property
+    def handles(self) -> Sequence[ActorHandle[ScorerProcess]]:
+        return self._slot.handles
+
+    def _start(self) -> None:
+        handle = self._spawn()
+        deadline = time.monotonic() + self._start_timeout_s
+        self._slot.fill([handle], Starting(ask(handle, ScorerProcess.ready), deadline))
 
     def wait_ready(self) -> None:
         """Wait until the first actor has loaded, or its replacement. Raises ScorerError when it cannot."""
-        while self._starting or self._pauses:
+        while not self._slot.is_ready:
             try:
                 self._finish_starting()
             except _LostActor as lost:
@@ -78,7 +83,7 @@ class ScorerClient:
                     raise ScorerError(f"starting the scorer: {lost}") from lost
                 self._replace(lost.loss)
 
-    @attended
+    @guarded
     def score(
         self,
         prompts: Sequence[Prompt],
@@ -112,16 +117,16 @@ class ScorerClient:
         """
         return summary(self._usages)
 
-    def tend(self) -> None:
+    def replace_dead(self) -> None:
         """Replace a dead actor while nobody asks anything of it, and say when its successor has loaded."""
         try:
-            if all(pause.over() for pause in self._pauses):
-                self._start_replacement()
-            if self._starting and ray.wait(self._starting, timeout=0)[0]:
+            if self._slot.pause and self._slot.pause.over():
+                self._restart()
+            if self._slot.starting and ray.wait([self._slot.starting.ready], timeout=0)[0]:
                 self._finish_starting()
         except _LostActor as lost:
             self._replace(lost.loss)
-        if not self._starting and not self._pauses and (loss := ended(self._handle)):
+        if self._slot.is_ready and (loss := self._slot.loss()):
             self._replace(loss)
 
     def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
@@ -130,49 +135,38 @@ class ScorerClient:
         while len(losses) < TRIES:
             try:
                 self._finish_starting()
-                found: ScoredBatch = _result(self._handle.score.remote(batch, allowed), deadline)
+                found = _result(ask(self._slot.handles[0], ScorerProcess.score, batch, allowed), deadline)
                 add_up(self._usages, found.usage)
                 return found.scores
             except _LostActor as lost:
-                loss = self._diagnosed(lost.loss)
+                loss = self._slot.diagnosed(lost.loss)
                 # A node short of memory says nothing against the batch.
                 losses += [loss.cause] if loss.kind != "memory" else []
                 self._replace(loss)
         reason = f"{TRIES} scorer actors in turn were lost with this batch: {losses[-1]}"
         return [Score(None, reason=reason)] * len(batch)
 
-    def _diagnosed(self, loss: Loss) -> Loss:
-        """With the place of its stacks where an actor hangs."""
-        if loss.kind != "silent":
-            return loss
-        return replace(loss, cause=f"{loss.cause}; {dump_stacks(self._handle, self._stacks, ACTOR)}")
-
     def _replace(self, loss: Loss) -> None:
         """Let another actor start, once there is room for it. Raises ScorerError past the cap of restarts."""
-        node = process_of(self._handle).node if loss.kind == "process" else ""
-        kill([self._handle])
-        self._pauses, self._starting = [self._incidents.lost(ROLE, ACTOR, loss, ScorerError, node)], []
+        self._slot.lost(loss)
 
-    def _start_replacement(self) -> None:
-        for _ in self._pauses:
-            self._pauses = []
-            self._handle = self._spawn()
-            self._starting = [self._handle.ready.remote()]
-            self._replaced = True
+    def _restart(self) -> None:
+        self._start()
+        self._replaced = True
 
     def _finish_starting(self) -> None:
         """Wait until the actor has loaded, a replacement also for room: the time of a call is that of its items."""
-        for pause in self._pauses:
-            pause.wait(self.guard.sleep, lambda: self._incidents.late(ROLE, ACTOR, ScorerError))
-        self._start_replacement()
-        for ready in self._starting:
-            self._starting = []
-            _result(ready, self._start_timeout_s)
+        if self._slot.pause:
+            self._slot.wait_for_room(self.guard.sleep)
+            self._restart()
+        if starting := self._slot.starting:
+            self._slot.starting = None
+            _result(starting.ready, self._start_timeout_s)
             if self._replaced:
-                self._incidents.recovered(ROLE, ACTOR)
+                self._slot.recovered()
 
 
-def _result(ref: Any, timeout_s: float) -> Any:
+def _result(ref: ObjectRef[T], timeout_s: float) -> T:
     """What a call returns. Raises ScorerError for what the scorer itself raised, _LostActor when there is no scorer."""
     try:
         return ray.get(ref, timeout=timeout_s)

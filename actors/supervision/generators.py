@@ -2,32 +2,32 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from actors.calls import ask
 from actors.generator.in_flight import InFlight
-from actors.generator.pool import GeneratorPool
-from actors.supervision.endings import Loss, ended, loss_of
-from actors.supervision.incidents import Incidents
-from actors.supervision.node_memory import Pause
-from actors.supervision.processes import kill, process_of
-from actors.supervision.stacks import dump_stacks
+from actors.supervision.endings import Loss, loss_of
+from actors.supervision.slot import Slot, Starting, Supervision
 from actors.supervision.waiting import cured, get_together
-from actors.supervision.watch import Guard, attended
+from actors.supervision.watch import Guard, guarded
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError, RaylignError
 from raylign.records import Candidate, Prompt
+from raylign.roles import Generator
 from raylign.sampling.decoding import Decoding, prompt_seed
 
 _FIRST_START = "starting the generators"
+P = ParamSpec("P")
+T = TypeVar("T")
 
-Spawn = Callable[[int], ActorHandle[Any]]
+Spawn = Callable[[int], ActorHandle[Generator]]
 """Starts the generator of a slot."""
-CatchUp = Callable[[ActorHandle[Any]], None]
+CatchUp = Callable[[ActorHandle[Generator]], None]
 """Gives one generator that has just started the weights that the others serve, and proves it by the canary."""
 
 
@@ -35,40 +35,45 @@ def actor_name(slot: int) -> str:
     return f"generator-{slot}"
 
 
-class SupervisedGenerators(GeneratorPool):
-    """`count` slots with a generator each. While one is replaced, the others go on with the prompts.
+class SupervisedGenerators:
+    """`generators.count` slots with a generator each. While one is replaced, the others go on with the prompts.
 
     A replacement that does not start in time, as where a node is gone, is no longer waited for: the others do the work
     alone, until it starts after all.
     """
 
     def __init__(
-        self,
-        spawn: Spawn,
-        catch_up: CatchUp,
-        *,
-        block: GeneratorsBlock,
-        recovery: RecoveryBlock,
-        incidents: Incidents,
-        stacks: Path,
+        self, spawn: Spawn, *, block: GeneratorsBlock, recovery: RecoveryBlock, supervision: Supervision
     ) -> None:
-        super().__init__([spawn(slot) for slot in range(block.count)])
-        self._spawn, self._catch_up, self._incidents, self._stacks = spawn, catch_up, incidents, stacks
-        self._block, self._heartbeat_s = block, recovery.heartbeat_s
+        self._spawn, self._block, self._heartbeat_s = spawn, block, recovery.heartbeat_s
         self.guard = Guard()
-        self._loaded = False
-        self._starting: dict[Any, tuple[int, float]] = {}
-        """Those that have not answered yet: slot, and until when they are waited for."""
-        self._paused: dict[int, Pause] = {}
-        """Slots whose replacement waits for memory."""
+        self.served = 0
+        self.pushed = False
+        self._catch_up: CatchUp | None = None
+        names = [actor_name(number) for number in range(block.count)]
+        self._slots: list[Slot[Generator]] = [Slot(supervision, name, [name]) for name in names]
+        for slot in self._slots:
+            self._start(slot)
 
-    def wait_ready(self) -> None:
-        """Wait until the first generators have loaded, or their replacements. Raises GeneratorError when one cannot."""
-        deadline = time.monotonic() + self._block.start_timeout_s
-        refs: list[Any] = [handle.ready.remote() for handle in self.handles]
-        for slot, ref in enumerate(refs):
+    @property
+    def handles(self) -> tuple[ActorHandle[Generator], ...]:
+        """One a slot, also where it is lost or loads."""
+        return tuple(slot.handles[0] for slot in self._slots)
+
+    def _start(self, slot: Slot[Generator]) -> None:
+        handle = self._spawn(self._slots.index(slot))
+        slot.fill([handle], Starting(ask(handle, Generator.ready), time.monotonic() + self._block.start_timeout_s))
+
+    def wait_ready(self, catch_up: CatchUp) -> None:
+        """Wait until the first generators have loaded, or their replacements. Raises GeneratorError when one cannot.
+
+        Whoever starts after that is given `catch_up`: the first ones serve what they have loaded.
+        """
+        for slot, starting in [(slot, slot.starting) for slot in self._slots if slot.starting]:
             try:
-                get_together([ref], max(0.0, deadline - time.monotonic()), _FIRST_START, GeneratorError)
+                left = max(0.0, starting.deadline - time.monotonic())
+                get_together([starting.ready], left, _FIRST_START, GeneratorError)
+                slot.starting = None
             except ActorsLost as lost:
                 loss = loss_of(lost)
                 if loss.kind == "silent":
@@ -78,21 +83,20 @@ class SupervisedGenerators(GeneratorPool):
                     raise cured(GeneratorError(str(lost)), loss, "generator") from lost.__cause__
                 self._replace(slot, loss)
         self.settle()
-        if missing := len(self.handles) - len(self._ready_slots()):
-            raise self._late(f"{missing} of {len(self.handles)} generators have not started")
-        self._loaded = True
+        if missing := len(self._slots) - len(self._ready()):
+            raise self._late(f"{missing} of {len(self._slots)} generators have not started")
+        self._catch_up = catch_up
 
     def shut_down(self, timeout_s: float) -> None:
         """Let engines that have started end their processes themselves: killed ones leave their shared memory behind.
 
         One that still loads would not answer; what it leaves, its janitor removes.
         """
-        started = self._ready_slots() if self._loaded else []
-        refs = [self.handles[slot].shutdown.remote() for slot in started]
+        refs = [ask(slot.handles[0], Generator.shutdown) for slot in self._ready()]
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(refs, timeout=timeout_s)
 
-    @attended
+    @guarded
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -112,77 +116,102 @@ class SupervisedGenerators(GeneratorPool):
         work = InFlight(prompts, decoding, self._block.max_num_seqs)
         finished: dict[str, list[Candidate]] = {}
         while work:
-            for prompt, slot in work.next_for(self._ready_slots()):
+            for prompt, number in work.next_for([self._slots.index(slot) for slot in self._ready()]):
                 request_seed = prompt_seed(seed, round_index, prompt.id)
-                work.sent(self.handles[slot].sample.remote(prompt, decoding, request_seed, version), prompt, slot)
-            for ref in self._wait([*work.refs, *self._starting]):
-                for slot in work.slot_of(ref):
-                    try:
-                        found: list[Candidate] = get_together([ref], 0.0, "sampling", GeneratorError)[0]
-                    except ActorsLost as lost:
-                        self._take_from(slot, loss_of(lost), work)
-                        continue
-                    finished[work.finished(ref).id] = found
-                    on_finished(found)
-                    advance(1)
-            for slot in work.silent(self._block.request_timeout_s):
+                handle = self._slots[number].handles[0]
+                work.sent(ask(handle, Generator.sample, prompt, decoding, request_seed, version), prompt, number)
+            for ref in self._wait([*work.refs, *self._starting()]):
+                if (asked := work.slot_of(ref)) is None:
+                    continue
+                try:
+                    found = get_together([ref], 0.0, "sampling", GeneratorError)[0]
+                except ActorsLost as lost:
+                    self._take_from(asked, loss_of(lost), work)
+                    continue
+                finished[work.finished(ref).id] = found
+                on_finished(found)
+                advance(1)
+            for number in work.silent(self._block.request_timeout_s):
                 limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
-                self._take_from(slot, self._silent(slot, f"no prompt finished within {limit}"), work)
+                self._take_from(number, Loss("silent", f"no prompt finished within {limit}"), work)
             self.look_after_starting()
             self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
-    @attended
-    def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
-        """As of `GeneratorPool`; a generator that is lost meanwhile is replaced and its successor asked.
+    def call(
+        self,
+        what: str,
+        timeout_s: float,
+        method: Callable[Concatenate[Generator, P], Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        """Every generator's answer, in order; of one that is lost meanwhile its successor's.
 
-        `method` must be one that a generator which serves the newest version may be asked again.
+        `method` must be one that a generator which serves the newest version may be asked again. Raises GeneratorError
+        for what a generator raised, and past the cap of restarts.
         """
-        answers: dict[int, Any] = {}
+        with self.guard.in_use():
+            return self._call(what, timeout_s, method, *args, **kwargs)
+
+    def _call(
+        self,
+        what: str,
+        timeout_s: float,
+        method: Callable[Concatenate[Generator, P], Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        answers: dict[str, T] = {}
         self.settle()
-        while missing := [slot for slot in self._ready_slots() if slot not in answers]:
-            refs = {slot: getattr(self.handles[slot], method).remote(*args) for slot in missing}
-            ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
-            for slot, ref in refs.items():
+        while missing := [slot for slot in self._ready() if slot.name not in answers]:
+            refs = [ask(slot.handles[0], method, *args, **kwargs) for slot in missing]
+            ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+            for slot, ref in zip(missing, refs, strict=True):
                 try:
-                    answers[slot] = get_together([ref], 0.0, what, GeneratorError)[0]
+                    answers[slot.name] = get_together([ref], 0.0, what, GeneratorError)[0]
                 except ActorsLost as lost:
                     loss = loss_of(lost)
                     if loss.kind == "silent":
-                        loss = self._silent(slot, f"{lost} within {timeout_s:g} s")
+                        loss = Loss("silent", f"{lost} within {timeout_s:g} s")
                     self._replace(slot, loss)
             self.settle()
-        return [answers[slot] for slot in sorted(answers)]
+        return [answers[slot.name] for slot in self._slots if slot.name in answers]
 
-    @attended
+    @guarded
     def settle(self) -> None:
         """Wait until every generator has started, or those that have not are late."""
         self.look_after_starting()
         while self._awaited():
-            self._wait(list(self._starting))
+            self._wait(self._starting())
             self.look_after_starting()
         self._require_one()
 
     def _awaited(self) -> bool:
         """Whether a replacement is still waited for; for memory only where no other generator could do the work."""
-        on_time = any(time.monotonic() < deadline for _, deadline in self._starting.values())
-        needed = not (self._loaded and self._ready_slots())
-        return on_time or (needed and any(not pause.expired for pause in self._paused.values()))
+        on_time = any(slot.starting.on_time for slot in self._slots if slot.starting)
+        needed = self._catch_up is None or not self._ready()
+        return on_time or (needed and any(not slot.pause.expired for slot in self._slots if slot.pause))
 
-    def _wait(self, refs: Sequence[Any]) -> list[Any]:
+    def _starting(self) -> list[ObjectRef[Any]]:
+        return [slot.starting.ready for slot in self._slots if slot.starting]
+
+    def _wait(self, refs: Sequence[ObjectRef[Any]]) -> list[ObjectRef[Any]]:
         """The first of the calls to be done within a heartbeat."""
         if not refs:
             self.guard.sleep(self._heartbeat_s)
             return []
-        return list(ray.wait(list(refs), timeout=self._heartbeat_s)[0])
+        done, _ = ray.wait(list(refs), timeout=self._heartbeat_s)
+        return [ref for ref in refs if ref in done]
 
     def _require_one(self) -> None:
-        if not self._ready_slots() and not self._awaited():
+        if not self._ready() and not self._awaited():
             raise self._late("no generator is left")
 
     def _late(self, what: str) -> RaylignError:
-        if self._paused:
-            return self._incidents.late("generator", actor_name(min(self._paused)), GeneratorError)
+        for slot in self._slots:
+            if slot.pause:
+                return slot.late()
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         return GeneratorError(
             f"{what}: no replacement started within {self._block.start_timeout_s:g} s "
@@ -190,53 +219,43 @@ class SupervisedGenerators(GeneratorPool):
             "generators.count, then run the same command again: it goes on where it stopped"
         )
 
-    def tend(self) -> None:
+    def replace_dead(self) -> None:
         """Replace dead generators while nobody asks anything of them."""
-        for slot in self._ready_slots():
-            if loss := ended(self.handles[slot]):
+        for slot in self._ready():
+            if loss := slot.loss():
                 self._replace(slot, loss)
 
-    def _ready_slots(self) -> list[int]:
-        starting = {slot for slot, _ in self._starting.values()}
-        return [slot for slot in range(len(self.handles)) if slot not in starting and slot not in self._paused]
+    def _ready(self) -> list[Slot[Generator]]:
+        return [slot for slot in self._slots if slot.is_ready]
 
-    def _silent(self, slot: int, cause: str) -> Loss:
-        return Loss("silent", f"{cause}; {dump_stacks(self.handles[slot], self._stacks, actor_name(slot))}")
+    def _take_from(self, number: int, loss: Loss, work: InFlight) -> None:
+        work.give_back(number)
+        self._replace(self._slots[number], loss)
 
-    def _take_from(self, slot: int, loss: Loss, work: InFlight) -> None:
-        work.give_back(slot)
-        self._replace(slot, loss)
-
-    def _replace(self, slot: int, loss: Loss) -> None:
-        """Let a new generator start for `slot` once there is room for it. Raises GeneratorError past the cap."""
-        node = process_of(self.handles[slot]).node if loss.kind == "process" else ""
-        self._paused[slot] = self._incidents.lost("generator", actor_name(slot), loss, GeneratorError, node)
-        kill([self.handles[slot]])
+    def _replace(self, slot: Slot[Generator], loss: Loss) -> None:
+        """Let a new generator start once there is room for it. Raises GeneratorError past the cap."""
+        slot.lost(slot.diagnosed(loss))
         self._start_paused()
 
     def _start_paused(self) -> None:
-        for slot in [slot for slot, pause in self._paused.items() if pause.over()]:
-            del self._paused[slot]
-            handles = list(self.handles)
-            handles[slot] = self._spawn(slot)
-            self.handles = tuple(handles)
-            self._starting[handles[slot].ready.remote()] = (slot, time.monotonic() + self._block.start_timeout_s)
+        for slot in self._slots:
+            if slot.pause and slot.pause.over():
+                self._start(slot)
 
     def look_after_starting(self) -> None:
-        """Start replacements that have room, bring those that have started up to date; one that dies is replaced again.
-
-        The first generators need no bringing up: they serve what they have loaded.
-        """
+        """Start replacements that have room, bring those that have started up to date; one that dies is replaced."""
         self._start_paused()
-        starting = list(self._starting)
-        done = ray.wait(starting, num_returns=len(starting), timeout=0)[0] if starting else []
-        for ref in done:
-            slot, _ = self._starting.pop(ref)
+        refs = self._starting()
+        done = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+        for slot in self._slots:
+            if slot.starting is None or slot.starting.ready not in done:
+                continue
             try:
-                get_together([ref], 0.0, "starting it", GeneratorError)
-                if self._loaded:
-                    self._catch_up(self.handles[slot])
+                get_together([slot.starting.ready], 0.0, "starting it", GeneratorError)
+                slot.starting = None
+                if self._catch_up is not None:
+                    self._catch_up(slot.handles[0])
             except ActorsLost as lost:
                 self._replace(slot, loss_of(lost))
                 continue
-            self._incidents.recovered("generator", actor_name(slot))
+            slot.recovered()

@@ -2,32 +2,32 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray.actor import ActorHandle
 
-from actors.supervision.endings import Loss, ended, explains, loss_of
-from actors.supervision.incidents import Incidents
-from actors.supervision.processes import kill, process_of
-from actors.supervision.stacks import dump_stacks
+from actors.calls import ask_all
+from actors.supervision.endings import Loss, loss_of
+from actors.supervision.processes import kill
+from actors.supervision.slot import Slot, Supervision
 from actors.supervision.waiting import cured, get_all, get_together
-from actors.supervision.watch import Guard, attended
-from actors.trainer.actor import TrainerRank, TrainerSpec
-from actors.trainer.group import TrainerGroup
+from actors.supervision.watch import Guard, guarded
+from actors.trainer.actor import TrainerActor, TrainerSpec
+from actors.trainer.group import AskRanks, Rank, TrainerGroup, ask_ranks
 from actors.trainer.network import free_address
 from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.errors import ActorsLost, RaylignError, TrainerError
 from raylign.records import Preference
+from raylign.roles import RoundRecord, TrainerRank
 from raylign.run.checkpoints import PARTIAL, Checkpoint, Metrics
 
 log = logging.getLogger(__name__)
 
-Start = Callable[[], Sequence[ActorHandle[Any]]]
+P = ParamSpec("P")
+T = TypeVar("T")
+Start = Callable[[], Sequence[Rank]]
 """Starts all ranks and returns their handles once the group has formed."""
 
 STATE = "trainer"
@@ -45,21 +45,6 @@ _CURE = (
 )
 
 
-class RoundRecord(Protocol):
-    """What a round in training writes to; `raylign.run.rounds.RoundLog` is one."""
-
-    @property
-    def index(self) -> int: ...
-
-    def step(self, number: int, metrics: Metrics) -> None: ...
-
-    def new_checkpoint(
-        self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
-    ) -> AbstractContextManager[Path]: ...
-
-    def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None: ...
-
-
 class SupervisedTrainers(TrainerGroup):
     """Every call survives the loss of ranks. `restore` and `train_round` say where a new group goes on from."""
 
@@ -71,18 +56,13 @@ class SupervisedTrainers(TrainerGroup):
         loss: TrainerLoss,
         reference: ReferenceBlock,
         adapter: bool,
-        incidents: Incidents,
-        stacks: Path,
+        supervision: Supervision,
+        ask_ranks: AskRanks = ask_ranks,
     ) -> None:
-        super().__init__((), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s)
-        self._start, self._block, self._adapter, self._incidents, self._stacks = (
-            start,
-            block,
-            adapter,
-            incidents,
-            stacks,
-        )
-        self._newest: tuple[Checkpoint, ...] = ()
+        super().__init__((), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s, ask_ranks=ask_ranks)
+        self._start, self._block, self._adapter = start, block, adapter
+        self._slot: Slot[TrainerRank] = Slot(supervision, _NAME, [f"trainer-{rank}" for rank in range(block.ranks)])
+        self._newest: Checkpoint | None = None
         self._in_round = False
         self.guard = Guard()
         self._start_first()
@@ -90,21 +70,25 @@ class SupervisedTrainers(TrainerGroup):
     def _start_first(self) -> None:
         """Raises TrainerError when the ranks cannot start; those that are lost while they load are replaced."""
         try:
-            self.handles = tuple(self._start())
+            self._fill()
         except ActorsLost as lost:
             loss = loss_of(lost)
             if loss.kind in ("start", "silent"):
                 raise cured(TrainerError(str(lost)), loss, "trainer") from lost
             self._replace(loss)
 
-    @attended
-    def restore(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Go on from the checkpoint, now and whenever ranks are lost; [] is the model as it was loaded."""
-        self._newest = tuple(checkpoints)
-        for checkpoint in checkpoints:
+    def _fill(self) -> None:
+        self.handles = tuple(self._start())
+        self._slot.fill(self.handles)
+
+    @guarded
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from the checkpoint, now and whenever ranks are lost; None is the model as it was loaded."""
+        self._newest = checkpoint
+        if checkpoint:
             self.load_state(str(checkpoint.folder / STATE))
 
-    @attended
+    @guarded
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
     ) -> list[Metrics]:
@@ -132,7 +116,7 @@ class SupervisedTrainers(TrainerGroup):
                     shown = max(shown, number)
                 return self._save(record, complete=True)
             except ActorsLost as lost:
-                self._replace(self._diagnosed(lost))
+                self._replace(self._slot.diagnosed(loss_of(lost)))
             except KeyboardInterrupt:
                 log.warning("saving what is trained of round %d", record.index)
                 self._save(record, complete=False)
@@ -140,20 +124,21 @@ class SupervisedTrainers(TrainerGroup):
 
     def _steps_of(self, index: int) -> tuple[Metrics, ...]:
         """Of round `index`, those that the newest checkpoint has done."""
-        return next((c.steps for c in self._newest if c.round == index and not c.complete), ())
+        newest = self._newest
+        return newest.steps if newest and newest.round == index and not newest.complete else ()
 
     def _steps(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
     ) -> Iterator[tuple[int, Metrics]]:
         """Yields the number (from 1) and metrics of each further step."""
-        count = self.once("begin_round", self.put(preferences), seed, record.index - 1, tuple(done))
+        count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done))
         bad_in_a_row = 0
         for number in range(len(done) + 1, count + 1):
-            metrics: Metrics = self.once("train_step")
+            metrics = self.once(TrainerRank.train_step)
             record.step(number, metrics)
             bad_in_a_row = bad_in_a_row + 1 if metrics.get("non_finite_steps") else 0
             if bad_in_a_row:
-                record.save_bad_step(number, [preferences[i] for i in self.once("step_indices", number - 1)])
+                record.save_bad_step(number, [preferences[i] for i in self.once(TrainerRank.step_indices, number - 1)])
             if bad_in_a_row >= self._block.max_skipped_steps:
                 raise TrainerError(
                     f"round {record.index}: the last {bad_in_a_row} steps (up to {number}) had a loss or gradient that "
@@ -164,47 +149,41 @@ class SupervisedTrainers(TrainerGroup):
                 self._save(record, complete=False)
 
     def _save(self, record: RoundRecord, *, complete: bool) -> list[Metrics]:
-        needed = self.once("state_bytes")
+        needed = self.once(TrainerRank.state_bytes)
         steps: list[Metrics] = []
         # The ranks say what they have done: a signal may come between a step and its report.
         with record.new_checkpoint(steps, complete, needed) as folder:
-            steps += self.once("save_state", str(folder / STATE), record.index)
+            steps += self.once(TrainerRank.save_state, str(folder / STATE), record.index)
             if self._adapter:
-                self.once("save_adapter", str(folder))
+                self.once(TrainerRank.save_adapter, str(folder))
             else:
-                self.once("save_weights", str(folder / "model.safetensors"))
+                self.once(TrainerRank.save_weights, str(folder / "model.safetensors"))
         name = f"{record.index:04d}{'' if complete else PARTIAL}"
-        self._newest = (Checkpoint(folder.with_name(name), record.index, complete, tuple(steps)),)
+        self._newest = Checkpoint(folder.with_name(name), record.index, complete, tuple(steps))
         return steps
 
-    @attended
-    def once(self, method: str, *args: object) -> Any:
+    def once(self, method: Callable[Concatenate[TrainerRank, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Rank 0's answer, or ActorsLost: for calls that a replaced group must not simply repeat."""
-        return self._ask(method, *args, what=method.replace("_", " "), steps=1)[0]
+        with self.guard.in_use():
+            return super()._call(method.__name__.replace("_", " "), 1, method, *args, **kwargs)[0]
 
-    @attended
-    def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
+    def _call(
+        self, what: str, steps: int, method: Callable[Concatenate[TrainerRank, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]:
         """Between rounds the newest checkpoint is what the ranks hold, so that a new group can answer as well."""
-        while True:
-            try:
-                return self._ask(method, *args, what=what, steps=steps)
-            except ActorsLost as lost:
-                if self._in_round:
-                    raise  # to `train_round`, which knows where a new group goes on from
-                self._replace(self._diagnosed(lost))
+        with self.guard.in_use():
+            while True:
+                try:
+                    return super()._call(what, steps, method, *args, **kwargs)
+                except ActorsLost as lost:
+                    if self._in_round:
+                        raise  # to `train_round`, which knows where a new group goes on from
+                    self._replace(self._slot.diagnosed(loss_of(lost)))
 
-    def _diagnosed(self, lost: ActorsLost) -> Loss:
-        """What was lost; of ranks that did not answer also where their stacks are."""
-        loss = loss_of(lost)
-        if loss.kind != "silent":
-            return loss
-        where = [dump_stacks(handle, self._stacks, f"trainer-{rank}") for rank, handle in enumerate(self.handles)]
-        return Loss("silent", "; ".join([loss.cause, *where]))
-
-    def tend(self) -> None:
+    def replace_dead(self) -> None:
         """New ranks when one is dead; between rounds the newest checkpoint is what they hold."""
-        if losses := [loss for handle in self.handles if (loss := ended(handle))]:
-            self._replace(min(losses, key=explains))
+        if loss := self._slot.loss():
+            self._replace(loss)
 
     def _replace(self, loss: Loss) -> None:
         """New ranks that go on from the newest checkpoint, once their nodes have room for them.
@@ -212,29 +191,23 @@ class SupervisedTrainers(TrainerGroup):
         Raises TrainerError past the cap of restarts, and when they do not start in time, as where a node is gone.
         """
         while True:
-            pause = self._incidents.lost("trainer", _NAME, loss, TrainerError, self._node_of(loss))
-            kill(self.handles)
-            pause.wait(self.guard.sleep, lambda: self._incidents.late("trainer", _NAME, TrainerError))
+            self._slot.lost(loss)
+            self._slot.wait_for_room(self.guard.sleep)
             try:
-                self.handles = tuple(self._start())
-                for checkpoint in self._newest:
-                    checkpoint.require_whole()
-                    self.once("load_state", str(checkpoint.folder / STATE))
+                self._fill()
+                if self._newest:
+                    self._newest.require_whole()
+                    self.once(TrainerRank.load_state, str(self._newest.folder / STATE))
             except ActorsLost as again:
                 if again.__cause__ is None:
                     raise TrainerError(f"{again}; {_TOO_SMALL}") from again
-                loss = self._diagnosed(again)
+                loss = self._slot.diagnosed(loss_of(again))
                 continue
-            self._incidents.recovered("trainer", _NAME)
+            self._slot.recovered()
             return
 
-    def _node_of(self, loss: Loss) -> str:
-        """The node of the rank that died, where its process did."""
-        dead = (handle for handle in self.handles if loss.kind == "process" and ended(handle))
-        return next((process_of(handle).node for handle in dead), "")
 
-
-def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list[ActorHandle[Any]]:
+def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list[Rank]:
     """Every rank, once the group has formed; `options` are Ray's, rank by rank.
 
     Raises ActorsLost or TrainerError when it does not; a port that somebody took meanwhile is tried again.
@@ -244,12 +217,12 @@ def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list
     attempts = 0
     while True:
         address, port = get_all([find.remote()], timeout_s, "finding a port", TrainerError)[0]
-        handles = [TrainerRank.options(**own).remote(spec, rank, address, port) for rank, own in enumerate(options)]
+        handles: list[Rank] = [
+            TrainerActor.options(**own).remote(spec, rank, address, port) for rank, own in enumerate(options)
+        ]
         attempts += 1
         try:
-            get_together(
-                [handle.ready.remote() for handle in handles], timeout_s, "starting the trainers", TrainerError
-            )
+            get_together(ask_all(handles, TrainerRank.ready), timeout_s, "starting the trainers", TrainerError)
             return handles
         except (RaylignError, KeyboardInterrupt) as error:
             kill(handles)

@@ -2,21 +2,23 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors.supervision.cures import Role, cure_of
 from actors.supervision.endings import Loss, ending, explains, one_line
 from raylign.errors import ActorsLost, GeneratorError, RaylignError, ScorerError, TrainerError
 
+T = TypeVar("T")
 _SETTLE_S = 3.0
 """How long after a failure the others may take to show its cause."""
 _ROLES: dict[type[RaylignError], Role] = {GeneratorError: "generator", TrainerError: "trainer", ScorerError: "scorer"}
 
 
-def get_all(refs: Sequence[Any], timeout_s: float, what: str, error: type[RaylignError]) -> list[Any]:
+def get_all(refs: Sequence[ObjectRef[T]], timeout_s: float, what: str, error: type[RaylignError]) -> list[T]:
     """Results of `refs` in order. Raises `error` when one fails, dies, or `timeout_s` passes for all of them."""
     try:
         return list(ray.get(list(refs), timeout=timeout_s))
@@ -24,7 +26,7 @@ def get_all(refs: Sequence[Any], timeout_s: float, what: str, error: type[Raylig
         raise failure(cause, timeout_s, what, error) from cause
 
 
-def get_together(refs: Sequence[Any], timeout_s: float, what: str, error: type[RaylignError]) -> list[Any]:
+def get_together(refs: Sequence[ObjectRef[T]], timeout_s: float, what: str, error: type[RaylignError]) -> list[T]:
     """Results of calls that need each other, in order; ends with the first that fails.
 
     Raises ActorsLost when an actor is gone, also where another one's failure is seen first and that explains it, or

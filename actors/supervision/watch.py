@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Guard:
-    """Held by whoever works with a role's actors, who sees for himself when one dies; the watch takes what is free."""
+    """A lock on the actors of a role: whoever works with them notices a death himself, else the watch does."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -43,7 +43,7 @@ class Guard:
                 raise self._failures.pop()
             yield
 
-    def tend(self, look: Callable[[], None]) -> None:
+    def if_free(self, look: Callable[[], None]) -> None:
         """Call `look` unless somebody is at work."""
         if not self._lock.acquire(blocking=False):
             return
@@ -57,21 +57,21 @@ class Guard:
             self._lock.release()
 
 
-class Role(Protocol):
-    """Actors that can be replaced."""
+class Replaceable(Protocol):
+    """A role whose actors are replaced when they die."""
 
     @property
     def guard(self) -> Guard: ...
 
-    def tend(self) -> None:
+    def replace_dead(self) -> None:
         """Replace the actors that are dead; called while nobody uses any."""
         ...
 
 
-R = TypeVar("R", bound=Role)
+R = TypeVar("R", bound=Replaceable)
 
 
-def attended(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
+def guarded(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, P], T]:
     """A method of a role that works with its actors."""
 
     @functools.wraps(method)
@@ -83,7 +83,7 @@ def attended(method: Callable[Concatenate[R, P], T]) -> Callable[Concatenate[R, 
 
 
 @contextmanager
-def watched(roles: Sequence[Role], every_s: float) -> Iterator[None]:
+def watched(roles: Sequence[Replaceable], every_s: float) -> Iterator[None]:
     """Look at every role each `every_s` seconds, in a thread of its own: replacing one may take a while."""
     stop = threading.Event()
     threads = [threading.Thread(target=_watch, args=(role, every_s, stop), name="watch", daemon=True) for role in roles]
@@ -99,6 +99,6 @@ def watched(roles: Sequence[Role], every_s: float) -> Iterator[None]:
             thread.join(_JOIN_S)
 
 
-def _watch(role: Role, every_s: float, stop: threading.Event) -> None:
+def _watch(role: Replaceable, every_s: float, stop: threading.Event) -> None:
     while not stop.wait(every_s):
-        role.guard.tend(role.tend)
+        role.guard.if_free(role.replace_dead)

@@ -1,21 +1,54 @@
 """N trainer ranks behind one port; every call runs on all of them, because their collectives need all of them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-import ray
 from ray.actor import ActorHandle
 
+from actors.calls import ask, ask_all
 from actors.supervision.waiting import get_all, get_together
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
+from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.training.preferences import sampler_logps
 from raylign.training.sequences import Completions
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Rank = ActorHandle[TrainerRank]
+
+
+class AskRanks(Protocol):
+    """Asks every rank the same, and returns the answers in rank order."""
+
+    def __call__(
+        self,
+        ranks: Sequence[Rank],
+        timeout_s: float,
+        what: str,
+        method: Callable[Concatenate[TrainerRank, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        """Raises ActorsLost when one has died or does not answer, TrainerError when one raised."""
+        ...
+
+
+def ask_ranks(
+    ranks: Sequence[Rank],
+    timeout_s: float,
+    what: str,
+    method: Callable[Concatenate[TrainerRank, P], T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> list[T]:
+    """Of ranks that are Ray actors."""
+    return get_together(ask_all(ranks, method, *args, **kwargs), timeout_s, what, TrainerError)
 
 
 class TrainerGroup:
@@ -23,25 +56,32 @@ class TrainerGroup:
 
     def __init__(
         self,
-        handles: Sequence[ActorHandle[Any]],
+        handles: Sequence[Rank],
         *,
         loss: TrainerLoss,
         reference: ReferenceBlock,
         step_timeout_s: float,
+        ask_ranks: AskRanks = ask_ranks,
     ) -> None:
         self.handles = tuple(handles)
+        self._ask_ranks = ask_ranks
         self._loss, self._reference, self._step_timeout_s = loss, reference, step_timeout_s
 
     def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """Summed log-probs (nats) of the completions of each row under the reference, in order; [] without one."""
-        return self._in_order("reference_logps", rows, "reference log-probs")
+        return self._in_order("reference log-probs", TrainerRank.reference_logps, rows)
 
     def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
-        return self._in_order("initial_logps", rows, "log-probs of the initial policy")
+        return self._in_order("log-probs of the initial policy", TrainerRank.initial_logps, rows)
 
-    def _in_order(self, method: str, rows: Sequence[Completions], what: str) -> list[list[float]]:
-        shares = self._call(method, rows, what=what, steps=len(rows))
+    def _in_order(
+        self,
+        what: str,
+        method: Callable[[TrainerRank, Sequence[Completions]], list[list[float]]],
+        rows: Sequence[Completions],
+    ) -> list[list[float]]:
+        shares = self._call(what, len(rows), method, rows)
         world = len(self.handles)
         return [shares[index % world][index // world] for index in range(len(rows))] if shares[0] else []
 
@@ -63,8 +103,10 @@ class TrainerGroup:
             case SamplerReferenceBlock():
                 tail = self._loss.tail_weight
                 return {i: (*sampler_logps(p, tail), *_sampled_kl(p)) for i, p in enumerate(preferences)}
-        arguments = (preferences, seed, rounds_done)
-        shares = self._call("reference_candidates", *arguments, what="reference log-probs", steps=len(preferences))
+        steps = len(preferences)
+        shares = self._call(
+            "reference log-probs", steps, TrainerRank.reference_candidates, preferences, seed, rounds_done
+        )
         return {index: values for share in shares for index, values in share.items()}
 
     def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:
@@ -75,8 +117,7 @@ class TrainerGroup:
         """
         if not preferences:
             raise TrainerError("there are no held-out preferences to evaluate on; give at least one")
-        shared = self.put(preferences)
-        shares = self._call("evaluate", shared, what="held-out evaluation", steps=len(preferences))
+        shares = self._call("held-out evaluation", len(preferences), TrainerRank.evaluate, preferences)
         found = {index: values for _, share in shares for index, values in share.items()}
         losses, chosen, rejected = zip(*(found[index] for index in range(len(preferences))), strict=True)
         return HeldOut(shares[0][0], losses, chosen, rejected)
@@ -90,66 +131,51 @@ class TrainerGroup:
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
         """Get ready for the round after `rounds_done`, of which `steps` are done; returns how many there are in all."""
-        shared = self.put(preferences)
-        count: int = self._call("begin_round", shared, seed, rounds_done, steps, what="planning a round", steps=1)[0]
-        return count
-
-    def put(self, preferences: Sequence[Preference]) -> Any:
-        """Preferences where every rank can take them from."""
-        return ray.put(tuple(preferences))
+        return self._call("planning a round", 1, TrainerRank.begin_round, preferences, seed, rounds_done, steps)[0]
 
     def train_step(self) -> Metrics:
         """The next optimizer step of the round."""
-        metrics: Metrics = self._call("train_step", what="an optimizer step", steps=1)[0]
-        return metrics
+        return self._call("an optimizer step", 1, TrainerRank.train_step)[0]
 
     def step_indices(self, number: int) -> tuple[int, ...]:
         """Which preferences of the round step `number` (from 0) trains on."""
-        indices: tuple[int, ...] = self._call("step_indices", number, what="the plan of a step", steps=1)[0]
-        return indices
+        return self._call("the plan of a step", 1, TrainerRank.step_indices, number)[0]
 
     def state_bytes(self) -> int:
         """Disk space that a checkpoint takes, at most."""
-        size: int = self._call("state_bytes", what="the size of a checkpoint", steps=1)[0]
-        return size
+        return self._call("the size of a checkpoint", 1, TrainerRank.state_bytes)[0]
 
     def save_state(self, folder: str, round_index: int) -> list[Metrics]:
         """Write what training goes on from; returns the metrics of that round's steps so far."""
-        steps: list[Metrics] = self._call("save_state", folder, round_index, what="saving the training state", steps=1)[
-            0
-        ]
-        return steps
+        return self._call("saving the training state", 1, TrainerRank.save_state, folder, round_index)[0]
 
     def load_state(self, folder: str) -> None:
         """Go on from what `save_state` wrote."""
-        self._call("load_state", folder, what="loading the training state", steps=1)
+        self._call("loading the training state", 1, TrainerRank.load_state, folder)
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of ids[1:] under the policy for each list of ids, from rank 0."""
-        logps: list[list[float]] = self._call("token_logps", token_ids, what="canary log-probs", steps=1)[0]
-        return logps
+        return self._call("canary log-probs", 1, TrainerRank.token_logps, token_ids)[0]
 
     def save_weights(self, path: str) -> None:
         """Write the merged weights to a safetensors file on rank 0's node."""
-        self._call("save_weights", path, what="gathering weights", steps=1)
+        self._call("gathering weights", 1, TrainerRank.save_weights, path)
 
     def save_adapter(self, folder: str) -> None:
         """Write a PEFT adapter into a folder on rank 0's node."""
-        self._call("save_adapter", folder, what="gathering the adapter", steps=1)
+        self._call("gathering the adapter", 1, TrainerRank.save_adapter, folder)
 
-    def send_nccl(self, handles: Sequence[ActorHandle[Any]], workers: int, timeout_s: float) -> None:
+    def send_nccl(self, handles: Sequence[ActorHandle[Generator]], workers: int, timeout_s: float) -> None:
         """Broadcast the merged weights to the engines behind `handles`, `workers` processes in all."""
-        address, port = get_all([self.handles[0].free_address.remote()], timeout_s, "a free port", TrainerError)[0]
-        self._call("send_nccl", handles, address, port, workers, timeout_s, what="sending weights", steps=1)
+        find = ask(self.handles[0], TrainerRank.free_address)
+        address, port = get_all([find], timeout_s, "a free port", TrainerError)[0]
+        self._call("sending weights", 1, TrainerRank.send_nccl, handles, address, port, workers, timeout_s)
 
-    def _call(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
-        """Every rank's answer."""
-        return self._ask(method, *args, what=what, steps=steps)
-
-    def _ask(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
-        """Every rank's answer, or ActorsLost. The deadline is that of `steps` optimizer steps."""
-        refs = [getattr(handle, method).remote(*args) for handle in self.handles]
-        return get_together(refs, self._step_timeout_s * max(1, steps), what, TrainerError)
+    def _call(
+        self, what: str, steps: int, method: Callable[Concatenate[TrainerRank, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]:
+        """Every rank's answer. The deadline is that of `steps` optimizer steps."""
+        return self._ask_ranks(self.handles, self._step_timeout_s * max(1, steps), what, method, *args, **kwargs)
 
 
 def _filled(preference: Preference, logps: Sequence[float]) -> Preference:

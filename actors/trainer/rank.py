@@ -21,6 +21,7 @@ from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, fr
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
 from actors.trainer.model_files import drain, write_adapter, write_weights
+from actors.trainer.network import free_address
 from actors.trainer.process_group import Sharding, join_group
 from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
 from actors.trainer.state import (
@@ -39,6 +40,7 @@ from raylign.models import load_policy
 from raylign.records import Preference
 from raylign.reference.logps import require_reference
 from raylign.reference.versions import is_new_reference, reference_version
+from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.layout_check import supported_layout
@@ -69,7 +71,7 @@ class _Round:
 class DeepSpeedRank:
     """Holds the model in training, its optimizer state and the reference; constructing it joins the process group.
 
-    `actors.trainer.actor` tells of its methods.
+    `raylign.roles.TrainerRank` tells of its methods.
     """
 
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
@@ -325,8 +327,11 @@ class DeepSpeedRank:
         self._state, self._schedule.warm_at = state.loss, state.warm_at
         self._engine.set_loss_scaler(state.loss_scaler)
 
+    def free_address(self) -> tuple[str, int]:
+        return free_address()
+
     def send_nccl(
-        self, handles: Sequence[ActorHandle[Any]], address: str, port: int, workers: int, timeout_s: float
+        self, handles: Sequence[ActorHandle[Generator]], address: str, port: int, workers: int, timeout_s: float
     ) -> None:
         from actors.weight_sync.nccl import PolicySource, open_sender  # noqa: PLC0415 - vLLM, for this transport alone
 
@@ -336,3 +341,6 @@ class DeepSpeedRank:
                 source, handles, rank=self._rank, address=address, port=port, workers=workers, timeout_s=timeout_s
             )
         self._sender.send_weights()
+
+
+_: type[TrainerRank] = DeepSpeedRank

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.generator.pool import GeneratorPool
-from actors.trainer.group import TrainerGroup
 from raylign.errors import WeightSyncError
+from raylign.roles import Engines, Generator, Trainers
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +15,7 @@ class Canary:
     token_ids: tuple[tuple[int, ...], ...]
     max_gap: float
 
-    def check(self, trainers: TrainerGroup, generators: GeneratorPool, timeout_s: float) -> Mapping[str, float]:
+    def check(self, trainers: Trainers, generators: Engines, timeout_s: float) -> Mapping[str, float]:
         """`logprob_gap_mean` and `logprob_gap_max` (absolute, nats) over all tokens and generators.
 
         Raises WeightSyncError when the mean exceeds the limit.
@@ -24,7 +23,7 @@ class Canary:
         expected = trainers.token_logps(self.token_ids)
         gaps = []
         for ids, logps in zip(self.token_ids, expected, strict=True):
-            for served in generators.call("token_logps", ids, timeout_s=timeout_s, what="canary"):
+            for served in generators.call("canary", timeout_s, Generator.token_logps, ids):
                 gaps.append(_gaps(logps, served))
         means = [sum(gap) / len(gap) for gap in gaps]
         worst = max(means, key=lambda mean: math.inf if math.isnan(mean) else mean)

@@ -10,8 +10,10 @@ from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransf
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from actors.calls import ask, ask_all
 from actors.supervision.waiting import get_all
 from raylign.errors import WeightSyncError
+from raylign.roles import Generator
 from raylign.training.weights import Gather, ShapeOf, checkpoint_shapes, checkpoint_weights
 
 
@@ -19,30 +21,28 @@ from raylign.training.weights import Gather, ShapeOf, checkpoint_shapes, checkpo
 class GeneratorClient:
     """vLLM's control-plane protocol over our generator actors, every call with a deadline."""
 
-    handles: Sequence[ActorHandle[Any]]
+    handles: Sequence[ActorHandle[Generator]]
     timeout_s: float
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         offset = init_info["rank_offset"]
         each = (init_info["world_size"] - offset) // len(self.handles)
         infos = [init_info | {"rank_offset": offset + index * each} for index in range(len(self.handles))]
-        refs = [
-            handle.init_weight_transfer_engine.remote(info) for handle, info in zip(self.handles, infos, strict=True)
-        ]
+        pairs = zip(self.handles, infos, strict=True)
+        refs = [ask(handle, Generator.init_weight_transfer_engine, info) for handle, info in pairs]
         get_all(refs, self.timeout_s, "joining the NCCL group", WeightSyncError)
 
     def start_weight_update(self) -> None:
-        self._call("start_weight_update")
+        refs = ask_all(self.handles, Generator.start_weight_update)
+        get_all(refs, self.timeout_s, "beginning a weight update", WeightSyncError)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        self._call("update_weights", update_info)
+        refs = ask_all(self.handles, Generator.update_weights, update_info)
+        get_all(refs, self.timeout_s, "updating weights", WeightSyncError)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", weight_version)
-
-    def _call(self, method: str, *args: object) -> None:
-        refs = [getattr(handle, method).remote(*args) for handle in self.handles]
-        get_all(refs, self.timeout_s, method, WeightSyncError)
+        refs = ask_all(self.handles, Generator.finish_weight_update, weight_version)
+        get_all(refs, self.timeout_s, "ending a weight update", WeightSyncError)
 
 
 class PolicySource(WeightSource):
@@ -60,7 +60,7 @@ class PolicySource(WeightSource):
 
 def open_sender(
     source: PolicySource,
-    handles: Sequence[ActorHandle[Any]],
+    handles: Sequence[ActorHandle[Generator]],
     *,
     rank: int,
     address: str,

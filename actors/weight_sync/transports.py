@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from actors.generator.pool import GeneratorPool
-from actors.trainer.group import TrainerGroup
 from actors.weight_sync.manifest import Manifest, file_manifest, require_same
 from raylign.errors import PlacementError, WeightSyncError
+from raylign.roles import Engines, Generator, Trainers
 
 Transport = Literal["lora", "shm", "nccl"]
 
@@ -20,7 +19,7 @@ Transport = Literal["lora", "shm", "nccl"]
 class WeightTransport(Protocol):
     """Moves the trainer's weights to idle generators, which then serve them as `version`."""
 
-    def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
         """Raises WeightSyncError, TrainerError or GeneratorError; after any of them the engines are not to be used."""
         ...
 
@@ -64,7 +63,7 @@ class ShmTransport:
         """Room that a push takes."""
         return self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values())
 
-    def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
         require_room(self.directory, self.needed_bytes)
         with _own_folder(self.directory) as folder:
             path = folder / "model.safetensors"
@@ -72,10 +71,10 @@ class ShmTransport:
             load_file(generators, path, self.manifest, version, timeout_s)
 
 
-def load_file(generators: GeneratorPool, path: Path, manifest: Manifest, version: int, timeout_s: float) -> None:
+def load_file(generators: Engines, path: Path, manifest: Manifest, version: int, timeout_s: float) -> None:
     """Serve the weights in `path` as `version`. A file that does not fit `manifest` is refused before any change."""
     require_same(manifest, file_manifest(path))
-    generators.call("take_weights", str(path), version, timeout_s=timeout_s, what="loading weights")
+    generators.call("loading weights", timeout_s, Generator.take_weights, str(path), version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,10 @@ class LoraTransport:
 
     directory: Path
 
-    def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
         with _own_folder(self.directory) as folder:
             trainers.save_adapter(str(folder))
-            generators.call("take_adapter", str(folder), version, timeout_s=timeout_s, what="loading the adapter")
+            generators.call("loading the adapter", timeout_s, Generator.take_adapter, str(folder), version)
 
 
 @contextmanager
@@ -106,11 +105,11 @@ class NcclTransport:
 
     workers: int
 
-    def push(self, trainers: TrainerGroup, generators: GeneratorPool, version: int, timeout_s: float) -> None:
-        generators.call("pause", timeout_s=timeout_s, what="pausing the generators")
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
+        generators.call("pausing the generators", timeout_s, Generator.pause)
         trainers.send_nccl(generators.handles, self.workers, timeout_s)
-        generators.call("label", version, timeout_s=timeout_s, what="labelling the version")
-        generators.call("resume", timeout_s=timeout_s, what="resuming the generators")
+        generators.call("labelling the version", timeout_s, Generator.label, version)
+        generators.call("resuming the generators", timeout_s, Generator.resume)
 
 
 def require_room(directory: Path, needed: int) -> None:
