@@ -52,7 +52,7 @@ from raylign.config.reference import ReferenceBlock
 from raylign.errors import GeneratorError, RaylignError, ScorerError, TrainerError
 from raylign.models import DTYPES
 from raylign.reference.checkpoint import resolve_reference
-from raylign.roles import Generator, Generators, Publisher, Scorer, ScorerProcess, Trainers
+from raylign.roles import Generator, ScorerProcess
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.scoring.identity import CODE, kept_code
@@ -61,13 +61,13 @@ _SHUTDOWN_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Team:
-    """The roles of an online recipe, ready: every actor has loaded and joined its group."""
+class ActorTeam:
+    """A `raylign.roles.Team` of actors: every one has loaded and joined its group."""
 
-    generators: Generators
-    trainers: Trainers
-    scorer: Scorer
-    publisher: Publisher
+    generators: SupervisedGenerators
+    trainers: SupervisedTrainers
+    scorer: ScorerClient
+    publisher: WeightPublisher
 
 
 def plan_team(config: OnlineDpoConfig, available: Mapping[str, float]) -> PlacementPlan:
@@ -137,7 +137,7 @@ def team(
     canary_ids: tuple[tuple[int, ...], ...],
     plan: PlacementPlan,
     incidents: Incidents,
-) -> Iterator[Team]:
+) -> Iterator[ActorTeam]:
     """Start every role at the same time, wait until all have loaded, yield them, and take them down at the end."""
     with weight_folder(config.run.name) as directory:
         mover, transport = _transport(config, folder, plan, directory)
@@ -151,7 +151,7 @@ def team(
             scorer.wait_ready()
             generators.wait_ready(publisher.catch_up)
             with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
-                yield Team(generators, trainers, scorer, publisher)
+                yield ActorTeam(generators, trainers, scorer, publisher)
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def trainer_team(
     pad_id: int,
     plan: PlacementPlan,
     incidents: Incidents,
-) -> Iterator[Trainers]:
+) -> Iterator[SupervisedTrainers]:
     """The same with trainers alone, for recipes that train on a data set."""
     with _starting(config, folder, pad_id, plan, incidents) as start:
         trainers = _start_trainers(start, loss, reference)

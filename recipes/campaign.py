@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.supervision.incidents import Incidents
-from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
@@ -22,6 +21,7 @@ from raylign.report.console import keep_library_log
 from raylign.report.summary import headline, rounds_table, rounds_warnings
 from raylign.report.tables import Sample, report_console, samples_block
 from raylign.report.text import escape_control
+from raylign.roles import Trainers
 from raylign.run.checkpoints import Checkpoint, Metrics
 from raylign.run.directory import RunDirectory, require_continuable, run_path
 from raylign.run.inputs import Rows
@@ -61,24 +61,25 @@ class Campaign:
         self._samples: list[Sequence[Sample]] = []
         self._journaled = {(event.name, event.round) for event in read_events(directory.path / JOURNAL_NAME)}
 
-    def _usable_checkpoint(self) -> list[Checkpoint]:
+    def _usable_checkpoint(self) -> Checkpoint | None:
         """The newest good one, unless an unfinished round up to its own has lost what only an earlier policy can give.
 
         These are samples or preferences (rows of a data set would be the same again), and the evaluation of a version
         before it.
         """
         newest = self._checkpoints.newest()
+        if newest is None:
+            return None
         sampled = isinstance(self._config, OnlineDpoConfig)
-        for checkpoint in newest:
-            for index in range(self.directory.rounds_finished() + 1, checkpoint.round + 1):
-                needed = ({"reference"} if sampled else set()) | ({"evaluate"} if index < checkpoint.round else set())
-                if not needed <= finished_stages(self.directory.round(index)).keys():
-                    return self._checkpoints.newest(before=index)
+        for index in range(self.directory.rounds_finished() + 1, newest.round + 1):
+            needed = ({"reference"} if sampled else set()) | ({"evaluate"} if index < newest.round else set())
+            if not needed <= finished_stages(self.directory.round(index)).keys():
+                return self._checkpoints.newest(before=index)
         return newest
 
     def _rounds_done(self) -> int:
         """Rounds with a report whose policy, or a later one, has a good checkpoint."""
-        trained = self._newest[0].rounds_done if self._newest else 0
+        trained = self._newest.rounds_done if self._newest else 0
         return min(self.directory.rounds_finished(), trained)
 
     def open_record(self, rows: Source, split: str) -> None:
@@ -117,7 +118,7 @@ class Campaign:
 
     def _steps_on_record(self, index: int) -> list[Metrics]:
         """Of a round before the newest checkpoint whose report is gone, the steps as the journal has them."""
-        if not (index and self._newest and index < self._newest[0].round):
+        if not (index and self._newest and index < self._newest.round):
             return []
         events = (event for event in read_events(self.directory.path / JOURNAL_NAME) if event.round == index)
         steps = {event.get("step", _NUMBER): event.get("metrics", _METRICS) for event in events if event.name == "step"}
@@ -128,14 +129,14 @@ class Campaign:
         ]
 
     @property
-    def newest(self) -> list[Checkpoint]:
-        """The checkpoint to go on from, if there is one."""
-        return list(self._newest)
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from."""
+        return self._newest
 
-    def restore(self, trainers: SupervisedTrainers) -> None:
+    def restore(self, trainers: Trainers) -> None:
         """The trainer as the newest checkpoint has it."""
-        trainers.restore(self._newest)
-        for newest in self._newest:
+        trainers.restore(newest := self._newest)
+        if newest:
             done = f"round {newest.round}" if newest.complete else f"{len(newest.steps)} steps of round {newest.round}"
             self.say(f"going on after {done}, from {newest.folder}")
 
@@ -177,21 +178,22 @@ class Campaign:
         self._console.print(Text(escape_control(line)), soft_wrap=True)
 
 
-def finished_before(config: RunConfig) -> list[RunDirectory]:
-    """The run directory of `config` if all its rounds are done; says so. [] when there is something to do."""
+def finished_before(config: RunConfig) -> RunDirectory | None:
+    """The run directory of `config` if all its rounds are done, which it says; None when there is something to do."""
     require_continuable(config)
     directory = RunDirectory(run_path(config.run))
     if directory.rounds_finished() < config.rounds:
-        return []
+        return None
     console = report_console()
     console.print(rounds_table(directory.baseline(), directory.reports()))
     console.print(Text(f"all {config.rounds} rounds are done: {directory.path}"), soft_wrap=True)
-    return [directory]
+    return directory
 
 
 def starting(directory: RunDirectory, actor_logs: Path) -> str:
     """The first line of a start: where to read what libraries say, which is kept from the console."""
-    here = "".join(f", this process's in {path}" for path in keep_library_log(directory.path))
+    kept = keep_library_log(directory.path)
+    here = f", this process's in {kept}" if kept else ""
     return f"starting; actor logs are in {actor_logs}{here}"
 
 

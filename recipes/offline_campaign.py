@@ -9,8 +9,7 @@ from pathlib import Path
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
-from actors.supervision.trainers import SupervisedTrainers
-from actors.trainer.team import plan_trainer_team, trainer_team
+from actors.team import plan_trainer_team, trainer_team
 from raylign.config import OfflineConfig
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
@@ -21,6 +20,7 @@ from raylign.pairing import with_mismatched
 from raylign.prompts import refused_path
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.tables import report_console
+from raylign.roles import Trainers
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.inputs import keep, require_same
 from raylign.tracking.tracker import open_tracker
@@ -35,7 +35,7 @@ from recipes.inputs import inputs_of
 @contextmanager
 def offline_campaign(
     config: OfflineConfig, loss: TrainerLoss, reference: ReferenceBlock, recipe: str | None = None
-) -> Iterator[tuple[Campaign, PreferenceData, SupervisedTrainers]]:
+) -> Iterator[tuple[Campaign, PreferenceData, Trainers]]:
     """Check everything that can be checked, then start the trainers; leaves nothing behind but the run directory.
 
     `recipe` is the file with the loop: a run goes on only with the same one.

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
 from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace
+from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
@@ -26,7 +26,7 @@ def run_round(
     rows: Sequence[Preference],
     held_out: Sequence[Preference],
     known: dict[str, Preference],
-    trainers: SupervisedTrainers,
+    trainers: Trainers,
     config: OfflineDpoConfig,
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
@@ -41,7 +41,7 @@ def reference(
     log: RoundLog,
     rows: Sequence[Preference],
     known: dict[str, Preference],
-    trainers: SupervisedTrainers,
+    trainers: Trainers,
     config: OfflineDpoConfig,
 ) -> tuple[Preference, ...]:
     """Reference log-probs of the round's rows; of a reference that never moves they stay `known` in later epochs."""
@@ -57,7 +57,7 @@ def reference(
 
 
 def evaluate_policy(
-    log: RoundLog, held_out: Sequence[Preference], trainers: SupervisedTrainers, config: OfflineDpoConfig
+    log: RoundLog, held_out: Sequence[Preference], trainers: Trainers, config: OfflineDpoConfig
 ) -> AnyEvaluation:
     """Loss, rewards and the share of held-out pairs ranked rightly, against the reference the round trained with."""
     with log.stage("evaluate", len(held_out), "rows") as stage:
@@ -71,7 +71,7 @@ def evaluate_policy(
     return evaluation
 
 
-def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: OfflineDpoConfig) -> None:
+def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: OfflineDpoConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     moves = pace(config.reference) is not None
     # Of a reference that never moves once for all evaluations and epochs.
@@ -86,7 +86,7 @@ def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, con
 def main(config: OfflineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
-        return done[0].path
+        return done.path
     with offline_campaign(config, config.loss, config.reference, __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path

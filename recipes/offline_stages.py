@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
-from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import OfflineConfig
 from raylign.evaluation.held_out import Metric, held_out_evaluation
 from raylign.records import AnyEvaluation, Preference
+from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from raylign.training.schedule import steps_per_round
 
 
 def train_rows(
-    log: RoundLog, rows: Sequence[Preference], trainers: SupervisedTrainers, config: OfflineConfig
+    log: RoundLog, rows: Sequence[Preference], trainers: Trainers, config: OfflineConfig
 ) -> list[Mapping[str, float]]:
     """Every optimizer step of the round, then its checkpoint."""
     with log.stage("train", steps_per_round(len(rows), config.trainer), "steps") as stage:
@@ -21,7 +21,7 @@ def train_rows(
 
 
 def evaluate_rows(
-    log: RoundLog, rows: Sequence[Preference], metric: Metric, trainers: SupervisedTrainers, config: OfflineConfig
+    log: RoundLog, rows: Sequence[Preference], metric: Metric, trainers: Trainers, config: OfflineConfig
 ) -> AnyEvaluation:
     """Loss and metrics on held-out rows; an earlier attempt's are read."""
     with log.stage("evaluate", len(rows), "rows") as stage:

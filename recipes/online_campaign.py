@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from rich.text import Text
 
 from actors.cluster import cluster, log_folder
-from actors.team import Team, plan_team, team
-from actors.weight_sync.publish import Publisher
+from actors.team import plan_team, team
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import ModelBlock
 from raylign.models import load_tokenizer, require_context, resolve_model
@@ -17,6 +16,7 @@ from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.tables import report_console
+from raylign.roles import Publisher, Team
 from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.inputs import keep, require_same
@@ -83,7 +83,7 @@ def bring_up(run: Campaign, team: Team, block: ModelBlock) -> Mapping[str, float
     In the middle of a round all its samples are there: what is served until its end is never asked.
     """
     run.restore(team.trainers)
-    return agree_on_weights(team.publisher, block, next(iter(run.newest), None))
+    return agree_on_weights(team.publisher, block, run.newest)
 
 
 def agree_on_weights(publisher: Publisher, block: ModelBlock, newest: Checkpoint | None) -> Mapping[str, float]:

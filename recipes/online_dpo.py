@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from actors.team import Team
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation.generated import evaluate
 from raylign.pairing import (
@@ -23,6 +22,7 @@ from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
 from raylign.reference.versions import is_initial_reference
 from raylign.report.tables import Sample
+from raylign.roles import Team
 from raylign.run.rounds import RoundLog, numbered
 from raylign.sampling.curriculum import History, draw_open
 from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
@@ -232,7 +232,7 @@ def train(run: Campaign, prompts: PromptSet, team: Team, config: OnlineDpoConfig
 def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
-        return done[0].path
+        return done.path
     with campaign(config, __file__) as (run, prompts, team):
         train(run, prompts, team, config)
     return run.directory.path

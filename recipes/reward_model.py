@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import RewardModelConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.preferences import PreferenceData
@@ -16,6 +15,7 @@ from raylign.data.split import rows_of_round
 from raylign.evaluation.calibration import calibration, random_pairs
 from raylign.evaluation.held_out import held_out_evaluation
 from raylign.records import AnyEvaluation, Preference, RoundReport
+from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
@@ -27,7 +27,7 @@ def run_round(
     log: RoundLog,
     rows: Sequence[Preference],
     held_out: Sequence[Preference],
-    trainers: SupervisedTrainers,
+    trainers: Trainers,
     config: RewardModelConfig,
 ) -> RoundReport:
     """Round `index` trains version `index` of the model on its rows of the epoch."""
@@ -37,7 +37,7 @@ def run_round(
 
 
 def evaluate_model(
-    log: RoundLog, held_out: Sequence[Preference], trainers: SupervisedTrainers, config: RewardModelConfig
+    log: RoundLog, held_out: Sequence[Preference], trainers: Trainers, config: RewardModelConfig
 ) -> AnyEvaluation:
     """The share of held-out pairs ranked rightly, and whether the predicted probabilities come true."""
     with log.stage("evaluate", len(held_out), "rows") as stage:
@@ -55,7 +55,7 @@ def evaluate_model(
     return evaluation
 
 
-def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: RewardModelConfig) -> None:
+def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: RewardModelConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     run.finish_baseline(evaluate_model(run.round_log(0), data.held_out, trainers, config))
     for index in run.rounds_to_do():
@@ -66,7 +66,7 @@ def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, con
 def main(config: RewardModelConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
-        return done[0].path
+        return done.path
     with offline_campaign(config, config.loss, NoReferenceBlock(), __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.supervision.trainers import SupervisedTrainers
 from raylign.config import SftConfig, load_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
 from raylign.records import Preference, RoundReport
+from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
@@ -25,7 +25,7 @@ def run_round(
     log: RoundLog,
     rows: Sequence[Preference],
     held_out: Sequence[Preference],
-    trainers: SupervisedTrainers,
+    trainers: Trainers,
     config: SftConfig,
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
@@ -34,7 +34,7 @@ def run_round(
     return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
 
 
-def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, config: SftConfig) -> None:
+def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: SftConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     run.finish_baseline(evaluate_rows(run.round_log(0), data.held_out, "loss", trainers, config))
     for index in run.rounds_to_do():
@@ -45,7 +45,7 @@ def train(run: Campaign, data: PreferenceData, trainers: SupervisedTrainers, con
 def main(config: SftConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
-        return done[0].path
+        return done.path
     with offline_campaign(config, config.loss, NoReferenceBlock(), __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path

@@ -4,34 +4,40 @@ Version v gives every token the log-probability -1 / (v + 1) nats and answers wi
 "end"; a word is a token whose id is its length. Everything a round computes from that has a closed form.
 """
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from actors.scorer.client import ScorerClient
-from actors.supervision.generators import SupervisedGenerators
+from actors.supervision.cures import Role
 from actors.supervision.incidents import Incidents
+from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers
+from actors.trainer.group import Rank
 from raylign.config import OfflineDpoConfig, OnlineDpoConfig
-from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
+from raylign.config.blocks import RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
-from raylign.errors import GeneratorError
+from raylign.errors import GeneratorError, RaylignError, TrainerError
 from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.reference.versions import reference_version
+from raylign.roles import Generator, Generators, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
 from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
-from raylign.scoring import Usage, check_unscored
+from raylign.scoring import Usage, check_unscored, summary
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.preferences import completions_of
-from raylign.training.sequences import Completions, token_cost
+from raylign.training.sequences import Completions, Layout, token_cost
 
+P = ParamSpec("P")
+T = TypeVar("T")
 WEIGHT = "policy_version"
 """The one tensor of the policy, of shape [1]."""
 
@@ -41,13 +47,13 @@ def token_logp(version: int) -> float:
 
 
 class FakeEngine:
-    """What one generator actor does, at once. `weights` is what it computes with, `label` what it says it serves."""
+    """A `raylign.roles.Generator` that answers at once: `weights` computes, `label_now` is what it says it serves."""
 
     def __init__(self, events: list[str]) -> None:
         self.weights = self.label_now = 0
         self._events, self._paused = events, False
 
-    def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
+    async def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
         if self._paused or version != self.label_now:
             raise GeneratorError(f"version {version} asked of an engine that serves {self.label_now}")
         self._events.append(f"sample {prompt.id}")
@@ -62,48 +68,52 @@ class FakeEngine:
         logprobs = (token_logp(weights),) * len(token_ids)
         return Candidate(prompt.id, index, token_ids, logprobs, text, "stop", version, seed)
 
-    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
         return [token_logp(self.weights)] * (len(token_ids) - 1)
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         self._events.append("pause")
         self._paused = True
 
-    def resume(self) -> None:
+    async def resume(self) -> None:
         self._events.append("resume")
         self._paused = False
 
-    def version(self) -> int:
+    async def version(self) -> int:
         return self.label_now
 
-    def label(self, version: int) -> None:
+    async def label(self, version: int) -> None:
         self.label_now = version
 
-    def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, path: str, version: int) -> None:
         self._events.append("load weights")
         self.weights = int(load_file(path)[WEIGHT])
-        self.label(version)
+        await self.label(version)
 
-    def take_adapter(self, path: str, version: int) -> None:
+    async def take_adapter(self, path: str, version: int) -> None:
         self._events.append("load adapter")
         self.weights = int(load_file(Path(path) / "adapter_model.safetensors")[WEIGHT])
-        self.label(version)
+        await self.label(version)
+
+    async def ready(self) -> None: ...
+
+    async def shutdown(self) -> None: ...
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    async def start_weight_update(self) -> None: ...
+
+    async def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None: ...
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-class FakeGenerators(SupervisedGenerators):
+class FakeGenerators:
     """Engines in turn, called directly."""
 
     def __init__(self, engines: Sequence[FakeEngine]) -> None:
-        handles: list[Any] = list(engines)
-        super().__init__(
-            handles.__getitem__,
-            lambda handle: None,
-            block=GeneratorsBlock(count=len(engines)),
-            recovery=RecoveryBlock(),
-            incidents=quiet_incidents(),
-            stacks=Path(),
-        )
-        self.engines = tuple(engines)
+        self.engines = self.handles = tuple(engines)
+        self.served, self.pushed = 0, False
 
     def sample(
         self,
@@ -119,21 +129,28 @@ class FakeGenerators(SupervisedGenerators):
         candidates = []
         for row, prompt in enumerate(prompts):
             engine = self.engines[row % len(self.engines)]
-            found = engine.sample(prompt, decoding, prompt_seed(seed, round_index, prompt.id), version)
+            found = asyncio.run(engine.sample(prompt, decoding, prompt_seed(seed, round_index, prompt.id), version))
             candidates += found
             on_finished(found)
             advance(1)
         return candidates
 
-    def call(self, method: str, *args: object, timeout_s: float, what: str) -> list[Any]:
-        return [getattr(engine, method)(*args) for engine in self.engines]
+    def call(
+        self,
+        what: str,
+        timeout_s: float,
+        method: Callable[Concatenate[Generator, P], Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        return [asyncio.run(getattr(engine, method.__name__)(*args, **kwargs)) for engine in self.engines]
 
 
 def count_good(prompt: Prompt, completion: str) -> float | None:
     return float(completion.count("good"))
 
 
-class FakeScorer(ScorerClient):
+class FakeScorer:
     """Scores with a function of prompt and completion; None is unscored."""
 
     def __init__(
@@ -142,8 +159,11 @@ class FakeScorer(ScorerClient):
         block: ScoringBlock,
         value: Callable[[Prompt, str], float | None] = count_good,
     ) -> None:
-        super().__init__(_no_actor, block, quiet_incidents(), stacks=Path(), start_timeout_s=1.0)
         self._events, self._limit, self._value = events, block.max_unscored, value
+        self._usages: dict[str, Usage] = {}
+
+    def metrics(self) -> Mapping[str, float]:
+        return summary(self._usages)
 
     def score(
         self,
@@ -161,67 +181,40 @@ class FakeScorer(ScorerClient):
         return scores
 
 
-class FakeTrainers(SupervisedTrainers):
-    """One rank whose weights are a version number; a round of training adds 1. The reference is version 0."""
+class FakeRank:
+    """A `raylign.roles.TrainerRank` whose weights are a version number; a round of training adds 1.
+
+    The reference is version 0.
+    """
 
     def __init__(self, events: list[str], config: OnlineDpoConfig | OfflineDpoConfig) -> None:
-        super().__init__(
-            lambda: [_no_actor()],
-            block=config.trainer,
-            loss=config.loss,
-            reference=config.reference,
-            adapter=config.model.lora is not None,
-            incidents=quiet_incidents(),
-            stacks=Path(),
-        )
         self.version = 0
         self._events, self._config = events, config
         self._pairs: Sequence[Preference] = ()
         self._plan: list[Step] = []
         self._reports: list[Metrics] = []
 
-    def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
+    def ready(self) -> int:
+        return 0
+
+    def layout(self) -> Layout:
+        return "shared"
+
+    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        has_none = isinstance(self._config.reference, NoReferenceBlock | SamplerReferenceBlock)
+        return [[token_logp(0) * len(tokens) for tokens in row.completions] for row in ([] if has_none else rows)]
+
+    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        known = rows if self._config.model.lora is not None else ()
+        return [[token_logp(0) * len(tokens) for tokens in row.completions] for row in known]
+
+    def reference_candidates(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int
+    ) -> dict[int, tuple[float, ...]]:
         self._events.append(f"reference {len(preferences)} seed {seed} after {rounds_done} rounds")
-        return super().with_reference(preferences, seed, rounds_done)
+        return {index: (*_logps(p, version=0), *_kl_logps(p)) for index, p in enumerate(preferences)}
 
-    def _ask(self, method: str, *args: Any, what: str, steps: int) -> list[Any]:
-        """What the one rank answers."""
-        match method:
-            case "reference_logps":
-                has_none = isinstance(self._reference, NoReferenceBlock | SamplerReferenceBlock)
-                rows: Sequence[Completions] = () if has_none else args[0]
-                return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
-            case "initial_logps":
-                rows = args[0] if self._config.model.lora is not None else ()
-                return [[[token_logp(0) * len(tokens) for tokens in row.completions] for row in rows]]
-            case "reference_candidates":
-                return [{index: (*_logps(p, version=0), *_kl_logps(p)) for index, p in enumerate(args[0])}]
-            case "evaluate":
-                return [self._evaluate(args[0])]
-            case "state_bytes":
-                return [0]
-            case "save_state":
-                Path(args[0]).mkdir()
-                save_file({WEIGHT: torch.tensor([self.version])}, Path(args[0]) / "state.safetensors")
-                return [self._reports]
-            case "load_state":
-                self.version = int(load_file(Path(args[0]) / "state.safetensors")[WEIGHT])
-                return [None]
-            case "save_adapter" | "save_weights":
-                getattr(self, method)(*args)
-                return [None]
-            case "begin_round":
-                return [self._begin(*args)]
-            case "train_step":
-                return [self._train_step()]
-            case "step_indices":
-                return [self._plan[args[0]].indices()]
-        raise AssertionError(f"{method} has no fake")
-
-    def put(self, preferences: Sequence[Preference]) -> Any:
-        return preferences
-
-    def _evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+    def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
         self._events.append(f"evaluate {len(preferences)}")
         found = {}
         for index, preference in enumerate(preferences):
@@ -232,7 +225,9 @@ class FakeTrainers(SupervisedTrainers):
             found[index] = (self._loss_of(preference), chosen, rejected)
         return {"loss": sum(loss for loss, _, _ in found.values()) / len(found)}, found
 
-    def _begin(self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]) -> int:
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
         self._events.append(f"train {len(preferences)} seed {seed}" + (f" from step {len(steps)}" if steps else ""))
         block = self._config.trainer
         costs = [token_cost(completions_of(preference), block.packing) for preference in preferences]
@@ -243,7 +238,10 @@ class FakeTrainers(SupervisedTrainers):
         self._plan = plan_steps(costs, shape, epochs=block.num_train_epochs, seed=seed)
         return len(self._plan)
 
-    def _train_step(self) -> Metrics:
+    def step_indices(self, number: int) -> tuple[int, ...]:
+        return self._plan[number].indices()
+
+    def train_step(self) -> Metrics:
         losses = [self._loss_of(self._pairs[index]) for index in self._plan[len(self._reports)].indices()]
         self._reports.append({"loss": sum(losses) / len(losses)})
         self.version += len(self._reports) == len(self._plan)
@@ -251,7 +249,7 @@ class FakeTrainers(SupervisedTrainers):
 
     def _loss_of(self, preference: Preference) -> float:
         policy = torch.tensor([_logps(preference, self.version)])
-        version = reference_version(self._reference, self.version)
+        version = reference_version(self._config.reference, self.version)
         logps = CandidateLogps(
             policy=policy,
             reference=torch.tensor([preference.reference_logps]),
@@ -277,18 +275,68 @@ class FakeTrainers(SupervisedTrainers):
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({WEIGHT: torch.tensor([self.version])}, Path(folder) / "adapter_model.safetensors")
 
-    def send_nccl(self, handles: Sequence[Any], workers: int, timeout_s: float) -> None:
+    def state_bytes(self) -> int:
+        return 0
+
+    def save_state(self, folder: str, round_index: int) -> list[Metrics]:
+        Path(folder).mkdir()
+        save_file({WEIGHT: torch.tensor([self.version])}, Path(folder) / "state.safetensors")
+        return self._reports
+
+    def load_state(self, folder: str) -> None:
+        self.version = int(load_file(Path(folder) / "state.safetensors")[WEIGHT])
+
+    def free_address(self) -> tuple[str, int]:
+        return "127.0.0.1", 0
+
+    def send_nccl(self, handles: Sequence[Any], address: str, port: int, workers: int, timeout_s: float) -> None:
         self._events.append(f"broadcast to {workers}")
         for engine in handles:
             engine.weights = self.version
 
 
-class CountingTrainers(FakeTrainers):
+class CountingRank(FakeRank):
     """Every optimizer step is an event."""
 
-    def _train_step(self) -> Metrics:
+    def train_step(self) -> Metrics:
         self._events.append("step")
-        return super()._train_step()
+        return super().train_step()
+
+
+@dataclass(frozen=True, slots=True)
+class FakeTeam:
+    generators: Generators
+    trainers: Trainers
+    scorer: Scorer
+    publisher: Publisher
+
+
+_engine: type[Generator] = FakeEngine
+_rank: type[TrainerRank] = FakeRank
+
+
+def fake_trainers(rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig) -> SupervisedTrainers:
+    """The trainers that runs have, around one rank that is called directly."""
+
+    def ask(
+        ranks: Sequence[Rank],
+        timeout_s: float,
+        what: str,
+        method: Callable[Concatenate[TrainerRank, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[T]:
+        return [getattr(rank, method.__name__)(*args, **kwargs)]
+
+    return SupervisedTrainers(
+        lambda: [_no_actor()],
+        block=config.trainer,
+        loss=config.loss,
+        reference=config.reference,
+        adapter=config.model.lora is not None,
+        supervision=quiet_supervision("trainer", TrainerError),
+        ask_ranks=ask,
+    )
 
 
 class Killed(BaseException):
@@ -317,8 +365,12 @@ def _kl_logps(preference: Preference) -> list[float]:
     return [] if sample is None else [token_logp(0) * len(sample.token_ids)]
 
 
-def quiet_incidents() -> Incidents:
+def quiet_supervision(role: Role, error: type[RaylignError], stacks: Path = Path()) -> Supervision:
     """Counts and caps losses by the defaults and records none."""
+    return Supervision(role, error, quiet_incidents(), stacks)
+
+
+def quiet_incidents() -> Incidents:
     return Incidents(RecoveryBlock(), lambda *entry: None)
 
 

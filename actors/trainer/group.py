@@ -6,8 +6,8 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ray.actor import ActorHandle
 
-from actors.calls import ask, ask_all
-from actors.supervision.waiting import get_all, get_together
+from actors.calls import ask_all
+from actors.supervision.waiting import get_together
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
@@ -167,8 +167,7 @@ class TrainerGroup:
 
     def send_nccl(self, handles: Sequence[ActorHandle[Generator]], workers: int, timeout_s: float) -> None:
         """Broadcast the merged weights to the engines behind `handles`, `workers` processes in all."""
-        find = ask(self.handles[0], TrainerRank.free_address)
-        address, port = get_all([find], timeout_s, "a free port", TrainerError)[0]
+        address, port = self._call("finding a port", 1, TrainerRank.free_address)[0]
         self._call("sending weights", 1, TrainerRank.send_nccl, handles, address, port, workers, timeout_s)
 
     def _call(

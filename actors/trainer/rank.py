@@ -35,6 +35,7 @@ from actors.trainer.state import (
     write_state,
 )
 from raylign.config.reference import NoReferenceBlock
+from raylign.errors import TrainerError
 from raylign.losses import LossState
 from raylign.models import load_policy
 from raylign.records import Preference
@@ -121,7 +122,8 @@ class DeepSpeedRank:
     def _supported_layout(self) -> Layout:
         """Holds for a second model too, which may be of another architecture."""
         policy: Any = self._engine.module
-        copies = [reference.scored for reference in self._references.reference if isinstance(reference, FrozenCopy)]
+        reference = self._references.reference
+        copies = [reference.scored] if isinstance(reference, FrozenCopy) else []
         return supported_layout([policy, *copies], self._spec.trainer.packing, self._device)
 
     def layout(self) -> Layout:
@@ -143,10 +145,12 @@ class DeepSpeedRank:
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
     ) -> dict[int, tuple[float, ...]]:
+        if self._references.reference is None:
+            raise TrainerError("reference log-probs are asked, but this rank has no reference")
         found: dict[int, tuple[float, ...]] = {}
         self._references.follow(rounds_done)
         plan, loss = self._plan(preferences, seed, epochs=1), self._spec.loss
-        with self._references.reference[0].scoring() as module, torch.no_grad():
+        with self._references.reference.scoring() as module, torch.no_grad():
             for micro in (micro for step in plan for micro in self._mine(step)):
                 mine = [replace(preferences[i], reference_logps=()) for i in micro.indices]
                 batch = self._batch(mine, micro)
@@ -178,14 +182,13 @@ class DeepSpeedRank:
     def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         return self._logps(self._references.initial, rows)
 
-    def _logps(self, policies: Sequence[ReferencePolicy], rows: Sequence[Completions]) -> list[list[float]]:
-        """Under the first of the policies, if there is one."""
+    def _logps(self, policy: ReferencePolicy | None, rows: Sequence[Completions]) -> list[list[float]]:
+        if policy is None:
+            return []
         block = self._spec.trainer
-        for policy in policies:
-            with policy.scoring() as module:
-                mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
-                return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
-        return []
+        with policy.scoring() as module:
+            mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
+            return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
 
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]

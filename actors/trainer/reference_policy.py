@@ -169,30 +169,30 @@ class FollowingAdapter:
 
 @dataclass(slots=True)
 class References:
-    """What a rank can measure against, none or one of each: the reference, and the policy before round 1.
+    """What a rank can measure against: the reference, and the policy before round 1.
 
     `followed` is the number of rounds that the reference has taken its part of.
     """
 
-    reference: Sequence[ReferencePolicy]
-    initial: Sequence[ReferencePolicy]
+    reference: ReferencePolicy | None
+    initial: ReferencePolicy | None
     followed: int = 0
 
     def follow(self, rounds_done: int) -> None:
         """Let the reference take its part of the policy, once for each number of rounds."""
         if rounds_done > self.followed:
-            for reference in self.reference:
-                reference.advance(rounds_done)
+            if self.reference:
+                self.reference.advance(rounds_done)
             self.followed = rounds_done
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What cannot be loaded from the model's folder; all ranks must ask."""
-        return (named for reference in self.reference for named in reference.tensors())
+        return self.reference.tensors() if self.reference else iter(())
 
     def load(self, get: Callable[[str], Tensor], followed: int) -> None:
         """Take what `tensors` gave, by name, `followed` rounds being in it."""
-        for reference in self.reference:
-            reference.load(get)
+        if self.reference:
+            self.reference.load(get)
         self.followed = followed
 
 
@@ -207,12 +207,12 @@ def references(
 
     An adapter's base is the policy before round 1, whatever the reference is, and costs nothing.
     """
-    initial = (DisabledAdapter(policy, module),) if is_adapted(policy) else ()
+    initial = DisabledAdapter(policy, module) if is_adapted(policy) else None
     if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
-        return References((), initial)
+        return References(None, initial)
     if is_adapted(policy) and not isinstance(block, ModelReferenceBlock):
-        return References((adapter_reference(block, policy, module, sharding.writable),), initial)
-    return References((copied_reference(block, copy(), module, sharding.stored),), initial)
+        return References(adapter_reference(block, policy, module, sharding.writable), initial)
+    return References(copied_reference(block, copy(), module, sharding.stored), initial)
 
 
 def adapter_reference(block: ReferenceBlock, policy: "PeftModel", module: nn.Module, access: Access) -> ReferencePolicy:

@@ -315,3 +315,16 @@ class Publisher(Protocol):
     def verify(self) -> Mapping[str, float]:
         """The canary alone."""
         ...
+
+
+class Team(Protocol):
+    """The roles of an online recipe, ready."""
+
+    @property
+    def generators(self) -> Generators: ...
+    @property
+    def trainers(self) -> Trainers: ...
+    @property
+    def scorer(self) -> Scorer: ...
+    @property
+    def publisher(self) -> Publisher: ...

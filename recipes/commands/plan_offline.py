@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.placement import PlacementPlan
-from actors.trainer.team import plan_trainer_team
+from actors.team import plan_trainer_team
 from raylign.config import OfflineConfig, OfflineDpoConfig, RewardModelConfig
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.data.split import total_steps

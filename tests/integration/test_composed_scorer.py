@@ -7,11 +7,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from actors.scorer.actor import Scorer
-from actors.scorer.client import ACTOR, ScorerClient
+from actors.scorer.client import ACTOR, ScorerActor, ScorerClient
 from actors.supervision.incidents import Incidents
+from actors.supervision.slot import Supervision
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
+from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
 from tests.integration.tiny import START_S
 from tests.loopback import Posted
@@ -36,11 +37,12 @@ def test_correct_first_then_good(resources: Mapping[str, float], tmp_path: Path)
         block = parse_config({"scoring": {"type": "gate", "gate": {"type": "verifier"}, "score": good}}).scoring
 
         def spawn() -> ActorHandle[Any]:
-            handles.append(Scorer.remote(block, str(tmp_path / "scores.sqlite"), str(tmp_path / "stacks"), ACTOR))
+            handles.append(ScorerActor.remote(block, str(tmp_path / "scores.sqlite"), str(tmp_path / "stacks"), ACTOR))
             return handles[-1]
 
         incidents = Incidents(RecoveryBlock(), lambda *entry: None)
-        client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=START_S)
+        supervision = Supervision("scorer", ScorerError, incidents, tmp_path / "stacks")
+        client = ScorerClient(spawn, block, supervision, start_timeout_s=START_S)
         try:
             first, taken = client.score([prompt], candidates), client.metrics()
             again, kept = client.score([prompt], candidates), client.metrics()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import process_of
-from actors.team import Team, plan_team, team
+from actors.team import ActorTeam, plan_team, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import GeneratorError
@@ -66,7 +66,7 @@ class Seen:
 class Stage:
     """Two generators that serve trained weights, the prompts they are asked, and what they answer undisturbed."""
 
-    roles: Team
+    roles: ActorTeam
     prompts: Sequence[Prompt]
     seen: Seen
     expected: Sequence[Candidate]
@@ -209,7 +209,7 @@ def test_actors_that_nobody_uses_are_missed(stage: Stage) -> None:
     """A generator, the trainer and the scorer, all idle."""
     stage.roles.generators.settle()
     moment = time.monotonic()
-    (scorer,) = [process for process, line in descendants().items() if line.startswith("ray::_Scorer")]
+    (scorer,) = [process for process, line in descendants().items() if line.startswith("ray::ScorerProcess")]
     trainer = process_of(stage.roles.trainers.handles[0]).pid
     for pid in (stage.process(1).pid, trainer, scorer.pid):
         os.kill(pid, signal.SIGKILL)

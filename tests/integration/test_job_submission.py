@@ -338,7 +338,14 @@ def test_a_stopped_job_cleans_up_after_itself(
     assert "Traceback" not in cluster.job_log("stopped")
 
     def ours() -> list[str]:
-        names = ("online_dpo.py", "_Generator", "_TrainerRank", "_Scorer", "EngineCore", "raylign.scoring")
+        names = (
+            "online_dpo.py",
+            "ray::Generator",
+            "ray::TrainerRank",
+            "ray::ScorerProcess",
+            "EngineCore",
+            "raylign.scoring",
+        )
         return [line for line in cluster.head.processes().values() if any(name in line for name in names)]
 
     wait_until(lambda: not ours(), STOP_S, lambda: f"processes are left: {ours()}")

@@ -133,9 +133,9 @@ def incidents(folder: Path) -> list[Event]:
 
 
 KILLS: dict[str, tuple[str, str, str]] = {
-    "generator": ("_Generator", "round 0: held-out score", "generator"),
-    "scorer": ("_Scorer", "round 1 sample 24/24", "scorer"),
-    "trainer": ("_TrainerRank", "round 1 reference ", "trainer"),
+    "generator": ("ray::Generator", "round 0: held-out score", "generator"),
+    "scorer": ("ray::ScorerProcess", "round 1 sample 24/24", "scorer"),
+    "trainer": ("ray::TrainerRank", "round 1 reference ", "trainer"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray._private import ray_constants
 
-from actors.generator.actor import EngineSpec, Generator
+from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.trainer.network import free_address
 from tests.integration.listeners import Member, listening
 from tests.integration.tiny import clean_environment
@@ -65,7 +65,7 @@ def test_an_engine_listens_on_loopback_alone(resources: dict[str, float], served
         stacks=str(tmp_path),
     )
     before = listening()
-    generator = Generator.options(num_cpus=1).remote(spec, "generator-0")
+    generator = GeneratorActor.options(num_cpus=1).remote(spec, "generator-0")
     ray.get(generator.ready.remote())
     found = listening()
     assert found.keys() - before.keys(), "the engine's own listeners"

@@ -9,7 +9,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from actors.team import Team, plan_team, team
+from actors.team import ActorTeam, plan_team, team
 from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
@@ -56,7 +56,7 @@ def pair(smollm2: str) -> tuple[Candidate, ...]:
 
 
 @pytest.fixture(scope="module")
-def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[ActorTeam]:
     config = parse_config(_CONFIG)
     with team(
         config,
@@ -69,14 +69,14 @@ def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator
         yield roles
 
 
-def _first_logprob(roles: Team, prompt: Prompt, version: int) -> tuple[int, float]:
+def _first_logprob(roles: ActorTeam, prompt: Prompt, version: int) -> tuple[int, float]:
     """Token and log-prob of one greedy step after a prompt long enough to fill prefix-cache blocks."""
     greedy = Decoding(num_generations=1, max_new_tokens=1, temperature=0.0, top_p=1.0, top_k=0)
     found = roles.generators.sample([prompt], greedy, seed=0, round_index=0, version=version, advance=lambda n: None)
     return found[0].token_ids[0], found[0].logprobs[0]
 
 
-def test_adapter_swap_follows_the_trainer(roles: Team, prompt: Prompt, pair: tuple[Candidate, ...]) -> None:
+def test_adapter_swap_follows_the_trainer(roles: ActorTeam, prompt: Prompt, pair: tuple[Candidate, ...]) -> None:
     roles.publisher.verify()
     before = _first_logprob(roles, prompt, version=0)
     four = [Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4
@@ -93,12 +93,14 @@ def test_adapter_swap_follows_the_trainer(roles: Team, prompt: Prompt, pair: tup
         assert logprob == pytest.approx(expected, abs=0.02)
 
 
-def _sampled(roles: Team, prompt: Prompt, version: int, reference_generations: int) -> list[Candidate]:
+def _sampled(roles: ActorTeam, prompt: Prompt, version: int, reference_generations: int) -> list[Candidate]:
     decoding = Decoding(4, 8, 1.0, 1.0, 0, reference_generations)
     return roles.generators.sample([prompt], decoding, seed=5, round_index=1, version=version, advance=lambda n: None)
 
 
-def test_the_reference_answers_beside_the_adapter(roles: Team, prompt: Prompt, pair: tuple[Candidate, ...]) -> None:
+def test_the_reference_answers_beside_the_adapter(
+    roles: ActorTeam, prompt: Prompt, pair: tuple[Candidate, ...]
+) -> None:
     """Its log-probs are those of the model before round 1, in a batch with the policy's, which are the adapter's."""
     four = roles.trainers.with_reference([Preference(prompt, pair, (1.0, 0.0), (1.0, 1.0))] * 4, seed=0, rounds_done=0)
     assert len(list(roles.trainers.train(four, seed=3))) == 4
@@ -127,7 +129,7 @@ def test_the_reference_answers_beside_the_adapter(roles: Team, prompt: Prompt, p
 
 
 @pytest.mark.long_fault
-def test_a_dead_generator_is_replaced_and_serves_the_adapter(roles: Team, prompt: Prompt) -> None:
+def test_a_dead_generator_is_replaced_and_serves_the_adapter(roles: ActorTeam, prompt: Prompt) -> None:
     roles.publisher.publish(2)
     before = _first_logprob(roles, prompt, version=2)
     killed = time.monotonic()

@@ -10,11 +10,12 @@ import torch
 from ray.actor import ActorHandle
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from actors.scorer.actor import Scorer
-from actors.scorer.client import ACTOR, ScorerClient
+from actors.scorer.client import ACTOR, ScorerActor, ScorerClient
 from actors.supervision.incidents import Incidents
+from actors.supervision.slot import Supervision
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
+from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt
 from raylign.scoring import Compute
 from tests.integration.tiny import START_S
@@ -46,11 +47,12 @@ def test_models_score_in_their_actor(resources: Mapping[str, float], tmp_path: P
 
     def spawn() -> ActorHandle[Any]:
         places = (str(tmp_path / "scores.sqlite"), str(tmp_path / "stacks"), ACTOR)
-        handles.append(Scorer.options(num_cpus=1).remote(block, *places, Compute(threads=1)))
+        handles.append(ScorerActor.options(num_cpus=1).remote(block, *places, Compute(threads=1)))
         return handles[-1]
 
     incidents = Incidents(RecoveryBlock(), lambda *entry: None)
-    client = ScorerClient(spawn, block, incidents, stacks=tmp_path / "stacks", start_timeout_s=START_S)
+    supervision = Supervision("scorer", ScorerError, incidents, tmp_path / "stacks")
+    client = ScorerClient(spawn, block, supervision, start_timeout_s=START_S)
     try:
         client.wait_ready()
         first, taken = client.score([prompt], candidates), client.metrics()

@@ -16,6 +16,7 @@ from actors.team import plan_team, team
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate
+from raylign.roles import Generator
 from tests.faults import record
 from tests.integration.test_generator_faults import DECODING, film_prompts
 from tests.integration.tiny import wait_until
@@ -101,7 +102,7 @@ def test_a_node_is_lost_and_another_comes(nodes: Cluster, served_llama: str, tmp
             return entries[-1][1] == "recovered"
 
         wait_until(back, 2 * START_S, lambda: f"a replacement among {entries}")
-        assert roles.generators.call("version", timeout_s=30, what="version") == [1, 1]
+        assert roles.generators.call("version", 30.0, Generator.version) == [1, 1]
     record(
         f"node lost with a generator; the next one comes after {START_S} s",
         "its Ray processes killed",

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from actors.team import Team, plan_team, team
+from actors.team import ActorTeam, plan_team, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
 from raylign.export.policy import export_model
@@ -47,7 +47,9 @@ def prompt(smollm2: str) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def roles(served_llama: str, config: OnlineDpoConfig, prompt: Prompt, resources: dict[str, float]) -> Iterator[Team]:
+def roles(
+    served_llama: str, config: OnlineDpoConfig, prompt: Prompt, resources: dict[str, float]
+) -> Iterator[ActorTeam]:
     start = team(
         config,
         folder=served_llama,
@@ -61,7 +63,7 @@ def roles(served_llama: str, config: OnlineDpoConfig, prompt: Prompt, resources:
 
 
 def test_generators_serve_the_4_bit_policy(
-    roles: Team, config: OnlineDpoConfig, prompt: Prompt, served_llama: str, tmp_path: Path
+    roles: ActorTeam, config: OnlineDpoConfig, prompt: Prompt, served_llama: str, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightSyncError, match="canary"):
         roles.publisher.verify()

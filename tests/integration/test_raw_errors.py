@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -13,13 +12,14 @@ import typer
 from ray.actor import ActorHandle
 
 from actors.cluster import cluster
-from actors.generator.actor import EngineSpec, Generator
+from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.supervision.generators import SupervisedGenerators, actor_name
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, RunBlock
-from raylign.errors import RaylignError
+from raylign.errors import GeneratorError, RaylignError
+from raylign.roles import Generator
 from recipes.commands.cli import ended_cleanly
 from recipes.commands.failures import told
-from tests.fakes import quiet_incidents
+from tests.fakes import quiet_supervision
 from tests.integration.ranks import spec_of
 from tests.integration.test_trainer_faults import Trainers
 
@@ -50,18 +50,16 @@ def engine(model: str, stacks: Path) -> EngineSpec:
 def start_generators(model: str, folder: Path) -> None:
     spec = engine(model, folder)
 
-    def spawn(slot: int) -> ActorHandle[Any]:
-        handle: ActorHandle[Any] = Generator.options(num_cpus=0).remote(spec, actor_name(slot))
+    def spawn(slot: int) -> ActorHandle[Generator]:
+        handle: ActorHandle[Generator] = GeneratorActor.options(num_cpus=0).remote(spec, actor_name(slot))
         return handle
 
     SupervisedGenerators(
         spawn,
-        lambda handle: None,
         block=GeneratorsBlock(count=1),
         recovery=RecoveryBlock(),
-        incidents=quiet_incidents(),
-        stacks=folder,
-    ).wait_ready()
+        supervision=quiet_supervision("generator", GeneratorError, folder),
+    ).wait_ready(lambda handle: None)
 
 
 def start_trainers(model: str, folder: Path) -> None:

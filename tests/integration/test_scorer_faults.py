@@ -16,9 +16,9 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.scorer import client as scorer_client
-from actors.scorer.actor import Scorer
-from actors.scorer.client import ACTOR, TRIES, ScorerClient
+from actors.scorer.client import ACTOR, TRIES, ScorerActor, ScorerClient
 from actors.supervision.incidents import Happened, Incidents
+from actors.supervision.slot import Supervision
 from raylign.config.blocks import RecoveryBlock
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
@@ -44,7 +44,7 @@ class Desk:
     advanced: list[int] = field(default_factory=list)
     actors: list[ActorHandle[Any]] = field(default_factory=list)
 
-    def client(self, actor: Any = Scorer) -> ScorerClient:
+    def client(self, actor: Any = ScorerActor) -> ScorerClient:
         def spawn() -> ActorHandle[Any]:
             self.actors.append(
                 actor.remote(self.block, str(self.folder / "scores.sqlite"), str(self.folder / "stacks"), ACTOR)
@@ -59,8 +59,7 @@ class Desk:
         return ScorerClient(
             spawn,
             self.block,
-            incidents,
-            stacks=self.folder / "stacks",
+            Supervision("scorer", ScorerError, incidents, self.folder / "stacks"),
             start_timeout_s=WAIT_S,
             restarts_s=RESTARTS_S,
         )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from actors.supervision import trainers as trainer_supervision
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import kill, process_of
+from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
 from actors.trainer.actor import TrainerSpec
 from actors.trainer.network import free_address
@@ -72,10 +73,14 @@ class Trainers:
             loss=spec.loss,
             reference=spec.reference,
             adapter=True,
-            incidents=Incidents(RecoveryBlock(), lambda role, happened, detail: self._put(happened, detail)),
-            stacks=stacks,
+            supervision=Supervision(
+                "trainer",
+                TrainerError,
+                Incidents(RecoveryBlock(), lambda role, happened, detail: self._put(happened, detail)),
+                stacks,
+            ),
         )
-        self.group.restore([])
+        self.group.restore(None)
 
     def _put(self, happened: str, detail: Mapping[str, Any]) -> None:
         self.entries.append((time.monotonic(), happened, detail))
@@ -151,11 +156,11 @@ def test_a_checkpoint_that_does_not_fit_the_disk(
 
     with pytest.raises(TrainerError, match=r"cannot be written: File too large; free some space"):
         trainers.train(Round(tmp_path / "checkpoints", fill))
-    (left,) = Checkpoints(tmp_path / "checkpoints", None).newest()
-    assert (left.round, left.complete, len(left.steps)) == (1, False, 2)
+    left = Checkpoints(tmp_path / "checkpoints", None).newest()
+    assert left and (left.round, left.complete, len(left.steps)) == (1, False, 2)
     for rank in ranks:
         rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    trainers.group.restore([left])
+    trainers.group.restore(left)
     assert trainers.train(Round(tmp_path / "checkpoints")) == expected[0]
     kill(trainers.group.handles)
     record(

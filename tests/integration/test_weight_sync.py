@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.team import Team, plan_team, team
+from actors.team import ActorTeam, plan_team, team
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import load_file as push_file
 from raylign.config import OnlineDpoConfig, parse_config
@@ -51,7 +51,7 @@ def prompts(served_llama: str) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[Team]:
+def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[ActorTeam]:
     config, canary = _config(), tuple(prompt.token_ids for prompt in prompts)
     with team(
         config,
@@ -70,7 +70,7 @@ class _Version:
     current = 0
 
 
-def _greedy(roles: Team, prompts: list[Prompt]) -> list[Candidate]:
+def _greedy(roles: ActorTeam, prompts: list[Prompt]) -> list[Candidate]:
     """One prompt at a time: what shares a batch changes the last bits of log-probs."""
     sample, version = roles.generators.sample, _Version.current
     return [
@@ -80,7 +80,7 @@ def _greedy(roles: Team, prompts: list[Prompt]) -> list[Candidate]:
     ]
 
 
-def _push(roles: Team, weights: Mapping[str, Tensor], folder: Path, served_llama: str) -> None:
+def _push(roles: ActorTeam, weights: Mapping[str, Tensor], folder: Path, served_llama: str) -> None:
     path = folder / "pushed.safetensors"
     save_file(dict(weights), path, {"format": "pt"})
     push_file(roles.generators, path, checkpoint_manifest(Path(served_llama)), _Version.current + 1, 120)
@@ -104,7 +104,7 @@ def _expected(
     return found
 
 
-def _assert_serves(roles: Team, served_llama: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> None:
+def _assert_serves(roles: ActorTeam, served_llama: str, weights: Mapping[str, Tensor], prompts: list[Prompt]) -> None:
     served = _greedy(roles, prompts)
     for prompt, candidate, (tokens, logps) in zip(
         prompts, served, _expected(served_llama, weights, prompts), strict=True
@@ -126,14 +126,14 @@ def _noised(weights: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
     }
 
 
-def test_generator_serves_the_base_model_at_start(roles: Team, served_llama: str, prompts: list[Prompt]) -> None:
+def test_generator_serves_the_base_model_at_start(roles: ActorTeam, served_llama: str, prompts: list[Prompt]) -> None:
     gaps = roles.publisher.verify()
     assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE
     _assert_serves(roles, served_llama, _originals(served_llama), prompts)
 
 
 def test_pushed_weights_are_served_and_originals_come_back_exactly(
-    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path
+    roles: ActorTeam, served_llama: str, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     originals = _originals(served_llama)
     before = _greedy(roles, prompts)
@@ -149,7 +149,7 @@ def test_pushed_weights_are_served_and_originals_come_back_exactly(
 
 
 def test_tied_embeddings_reach_the_output_head(
-    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path
+    roles: ActorTeam, served_llama: str, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     """Only the embedding changes: a head that kept its old copy would give other log-probs."""
     originals = _originals(served_llama)
@@ -161,7 +161,7 @@ def test_tied_embeddings_reach_the_output_head(
 
 @pytest.mark.parametrize("fault", ["shape", "missing", "unknown"])
 def test_a_wrong_file_is_refused_before_anything_is_touched(
-    roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path, fault: str
+    roles: ActorTeam, served_llama: str, prompts: list[Prompt], tmp_path: Path, fault: str
 ) -> None:
     before = _greedy(roles, prompts)
     weights = _noised(_originals(served_llama))
@@ -175,12 +175,12 @@ def test_a_wrong_file_is_refused_before_anything_is_touched(
     assert [(c.token_ids, c.logprobs) for c in after] == [(c.token_ids, c.logprobs) for c in before]
 
 
-def test_another_version_is_refused(roles: Team, prompts: list[Prompt]) -> None:
+def test_another_version_is_refused(roles: ActorTeam, prompts: list[Prompt]) -> None:
     with pytest.raises(GeneratorError, match="expected 99"):
         roles.generators.sample(prompts, GREEDY, seed=0, round_index=0, version=99, advance=lambda count: None)
 
 
-def test_seeds_make_a_prompt_reproducible(roles: Team, prompts: list[Prompt]) -> None:
+def test_seeds_make_a_prompt_reproducible(roles: ActorTeam, prompts: list[Prompt]) -> None:
     decoding = Decoding(num_generations=4, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0)
 
     def draw(which: list[Prompt], round_index: int) -> list[Candidate]:
@@ -195,7 +195,9 @@ def test_seeds_make_a_prompt_reproducible(roles: Team, prompts: list[Prompt]) ->
     assert len({c.token_ids for c in alone}) > 1
 
 
-def test_training_reaches_the_generators(roles: Team, served_llama: str, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_training_reaches_the_generators(
+    roles: ActorTeam, served_llama: str, prompts: list[Prompt], tmp_path: Path
+) -> None:
     """Two ZeRO-3 ranks train, gather and publish; the canary and plain transformers confirm what is served."""
     tokenizer = AutoTokenizer.from_pretrained(served_llama)
     texts = ("Rome, of course.", "The capital is Paris.")

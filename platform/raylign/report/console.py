@@ -76,10 +76,10 @@ def libraries_aside() -> Iterator[None]:
         _own_stdout.pop()
 
 
-def keep_library_log(folder: Path) -> list[Path]:
-    """What was set aside so far, and what will be, goes to the end of `libraries.log` in `folder`; [] outside."""
+def keep_library_log(folder: Path) -> Path | None:
+    """What was set aside so far, and what will be, goes to the end of `libraries.log` in `folder`; None outside."""
     if not _own_stdout:
-        return []
+        return None
     file, path = _aside[0], folder / LOG_NAME
     file.flush()
     with path.open("ab") as log:
@@ -87,7 +87,7 @@ def keep_library_log(folder: Path) -> list[Path]:
         log.write(os.pread(file.fileno(), written, 0))
         log.flush()
         os.dup2(log.fileno(), file.fileno(), inheritable=False)
-    return [path]
+    return path
 
 
 def own_stdout() -> TextIO:

@@ -127,8 +127,8 @@ class Checkpoints:
             raise error
         return _read(folder)
 
-    def newest(self, before: int | None = None) -> list[Checkpoint]:
-        """The newest good checkpoint (of a round before `before`), or nothing.
+    def newest(self, before: int | None = None) -> Checkpoint | None:
+        """The newest good checkpoint (of a round before `before`).
 
         Damaged ones are renamed to `damaged-...` and named in the log.
         """
@@ -141,14 +141,14 @@ class Checkpoints:
                 continue
             damage = checkpoint_damage(folder)
             if not damage:
-                return [_read(folder)]
+                return _read(folder)
             aside = _free_name(folder)
             with disk_errors(aside):
                 folder.rename(aside)
             log.warning(
                 "checkpoint %s is damaged (%s) and kept as %s; the one before it is taken", folder, damage, aside
             )
-        return []
+        return None
 
 
 def is_name(name: str) -> bool:

@@ -69,9 +69,8 @@ class Trained:
     steps: tuple[Metrics, ...]
 
     @classmethod
-    def of(cls, index: int, checkpoint: Sequence[Checkpoint], steps: Sequence[Metrics] = ()) -> "Trained":
+    def of(cls, index: int, newest: Checkpoint | None, steps: Sequence[Metrics] = ()) -> "Trained":
         """Of round `index`, from the newest checkpoint if there is one; `steps` are those of a round before its own."""
-        newest = next(iter(checkpoint), None)
         if newest is None or newest.round < index:
             return cls(False, ())
         return cls(newest.complete, newest.steps) if newest.round == index else cls(True, tuple(steps))

@@ -14,10 +14,10 @@ import psutil
 from raylign.tracking.journal import Event, read_events
 
 KILLED = {
-    "generator killed": ("generator", "ray::_Generator", 4),
+    "generator killed": ("generator", "ray::Generator", 4),
     "engine core killed": ("generator", "VLLM::EngineCore", 4),
-    "trainer rank killed": ("trainer", "ray::_TrainerRank", 4),
-    "scorer killed": ("scorer", "ray::_Scorer", 4),
+    "trainer rank killed": ("trainer", "ray::TrainerRank", 4),
+    "scorer killed": ("scorer", "ray::ScorerProcess", 4),
 }
 """Name: role in the journal, title of the process, how often beside the others."""
 DRIVER, SLOW, OUTAGE = "driver killed", "scorer slow", "MLflow away"

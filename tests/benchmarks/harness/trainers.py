@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.trainer.actor import TrainerRank, TrainerSpec
+from actors.trainer.actor import TrainerActor, TrainerSpec
 from actors.trainer.group import TrainerGroup
 from actors.trainer.network import free_address
 from actors.trainer.rank import DeepSpeedRank
@@ -55,7 +55,7 @@ def trainer_group(
         on_gpu=place.on_gpu,
         stacks=tempfile.gettempdir(),
     )
-    kind: Any = ray.remote(_WideRank) if place.wide_products else TrainerRank
+    kind: Any = ray.remote(_WideRank) if place.wide_products else TrainerActor
     actor = kind.options(num_cpus=1, num_gpus=1 if place.on_gpu else 0).remote(spec, 0, *free_address())
     try:
         pid: int = ray.get(actor.ready.remote(), timeout=_TIMEOUT_S)

@@ -22,7 +22,7 @@ from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
 from recipes.offline_dpo import train
-from tests.fakes import CountingTrainers, Deadly, Killed, NoFeed
+from tests.fakes import CountingRank, Deadly, Killed, NoFeed, fake_trainers
 
 
 def row(name: str, better: int, worse: int) -> Preference:
@@ -63,7 +63,7 @@ def run_once(folder: Path, last: int = 10_000, **more: Any) -> tuple[Deadly, Run
     with Journal(directory.path / JOURNAL_NAME) as journal:
         run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200))
         run.open_record(DATA, "train")
-        trainers = CountingTrainers(events, config)
+        trainers = fake_trainers(CountingRank(events, config), config)
         try:
             run.restore(trainers)
             train(run, DATA, trainers, config)

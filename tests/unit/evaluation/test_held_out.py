@@ -1,39 +1,40 @@
 """What the driver makes of the ranks' held-out results, and which preferences it refuses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
-from actors.supervision.endings import Loss
-from actors.supervision.incidents import Incidents
+from actors.supervision.processes import ActorProcess
 from actors.supervision.trainers import SupervisedTrainers
 from actors.trainer.group import TrainerGroup
-from raylign.config.blocks import RecoveryBlock, TrainerBlock
+from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import BradleyTerryRewardLossBlock, SftLossBlock, SigmoidLossBlock, TrainerLoss
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import ActorsLost, TrainerError
 from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
 from raylign.reference.logps import require_reference
+from raylign.roles import TrainerRank
+from tests.fakes import quiet_supervision
 from tests.unit.actors.trainer.test_trainer_group import preference
 
 METRICS = {"loss": 0.5}
 
 
-class Ranks(TrainerGroup):
+def two_ranks(ranks: Any, timeout_s: float, what: str, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
     """Two ranks that share three preferences."""
-
-    def put(self, preferences: Any) -> Any:
-        return preferences
-
-    def _ask(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
-        assert (method, len(args)) == ("evaluate", 1)
-        return [(METRICS, {2: (0.3, 3.0, -3.0), 0: (0.1, 1.0, -1.0)}), (METRICS, {1: (0.2, 2.0, -2.0)})]
+    assert (method, len(args)) == (TrainerRank.evaluate, 1)
+    return [(METRICS, {2: (0.3, 3.0, -3.0), 0: (0.1, 1.0, -1.0)}), (METRICS, {1: (0.2, 2.0, -2.0)})]
 
 
 def test_results_come_back_in_the_order_given() -> None:
-    group = Ranks([None, None], loss=SigmoidLossBlock(), reference=NoReferenceBlock(), step_timeout_s=1.0)  # type: ignore[list-item]
+    ranks: list[Any] = [None, None]
+    options: dict[str, Any] = {"loss": SigmoidLossBlock(), "reference": NoReferenceBlock(), "step_timeout_s": 1.0}
+    group = TrainerGroup(ranks, **options, ask_ranks=two_ranks)
     found = group.evaluate([preference(1, 1)] * 3)
     assert found == HeldOut(METRICS, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), (-1.0, -2.0, -3.0))
     with pytest.raises(TrainerError, match="there are no held-out preferences to evaluate on; give at least one"):
@@ -55,45 +56,48 @@ def test_reference_logps_that_a_loss_reads_must_be_there(known: tuple[float, ...
         require_reference([filled, short], SigmoidLossBlock())
 
 
-class Lost(SupervisedTrainers):
+class Ranks:
     """A group that loses a rank whenever it evaluates, until it is replaced."""
 
     def __init__(self) -> None:
-        super().__init__(
-            lambda: [None],  # type: ignore[list-item]
+        self.calls: list[str] = []
+        self.started = 0
+        self.trainers = SupervisedTrainers(
+            self._start,
             block=TrainerBlock(),
             loss=SftLossBlock(),
             reference=NoReferenceBlock(),
             adapter=False,
-            incidents=Incidents(RecoveryBlock(), lambda role, happened, detail: None),
-            stacks=Path(),
+            supervision=quiet_supervision("trainer", TrainerError),
+            ask_ranks=self._answer,
         )
-        self.calls: list[str] = []
-        self.replaced = 0
 
-    def put(self, preferences: Any) -> Any:
-        return preferences
+    def _start(self) -> list[Any]:
+        self.started += 1
+        return [None]
 
-    def _ask(self, method: str, *args: object, what: str, steps: int) -> list[Any]:
-        self.calls.append(method)
-        match method:
+    @property
+    def replaced(self) -> int:
+        return self.started - 1
+
+    def _answer(self, ranks: Any, timeout_s: float, what: str, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        self.calls.append(method.__name__)
+        match method.__name__:
             case "begin_round":
                 return [1]
             case "train_step":
                 return [{"loss": 1.0}]
             case "state_bytes":
                 return [0]
+            case "save_state":
+                return [[{"loss": 1.0}]]
+            case "save_weights":
+                return [None]
             case "evaluate" if self.replaced:
                 return [(METRICS, {0: (0.1, 1.0, -1.0)})]
             case "evaluate":
-                raise ActorsLost("rank 1 died") from RuntimeError("killed")
+                raise ActorsLost("rank 1 died") from RayActorError()
         raise AssertionError(method)
-
-    def _replace(self, loss: Loss) -> None:
-        self.replaced += 1
-
-    def _save(self, record: Any, *, complete: bool) -> list[Any]:
-        return [{"loss": 1.0}]
 
 
 class Record:
@@ -102,20 +106,35 @@ class Record:
     def step(self, number: int, metrics: Any) -> None:
         """Not kept."""
 
+    @contextmanager
+    def new_checkpoint(self, steps: Any, complete: bool, needed_bytes: int) -> Iterator[Path]:
+        yield Path("0001")
 
-def test_between_rounds_a_new_group_evaluates() -> None:
-    trainers = Lost()
-    assert trainers.evaluate([preference(1)]).losses == (0.1,)
-    assert trainers.calls == ["evaluate", "evaluate"] and trainers.replaced == 1
+    def save_bad_step(self, number: int, preferences: Any) -> None:
+        raise AssertionError(number)
 
 
-def test_a_rank_lost_while_a_round_is_evaluated_begins_the_round_again() -> None:
+def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.supervision.slot.kill", lambda handles: None)
+    monkeypatch.setattr("actors.supervision.slot.process_of", lambda handle: ActorProcess(0, ""))
+
+
+def test_between_rounds_a_new_group_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_processes(monkeypatch)
+    ranks = Ranks()
+    assert ranks.trainers.evaluate([preference(1)]).losses == (0.1,)
+    assert ranks.calls == ["evaluate", "evaluate"] and ranks.replaced == 1
+
+
+def test_a_rank_lost_while_a_round_is_evaluated_begins_the_round_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new group has to be told of the round before it takes another step."""
-    trainers = Lost()
-    steps = trainers.train_round([preference(1)], 0, Record(), lambda done: void(trainers))  # type: ignore[arg-type]
-    assert steps == [{"loss": 1.0}] and trainers.replaced == 1
-    assert trainers.calls == ["begin_round", "train_step", "evaluate", "begin_round", "train_step", "evaluate"]
+    without_processes(monkeypatch)
+    ranks = Ranks()
 
+    def evaluate(done: int) -> None:
+        ranks.trainers.evaluate([preference(1)])
 
-def void(trainers: SupervisedTrainers) -> None:
-    trainers.evaluate([preference(1)])
+    assert ranks.trainers.train_round([preference(1)], 0, Record(), evaluate) == [{"loss": 1.0}]
+    assert ranks.replaced == 1
+    steps = ["begin_round", "train_step", "evaluate"]
+    assert ranks.calls == [*steps, *steps, "state_bytes", "save_state", "save_weights"]

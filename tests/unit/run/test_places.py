@@ -21,7 +21,7 @@ from raylign.tracking.mlflow_store import create_database
 from raylign.tracking.tracker import Tracker
 from raylign.tracking.uri import default_uri, sqlite_path
 from recipes.campaign import recorded
-from tests.fakes import CountingTrainers, Deadly, NoFeed
+from tests.fakes import CountingRank, Deadly, NoFeed
 from tests.faults import record
 from tests.unit.recipes.commands.test_cli import finished, raylign, recipe
 from tests.unit.run.test_resume import config_in, files_up_to, run_once, tables, what_it_came_to, whole
@@ -140,11 +140,11 @@ def test_folders_that_cannot_be_are_refused(folder: str, problem: str) -> None:
         RunBlock(dir=Path(folder))
 
 
-class Moving(CountingTrainers):
+class Moving(CountingRank):
     """Somebody moves the run directory away in the middle of the third step."""
 
-    def _train_step(self) -> Metrics:
-        report = super()._train_step()
+    def train_step(self) -> Metrics:
+        report = super().train_step()
         run = self._config.run.dir / self._config.run.name
         if len(self._reports) == 3 and run.exists():
             run.rename(run.with_name("moved"))
@@ -157,7 +157,7 @@ def test_a_run_directory_that_is_moved_is_named_and_goes_on_once_it_is_back(
 ) -> None:
     config = config_in(tmp_path)
     with pytest.raises(DiskError, match="online-dpo was moved or deleted while this run was at work in it") as error:
-        run_once(config, tmp_path, trainers=Moving)
+        run_once(config, tmp_path, rank=Moving)
     assert "move it back" in error.value.cure
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["moved"]
     (tmp_path / "runs/moved").rename(tmp_path / "runs/online-dpo")
@@ -167,18 +167,20 @@ def test_a_run_directory_that_is_moved_is_named_and_goes_on_once_it_is_back(
     record("the run directory moved while running", "renamed in a step", lost="nothing: named; moved back, it goes on")
 
 
-class Deleting(CountingTrainers):
+class Deleting(CountingRank):
     """Somebody deletes the run directory while reference log-probs are computed."""
 
-    def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
+    def reference_candidates(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int
+    ) -> dict[int, tuple[float, ...]]:
         shutil.rmtree(self._config.run.dir)
-        return super().with_reference(preferences, seed, rounds_done)
+        return super().reference_candidates(preferences, seed, rounds_done)
 
 
 @pytest.mark.fault
 def test_a_run_directory_that_is_deleted_is_named_and_not_begun_again_in_its_place(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="was moved or deleted while this run was at work in it"):
-        run_once(config_in(tmp_path), tmp_path, trainers=Deleting)
+        run_once(config_in(tmp_path), tmp_path, rank=Deleting)
     assert not (tmp_path / "runs").exists()
     record("the run directory deleted while running", "rm -r", lost="what was in it: named, nothing grows in its place")
 

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from actors.team import Team
 from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import Publisher
+from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError
@@ -31,14 +30,16 @@ from recipes.online_campaign import bring_up
 from recipes.online_dpo import train
 from tests.fakes import (
     WEIGHT,
-    CountingTrainers,
+    CountingRank,
     Deadly,
     FakeEngine,
     FakeGenerators,
+    FakeRank,
     FakeScorer,
-    FakeTrainers,
+    FakeTeam,
     Killed,
     NoFeed,
+    fake_trainers,
 )
 from tests.faults import record
 
@@ -61,21 +62,19 @@ def config_in(folder: Path, **options: Any) -> OnlineDpoConfig:
     return parse_config({**SETTINGS, **options}, [f"run.dir={folder}/runs"])
 
 
-def run_once(
-    config: OnlineDpoConfig, folder: Path, last: int = 10_000, trainers: type[FakeTrainers] = CountingTrainers
-) -> Deadly:
+def run_once(config: OnlineDpoConfig, folder: Path, last: int = 10_000, rank: type[FakeRank] = CountingRank) -> Deadly:
     """One process with fresh roles on the run directory of `config`; it lives for `last` events."""
     events = Deadly(last)
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
         run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
         run.open_record(PROMPTS, "train")
-        group, engine = trainers(events, config), FakeEngine(events)
+        group, engine = fake_trainers(rank(events, config), config), FakeEngine(events)
         generators = FakeGenerators([engine])
-        publisher = Publisher(
+        publisher = WeightPublisher(
             group, generators, ShmTransport(folder, {WEIGHT: (1,)}, 1), Canary(((1, 2, 3),), 0.25), 1.0
         )
-        team = Team(generators, group, FakeScorer(events, config.scoring), publisher)
+        team = FakeTeam(generators, group, FakeScorer(events, config.scoring), publisher)
         try:
             bring_up(run, team, config.model)
             train(run, PROMPTS, team, config)
@@ -198,11 +197,11 @@ def test_damaged_samples_of_an_unfinished_round_are_sampled_again(
     record("a stage's file damaged", "its last byte cut off", lost="that stage, which is done again")
 
 
-class Interrupted(CountingTrainers):
+class Interrupted(CountingRank):
     """Ctrl-C comes in the middle of the third step."""
 
-    def _train_step(self) -> Metrics:
-        report = super()._train_step()
+    def train_step(self) -> Metrics:
+        report = super().train_step()
         if len(self._reports) == 3:
             raise KeyboardInterrupt
         return report
@@ -212,7 +211,7 @@ def test_an_interrupted_round_goes_on_in_its_middle(whole: tuple[Deadly, RunDire
     """The step that was running when the signal came is finished, saved and not taken again."""
     config = config_in(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        run_once(config, tmp_path, trainers=Interrupted)
+        run_once(config, tmp_path, rank=Interrupted)
     directory = continue_or_create(config)
     partial = directory.path / "checkpoints/0001-partial"
     assert len(json.loads((partial / "progress.json").read_text())["steps"]) == 3
@@ -221,11 +220,11 @@ def test_an_interrupted_round_goes_on_in_its_middle(whole: tuple[Deadly, RunDire
     assert what_it_came_to(directory) == what_it_came_to(whole[1]) and not partial.exists()
 
 
-class NotFinite(CountingTrainers):
+class NotFinite(CountingRank):
     """Every loss is NaN."""
 
-    def _train_step(self) -> Metrics:
-        super()._train_step()
+    def train_step(self) -> Metrics:
+        super().train_step()
         self._reports[-1] = {"loss": float("nan"), "skipped_steps": 1.0, "non_finite_steps": 1.0}
         return self._reports[-1]
 
@@ -234,7 +233,7 @@ class NotFinite(CountingTrainers):
 def test_steps_that_are_not_finite_stop_the_run_with_their_batches_saved(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(TrainerError, match=r"the last 3 steps .*max_skipped_steps=3.*raylign resume RUN"):
-        run_once(config, tmp_path, trainers=NotFinite)
+        run_once(config, tmp_path, rank=NotFinite)
     directory = continue_or_create(config)
     saved = sorted(path.name for path in directory.round(1).glob("bad-step-*.parquet"))
     assert saved == [f"bad-step-{number:04d}.parquet" for number in (1, 2, 3)]

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from actors.team import Team
 from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import Publisher
+from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
@@ -30,7 +29,17 @@ from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
 from recipes.campaign import Campaign
 from recipes.online_dpo import evaluate_policy, run_round, train
-from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeScorer, FakeTrainers, NoFeed, count_good
+from tests.fakes import (
+    WEIGHT,
+    FakeEngine,
+    FakeGenerators,
+    FakeRank,
+    FakeScorer,
+    FakeTeam,
+    NoFeed,
+    count_good,
+    fake_trainers,
+)
 
 RECIPES = sorted(
     path
@@ -58,8 +67,8 @@ class Desk:
 
     config: OnlineDpoConfig
     run: Campaign
-    team: Team
-    trainers: FakeTrainers
+    team: FakeTeam
+    rank: FakeRank
     engine: FakeEngine
     events: list[str]
     output: io.StringIO
@@ -95,7 +104,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
     def make(
         config: OnlineDpoConfig | None = None,
         value: Callable[[Prompt, str], float | None] = moody,
-        trainers: type[FakeTrainers] = FakeTrainers,
+        rank: type[FakeRank] = FakeRank,
         engine: type[FakeEngine] = FakeEngine,
     ) -> Desk:
         config = config or parse_config(CONFIG, [f"run.dir={tmp_path}/runs"])
@@ -105,12 +114,13 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
         events: list[str] = []
         output = io.StringIO()
         run = Campaign(config, directory, tracker, Console(file=output, width=200))
-        group, one = trainers(events, config), engine(events)
+        one_rank, one = rank(events, config), engine(events)
+        group = fake_trainers(one_rank, config)
         generators = FakeGenerators([one])
         transport = ShmTransport(tmp_path, {WEIGHT: (1,)}, 1)
-        publisher = Publisher(group, generators, transport, Canary(((1, 2, 3),), 0.25), 1.0)
-        team = Team(generators, group, FakeScorer(events, config.scoring, value), publisher)
-        return Desk(config, run, team, group, one, events, output)
+        publisher = WeightPublisher(group, generators, transport, Canary(((1, 2, 3),), 0.25), 1.0)
+        team = FakeTeam(generators, group, FakeScorer(events, config.scoring, value), publisher)
+        return Desk(config, run, team, one_rank, one, events, output)
 
     yield make
     for journal in journals:
@@ -299,15 +309,15 @@ def test_the_journal_has_stages_and_steps_as_they_happened(open_desk: Open) -> N
     assert "round 1 train 2/2 steps in" in desk.output.getvalue()
 
 
-class Failing(FakeTrainers):
+class Failing(FakeRank):
     """Dies at the first optimizer step."""
 
-    def _train_step(self) -> Metrics:
+    def train_step(self) -> Metrics:
         raise TrainerError("rank 0 died")
 
 
 def test_what_was_sampled_and_chosen_is_on_disk_before_training(open_desk: Open) -> None:
-    desk = open_desk(trainers=Failing)
+    desk = open_desk(rank=Failing)
     with pytest.raises(TrainerError, match="rank 0 died"):
         desk.round(1)
     assert sorted(path.name for path in (desk.folder / "rounds/0001").iterdir()) == [
@@ -337,8 +347,8 @@ def test_too_many_unscored_candidates_stop_the_round(open_desk: Open) -> None:
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    def take_weights(self, path: str, version: int) -> None:
-        self.label(version)
+    async def take_weights(self, path: str, version: int) -> None:
+        await self.label(version)
 
 
 def test_a_round_whose_weights_did_not_arrive_is_no_round(open_desk: Open) -> None:

@@ -73,7 +73,7 @@ def test_a_damaged_report_is_made_again_from_its_round(
     directory = continue_or_create(config)
     report = directory.round(index) / "report.json"
     NOT_REPORTS[damage](report)
-    assert [found.index for found in directory.reports()] == [3 - index] and finished_before(config) == []
+    assert [found.index for found in directory.reports()] == [3 - index] and finished_before(config) is None
     said = [line for line in caplog.messages if str(report) in line]
     assert len(said) == 1 and "counts as not finished" in said[0]
     again = run_once(config, tmp_path)

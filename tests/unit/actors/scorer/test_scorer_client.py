@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from actors.scorer import client as scorer_client
-from actors.scorer.actor import ScoredBatch
 from actors.scorer.client import ScorerClient
 from raylign.config.scoring import FunctionScoringBlock
+from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from tests.fakes import quiet_incidents
+from raylign.roles import ScoredBatch
+from tests.fakes import quiet_supervision
 
 START_S, RESTARTS_S, TIMEOUT_S = 300.0, 5.0, 1.0
 
@@ -43,8 +44,7 @@ def test_the_time_of_a_batch_begins_once_the_actor_has_loaded(monkeypatch: pytes
     client = ScorerClient(
         lambda: actor,
         block,
-        quiet_incidents(),
-        stacks=tmp_path,
+        quiet_supervision("scorer", ScorerError, tmp_path),
         start_timeout_s=START_S,
         restarts_s=RESTARTS_S,
     )

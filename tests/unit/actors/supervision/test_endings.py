@@ -40,11 +40,11 @@ Object store memory usage: [- objects spillable: 0
 (global lru) bytes evicted: 0]
 Ray killed 2 worker(s) based on the killing policy
 Considered workers: [
-Selected to kill: (Actor({GENERATOR}): job ID={JOB}, lease ID=01, task name=_Generator.__init__, required \
+Selected to kill: (Actor({GENERATOR}): job ID={JOB}, lease ID=01, task name=Generator.__init__, required \
 resources={{}}, pid=9111, actual memory used=0.25GB, worker ID=d0c8)
 Selected to kill: (Actor({STRANGER}): job ID={OTHER}, lease ID=02, task name=A.__init__, required resources={{}}, \
 pid=9110, actual memory used=0.50GB, worker ID=8791)
-(Actor({TRAINER}): job ID={JOB}, lease ID=03, task name=_TrainerRank.__init__, required resources={{}}, pid=9112, \
+(Actor({TRAINER}): job ID={JOB}, lease ID=03, task name=TrainerRank.__init__, required resources={{}}, pid=9112, \
 actual memory used=1.00GB, worker ID=8792)
 ]
 Total non-selected idle workers: 0
@@ -54,12 +54,14 @@ Refer to the documentation on how to address the out of memory issue: https://do
 """
 """As Ray 2.60 writes it, shortened."""
 INIT = """\
-The actor died because of an error raised in its creation task, \x1b[36mray::_Generator.__init__()\x1b[39m (pid=7)
+The actor died because of an error raised in its creation task, \x1b[36mray::Generator.__init__()\x1b[39m (pid=7)
   File "/x/actors/generator/actor.py", line 162, in __init__
     self._engine = AsyncLLM.from_engine_args(engine_args(spec))
                    ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
 pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
   Value error, User-specified max_model_len (9000) is greater than the derived max_model_len"""
+
+REFS: list[Any] = ["a", "b", "c"]
 
 
 DEAD_NODE = "The actor died because its node has died. Node Id: 0f\n\tthe actor's node was"
@@ -68,7 +70,7 @@ DEAD_NODE = "The actor died because its node has died. Node Id: 0f\n\tthe actor'
 def died(message: str, **more: Any) -> ActorDiedError:
     return ActorDiedError(
         PROTOCOL.ActorDiedErrorContext(
-            class_name="_TrainerRank", actor_id=bytes.fromhex(TRAINER), pid=7, error_message=message, **more
+            class_name="TrainerRank", actor_id=bytes.fromhex(TRAINER), pid=7, error_message=message, **more
         )
     )
 
@@ -203,7 +205,7 @@ def test_the_monitor_explains_the_failure_of_the_others(monkeypatch: pytest.Monk
     answers = {"a": task_error(RuntimeError("peer gone")), "b": died(EXIT), "c": OutOfMemoryError(REPORT)}
     Calls(answers, monkeypatch)
     with pytest.raises(ActorsLost, match="an optimizer step: Ray's memory monitor ended it") as caught:
-        get_together(["a", "b", "c"], 1.0, "an optimizer step", TrainerError)
+        get_together(REFS, 1.0, "an optimizer step", TrainerError)
     loss = loss_of(caught.value)
     assert loss.kind == "memory" and loss.report is not None and "\n" not in str(caught.value)
 
@@ -227,7 +229,7 @@ def test_an_error_of_a_role_has_one_line_and_a_cure(
     inside = f"{type(raised.cause).__name__}: " if isinstance(raised, RayTaskError) else ""
     Calls({"a": raised}, monkeypatch)
     with pytest.raises(error) as caught:
-        get_all(["a"], 1.0, "starting", error)
+        get_all(REFS[:1], 1.0, "starting", error)
     assert str(caught.value).startswith(f"starting: {inside}") and "\n" not in str(caught.value)
     assert cure in caught.value.cure and caught.value.__cause__ is raised
 
@@ -237,7 +239,7 @@ def test_the_cure_of_our_own_error_comes_through(monkeypatch: pytest.MonkeyPatch
     own.cure = "lower it"
     Calls({"a": task_error(own)}, monkeypatch)
     with pytest.raises(TrainerError, match="training: limit 3") as caught:
-        get_all(["a"], 1.0, "training", TrainerError)
+        get_all(REFS[:1], 1.0, "training", TrainerError)
     assert caught.value.cure == "lower it"
 
 

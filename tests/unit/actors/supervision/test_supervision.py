@@ -10,11 +10,11 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
-from actors.scorer.actor import ScoredBatch
 from actors.scorer.client import ScorerClient
 from actors.supervision.generators import SupervisedGenerators
 from actors.supervision.incidents import Incidents
 from actors.supervision.node_memory import NodeMemory, Usage
+from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, TrainerBlock
 from raylign.config.losses import SftLossBlock
@@ -22,6 +22,7 @@ from raylign.config.reference import NoReferenceBlock
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import GeneratorError, ScorerError, TrainerError
 from raylign.records import Candidate, Prompt, Score
+from raylign.roles import Generator, ScoredBatch
 from raylign.run.checkpoints import Metrics
 from raylign.sampling.decoding import Decoding
 from tests.unit.actors.supervision.test_endings import INIT, REPORT
@@ -136,12 +137,14 @@ def generators(desk: Desk, *handles: Handle, count: int = 1) -> SupervisedGenera
     left = iter(handles)
     return SupervisedGenerators(
         lambda slot: next(left),  # type: ignore[arg-type]
-        lambda handle: None,
         block=GeneratorsBlock(count=count),
         recovery=desk.recovery,
-        incidents=desk.incidents(),
-        stacks=Path(),
+        supervision=Supervision("generator", GeneratorError, desk.incidents(), Path()),
     )
+
+
+def ready(pool: SupervisedGenerators) -> None:
+    pool.wait_ready(lambda handle: None)
 
 
 def sample(pool: SupervisedGenerators) -> list[str]:
@@ -152,7 +155,7 @@ def sample(pool: SupervisedGenerators) -> list[str]:
 def test_a_generator_that_the_monitor_ends_is_replaced_when_its_node_has_room(no_ray: list[float]) -> None:
     desk = Desk(Node(full=2))
     pool = generators(desk, Handle(sample=[OOM]), Handle(sample=answer))
-    pool.wait_ready()
+    ready(pool)
     assert sample(pool) == ["p0", "p1", "p2"]
     assert desk.seen == [("lost", "memory"), ("recovered", "")]
     assert desk.node.looks == 3 and no_ray[0] >= 7, "1 s, then 2, then 4"
@@ -162,16 +165,16 @@ def test_the_other_generators_work_on_meanwhile() -> None:
     desk = Desk(Node(full=10**9), recovery=RecoveryBlock(memory_timeout_s=1e8))
     busy = Handle(sample=answer)
     pool = generators(desk, Handle(sample=[OOM]), busy, count=2)
-    pool.wait_ready()
+    ready(pool)
     assert sample(pool) == ["p0", "p1", "p2"] and busy.asked.count("sample") == 3
-    assert pool.call("version", timeout_s=1.0, what="asking") == [None], "nor is a publish held up"
+    assert pool.call("asking", 1.0, Generator.version) == [None], "nor is a publish held up"
     assert desk.seen == [("lost", "memory")]
 
 
 def test_the_last_generator_is_not_waited_for_without_end() -> None:
     desk = Desk(Node(full=10**9), recovery=RecoveryBlock(memory_timeout_s=600))
     pool = generators(desk, Handle(sample=[OOM]))
-    pool.wait_ready()
+    ready(pool)
     with pytest.raises(GeneratorError, match=r"no room for a replacement within 600 s") as caught:
         sample(pool)
     assert "generators.kv_cache_gb" in caught.value.cure
@@ -180,14 +183,14 @@ def test_the_last_generator_is_not_waited_for_without_end() -> None:
 def test_a_generator_that_is_ended_while_it_first_loads_is_replaced() -> None:
     desk = Desk()
     pool = generators(desk, Handle(ready=[OOM]), Handle(sample=answer))
-    pool.wait_ready()
+    ready(pool)
     assert sample(pool) == ["p0", "p1", "p2"] and desk.seen == [("lost", "memory"), ("recovered", "")]
 
 
 def test_an_engine_that_cannot_start_ends_the_run_with_its_own_words() -> None:
     desk = Desk()
     with pytest.raises(GeneratorError) as caught:
-        generators(desk, Handle(ready=[BROKEN])).wait_ready()
+        ready(generators(desk, Handle(ready=[BROKEN])))
     assert str(caught.value).startswith("starting the generators: ValidationError: 1 validation error")
     assert caught.value.cure == "lower generators.max_model_len" and desk.seen == []
 
@@ -228,8 +231,7 @@ def trainers(desk: Desk, *groups: list[Handle]) -> SupervisedTrainers:
         loss=SftLossBlock(),
         reference=NoReferenceBlock(),
         adapter=False,
-        incidents=desk.incidents(),
-        stacks=Path(),
+        supervision=Supervision("trainer", TrainerError, desk.incidents(), Path()),
     )
 
 
@@ -257,8 +259,7 @@ def scorer(desk: Desk, *handles: Handle) -> ScorerClient:
     return ScorerClient(
         lambda: next(left),  # type: ignore[arg-type]
         FunctionScoringBlock(function="m:f", cache=None),
-        desk.incidents(),
-        stacks=Path(),
+        Supervision("scorer", ScorerError, desk.incidents(), Path()),
         start_timeout_s=9.0,
     )
 
@@ -295,11 +296,11 @@ def test_one_that_is_idle_is_told_from_its_record(monkeypatch: pytest.MonkeyPatc
     client = scorer(desk, Handle(), Handle())
     client.wait_ready()
     monkeypatch.setattr("ray._private.state.actors", lambda actor: record if not desk.seen else {})
-    client.tend()
+    client.replace_dead()
     assert desk.seen == [("lost", "memory")]
     client.guard.sleep(1.0)
-    client.tend()
+    client.replace_dead()
     assert desk.seen == [("lost", "memory")], "the node is full"
     client.guard.sleep(2.0)
-    client.tend()
+    client.replace_dead()
     assert desk.seen == [("lost", "memory"), ("recovered", "")]

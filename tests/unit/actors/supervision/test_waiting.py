@@ -10,6 +10,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from actors.supervision.waiting import get_all, root_cause
 from raylign.errors import GeneratorError, TrainerError, WeightSyncError
 
+REFS: list[Any] = ["ref"]
+
 
 def task_error(cause: Exception) -> RayTaskError:
     return RayTaskError("sample", "Traceback (most recent call last): ...", cause)
@@ -30,7 +32,8 @@ def test_results_come_in_order_under_the_deadline(monkeypatch: pytest.MonkeyPatc
         return [ref.upper() for ref in refs]
 
     monkeypatch.setattr(ray, "get", get)
-    assert get_all(("a", "b"), 2.5, "sampling", GeneratorError) == ["A", "B"]
+    refs: list[Any] = ["a", "b"]
+    assert get_all(refs, 2.5, "sampling", GeneratorError) == ["A", "B"]
     assert asked == [(["a", "b"], 2.5)]
 
 
@@ -48,14 +51,14 @@ def test_every_failure_names_what_was_waited_for(
 ) -> None:
     monkeypatch.setattr(ray, "get", failing(error))
     with pytest.raises(TrainerError) as caught:
-        get_all(["ref"], 90, "training", TrainerError)
+        get_all(REFS, 90, "training", TrainerError)
     assert str(caught.value) == message and caught.value.__cause__ is error
 
 
 def test_a_bug_of_the_driver_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "get", failing(TypeError("refs")))
     with pytest.raises(TypeError, match="refs"):
-        get_all(["ref"], 90, "training", TrainerError)
+        get_all(REFS, 90, "training", TrainerError)
 
 
 def test_the_root_cause_has_type_and_message() -> None:

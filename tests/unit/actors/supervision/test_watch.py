@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from actors.supervision.watch import Guard, attended, watched
+from actors.supervision.watch import Guard, guarded, watched
 from raylign.errors import TrainerError
 
 
@@ -16,13 +16,13 @@ class Role:
     def __init__(self, fails: bool = False, look: Callable[[], object] = lambda: None) -> None:
         self.guard, self.looks, self._fails, self._look = Guard(), 0, fails, look
 
-    def tend(self) -> None:
+    def replace_dead(self) -> None:
         self.looks += 1
         self._look()
         if self._fails:
             raise TrainerError("past the cap")
 
-    @attended
+    @guarded
     def work(self, meanwhile: Callable[[], None]) -> str:
         meanwhile()
         return "done"

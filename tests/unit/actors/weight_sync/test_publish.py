@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import Publisher
+from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
 from recipes.online_campaign import agree_on_weights
-from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeTrainers
+from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeRank, fake_trainers
 from tests.faults import record
 
 IDS = ((3, 4, 5), (6, 7))
@@ -25,9 +25,10 @@ class Setting:
     def __init__(self, transport: WeightTransport, engines: Sequence[type[FakeEngine]] = (FakeEngine, FakeEngine)):
         self.events: list[str] = []
         self.generators = FakeGenerators([engine(self.events) for engine in engines])
-        self.trainers = FakeTrainers(self.events, OnlineDpoConfig())
-        self.trainers.version = 1
-        self.publisher = Publisher(self.trainers, self.generators, transport, Canary(IDS, 0.25), 1.0)
+        self.rank = FakeRank(self.events, OnlineDpoConfig())
+        self.rank.version = 1
+        self.trainers = fake_trainers(self.rank, OnlineDpoConfig())
+        self.publisher = WeightPublisher(self.trainers, self.generators, transport, Canary(IDS, 0.25), 1.0)
 
     def weights(self) -> list[int]:
         return [engine.weights for engine in self.generators.engines]
@@ -55,7 +56,7 @@ def test_an_adapter_in_order(tmp_path: Path) -> None:
 def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_path: Path) -> None:
     """All others were loaded from the checkpoint that the generators serve."""
     setting = Setting(shm(tmp_path), engines=(FakeEngine,))
-    setting.trainers.version = 0
+    setting.rank.version = 0
     gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
     assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
     assert setting.events == (["save weights", "load weights"] if four_bits else [])
@@ -88,10 +89,10 @@ def test_without_room_nothing_is_written(tmp_path: Path) -> None:
 class Broken(FakeEngine):
     """Fails in the middle of an update."""
 
-    def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, path: str, version: int) -> None:
         raise GeneratorError("the engine died")
 
-    def take_adapter(self, path: str, version: int) -> None:
+    async def take_adapter(self, path: str, version: int) -> None:
         raise GeneratorError("the engine died")
 
 
@@ -106,7 +107,7 @@ def test_a_failed_update_is_a_weight_sync_error_and_leaves_no_file(adapter: bool
 class Forgetful(FakeEngine):
     """Takes weights but not their label."""
 
-    def label(self, version: int) -> None:
+    async def label(self, version: int) -> None:
         return
 
 
@@ -118,8 +119,8 @@ def test_an_engine_that_serves_another_version_is_noticed(tmp_path: Path) -> Non
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    def take_weights(self, path: str, version: int) -> None:
-        self.label(version)
+    async def take_weights(self, path: str, version: int) -> None:
+        await self.label(version)
 
 
 @pytest.mark.fault
@@ -136,8 +137,8 @@ def test_the_canary_finds_one_stale_engine_among_many(tmp_path: Path) -> None:
 class Off(FakeEngine):
     """Differs by 0.01 on the first token and by 0.04 on every later one."""
 
-    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        exact = super().token_logps(token_ids)
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        exact = await super().token_logps(token_ids)
         return [exact[0] + 0.01, *[logp - 0.04 for logp in exact[1:]]]
 
 
@@ -159,13 +160,13 @@ def test_a_gap_at_the_limit_passes(tmp_path: Path) -> None:
 class NotANumber(FakeEngine):
     """Gives NaN on prompts of two tokens."""
 
-    def token_logps(self, token_ids: Sequence[int]) -> list[float]:
-        return super().token_logps(token_ids) if len(token_ids) > 2 else [float("nan")]
+    async def token_logps(self, token_ids: Sequence[int]) -> list[float]:
+        return await super().token_logps(token_ids) if len(token_ids) > 2 else [float("nan")]
 
 
 def test_log_probs_that_are_no_numbers_are_refused_if_they_come_first(tmp_path: Path) -> None:
     setting = Setting(shm(tmp_path), engines=(NotANumber,))
-    setting.trainers.version = 0
+    setting.rank.version = 0
     with pytest.raises(WeightSyncError):
         Canary(IDS[::-1], 0.25).check(setting.trainers, setting.generators, 1.0)
 
