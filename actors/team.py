@@ -47,8 +47,6 @@ from actors.weight_sync.transports import (
     require_room,
 )
 from raylign.config import OnlineDpoConfig, RunConfig
-from raylign.config.losses import TrainerLoss
-from raylign.config.reference import ReferenceBlock
 from raylign.errors import GeneratorError, RaylignError, ScorerError, TrainerError
 from raylign.models import DTYPES
 from raylign.reference.checkpoint import resolve_reference
@@ -144,7 +142,7 @@ def team(
         with _starting(config, folder, pad_id, plan, incidents) as start:
             generators = _start_generators(config, start, transport)
             scorer = _start_scorer(config, start)
-            trainers = _start_trainers(start, config.loss, config.reference)
+            trainers = _start_trainers(start)
             sync = config.generators.weight_sync
             canary = Canary(canary_ids, sync.canary_max_gap)
             publisher = WeightPublisher(trainers, generators, mover, canary, sync.timeout_s)
@@ -157,8 +155,6 @@ def team(
 @contextmanager
 def trainer_team(
     config: RunConfig,
-    loss: TrainerLoss,
-    reference: ReferenceBlock,
     *,
     folder: str,
     pad_id: int,
@@ -167,7 +163,7 @@ def trainer_team(
 ) -> Iterator[SupervisedTrainers]:
     """The same with trainers alone, for recipes that train on a data set."""
     with _starting(config, folder, pad_id, plan, incidents) as start:
-        trainers = _start_trainers(start, loss, reference)
+        trainers = _start_trainers(start)
         with watched((trainers,), config.recovery.heartbeat_s):
             yield trainers
 
@@ -225,8 +221,9 @@ def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
     return scorer
 
 
-def _start_trainers(start: _Start, loss: TrainerLoss, reference: ReferenceBlock) -> SupervisedTrainers:
+def _start_trainers(start: _Start) -> SupervisedTrainers:
     config, plan = start.config, start.plan
+    loss, reference = config.objective, config.measured_against
     spec = TrainerSpec(
         folder=start.folder,
         reference_folder=resolve_reference(reference, config.model, start.folder),

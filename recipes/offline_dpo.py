@@ -11,14 +11,17 @@ from raylign.config import OfflineDpoConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
 from raylign.evaluation.held_out import held_out_evaluation
+from raylign.export.card import Method, loss_name, public_name
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
-from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
-from recipes.offline_campaign import offline_campaign
+from recipes.commands.plan_offline import show_offline_plan
 from recipes.offline_stages import train_rows
+from recipes.opening import offline_run
+from recipes.recipe import Recipe
+from recipes.run import Run, finished_before
 
 
 def run_round(
@@ -71,7 +74,7 @@ def evaluate_policy(
     return evaluation
 
 
-def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: OfflineDpoConfig) -> None:
+def train(run: Run, data: PreferenceData, trainers: Trainers, config: OfflineDpoConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     moves = pace(config.reference) is not None
     # Of a reference that never moves once for all evaluations and epochs.
@@ -87,10 +90,19 @@ def main(config: OfflineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done.path
-    with offline_campaign(config, config.loss, config.reference, __file__) as (run, data, trainers):
+    with offline_run(config, __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path
 
+
+def method(config: OfflineDpoConfig) -> Method:
+    """How a model card tells of it."""
+    told = "direct\npreference optimisation on a data set of preferences"
+    facts = {"Preferences": public_name(config.data.source)}
+    return Method(told, f"offline DPO, loss {loss_name(config.loss)}", ("dpo",), facts)
+
+
+RECIPE = Recipe(OfflineDpoConfig, main, show_offline_plan, method)
 
 if __name__ == "__main__":
     with as_script():

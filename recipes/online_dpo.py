@@ -11,6 +11,7 @@ from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.evaluation.generated import evaluate
+from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,
     build_preferences,
@@ -37,11 +38,14 @@ from raylign.sampling.resampling import (
     scores_by_place,
 )
 from raylign.scoring import check_unscored
+from raylign.scoring.describe import public_scorer
 from raylign.training.schedule import steps_per_round
 from raylign.training.sequences import Completions
-from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
-from recipes.online_campaign import campaign
+from recipes.commands.plan_online import show_plan
+from recipes.opening import online_run
+from recipes.recipe import Recipe
+from recipes.run import Run, finished_before
 
 
 def run_round(
@@ -207,7 +211,7 @@ def evaluate_policy(
 
 
 def draw_prompts(
-    run: Campaign, history: History, prompts: Sequence[Prompt], index: int, config: OnlineDpoConfig
+    run: Run, history: History, prompts: Sequence[Prompt], index: int, config: OnlineDpoConfig
 ) -> tuple[Prompt, ...]:
     """The prompts of round `index`; with a curriculum, of those that may still teach something."""
     count, curriculum = config.schedule.prompts_per_round, config.schedule.curriculum
@@ -218,7 +222,7 @@ def draw_prompts(
     return drawn.prompts
 
 
-def train(run: Campaign, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
+def train(run: Run, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round that is not finished."""
     baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config)
     run.finish_baseline(baseline, before)
@@ -233,10 +237,22 @@ def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done.path
-    with campaign(config, __file__) as (run, prompts, team):
+    with online_run(config, __file__) as (run, prompts, team):
         train(run, prompts, team, config)
     return run.directory.path
 
+
+def method(config: OnlineDpoConfig) -> Method:
+    """How a model card tells of it."""
+    told = (
+        "iterative online\ndirect preference optimisation: in each round the current policy answers prompts, a scorer "
+        "judges the answers, and the\nbest and worst answer of a prompt become a preference pair"
+    )
+    facts = {"Prompts": public_name(config.prompts.source), "Scorer": public_scorer(config.scoring)}
+    return Method(told, f"iterative online DPO, loss {loss_name(config.loss)}", ("dpo", "online-dpo"), facts)
+
+
+RECIPE = Recipe(OnlineDpoConfig, main, show_plan, method)
 
 if __name__ == "__main__":
     with as_script():

@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raylign.config import RewardModelConfig, load_config
-from raylign.config.reference import NoReferenceBlock
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
 from raylign.evaluation.calibration import calibration, random_pairs
 from raylign.evaluation.held_out import held_out_evaluation
+from raylign.export.card import Method, loss_name, public_name
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
-from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
-from recipes.offline_campaign import offline_campaign
+from recipes.commands.plan_offline import show_offline_plan
 from recipes.offline_stages import train_rows
+from recipes.opening import offline_run
+from recipes.recipe import Recipe
+from recipes.run import Run, finished_before
 
 
 def run_round(
@@ -55,7 +57,7 @@ def evaluate_model(
     return evaluation
 
 
-def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: RewardModelConfig) -> None:
+def train(run: Run, data: PreferenceData, trainers: Trainers, config: RewardModelConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     run.finish_baseline(evaluate_model(run.round_log(0), data.held_out, trainers, config))
     for index in run.rounds_to_do():
@@ -67,10 +69,19 @@ def main(config: RewardModelConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done.path
-    with offline_campaign(config, config.loss, NoReferenceBlock(), __file__) as (run, data, trainers):
+    with offline_run(config, __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path
 
+
+def method(config: RewardModelConfig) -> Method:
+    """How a model card tells of it."""
+    told = "reward\nmodelling of preferences"
+    facts = {"Preferences": public_name(config.data.source)}
+    return Method(told, f"reward model, loss {loss_name(config.loss)}", ("reward-model",), facts)
+
+
+RECIPE = Recipe(RewardModelConfig, main, show_offline_plan, method)
 
 if __name__ == "__main__":
     with as_script():

@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raylign.config import SftConfig, load_config
-from raylign.config.reference import NoReferenceBlock
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
+from raylign.export.card import Method, public_name
 from raylign.records import Preference, RoundReport
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
-from recipes.campaign import Campaign, finished_before
 from recipes.commands.failures import as_script
-from recipes.offline_campaign import offline_campaign
+from recipes.commands.plan_offline import show_offline_plan
 from recipes.offline_stages import evaluate_rows, train_rows
+from recipes.opening import offline_run
+from recipes.recipe import Recipe
+from recipes.run import Run, finished_before
 
 
 def run_round(
@@ -34,7 +36,7 @@ def run_round(
     return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
 
 
-def train(run: Campaign, data: PreferenceData, trainers: Trainers, config: SftConfig) -> None:
+def train(run: Run, data: PreferenceData, trainers: Trainers, config: SftConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     run.finish_baseline(evaluate_rows(run.round_log(0), data.held_out, "loss", trainers, config))
     for index in run.rounds_to_do():
@@ -46,10 +48,22 @@ def main(config: SftConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done.path
-    with offline_campaign(config, config.loss, NoReferenceBlock(), __file__) as (run, data, trainers):
+    with offline_run(config, __file__) as (run, data, trainers):
         train(run, data, trainers, config)
     return run.directory.path
 
+
+def method(config: SftConfig) -> Method:
+    """How a model card tells of it."""
+    return Method(
+        "supervised\nfine-tuning on answers",
+        "SFT on the answers",
+        ("sft",),
+        {"Examples": public_name(config.data.source)},
+    )
+
+
+RECIPE = Recipe(SftConfig, main, show_offline_plan, method)
 
 if __name__ == "__main__":
     with as_script():

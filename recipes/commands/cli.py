@@ -116,9 +116,9 @@ def run(recipe: Recipe, settings: Settings = None) -> None:
     """
     config = load_recipe(recipe, settings or ())
     require_named_cluster()
-    from recipes.commands.start import start  # noqa: PLC0415 - torch, Ray and vLLM
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
 
-    start(config)
+    recipe_of(config).main(config)
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
@@ -144,9 +144,9 @@ def resume(
 
     config = resumed_config(run_directory, settings or (), accept or ())
     require_named_cluster()
-    from recipes.commands.start import start  # noqa: PLC0415 - torch, Ray and vLLM
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
 
-    start(config)
+    recipe_of(config).main(config)
 
 
 @app.command()
@@ -210,9 +210,9 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
     """
     config = load_recipe(recipe, settings or ())
     from raylign.report.tables import report_console  # noqa: PLC0415
-    from recipes.commands.start import show  # noqa: PLC0415 - torch and Ray
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
 
-    show(config, report_console())
+    recipe_of(config).plan(config, report_console())
 
 
 @app.command()

@@ -6,21 +6,17 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raylign.config import OfflineConfig, OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig, RunConfig, SftConfig
-from raylign.config.losses import LossBlock
-from raylign.config.scoring import CompositionBlock, JudgeScoringBlock, ScoringBlock
+from raylign.config import RunConfig
 from raylign.errors import ConfigError, RecordError
-from raylign.export.card import Method, ModelFacts, RewardModelFacts, framework_versions
+from raylign.export.card import ModelFacts, RewardModelFacts, framework_versions, public_name
 from raylign.export.policy import ADAPTER_CONFIG, export_model, require_place
 from raylign.export.reward_model import export_reward_model
 from raylign.models import resolve_model
 from raylign.records import HeldOutEvaluation, RoundReport
 from raylign.run.directory import RunDirectory, open_run
-from raylign.scoring.describe import scorer_name
 from raylign.tracking.journal import JOURNAL_NAME, read_events
+from recipes.recipe import recipe_of
 
-LOCAL_STARTS = (".", "/", "~")
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _VERSION = "version."
 _TAGS = TypeAdapter(dict[str, str])
 _NO_4_BITS = "  # first: vLLM would put the adapter on the 16-bit base, the adapter was trained on 4 bits"
@@ -50,7 +46,7 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
     finished = [other.policy_version for other in directory.reports()]
     checkpoint = directory.whole_checkpoint(report.policy_version, finished).folder
     base = resolve_model(config.model.path, config.model.revision)
-    if isinstance(config, RewardModelConfig):
+    if config.trains_rewards:
         return _export_reward_model(directory, config, report, checkpoint, base, to.absolute())
     in_4bit = config.model if config.model.load_in_4bit else None
     facts = card_facts(directory, config, report)
@@ -65,7 +61,7 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
 
 
 def _export_reward_model(
-    directory: RunDirectory, config: RewardModelConfig, report: RoundReport, checkpoint: Path, base: str, to: Path
+    directory: RunDirectory, config: RunConfig, report: RoundReport, checkpoint: Path, base: str, to: Path
 ) -> Exported:
     """A whole model, whatever was trained: sequence classifiers are served without adapters."""
     if not isinstance(report.evaluation, HeldOutEvaluation):
@@ -76,8 +72,8 @@ def _export_reward_model(
     facts = RewardModelFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),
-        data=public_name(config.data.source),
-        loss=f"`{config.loss.loss_type}`",
+        data=public_name(config.source[1]),
+        loss=f"`{config.objective.loss_type}`",
         metrics=report.evaluation.metrics,
         versions=training_versions(directory),
     )
@@ -108,69 +104,13 @@ def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) 
     return ModelFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),
-        dataset=public_name(_source(config)),
-        method=_method(config),
+        dataset=public_name(config.source[1]),
+        method=recipe_of(config).method(config),
         rounds=report.index,
         evaluation=report.evaluation,
-        confidence=_confidence(config),
+        confidence=config.confidence,
         versions=training_versions(directory),
     )
-
-
-def _source(config: RunConfig) -> str:
-    match config:
-        case OnlineDpoConfig():
-            return config.prompts.source
-        case OfflineConfig():
-            return config.data.source
-        case _:
-            raise AssertionError(f"recipe {config.recipe!r} has no source")
-
-
-def _confidence(config: RunConfig) -> float:
-    assert isinstance(config, OnlineDpoConfig | OfflineConfig)
-    return config.evaluation.confidence
-
-
-def _method(config: RunConfig) -> Method:
-    source = public_name(_source(config))
-    match config:
-        case OnlineDpoConfig():
-            told = (
-                "iterative online\ndirect preference optimisation: in each round the current policy answers prompts, a "
-                "scorer judges the answers, and the\nbest and worst answer of a prompt become a preference pair"
-            )
-            name, scorer = f"iterative online DPO, loss {_loss_name(config.loss)}", _scorer_name(config.scoring)
-            return Method(told, name, ("dpo", "online-dpo"), {"Prompts": source, "Scorer": scorer})
-        case OfflineDpoConfig():
-            told = "direct\npreference optimisation on a data set of preferences"
-            return Method(told, f"offline DPO, loss {_loss_name(config.loss)}", ("dpo",), {"Preferences": source})
-        case SftConfig():
-            return Method("supervised\nfine-tuning on answers", "SFT on the answers", ("sft",), {"Examples": source})
-        case _:
-            raise AssertionError(f"recipe {config.recipe!r} has no method")
-
-
-def _scorer_name(block: ScoringBlock) -> str:
-    match block:
-        case CompositionBlock():
-            members = ", ".join(f"{name}: {_scorer_name(member)}" for name, member in block.members.items())
-            return f"{scorer_name(block)} ({members})"
-        case JudgeScoringBlock():
-            return f"judge {public_name(block.model)}"
-        case _:
-            return scorer_name(block)
-
-
-def _loss_name(block: LossBlock) -> str:
-    beta = getattr(block, "beta", None)
-    return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
-
-
-def public_name(source: str) -> str:
-    """`source` without the path of this machine: hub ids and embedded names as they are, else the last part."""
-    is_local = source.startswith(LOCAL_STARTS) or source.endswith(FILE_SUFFIXES) or Path(source).exists()
-    return Path(source).name if is_local else source
 
 
 def training_versions(directory: RunDirectory) -> dict[str, str]:

@@ -1,41 +1,52 @@
-"""What a recipe would run, found out without starting an actor or loading weights."""
+"""What a recipe would run, found out without starting an actor or loading weights: what all plans have in common."""
 
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
-from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from actors.cluster import cluster
-from actors.placement import PlacementPlan, choose_device, plan_placement, require_resources
-from actors.weight_sync.folder import shared_folder
 from actors.weight_sync.manifest import checkpoint_manifest
-from actors.weight_sync.transports import Transport, choose_transport, require_room
 from raylign.config import OnlineDpoConfig, RunConfig
-from raylign.config.blocks import ModelBlock
-from raylign.config.reference import InitialReferenceBlock
+from raylign.config.blocks import LoraBlock, ModelBlock
+from raylign.config.reference import (
+    EmaReferenceBlock,
+    EveryReferenceBlock,
+    InitialReferenceBlock,
+    ModelReferenceBlock,
+    NoReferenceBlock,
+    PreviousRoundReferenceBlock,
+    SamplerReferenceBlock,
+)
 from raylign.errors import ModelError
-from raylign.models import DTYPES, context_limit, load_tokenizer, require_context, resolve_model
+from raylign.models import DTYPES, context_limit, resolve_model
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
 from raylign.models.reward_model import require_reward_fit
-from raylign.prompts import PromptSet, draw, left_out, load_prompts
 from raylign.reference.checkpoint import resolve_reference
-from raylign.scoring import require_references
-from raylign.scoring.describe import describe_scorer
+from raylign.report.text import escape_control
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.schedule import steps_per_round
 from recipes.commands.checks.ray_cluster import require_named_cluster
-from recipes.commands.plan_reference import ReferenceFacts, reference_facts
 
 THIS_MACHINE = "this machine"
+
+
+Line = tuple[str, str]
+
+
+_FP32_BYTES = 4
+
+
+_BLOCK, _NESTED_BLOCK = 64, 256
+"""Weights that share a constant in bitsandbytes' 4-bit storage, and constants that share one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,98 +57,6 @@ class ModelFacts:
     parameters: int
     trained: int
     context: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptFacts:
-    """Counts of the two parts, and the shortest, median and longest prompt of both, in tokens.
-
-    `left_out` says which bad rows the run would go without; empty when it takes all.
-    """
-
-    train: int
-    held_out: int
-    shortest: int
-    middle: float
-    longest: int
-    left_out: str
-
-
-@dataclass(frozen=True, slots=True)
-class Amounts:
-    """Upper bounds of work: every completion as long as allowed, every prompt giving a preference."""
-
-    sampled_per_round: int
-    evaluated_per_round: int
-    sampled: int
-    evaluated: int
-    steps_per_round: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """All that `raylign plan` shows. Made by `make_plan`, read by `recipes.commands.plan_view`.
-
-    `scorer` is its name, then facts about it. `push_bytes` is the size of one weight file in shared memory, 0 for
-    transports without one; `free_bytes` is the room for it, 0 when that is on another machine.
-    """
-
-    config: OnlineDpoConfig
-    model: ModelFacts
-    reference: ReferenceFacts
-    prompts: PromptFacts
-    scorer: tuple[str, ...]
-    amounts: Amounts
-    placement: PlacementPlan
-    available: Mapping[str, float]
-    cluster: str
-    transport: Transport
-    push_bytes: int
-    free_bytes: int
-
-
-def make_plan(config: OnlineDpoConfig) -> RunPlan:
-    """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
-    scorer = describe_scorer(config.scoring, load=False)
-    model = model_facts(config.model)
-    for read in (str(model.folder), resolve_reference(config.reference, config.model, str(model.folder))):
-        require_context("generators.max_model_len", config.generators.max_model_len, read, config.model)
-    reference = reference_facts(config, model.folder, model.trained)
-    tokenizer = load_tokenizer(str(model.folder), config.model.trust_remote_code, config.model.chat_template)
-    prompts = load_prompts(config.prompts, tokenizer, config.max_prompt_tokens, config.run.seed)
-    draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
-    require_references((*prompts.train, *prompts.held_out), config.scoring)
-    where, available = present_resources()
-    placement = plan_placement(
-        config.placement, config.generators, config.trainer, choose_device(config.placement, available)
-    )
-    require_resources(placement, available)
-    transport = choose_transport(
-        config.generators.weight_sync.transport,
-        device=placement.device,
-        adapter=config.model.adapter_fits_checkpoint,
-        own_devices=config.placement.mode == "disaggregated",
-        keeps_base=config.sampling.reference_generations > 0,
-    )
-    push = model.parameters * DTYPES[config.model.dtype].itemsize if transport == "shm" else 0
-    is_here = where == THIS_MACHINE
-    if is_here:
-        require_room(shared_folder(), push)
-    return RunPlan(
-        config=config,
-        model=model,
-        reference=reference,
-        prompts=prompt_facts(prompts),
-        scorer=scorer,
-        amounts=amounts(config, len(prompts.held_out)),
-        placement=placement,
-        available=available,
-        cluster=where,
-        transport=transport,
-        push_bytes=push,
-        free_bytes=shutil.disk_usage(shared_folder()).free if is_here else 0,
-    )
 
 
 def model_facts(block: ModelBlock, *, rewards: bool = False) -> ModelFacts:
@@ -159,44 +78,85 @@ def _trained_parameters(folder: Path, block: ModelBlock) -> int:
         with torch.device("meta"):
             model = empty_model(AutoModelForCausalLM, open_config(str(folder), trust), trust)
             CompletionLogps(model)
-            trained: nn.Module = model
-            if block.lora is not None:
-                targets = block.lora.target_modules
-                wanted = targets if isinstance(targets, str) else list(targets)
-                trained = get_peft_model(
-                    model, LoraConfig(task_type="CAUSAL_LM", r=block.lora.r, target_modules=wanted)
-                )
+        if block.lora is not None:
+            return adapter_parameters(model, block.lora)
     except ValueError as error:
         raise ModelError(f"{folder}: not a causal language model that can be trained so ({error})") from error
-    return sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def prompt_facts(prompts: PromptSet) -> PromptFacts:
-    lengths = [len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out)]
-    return PromptFacts(
-        train=len(prompts.train),
-        held_out=len(prompts.held_out),
-        shortest=min(lengths),
-        middle=median(lengths),
-        longest=max(lengths),
-        left_out=left_out(prompts.invalid),
-    )
+def adapter_parameters(model: PreTrainedModel, lora: LoraBlock) -> int:
+    """Weights of the adapter that PEFT would add: r (inputs + outputs) for each layer it adapts.
+
+    Raises ValueError where PEFT would: no layer of these names, or one that is no linear, Conv1D or embedding layer.
+    """
+    head = model.get_output_embeddings()
+    if lora.target_modules == "all-linear":
+        adapted = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    else:
+        wanted = lora.target_modules
+        adapted = [m for name, m in model.named_modules() if name and name.endswith(tuple(f".{w}" for w in wanted))]
+        adapted += [m for name, m in model.named_modules() if name in wanted]
+        if not adapted:
+            raise ValueError(f"model.lora.target_modules={', '.join(wanted)}: the model has no layer of these names")
+        if other := next((m for m in adapted if not isinstance(m, nn.Linear | Conv1D | nn.Embedding)), None):
+            raise ValueError(f"model.lora.target_modules: {type(other).__name__} is no layer that LoRA adapts")
+    return lora.r * sum(sum(module.weight.shape) for module in adapted)
 
 
-def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
-    """Evaluation runs before round 1 and after each of the `schedule.rounds` rounds."""
-    schedule, sampling = config.schedule, config.sampling
-    per_round = schedule.prompts_per_round * sampling.max_generations * sampling.max_new_tokens
-    steps = steps_per_round(config.max_preferences_per_round, config.trainer)
-    evaluated = held_out * config.evaluation.num_generations * sampling.max_new_tokens
-    return Amounts(
-        sampled_per_round=per_round,
-        evaluated_per_round=evaluated,
-        sampled=schedule.rounds * per_round,
-        evaluated=(schedule.rounds + 1) * evaluated,
-        steps_per_round=steps,
-        steps=schedule.rounds * steps,
-    )
+@dataclass(frozen=True, slots=True)
+class ReferenceFacts:
+    """What the reference is, in words, and the bytes that every trainer rank holds for it."""
+
+    what: str
+    bytes_per_rank: int
+
+
+def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> ReferenceFacts:
+    """`folder` is the policy's and `trained` its parameters with gradients. Raises ModelError as a run would."""
+    reference, adapter = config.reference, config.model.lora is not None
+    found = resolve_reference(reference, config.model, str(folder))
+    if found != str(folder):
+        require_fit(found, config.model.trust_remote_code)
+    whole = stored_bytes(Path(found), config.model)
+    shards = config.trainer.ranks if config.trainer.zero_stage == 3 else 1
+    copy, mix = math.ceil(whole / shards), math.ceil(trained * _FP32_BYTES / shards)
+    followed = trained * _FP32_BYTES if adapter else copy
+    match reference:
+        case InitialReferenceBlock():
+            what = "the policy without its adapter" if adapter else "a frozen copy of the model before round 1"
+            return ReferenceFacts(what, 0 if adapter else copy)
+        case PreviousRoundReferenceBlock():
+            return ReferenceFacts("the policy at the start of each round", followed)
+        case EveryReferenceBlock():
+            return ReferenceFacts(f"the policy of up to {reference.n} rounds ago, renewed that often", followed)
+        case EmaReferenceBlock():
+            what = f"a moving average that takes {reference.alpha:g} of the policy after every round"
+            return ReferenceFacts(what, followed + (0 if adapter else mix))
+        case ModelReferenceBlock():
+            return ReferenceFacts(f"{reference.path}, frozen", copy)
+        case SamplerReferenceBlock():
+            return ReferenceFacts("the sampling policy, by the log-probs it sampled with", 0)
+        case NoReferenceBlock():
+            return ReferenceFacts("none", 0)
+
+
+def stored_bytes(folder: Path, block: ModelBlock) -> int:
+    """Bytes of the frozen model of `folder` as a trainer holds it, in `block.dtype` and 4 bits as `block` says."""
+    parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
+    packed = _linear_parameters(folder, block) if block.load_in_4bit else 0
+    constant = 8 / _BLOCK + 32 / (_BLOCK * _NESTED_BLOCK) if block.use_bnb_nested_quant else 32 / _BLOCK
+    return math.ceil((parameters - packed) * DTYPES[block.dtype].itemsize + packed * (4 + constant) / 8)
+
+
+def _linear_parameters(folder: Path, block: ModelBlock) -> int:
+    """Weights of linear layers but the output head, counted on a model without storage."""
+    with torch.device("meta"):
+        config = open_config(str(folder), block.trust_remote_code)
+        model = empty_model(AutoModelForCausalLM, config, block.trust_remote_code)
+    head = model.get_output_embeddings()
+    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
+    return sum(module.weight.numel() for module in linear)
 
 
 def present_resources() -> tuple[str, Mapping[str, float]]:
@@ -209,29 +169,20 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
         return f"the cluster at {address}", dict(available)
 
 
-def notes(plan: RunPlan) -> list[str]:
-    """What is no error, but may not be meant."""
-    config, found = plan.config, []
-    run = run_directory(config)
-    if plan.prompts.left_out:
-        found.append(plan.prompts.left_out)
-    if run.exists():
-        found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
-    if config.trainer.train_batch_size > config.max_preferences_per_round:
-        found.append(
-            f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
-            f"{config.max_preferences_per_round}: every step will be smaller"
-        )
-    if config.model.lora is None and not isinstance(config.reference, InitialReferenceBlock):
-        found.append(
-            f"reference.policy={config.reference.policy} without an adapter keeps no copy of the initial policy: how "
-            "far the policy has moved from it is not told"
-        )
-    passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
-    if passes > 1:
-        found.append(f"the rounds use each of the {plan.prompts.train} training prompts {passes:.1f} times")
-    return found
-
-
 def run_directory(config: RunConfig) -> Path:
     return (config.run.dir / config.run.name).absolute()
+
+
+def grid(lines: Iterable[Line]) -> Table:
+    """`name value` lines, the names in bold."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=13)
+    table.add_column(overflow="fold")
+    for name, value in lines:
+        table.add_row(Text(name, style="bold"), Text(escape_control(value)))
+    return table
+
+
+def many(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

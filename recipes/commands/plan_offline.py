@@ -8,14 +8,13 @@ from rich.text import Text
 
 from actors.placement import PlacementPlan
 from actors.team import plan_trainer_team
-from raylign.config import OfflineConfig, OfflineDpoConfig, RewardModelConfig
+from raylign.config import OfflineConfig
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.data.split import total_steps
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
-from recipes.commands.plan import ModelFacts, model_facts, present_resources, run_directory
-from recipes.commands.plan_view import Line, grid, many
-from recipes.offline_campaign import find_reference, load_rows, said
+from recipes.commands.plan import Line, ModelFacts, grid, many, model_facts, present_resources, run_directory
+from recipes.opening import find_models, find_rows, what_became_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +32,19 @@ class OfflinePlan:
 
 def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     """Check what a run would check before its start, and read its rows. Raises RaylignError, naming the cure."""
-    model = model_facts(config.model, rewards=isinstance(config, RewardModelConfig))
-    if isinstance(config, OfflineDpoConfig):
-        find_reference(config, config.reference, str(model.folder))
-    data = load_rows(config, str(model.folder))[0]
+    model = model_facts(config.model, rewards=config.trains_rewards)
+    data = find_rows(config, find_models(config))
     where, available = present_resources()
     steps = total_steps(len(data.train), config.schedule, config.trainer)
     return OfflinePlan(config, model, data, steps, plan_trainer_team(config, available), available, where)
 
 
-def show_offline_plan(plan: OfflinePlan, console: Console) -> None:
+def show_offline_plan(config: OfflineConfig, console: Console) -> None:
+    """Show what the recipe would run. Raises RaylignError, naming the cure, when it could not."""
+    print_offline_plan(make_offline_plan(config), console)
+
+
+def print_offline_plan(plan: OfflinePlan, console: Console) -> None:
     """`name value` lines, then notes."""
     console.print(grid([*_inputs(plan), *_work(plan), *_outside(plan)]))
     notes = [left_out(plan.data.invalid), mixed_scales(plan.data, plan.config.score_options)]
@@ -61,7 +63,7 @@ def _inputs(plan: OfflinePlan) -> list[Line]:
         ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
         ("trained", f"{kind}: {model.trained:,} parameters ({model.trained / model.parameters:.1%})"),
         ("data", f"{data.source}: {len(data.train):,} rows to train on, {len(data.held_out):,} held out"),
-        ("", said(data)),
+        ("", what_became_of(data)),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from raylign.config import RunConfig, load_recipe
@@ -14,7 +15,8 @@ from raylign.config.load import RECIPES
 from raylign.records import HeldOutEvaluation
 from raylign.run.directory import RunDirectory
 from recipes.commands.export import export_run
-from recipes.commands.start import start
+from recipes.commands.resume import resumed_config
+from recipes.recipe import recipe_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
 
@@ -26,18 +28,19 @@ ROWS = [
 
 
 def config_of(recipe: str, model: str, folder: Path, **loss: Any) -> RunConfig:
+    name = recipe.partition(":")[0]
     (folder / "rows.json").write_text(json.dumps(ROWS))
     raw = {
         "recipe": recipe,
-        "run": {"dir": str(folder / "runs"), "name": recipe},
+        "run": {"dir": str(folder / "runs"), "name": name},
         "model": {"path": model, "dtype": "float32", "lora": {"r": 8, "lora_alpha": 16}},
         "data": {"source": str(folder / "rows.json"), "held_out": 8, "max_length": 128},
         "trainer": {"learning_rate": 0.02, "per_device_train_batch_size": 8, "adam_epsilon": 1e-6},
         "schedule": {"num_train_epochs": 2},
         "placement": {"trainer_cpus": 1},
     }
-    (folder / f"{recipe}.yaml").write_text(yaml.safe_dump(raw | ({"loss": loss} if loss else {})))
-    return load_recipe(folder / f"{recipe}.yaml")
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw | ({"loss": loss} if loss else {})))
+    return load_recipe(folder / f"{name}.yaml")
 
 
 def evaluations(directory: RunDirectory) -> list[HeldOutEvaluation]:
@@ -58,7 +61,7 @@ def test_from_a_raw_file_to_an_exported_model(
     recipe: str, metric: str, loss: dict[str, Any], tiny_llama: str, tmp_path: Path
 ) -> None:
     config = config_of(recipe, tiny_llama, tmp_path, **loss)
-    directory = RunDirectory(start(config))
+    directory = RunDirectory(recipe_of(config).main(config))
     before, _, after = evaluations(directory)
     assert before.metric == after.metric == metric and after.rows == 8
     assert after.metrics["loss"] < before.metrics["loss"]
@@ -69,7 +72,7 @@ def test_from_a_raw_file_to_an_exported_model(
         assert (directory.round(2) / "reliability.png").read_bytes().startswith(b"\x89PNG")
         assert after.metrics["calibration/nll"] < before.metrics["calibration/nll"]
     # Started again, it has nothing to do.
-    assert start(config) == directory.path
+    assert recipe_of(config).main(config) == directory.path
     exported = export_run(directory.path, tmp_path / "exported", merge=True, version=None)
     kind = AutoModelForSequenceClassification if recipe == "reward_model" else AutoModelForCausalLM
     kind.from_pretrained(exported.folder)
@@ -79,6 +82,53 @@ def test_from_a_raw_file_to_an_exported_model(
     assert run.info.run_name == recipe and run.info.status == "FINISHED" and len(rounds) == 2
     assert run.data.metrics[f"eval/{metric}"] == pytest.approx(after.value)
     assert run.data.params["data.held_out"] == "8"
+
+
+MINE = """
+from raylign.config import SftConfig
+from raylign.config.tree import RunConfig
+from raylign.export.card import Method
+from recipes.commands.plan_offline import show_offline_plan
+from recipes.opening import offline_run
+from recipes.recipe import Recipe
+from recipes.sft import train
+
+
+class MySettings(SftConfig):
+    greeting: str = "hello"
+
+
+def main(config):
+    with offline_run(config, __file__) as (run, data, trainers):
+        run.say(f"{config.greeting} from my loop")
+        train(run, data, trainers, config)
+    return run.directory.path
+
+
+def method(config):
+    return Method("a loop\\nof my own", "my loop", ("mine",))
+
+
+RECIPE = Recipe(MySettings, main, show_offline_plan, method)
+"""
+
+
+def test_a_recipe_from_outside_runs_plans_resumes_and_exports(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_loop.py").write_text(MINE)
+    config = config_of("my_loop:RECIPE", tiny_llama, tmp_path)
+    recipe_of(config).plan(config, Console(width=200))
+    assert "my_loop:RECIPE" in capsys.readouterr().out
+    directory = RunDirectory(recipe_of(config).main(config))
+    assert "hello from my loop" in capsys.readouterr().out and len(directory.reports()) == 2
+    longer = resumed_config(directory.path, ["schedule.num_train_epochs=3", "greeting=again"])
+    assert recipe_of(longer).main(longer) == directory.path
+    assert "again from my loop" in capsys.readouterr().out and len(directory.reports()) == 3
+    exported = export_run(directory.path, tmp_path / "exported", merge=True, version=None)
+    assert "trained with raylign by a loop\nof my own" in (exported.folder / "README.md").read_text()
 
 
 def test_every_recipe_has_a_script_of_its_name() -> None:

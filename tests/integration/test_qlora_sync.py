@@ -14,7 +14,7 @@ from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
 from raylign.export.policy import export_model
 from raylign.records import Candidate, Preference, Prompt
-from recipes.online_campaign import agree_on_weights
+from recipes.opening import serve_newest
 from tests.fakes import quiet_incidents
 from tests.unit.export.test_export import FACTS
 
@@ -67,7 +67,7 @@ def test_generators_serve_the_4_bit_policy(
 ) -> None:
     with pytest.raises(WeightSyncError, match="canary"):
         roles.publisher.verify()
-    assert agree_on_weights(roles.publisher, config.model, None)["logprob_gap_mean"] < _LIMIT
+    assert serve_newest(roles.publisher, config.model, None)["logprob_gap_mean"] < _LIMIT
     assert roles.publisher.verify()["logprob_gap_mean"] < _LIMIT
 
     tokenizer = AutoTokenizer.from_pretrained(served_llama)

@@ -14,9 +14,12 @@ from raylign.config.losses import (
     RewardLossUnion,
     SftLossBlock,
     SigmoidLossBlock,
+    TrainerLoss,
 )
 from raylign.config.reference import (
     InitialReferenceBlock,
+    NoReferenceBlock,
+    ReferenceBlock,
     ReferenceUnion,
     SamplerReferenceBlock,
     require_reference,
@@ -61,13 +64,29 @@ class OfflineConfig(RunConfig):
         return False
 
     @property
-    @abstractmethod
-    def score_options(self) -> tuple[str, ...]:
-        """Options of its loss that read more of scores than their order in a row."""
-
-    @property
     def rounds(self) -> int:
         return self.schedule.num_train_epochs * self.schedule.rounds_per_epoch
+
+    @property
+    def measured_against(self) -> ReferenceBlock:
+        return NoReferenceBlock()
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return "data.source", self.data.source
+
+    @property
+    def longest(self) -> tuple[str, int]:
+        return "data.max_length", self.data.max_length
+
+    @property
+    def confidence(self) -> float:
+        return self.evaluation.confidence
+
+    @property
+    def score_options(self) -> tuple[str, ...]:
+        """Options of its loss that read more of scores than their order in a row."""
+        return self.objective.score_options
 
     @model_validator(mode="after")
     def the_schedule_has_the_epochs(self) -> Self:
@@ -88,10 +107,18 @@ class OfflineDpoRunBlock(RunBlock):
 class OfflineDpoConfig(OfflineConfig):
     """Preference losses on a data set."""
 
-    recipe: Literal["offline_dpo"] = "offline_dpo"
+    recipe: str = "offline_dpo"
     run: OfflineDpoRunBlock = OfflineDpoRunBlock()
     loss: LossUnion = SigmoidLossBlock()
     reference: ReferenceUnion = InitialReferenceBlock()
+
+    @property
+    def objective(self) -> TrainerLoss:
+        return self.loss
+
+    @property
+    def measured_against(self) -> ReferenceBlock:
+        return self.reference
 
     @property
     def rows(self) -> Rows:
@@ -100,10 +127,6 @@ class OfflineDpoConfig(OfflineConfig):
     @property
     def mismatched(self) -> bool:
         return self.loss.needs_kl_sample
-
-    @property
-    def score_options(self) -> tuple[str, ...]:
-        return self.loss.score_options
 
     @model_validator(mode="after")
     def the_loss_gets_the_reference_it_reads(self) -> Self:
@@ -140,17 +163,17 @@ class SftRunBlock(RunBlock):
 class SftConfig(OfflineConfig):
     """Supervised fine-tuning on demonstrations, or on the chosen answers of preferences."""
 
-    recipe: Literal["sft"] = "sft"
+    recipe: str = "sft"
     run: SftRunBlock = SftRunBlock()
     loss: SftLossBlock = SftLossBlock()
 
     @property
-    def rows(self) -> Rows:
-        return "demonstrations"
+    def objective(self) -> TrainerLoss:
+        return self.loss
 
     @property
-    def score_options(self) -> tuple[str, ...]:
-        return self.loss.score_options
+    def rows(self) -> Rows:
+        return "demonstrations"
 
 
 class RewardModelRunBlock(RunBlock):
@@ -169,15 +192,15 @@ class CalibratedHeldOutBlock(HeldOutBlock):
 class RewardModelConfig(OfflineConfig):
     """A reward model from preferences."""
 
-    recipe: Literal["reward_model"] = "reward_model"
+    recipe: str = "reward_model"
     run: RewardModelRunBlock = RewardModelRunBlock()
     loss: RewardLossUnion = BradleyTerryRewardLossBlock()
     evaluation: CalibratedHeldOutBlock = CalibratedHeldOutBlock()
 
     @property
-    def rows(self) -> Rows:
-        return "pairs" if self.loss.pairs_only else "rankings"
+    def objective(self) -> TrainerLoss:
+        return self.loss
 
     @property
-    def score_options(self) -> tuple[str, ...]:
-        return self.loss.score_options
+    def rows(self) -> Rows:
+        return "pairs" if self.loss.pairs_only else "rankings"

@@ -1,6 +1,6 @@
 """The tree of the online recipe, with the rules that span its blocks."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -11,9 +11,9 @@ from raylign.config.blocks import (
     SamplingBlock,
     ScheduleBlock,
 )
-from raylign.config.losses import LossUnion, SigmoidLossBlock
+from raylign.config.losses import LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
-from raylign.config.reference import InitialReferenceBlock, ReferenceUnion, require_reference
+from raylign.config.reference import InitialReferenceBlock, ReferenceBlock, ReferenceUnion, require_reference
 from raylign.config.reference_samples import require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
@@ -26,7 +26,7 @@ from raylign.config.tree import RunConfig
 class OnlineDpoConfig(RunConfig):
     """Rounds of sampling, scoring and training. Pass its blocks to functions, never the tree."""
 
-    recipe: Literal["online_dpo"] = "online_dpo"
+    recipe: str = "online_dpo"
     prompts: PromptsBlock = PromptsBlock()
     sampling: SamplingBlock = SamplingBlock()
     scoring: ScoringUnion = FunctionScoringBlock()
@@ -40,6 +40,30 @@ class OnlineDpoConfig(RunConfig):
     @property
     def rounds(self) -> int:
         return self.schedule.rounds
+
+    @property
+    def objective(self) -> TrainerLoss:
+        return self.loss
+
+    @property
+    def measured_against(self) -> ReferenceBlock:
+        return self.reference
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return "prompts.source", self.prompts.source
+
+    @property
+    def longest(self) -> tuple[str, int]:
+        return "generators.max_model_len", self.generators.max_model_len
+
+    @property
+    def confidence(self) -> float:
+        return self.evaluation.confidence
+
+    @property
+    def on_policy(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:

@@ -7,13 +7,15 @@ from pydantic import model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import ModelBlock, PlacementBlock, RecoveryBlock, RunBlock, TrackingBlock, TrainerBlock
+from raylign.config.losses import RewardLossBlock, TrainerLoss
+from raylign.config.reference import ReferenceBlock
 
 
 class RunConfig(Block):
     """One recipe. Pass its blocks to functions, never the tree."""
 
     recipe: str
-    """Which recipe it is; `raylign.config.load.RECIPES` has them all."""
+    """Which recipe it is: a script of ours (`raylign.config.load.RECIPES`), or `module:NAME` of somebody else's."""
     run: RunBlock = RunBlock()
     model: ModelBlock = ModelBlock()
     trainer: TrainerBlock = TrainerBlock()
@@ -24,7 +26,49 @@ class RunConfig(Block):
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """Rounds of the whole campaign; each ends with a checkpoint, an evaluation and a report."""
+        """Rounds of the whole run; each ends with a checkpoint, an evaluation and a report."""
+
+    @property
+    @abstractmethod
+    def objective(self) -> TrainerLoss:
+        """What the trainers minimise; it says too whether they train a policy or a reward model."""
+
+    @property
+    @abstractmethod
+    def measured_against(self) -> ReferenceBlock:
+        """The reference of log-ratios and KL."""
+
+    @property
+    @abstractmethod
+    def source(self) -> tuple[str, str]:
+        """The option that names the rows, and its value."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> tuple[str, int]:
+        """The option that bounds sequences, and their tokens at most."""
+
+    @property
+    @abstractmethod
+    def confidence(self) -> float:
+        """Of the intervals of its evaluations."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether rounds train on the policy's own samples, which only that policy could give again."""
+        return False
+
+    @property
+    def trains_rewards(self) -> bool:
+        """Whether what comes out is a reward model."""
+        return isinstance(self.objective, RewardLossBlock)
+
+    @model_validator(mode="after")
+    def the_recipe_is_one_of_this_tree(self) -> Self:
+        own = type(self).model_fields["recipe"].default
+        if self.recipe != own and ":" not in self.recipe:
+            raise ValueError(f"recipe={self.recipe}: these are the settings of {own}; correct recipe, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def four_bits_need_an_adapter(self) -> Self:

@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import assert_never
 
 from huggingface_hub import ModelCardData
 
 from raylign.config.blocks import ModelBlock
+from raylign.config.losses import TrainerLoss
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation
 from raylign.report.text import escape_control, optional
 
@@ -39,6 +41,8 @@ _CITATION = """\
   url       = {https://arxiv.org/abs/2305.18290}
 }
 ```"""
+LOCAL_STARTS = (".", "/", "~")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,18 @@ def framework_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def public_name(source: str) -> str:
+    """`source` without the path of this machine: hub ids and embedded names as they are, else the last part."""
+    is_local = source.startswith(LOCAL_STARTS) or source.endswith(FILE_SUFFIXES) or Path(source).exists()
+    return Path(source).name if is_local else source
+
+
+def loss_name(block: TrainerLoss) -> str:
+    """The loss and its beta, if it has one."""
+    beta = getattr(block, "beta", None)
+    return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
 
 
 def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:

@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """How far the policy that a run starts from has trained the round. Made by `recipes.campaign`."""
+    """How far the policy that a run starts from has trained the round. Made by `recipes.run`."""
 
     complete: bool
     steps: tuple[Metrics, ...]

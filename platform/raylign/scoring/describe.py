@@ -15,6 +15,7 @@ from raylign.config.scoring import (
     VerifierScoringBlock,
     WeightedScoringBlock,
 )
+from raylign.export.card import public_name
 from raylign.scoring.composition import named
 from raylign.scoring.function import describe_function
 from raylign.scoring.http_service import check_service
@@ -85,3 +86,15 @@ def _describe_leaf(block: LeafBlock, load: bool) -> tuple[str, ...]:
             return name, *describe_reward_model(block)
         case ImplicitScoringBlock():
             return name, *describe_implicit(block)
+
+
+def public_scorer(block: ScoringBlock) -> str:
+    """The scorer for a model card: no path of this machine."""
+    match block:
+        case CompositionBlock():
+            members = ", ".join(f"{name}: {public_scorer(member)}" for name, member in block.members.items())
+            return f"{scorer_name(block)} ({members})"
+        case JudgeScoringBlock():
+            return f"judge {public_name(block.model)}"
+        case _:
+            return scorer_name(block)

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from raylign.boundary.roots import trusted_roots
 from raylign.errors import ScorerError
 from raylign.reading.files import open_plain
 from raylign.report.text import one_line
 from raylign.scoring.function import FunctionInfo
 from raylign.scoring.resolve import closest, require_file_inside, spec_parts
-from raylign.scoring.roots import trusted_roots
 
 _HOPS = 8
 _LONGEST_NAME, _SHOWN = 300, 60

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from raylign.boundary.roots import is_inside
 from raylign.errors import ScorerError
-from raylign.scoring.roots import is_inside
 
 ScoringFunction = Callable[..., object]
 

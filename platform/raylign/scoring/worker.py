@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raylign.boundary.roots import trusted_roots
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.report.text import one_line
@@ -28,7 +29,6 @@ from raylign.scoring import relay
 from raylign.scoring.base import RETURNED_NONE
 from raylign.scoring.process import REASON_LENGTH, Given
 from raylign.scoring.resolve import ScoringFunction, require_file_inside, require_inside, resolve, source_of
-from raylign.scoring.roots import trusted_roots
 
 
 class _Channel:

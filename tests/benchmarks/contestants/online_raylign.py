@@ -13,8 +13,8 @@ from raylign.config import OnlineDpoConfig, load_config
 from raylign.errors import NoPreferencesError
 from raylign.prompts import draw
 from raylign.report.tables import sampled
-from recipes.online_campaign import campaign
 from recipes.online_dpo import evaluate_policy, run_round
+from recipes.opening import online_run
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.online import OnlineJob, OnlineResult, process_age_s
 
@@ -27,7 +27,7 @@ def run(job: OnlineJob) -> OnlineResult:
     config = load_config(Path(job.recipe), (*job.settings, *own))
     durations: list[float] = []
     stages: Counter[str] = Counter()
-    with campaign(config) as (record, prompts, team):
+    with online_run(config) as (record, prompts, team):
         start_s = process_age_s()
         progress(f"team ready in {start_s:.0f} s")
         record.finish_baseline(*evaluate_policy(record.round_log(0), prompts.held_out, team, config))

@@ -12,6 +12,7 @@ from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.utils import request_utils
 from typer.testing import CliRunner
 
+import recipes.run
 from raylign.config import load_config
 from raylign.config.blocks import TrackingBlock
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
@@ -24,9 +25,8 @@ from raylign.tracking import transport
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.tracker import open_tracker
-from recipes import campaign
-from recipes.campaign import recorded
 from recipes.commands.cli import app
+from recipes.run import recorded
 from tests.faults import record
 from tests.hostile_servers import HEAD, NEVER_WHOLE, Pieces, endless, sending, whole
 from tests.judges import Asked, Judged, Reply, group, honest
@@ -158,7 +158,7 @@ EVENTS = 3
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setitem(campaign._CLOSE_S, "FINISHED", 0.5)
+    monkeypatch.setitem(recipes.run._CLOSE_S, "FINISHED", 0.5)
     config = load_config(save_recipe(tmp_path))
     return create_run(config.run, config)
 

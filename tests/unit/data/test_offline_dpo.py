@@ -20,8 +20,8 @@ from raylign.records import Candidate, HeldOutEvaluation, Preference, Prompt
 from raylign.run.directory import RunDirectory, continue_or_create
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
-from recipes.campaign import Campaign
 from recipes.offline_dpo import train
+from recipes.run import Run
 from tests.fakes import CountingRank, Deadly, Killed, NoFeed, fake_trainers
 
 
@@ -61,7 +61,7 @@ def run_once(folder: Path, last: int = 10_000, **more: Any) -> tuple[Deadly, Run
     config, events, output = config_in(folder, **more), Deadly(last), io.StringIO()
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
-        run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200))
+        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200))
         run.open_record(DATA, "train")
         trainers = fake_trainers(CountingRank(events, config), config)
         try:

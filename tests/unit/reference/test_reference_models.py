@@ -12,7 +12,7 @@ from raylign.config.blocks import ModelBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, ModelReferenceBlock
 from raylign.errors import ModelError
 from raylign.reference.checkpoint import resolve_reference
-from recipes.online_campaign import campaign
+from recipes.opening import online_run
 from tests.unit.tiny_policy import save_policy, save_recipe
 
 
@@ -100,6 +100,6 @@ def test_a_campaign_is_refused_before_it_leaves_anything(tmp_path: Path) -> None
     recipe, other = save_recipe(tmp_path), save_policy(tmp_path / "other")
     vocabulary(other, film=None)
     config = load_config(recipe, ["reference.policy=model", f"reference.path={other}"])
-    with pytest.raises(ModelError, match="has another vocabulary"), campaign(config):
+    with pytest.raises(ModelError, match="has another vocabulary"), online_run(config):
         pytest.fail("started")
     assert not ray.is_initialized() and not (tmp_path / "runs").exists()

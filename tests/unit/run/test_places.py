@@ -20,7 +20,7 @@ from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.mlflow_store import create_database
 from raylign.tracking.tracker import Tracker
 from raylign.tracking.uri import default_uri, sqlite_path
-from recipes.campaign import recorded
+from recipes.run import recorded
 from tests.fakes import CountingRank, Deadly, NoFeed
 from tests.faults import record
 from tests.unit.recipes.commands.test_cli import finished, raylign, recipe

@@ -25,9 +25,9 @@ from raylign.run.checkpoints import Metrics
 from raylign.run.directory import RunDirectory, continue_or_create, differences, require_continuable
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
-from recipes.campaign import Campaign
-from recipes.online_campaign import bring_up
 from recipes.online_dpo import train
+from recipes.opening import take_up
+from recipes.run import Run
 from tests.fakes import (
     WEIGHT,
     CountingRank,
@@ -67,7 +67,7 @@ def run_once(config: OnlineDpoConfig, folder: Path, last: int = 10_000, rank: ty
     events = Deadly(last)
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
-        run = Campaign(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
+        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
         run.open_record(PROMPTS, "train")
         group, engine = fake_trainers(rank(events, config), config), FakeEngine(events)
         generators = FakeGenerators([engine])
@@ -76,7 +76,7 @@ def run_once(config: OnlineDpoConfig, folder: Path, last: int = 10_000, rank: ty
         )
         team = FakeTeam(generators, group, FakeScorer(events, config.scoring), publisher)
         try:
-            bring_up(run, team, config.model)
+            take_up(run, team, config.model)
             train(run, PROMPTS, team, config)
         except Killed:
             return events
@@ -136,7 +136,7 @@ def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_pat
     for _ in range(2):
         console = Console(file=(out := io.StringIO()), width=400)
         with Journal(directory.path / JOURNAL_NAME) as journal:
-            run = Campaign(config, directory, Tracker(journal, NoFeed()), console)
+            run = Run(config, directory, Tracker(journal, NoFeed()), console)
             run.open_record(replace(PROMPTS, invalid=(left_out,)), "train")
         file = directory.path / "quarantine.jsonl"
         assert out.getvalue() == f"here: 1 of 5 rows left out (line 3): see {file}\n"
@@ -146,7 +146,7 @@ def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_pat
 def test_a_finished_run_has_nothing_to_do(whole: tuple[Deadly, RunDirectory]) -> None:
     _, directory = whole
     with Journal(directory.path / JOURNAL_NAME) as journal:
-        run = Campaign(directory.config(), directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
+        run = Run(directory.config(), directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
         assert list(run.rounds_to_do()) == []
 
 

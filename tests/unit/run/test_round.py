@@ -27,8 +27,8 @@ from raylign.run.rounds import RoundLog
 from raylign.sampling.decoding import prompt_seed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
-from recipes.campaign import Campaign
 from recipes.online_dpo import evaluate_policy, run_round, train
+from recipes.run import Run
 from tests.fakes import (
     WEIGHT,
     FakeEngine,
@@ -66,7 +66,7 @@ class Desk:
     """A run directory with its journal, and a team of fakes."""
 
     config: OnlineDpoConfig
-    run: Campaign
+    run: Run
     team: FakeTeam
     rank: FakeRank
     engine: FakeEngine
@@ -113,7 +113,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
         tracker = Tracker(journals[-1], NoFeed())
         events: list[str] = []
         output = io.StringIO()
-        run = Campaign(config, directory, tracker, Console(file=output, width=200))
+        run = Run(config, directory, tracker, Console(file=output, width=200))
         one_rank, one = rank(events, config), engine(events)
         group = fake_trainers(one_rank, config)
         generators = FakeGenerators([one])

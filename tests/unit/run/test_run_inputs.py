@@ -22,9 +22,7 @@ from raylign.scoring.identity import kept_code
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.tracker import Tracker
 from recipes.commands.resume import resumed_config
-from recipes.inputs import inputs_of
-from recipes.offline_campaign import load_rows
-from recipes.online_campaign import campaign
+from recipes.opening import find_models, find_rows, inputs_of, online_run
 from tests.fakes import NoFeed
 from tests.faults import record
 from tests.unit.tiny_policy import save_recipe
@@ -52,13 +50,13 @@ def no_team(*arguments: object, **options: object) -> Iterator[None]:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe, its prompts and model, a scorer in two modules, and a loop of the user's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recipes.online_campaign.cluster", some_cpus)
-    monkeypatch.setattr("recipes.online_campaign.team", no_team)
-    monkeypatch.setattr("recipes.online_campaign.describe_scorer", lambda block: ())
-    monkeypatch.setattr("recipes.online_campaign.log_folder", lambda: tmp_path)
-    monkeypatch.setattr("recipes.online_campaign.starting", lambda directory, logs: "starting")
+    monkeypatch.setattr("recipes.opening.cluster", some_cpus)
+    monkeypatch.setattr("recipes.opening.team", no_team)
+    monkeypatch.setattr("recipes.opening.describe_scorer", lambda block: ())
+    monkeypatch.setattr("recipes.opening.log_folder", lambda: tmp_path)
+    monkeypatch.setattr("recipes.opening.starting", lambda directory, logs: "starting")
     monkeypatch.setattr(
-        "recipes.online_campaign.open_tracker", lambda path, block: Tracker(Journal(path / JOURNAL_NAME), NoFeed())
+        "recipes.opening.open_tracker", lambda path, block: Tracker(Journal(path / JOURNAL_NAME), NoFeed())
     )
     save_recipe(tmp_path)
     (tmp_path / "mine.py").write_text(
@@ -76,7 +74,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(project: Path, *settings: str) -> None:
     """Begin the run, or go on with it, up to where its actors would start."""
     options = ["scoring.function=mine:score", f"model.chat_template={project}/template.jinja", *settings]
-    with pytest.raises(Reached), campaign(load_config(project / "tiny.yaml", options), f"{project}/loop.py"):
+    with pytest.raises(Reached), online_run(load_config(project / "tiny.yaml", options), f"{project}/loop.py"):
         raise AssertionError("a team without actors")
 
 
@@ -84,7 +82,7 @@ def refusal(project: Path, *settings: str) -> ConfigError:
     options = ["scoring.function=mine:score", f"model.chat_template={project}/template.jinja", *settings]
     with (
         pytest.raises(ConfigError, match="began with other inputs than there are now; what has changed:") as error,
-        campaign(load_config(project / "tiny.yaml", options), f"{project}/loop.py"),
+        online_run(load_config(project / "tiny.yaml", options), f"{project}/loop.py"),
     ):
         raise AssertionError("started")
     return error.value
@@ -194,12 +192,11 @@ def test_the_rows_of_a_data_set_are_an_input(tmp_path: Path) -> None:
     (tmp_path / "offline.yaml").write_text(f"recipe: offline_dpo\ndata: {{source: {tmp_path}/pairs.jsonl}}\n")
     settings = [f"model.path={tmp_path}/policy", "data.max_length=32", "data.held_out=1", f"run.dir={tmp_path}/runs"]
     config = load_config(tmp_path / "offline.yaml", settings, kind=OfflineDpoConfig)
-    folder = str(tmp_path / "policy")
 
     def inputs() -> dict[str, str]:
         (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        data, _ = load_rows(config, folder)
-        found = inputs_of(config, data, model=folder, reference=folder, recipe=None)
+        models = find_models(config)
+        found = inputs_of(config, find_rows(config, models), models, recipe=None)
         return {name: one.sha256 for name, one in found.items()}
 
     first = inputs()

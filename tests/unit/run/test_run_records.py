@@ -22,8 +22,8 @@ from raylign.run.tables import read_candidates, read_preferences
 from raylign.sampling.curriculum import History
 from raylign.scoring.reward_checkpoint import find_reward_model
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
-from recipes.campaign import finished_before
 from recipes.commands.resume import resumed_config
+from recipes.run import finished_before
 from tests.fakes import Deadly
 from tests.faults import record
 from tests.unit.recipes.commands.test_cli import finished, raylign, recipe

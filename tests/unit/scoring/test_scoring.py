@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import pytest
 
+from raylign.boundary.roots import is_inside, trusted_roots
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
 from raylign.scoring.process import START_TIMEOUT_S, Given, ScoringProcess, child_environment
-from raylign.scoring.roots import is_inside, trusted_roots
 from raylign.scoring.vader import compound
 from tests.faults import record
 from tests.processes import alive

@@ -12,7 +12,7 @@ from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTrans
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
-from recipes.online_campaign import agree_on_weights
+from recipes.opening import serve_newest
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeRank, fake_trainers
 from tests.faults import record
 
@@ -57,7 +57,7 @@ def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_pat
     """All others were loaded from the checkpoint that the generators serve."""
     setting = Setting(shm(tmp_path), engines=(FakeEngine,))
     setting.rank.version = 0
-    gaps = agree_on_weights(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
+    gaps = serve_newest(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
     assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
     assert setting.events == (["save weights", "load weights"] if four_bits else [])
 

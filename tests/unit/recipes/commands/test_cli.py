@@ -17,11 +17,11 @@ from typer.testing import CliRunner, Result
 
 from raylign.config import load_config
 from raylign.errors import RaylignError
+from raylign.export.card import public_name
 from raylign.records import Evaluation, RoundReport
 from raylign.run.directory import RunDirectory, create_run
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from recipes.commands.cli import app, ended_cleanly
-from recipes.commands.export import public_name
 from recipes.commands.signals import terminable
 from tests.unit.tiny_policy import save_recipe
 

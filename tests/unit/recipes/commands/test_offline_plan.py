@@ -12,7 +12,7 @@ from rich.console import Console
 from raylign.config import OfflineConfig, load_recipe
 from raylign.errors import ConfigError, DataError, ModelError, PlacementError
 from raylign.run.directory import continue_or_create
-from recipes.commands.plan_offline import OfflinePlan, make_offline_plan, show_offline_plan
+from recipes.commands.plan_offline import OfflinePlan, make_offline_plan, print_offline_plan
 from recipes.commands.resume import resumed_config
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_policy
 
@@ -59,7 +59,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 def shown(plan: OfflinePlan) -> str:
     console = Console(width=200)
     with console.capture() as captured:
-        show_offline_plan(plan, console)
+        print_offline_plan(plan, console)
     return captured.get()
 
 

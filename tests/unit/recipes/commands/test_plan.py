@@ -4,15 +4,19 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from raylign.config import load_config
+from raylign.config.blocks import LoraBlock
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
 from raylign.models import DTYPES
-from recipes.commands.plan import RunPlan, make_plan, notes
-from recipes.commands.plan_view import show_plan
+from recipes.commands.plan import adapter_parameters
+from recipes.commands.plan_online import RunPlan, make_plan, notes, print_plan
 from tests.judges import Judged, honest
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
@@ -99,7 +103,7 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 def test_a_judge_is_shown_with_what_it_is_asked(plan: Plan, judged: Judged, tmp_path: Path) -> None:
     _, server = judged(honest)
     console = Console(width=300, record=True, quiet=False, file=(tmp_path / "page.txt").open("w"))
-    show_plan(plan(f"scoring={{type: judge, base_url: '{server.base_url}', model: org/judge}}"), console)
+    print_plan(plan(f"scoring={{type: judge, base_url: '{server.base_url}', model: org/judge}}"), console)
     page = console.export_text()
     assert "judge org/judge" in page and f"at {server.base_url}" in page and "criterion: The better answer" in page
     assert f"at most {5 * 4 * 3} questions a round, 3 an evaluation" in page
@@ -109,7 +113,7 @@ def test_a_composition_is_shown_with_its_members(plan: Plan, judged: Judged, tmp
     _, server = judged(honest)
     console = Console(width=300, record=True, file=(tmp_path / "page.txt").open("w"))
     judge = f"{{type: judge, base_url: '{server.base_url}', model: org/judge}}"
-    show_plan(plan(f"scoring={{type: min, scorers: {{one: {judge}, two: {judge}}}}}"), console)
+    print_plan(plan(f"scoring={{type: min, scorers: {{one: {judge}, two: {judge}}}}}"), console)
     page = console.export_text()
     assert "min of one, two" in page and "two: judge org/judge" in page
     assert f"at most {2 * 5 * 4 * 3} questions a round, 6 an evaluation" in page
@@ -161,7 +165,7 @@ def test_rows_that_a_run_would_leave_out_are_noted(plan: Plan, tmp_path: Path) -
 def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
     console = Console(width=300, record=True, quiet=False, file=(tmp_path / "page.txt").open("w"))
     found = plan("trainer.gradient_accumulation_steps=2")
-    show_plan(found, console)
+    print_plan(found, console)
     page = console.export_text()
     for fact in (
         f"{tmp_path / 'policy'}, in {tmp_path / 'policy'}",
@@ -178,3 +182,22 @@ def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
         "shm: 0 MB each push",
     ):
         assert fact in page, f"{fact!r} is not in\n{page}"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("embed_tokens", "lm_head"), ("mlp.up_proj",)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_is_as_large_as_pefts(targets: Any, tied: bool) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=20, num_hidden_layers=2, head_dim=4, tie_word_embeddings=tied, **sizes)
+    found = adapter_parameters(LlamaForCausalLM(config), LoraBlock(r=3, target_modules=targets))
+    wanted = targets if isinstance(targets, str) else list(targets)
+    theirs = get_peft_model(LlamaForCausalLM(config), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=wanted))
+    assert found == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+
+
+def test_layers_that_are_not_there_or_cannot_be_adapted_are_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="the model has no layer of these names"):
+        adapter_parameters(model, LoraBlock(target_modules=("query",)))
+    with pytest.raises(ValueError, match="LlamaRMSNorm is no layer that LoRA adapts"):
+        adapter_parameters(model, LoraBlock(target_modules=("input_layernorm",)))

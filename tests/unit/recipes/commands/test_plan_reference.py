@@ -7,9 +7,8 @@ from rich.console import Console
 
 from raylign.config import load_config
 from raylign.errors import ModelError
-from recipes.commands.plan import make_plan
-from recipes.commands.plan_reference import ReferenceFacts, reference_facts
-from recipes.commands.plan_view import show_plan
+from recipes.commands.plan import ReferenceFacts, reference_facts
+from recipes.commands.plan_online import make_plan, print_plan
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_policy, save_recipe
 
 LINEAR = 2 * 480
@@ -66,7 +65,7 @@ def test_4_bits_shrink_the_base_and_a_model_beside_it(recipe: Path) -> None:
 def test_the_plan_shows_the_reference_and_the_base(recipe: Path) -> None:
     console = Console(width=200, record=True)
     with console.capture() as shown:
-        show_plan(make_plan(load_config(recipe, ["reference.policy=ema", "model.load_in_4bit=true"])), console)
+        print_plan(make_plan(load_config(recipe, ["reference.policy=ema", "model.load_in_4bit=true"])), console)
     assert "ema: a moving average that takes 0.6 of the policy after every round; 0 MB on every rank" in shown.get()
     assert "LoRA adapter of rank 4 on a base in 4 bits (nf4, double quantisation; 0 MB on every rank)" in shown.get()
 

@@ -9,8 +9,8 @@ from raylign.config import load_config
 from raylign.run.directory import RunDirectory, create_run
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
-from recipes.campaign import recorded
 from recipes.commands.cli import app
+from recipes.run import recorded
 from tests.fakes import NoFeed
 from tests.unit.tiny_policy import save_recipe
 

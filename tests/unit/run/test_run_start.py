@@ -8,7 +8,7 @@ import pytest
 
 from raylign.config import load_config
 from raylign.errors import PromptError, ScorerError
-from recipes.online_campaign import campaign
+from recipes.opening import online_run
 from tests.judges import Judged, Reply, honest
 from tests.unit.tiny_policy import save_recipe
 
@@ -31,12 +31,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "project").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr("recipes.online_campaign.cluster", no_cluster)
+    monkeypatch.setattr("recipes.opening.cluster", no_cluster)
     return save_recipe(tmp_path / "project")
 
 
 def start(recipe: Path, *settings: str) -> None:
-    with campaign(load_config(recipe, ["scoring.function=foreign_scores:score", *settings])):
+    with online_run(load_config(recipe, ["scoring.function=foreign_scores:score", *settings])):
         raise AssertionError("started without a cluster")
 
 
@@ -50,13 +50,13 @@ def test_a_scorer_from_outside_needs_to_be_allowed(recipe: Path) -> None:
 def test_a_judge_is_asked_before_anything_starts(recipe: Path, judged: Judged) -> None:
     _, server = judged(honest)
     settings = f"scoring={{type: judge, base_url: '{server.base_url}', model: m, retries: 0}}"
-    with pytest.raises(Reached), campaign(load_config(recipe, [settings])):
+    with pytest.raises(Reached), online_run(load_config(recipe, [settings])):
         raise AssertionError("started without a cluster")
     assert len(server.asked) == 1
     _, refusing = judged(lambda asked: Reply(status=401))
     with (
         pytest.raises(ScorerError, match="HTTP 401: no key was sent"),
-        campaign(load_config(recipe, [settings, f"scoring.base_url={refusing.base_url}"])),
+        online_run(load_config(recipe, [settings, f"scoring.base_url={refusing.base_url}"])),
     ):
         raise AssertionError("started without a judge")
 

@@ -1,24 +1,188 @@
-"""A plan as people read it."""
+"""What an online recipe would run, and that as people read it."""
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actors.placement import PlacementPlan
+from actors.team import plan_team
+from actors.weight_sync.folder import shared_folder
+from actors.weight_sync.transports import Transport, choose_transport, require_room
+from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
+from raylign.config.reference import InitialReferenceBlock
 from raylign.config.scoring import JudgeScoringBlock, leaves
-from raylign.report.text import escape_control
+from raylign.models import DTYPES
+from raylign.prompts import PromptSet, left_out
+from raylign.scoring.describe import describe_scorer
 from raylign.tracking.uri import default_uri
+from raylign.training.schedule import steps_per_round
 from recipes.commands.checks.machine import megabytes
-from recipes.commands.plan import RunPlan, notes, run_directory
-from recipes.commands.plan_reference import stored_bytes
+from recipes.commands.plan import (
+    THIS_MACHINE,
+    Line,
+    ModelFacts,
+    ReferenceFacts,
+    grid,
+    many,
+    model_facts,
+    present_resources,
+    reference_facts,
+    run_directory,
+    stored_bytes,
+)
+from recipes.opening import find_models, find_prompts
 
-Line = tuple[str, str]
+
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """Counts of the two parts, and the shortest, median and longest prompt of both, in tokens.
+
+    `left_out` says which bad rows the run would go without; empty when it takes all.
+    """
+
+    train: int
+    held_out: int
+    shortest: int
+    middle: float
+    longest: int
+    left_out: str
 
 
-def show_plan(plan: RunPlan, console: Console) -> None:
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Upper bounds of work: every completion as long as allowed, every prompt giving a preference."""
+
+    sampled_per_round: int
+    evaluated_per_round: int
+    sampled: int
+    evaluated: int
+    steps_per_round: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All that `raylign plan` shows. Made by `make_plan`.
+
+    `scorer` is its name, then facts about it. `push_bytes` is the size of one weight file in shared memory, 0 for
+    transports without one; `free_bytes` is the room for it, 0 when that is on another machine.
+    """
+
+    config: OnlineDpoConfig
+    model: ModelFacts
+    reference: ReferenceFacts
+    prompts: PromptFacts
+    scorer: tuple[str, ...]
+    amounts: Amounts
+    placement: PlacementPlan
+    available: Mapping[str, float]
+    cluster: str
+    transport: Transport
+    push_bytes: int
+    free_bytes: int
+
+
+def show_plan(config: OnlineDpoConfig, console: Console) -> None:
+    """Show what the recipe would run. Raises RaylignError, naming the cure, when it could not."""
+    print_plan(make_plan(config), console)
+
+
+def make_plan(config: OnlineDpoConfig) -> RunPlan:
+    """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
+    scorer = describe_scorer(config.scoring, load=False)
+    model = model_facts(config.model)
+    models = find_models(config)
+    reference = reference_facts(config, model.folder, model.trained)
+    prompts = find_prompts(config, models, quarantine=False)
+    where, available = present_resources()
+    placement = plan_team(config, available)
+    transport = choose_transport(
+        config.generators.weight_sync.transport,
+        device=placement.device,
+        adapter=config.model.adapter_fits_checkpoint,
+        own_devices=config.placement.mode == "disaggregated",
+        keeps_base=config.sampling.reference_generations > 0,
+    )
+    push = model.parameters * DTYPES[config.model.dtype].itemsize if transport == "shm" else 0
+    is_here = where == THIS_MACHINE
+    if is_here:
+        require_room(shared_folder(), push)
+    return RunPlan(
+        config=config,
+        model=model,
+        reference=reference,
+        prompts=prompt_facts(prompts),
+        scorer=scorer,
+        amounts=amounts(config, len(prompts.held_out)),
+        placement=placement,
+        available=available,
+        cluster=where,
+        transport=transport,
+        push_bytes=push,
+        free_bytes=shutil.disk_usage(shared_folder()).free if is_here else 0,
+    )
+
+
+def prompt_facts(prompts: PromptSet) -> PromptFacts:
+    lengths = [len(prompt.token_ids) for prompt in (*prompts.train, *prompts.held_out)]
+    return PromptFacts(
+        train=len(prompts.train),
+        held_out=len(prompts.held_out),
+        shortest=min(lengths),
+        middle=median(lengths),
+        longest=max(lengths),
+        left_out=left_out(prompts.invalid),
+    )
+
+
+def amounts(config: OnlineDpoConfig, held_out: int) -> Amounts:
+    """Evaluation runs before round 1 and after each of the `schedule.rounds` rounds."""
+    schedule, sampling = config.schedule, config.sampling
+    per_round = schedule.prompts_per_round * sampling.max_generations * sampling.max_new_tokens
+    steps = steps_per_round(config.max_preferences_per_round, config.trainer)
+    evaluated = held_out * config.evaluation.num_generations * sampling.max_new_tokens
+    return Amounts(
+        sampled_per_round=per_round,
+        evaluated_per_round=evaluated,
+        sampled=schedule.rounds * per_round,
+        evaluated=(schedule.rounds + 1) * evaluated,
+        steps_per_round=steps,
+        steps=schedule.rounds * steps,
+    )
+
+
+def notes(plan: RunPlan) -> list[str]:
+    """What is no error, but may not be meant."""
+    config, found = plan.config, []
+    run = run_directory(config)
+    if plan.prompts.left_out:
+        found.append(plan.prompts.left_out)
+    if run.exists():
+        found.append(f"{run} exists already: `raylign run` needs another run.name, or that folder gone")
+    if config.trainer.train_batch_size > config.max_preferences_per_round:
+        found.append(
+            f"a step takes {config.trainer.train_batch_size} preferences, a round gives at most "
+            f"{config.max_preferences_per_round}: every step will be smaller"
+        )
+    if config.model.lora is None and not isinstance(config.reference, InitialReferenceBlock):
+        found.append(
+            f"reference.policy={config.reference.policy} without an adapter keeps no copy of the initial policy: how "
+            "far the policy has moved from it is not told"
+        )
+    passes = config.schedule.rounds * config.schedule.prompts_per_round / plan.prompts.train
+    if passes > 1:
+        found.append(f"the rounds use each of the {plan.prompts.train} training prompts {passes:.1f} times")
+    return found
+
+
+def print_plan(plan: RunPlan, console: Console) -> None:
     """Sections of `name value` lines, the table of roles, then notes."""
     lines = [*_inputs(plan), *_work(plan)]
     console.print(grid(lines), "", _roles(plan), "", grid(_outside(plan)), sep="\n")
@@ -141,22 +305,7 @@ def _outside(plan: RunPlan) -> list[Line]:
     ]
 
 
-def grid(lines: Iterable[Line]) -> Table:
-    """`name value` lines, the names in bold."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(min_width=13)
-    table.add_column(overflow="fold")
-    for name, value in lines:
-        table.add_row(Text(name, style="bold"), Text(escape_control(value)))
-    return table
-
-
 def _each(amounts: Iterable[float]) -> str:
     """One number, or the range when ranks share bundles unevenly."""
     found = sorted(set(amounts))
     return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
-
-
-def many(count: int, noun: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

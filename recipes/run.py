@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actors.supervision.incidents import Incidents
-from raylign.config import OnlineDpoConfig, RunConfig
+from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, RoundReport
@@ -47,7 +47,7 @@ class Source(Rows, Protocol):
     def invalid(self) -> Sequence[InvalidRows]: ...
 
 
-class Campaign:
+class Run:
     """The driver's desk: it knows what is done, writes every record of the run and prints the summary."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
@@ -70,7 +70,7 @@ class Campaign:
         newest = self._checkpoints.newest()
         if newest is None:
             return None
-        sampled = isinstance(self._config, OnlineDpoConfig)
+        sampled = self._config.on_policy
         for index in range(self.directory.rounds_finished() + 1, newest.round + 1):
             needed = ({"reference"} if sampled else set()) | ({"evaluate"} if index < newest.round else set())
             if not needed <= finished_stages(self.directory.round(index)).keys():

@@ -1,0 +1,230 @@
+"""From a config to a run that is open: everything that can be checked is, then its directory, record and actors."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from actors.cluster import cluster, log_folder
+from actors.placement import PlacementPlan
+from actors.team import plan_team, plan_trainer_team, team, trainer_team
+from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
+from raylign.config.blocks import ModelBlock
+from raylign.config.reference import ModelReferenceBlock
+from raylign.config.scoring import ScoringBlock
+from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
+from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
+from raylign.models.load import require_fit
+from raylign.pairing import with_mismatched
+from raylign.prompts import PromptSet, draw, load_prompts, refused_path
+from raylign.records import Prompt
+from raylign.reference.checkpoint import resolve_reference
+from raylign.report.tables import report_console
+from raylign.roles import Publisher, Team, Trainers
+from raylign.run.checkpoints import Checkpoint
+from raylign.run.directory import continue_or_create, require_continuable, run_path
+from raylign.run.fingerprints import fingerprint, model_digest
+from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
+from raylign.scoring import require_references
+from raylign.scoring.describe import describe_scorer
+from raylign.scoring.identity import scorer_inputs
+from raylign.tracking.tracker import open_tracker
+from raylign.tracking.uri import default_uri
+from raylign.training.learners import require_learnable
+from recipes.commands.failures import told
+from recipes.commands.signals import terminable
+from recipes.run import Run, Source, recorded, starting
+
+_CANARY_PROMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Folders of the policy (or reward model) and of its reference, and the tokenizer. Made by `find_models`."""
+
+    folder: str
+    reference: str
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+
+def find_models(config: RunConfig) -> Models:
+    """Resolve and check both. Raises RaylignError, naming the cure, when the run could not use one of them."""
+    folder = resolve_model(config.model.path, config.model.revision)
+    require_learnable(config.objective, folder, config.model)
+    reference = resolve_reference(config.measured_against, config.model, folder)
+    if reference != folder:
+        require_fit(reference, config.model.trust_remote_code)
+    for read in dict.fromkeys((folder, reference)):
+        require_context(*config.longest, read, config.model)
+    tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
+    return Models(folder, reference, tokenizer)
+
+
+def find_prompts(config: OnlineDpoConfig, models: Models, *, quarantine: bool = True) -> PromptSet:
+    """The prompts of an online run, enough of them and with what its scorer reads. Raises RaylignError.
+
+    Bad rows are written to the run's quarantine unless told otherwise.
+    """
+    prompts = load_prompts(
+        config.prompts,
+        models.tokenizer,
+        config.max_prompt_tokens,
+        config.run.seed,
+        refused_to=refused_path(config.run) if quarantine else None,
+    )
+    draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
+    require_references((*prompts.train, *prompts.held_out), config.scoring)
+    return prompts
+
+
+def find_rows(config: OfflineConfig, models: Models) -> PreferenceData:
+    """The rows of a data set in tokens. Raises RaylignError, naming the cure."""
+    data = load_preferences(
+        config.data,
+        models.tokenizer,
+        rows=config.rows,
+        ends=end_ids(models.tokenizer, [Path(models.folder)]),
+        seed=config.run.seed,
+        refused_to=refused_path(config.run),
+    )
+    if config.mismatched:
+        length, seed = config.data.max_length, config.run.seed
+        train = with_mismatched(data.train, length, seed, "to train on")
+        data = replace(data, train=train, held_out=with_mismatched(data.held_out, length, seed, "held out"))
+    return data
+
+
+@contextmanager
+def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[tuple[Run, PromptSet, Team]]:
+    """A run that samples, with its whole team ready and its generators at the newest checkpoint's weights.
+
+    `recipe` is the file with the loop: a run goes on only with the same one.
+    """
+    models = find_models(config)
+    prompts = find_prompts(config, models)
+    describe_scorer(config.scoring)
+    with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, config.scoring) as (run, plan):
+        started = time.monotonic()
+        with team(
+            config,
+            folder=models.folder,
+            pad_id=models.pad_id,
+            canary_ids=_canary(prompts.held_out),
+            plan=plan,
+            incidents=run.incidents,
+        ) as roles:
+            gap = take_up(run, roles, config.model)["logprob_gap_mean"]
+            ready = f"team ready in {time.monotonic() - started:.0f} s"
+            run.say(f"{ready}; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
+            yield run, prompts, roles
+
+
+@contextmanager
+def offline_run(config: OfflineConfig, recipe: str | None = None) -> Iterator[tuple[Run, PreferenceData, Trainers]]:
+    """A run on a data set, with its trainers ready at the newest checkpoint. `recipe` as for `online_run`."""
+    models = find_models(config)
+    data = find_rows(config, models)
+    with _opened(config, models, data, config.data.split, recipe, plan_trainer_team) as (run, plan):
+        run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {what_became_of(data)}")
+        if note := mixed_scales(data, config.score_options):
+            run.say(f"note: {note}")
+        started = time.monotonic()
+        with trainer_team(
+            config, folder=models.folder, pad_id=models.pad_id, plan=plan, incidents=run.incidents
+        ) as trainers:
+            run.restore(trainers)
+            run.say(f"trainers ready in {time.monotonic() - started:.0f} s")
+            yield run, data, trainers
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@contextmanager
+def _opened(
+    config: C,
+    models: Models,
+    rows: Source,
+    split: str,
+    recipe: str | None,
+    plan: Callable[[C, Mapping[str, float]], PlacementPlan],
+    scoring: ScoringBlock | None = None,
+) -> Iterator[tuple[Run, PlacementPlan]]:
+    """Check what is left to check, then open directory and record; leaves nothing behind but the run directory."""
+    default_uri(config.tracking, run_path(config.run))
+    require_continuable(config)
+    inputs = inputs_of(config, rows, models, recipe, scoring)
+    require_same(run_path(config.run), rows, inputs)
+    console = report_console()
+    with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
+        placement = plan(config, available)
+        directory = continue_or_create(config)
+        with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+            keep(directory.path, inputs)
+            run = Run(config, directory, tracker, console)
+            run.open_record(rows, split)
+            console.print(Text(starting(directory, log_folder())), soft_wrap=True)
+            yield run, placement
+        run.summary()
+
+
+def inputs_of(
+    config: RunConfig, rows: Rows, models: Models, recipe: str | None, scoring: ScoringBlock | None = None
+) -> dict[str, Input]:
+    """What a run reads, by its contents: it goes on only with the same.
+
+    By name: the rows, the folders of the models, the template, the file `recipe` with the loop (None: unknown), and
+    what the scorer reads.
+    """
+    found = {
+        "model.path": Input(
+            model_digest(Path(models.folder)), f"files of the model's folder {models.folder}", fixed=True
+        ),
+        config.source[0]: Input(rows_digest(rows), "rows of the data, or how the template writes them", fixed=True),
+    }
+    if config.model.chat_template is not None:
+        own = fingerprint(config.model.chat_template).sha256
+        found["model.chat_template"] = Input(own, f"the template {config.model.chat_template}", fixed=True)
+    if isinstance(reference := config.measured_against, ModelReferenceBlock):
+        own = model_digest(Path(models.reference))
+        found[f"reference.path={reference.path}"] = Input(own, "files of the reference's folder", fixed=False)
+    if recipe is not None:
+        found["recipe"] = Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)
+    return found | (dict(scorer_inputs(scoring)) if scoring else {})
+
+
+def take_up(run: Run, team: Team, block: ModelBlock) -> Mapping[str, float]:
+    """Trainer and generators as the newest checkpoint has them; the value is the canary's gaps.
+
+    In the middle of a round all its samples are there: what is served until its end is never asked.
+    """
+    run.restore(team.trainers)
+    return serve_newest(team.publisher, block, run.newest)
+
+
+def serve_newest(publisher: Publisher, block: ModelBlock, newest: Checkpoint | None) -> Mapping[str, float]:
+    """The canary's gaps of the version to go on from.
+
+    Of version 0 both sides loaded the same checkpoint, unless the trainer's base has 4 bits.
+    """
+    version = newest.rounds_done if newest else 0
+    return publisher.publish(version) if version or block.load_in_4bit else publisher.verify()
+
+
+def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:
+    return tuple(prompt.token_ids for prompt in prompts[:_CANARY_PROMPTS])
+
+
+def what_became_of(data: PreferenceData) -> str:
+    """What became of the rows of the source, in words."""
+    left = {name.replace("_", " "): count for name, count in data.counts.items() if count and name != "used"}
+    return ", ".join(f"{count} {name}" for name, count in left.items())
