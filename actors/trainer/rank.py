@@ -39,7 +39,6 @@ from raylign.errors import TrainerError
 from raylign.losses import LossState
 from raylign.models import load_policy
 from raylign.records import Preference
-from raylign.reference.logps import require_reference
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
@@ -48,7 +47,14 @@ from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.passes import Passes
-from raylign.training.preferences import PreferenceBatch, mean_chosen_tokens, pass_cost, preference_batch, to_device
+from raylign.training.preferences import (
+    PreferenceBatch,
+    mean_chosen_tokens,
+    pass_cost,
+    preference_batch,
+    require_reference,
+    to_device,
+)
 from raylign.training.schedule import Schedule
 from raylign.training.sequences import Completions, Layout, token_batch
 

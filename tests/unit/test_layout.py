@@ -16,6 +16,17 @@ SOURCE_FOLDERS = ("platform", "actors", "recipes")
 OURS = ("raylign", "actors", "recipes")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MIN_FILE_LINES = 40
+SMALL = {
+    "raylign.data.formats.hh": "each published format has a file of its name",
+    "raylign.losses.reference_free": "each family of losses has a file",
+    "recipes.commands.checks.probe": "a program of its own",
+    "recipes.commands.resume": "each command has a file",
+    "raylign.scoring.vader": "an example that users name and copy",
+}
+"""Files that are short though one module alone imports them, and why they stand alone."""
+LOOSE = {"__init__.py", "chunks.py", "errors.py", "records.py", "roles.py"}
+"""All that may stand beside the folders of the library."""
 TOP_LEVEL = {
     ".ci",
     ".gitignore",
@@ -111,6 +122,29 @@ def run_python(code: str, *search_path: Path) -> str:
     return result.stdout.strip()
 
 
+def readers() -> dict[str, set[str]]:
+    """By module of ours: the modules of ours that import it, in whatever function."""
+    paths = {_name_of(path): path for folder in SOURCE_FOLDERS for path in sources(folder)}
+    found: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                wanted = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for module in wanted:
+                if module in found:
+                    found[module].add(name)
+    return found
+
+
+def _name_of(path: Path) -> str:
+    root = ROOT / "platform" if path.is_relative_to(ROOT / "platform") else ROOT
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
 def tracked_files() -> list[str]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -170,6 +204,23 @@ def test_actors_import_their_engines_where_they_start() -> None:
 def test_long_functions_counts_from_def_to_last_line() -> None:
     assert long_functions("def f():\n    a = 1\n    return a\n", limit=2) == [("f", 3)]
     assert long_functions("def f():\n    a = 1\n    return a\n", limit=3) == []
+
+
+def test_what_one_module_reads_alone_is_no_file_of_its_own() -> None:
+    found = readers()
+    small = {
+        name
+        for folder in SOURCE_FOLDERS
+        for path in sources(folder)
+        if path.name != "__init__.py"
+        and len(path.read_text().splitlines()) < MIN_FILE_LINES
+        and len(found[name := _name_of(path)]) <= 1
+    }
+    assert small == SMALL.keys(), "a file of few lines that one caller reads belongs to that caller, or needs a reason"
+
+
+def test_the_library_is_a_few_folders() -> None:
+    assert {path.name for path in (ROOT / "platform/raylign").glob("*.py")} == LOOSE
 
 
 @pytest.mark.parametrize("folder", SOURCE_FOLDERS)

@@ -17,8 +17,8 @@ from raylign.config.reference import NoReferenceBlock
 from raylign.errors import ActorsLost, TrainerError
 from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
-from raylign.reference.logps import require_reference
 from raylign.roles import TrainerRank
+from raylign.training.preferences import require_reference
 from tests.fakes import quiet_supervision
 from tests.unit.actors.trainer.test_trainer_group import preference
 

@@ -18,7 +18,6 @@ from raylign.config.losses import (
 from raylign.errors import TrainerError
 from raylign.losses import LossState, preference_loss
 from raylign.records import Candidate, KlSample, Preference, Prompt
-from raylign.reference.logps import require_reference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import (
@@ -27,6 +26,7 @@ from raylign.training.preferences import (
     completions_of,
     pass_cost,
     preference_batch,
+    require_reference,
     sampler_logps,
     to_device,
     without_kl_samples,

@@ -187,7 +187,12 @@ def test_the_page_has_every_fact(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("embed_tokens", "lm_head"), ("mlp.up_proj",)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_is_as_large_as_pefts(targets: Any, tied: bool) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     config = LlamaConfig(vocab_size=20, num_hidden_layers=2, head_dim=4, tie_word_embeddings=tied, **sizes)
     found = adapter_parameters(LlamaForCausalLM(config), LoraBlock(r=3, target_modules=targets))
     wanted = targets if isinstance(targets, str) else list(targets)
