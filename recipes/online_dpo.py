@@ -71,18 +71,18 @@ def sample(
     decoding, version = training_decoding(config.sampling), log.index - 1
     with (
         log.stage(f"sample{numbered(attempt)}", len(prompts), "prompts") as stage,
-        log.sampled(stage, prompts, policy_versions(decoding, version), attempt) as sheet,
+        log.sampled(stage, prompts, policy_versions(decoding, version), attempt) as answers,
     ):
         team.generators.sample(
-            sheet.missing,
+            answers.missing,
             decoding,
             seed=attempt_seed(config.run.seed, attempt),
             round_index=log.index,
             version=version,
             advance=stage.advance,
-            on_finished=sheet.add,
+            on_finished=answers.add,
         )
-    return sheet.candidates
+    return answers.candidates
 
 
 def score(

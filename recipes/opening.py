@@ -38,7 +38,7 @@ from raylign.tracking.uri import default_uri
 from raylign.training.learners import require_learnable
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
-from recipes.run import Run, Source, recorded, starting
+from recipes.run import RowSource, Run, recorded, starting
 
 _CANARY_PROMPTS = 4
 
@@ -153,7 +153,7 @@ C = TypeVar("C", bound=RunConfig)
 def _opened(
     config: C,
     models: Models,
-    rows: Source,
+    rows: RowSource,
     split: str,
     recipe: str | None,
     plan: Callable[[C, Mapping[str, float]], PlacementPlan],

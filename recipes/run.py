@@ -38,7 +38,7 @@ _CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0
 """How long MLflow is waited for at the end; a signal's grace time is short."""
 
 
-class Source(Rows, Protocol):
+class RowSource(Rows, Protocol):
     """Prompts or examples of a run, and where they come from."""
 
     @property
@@ -48,7 +48,7 @@ class Source(Rows, Protocol):
 
 
 class Run:
-    """The driver's desk: it knows what is done, writes every record of the run and prints the summary."""
+    """A run as its driver sees it: what is done, every record it writes, and the summary at its end."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
         self.directory = directory
@@ -82,9 +82,9 @@ class Run:
         trained = self._newest.rounds_done if self._newest else 0
         return min(self.directory.rounds_finished(), trained)
 
-    def open_record(self, rows: Source, split: str) -> None:
+    def open_record(self, rows: RowSource, split: str) -> None:
         """Say what the run is and goes without, and what an earlier process did not come to say of its last round."""
-        self._tracker.campaign_started(self._config, run_facts())
+        self._tracker.run_started(self._config, run_facts())
         if ("prompts", None) not in self._journaled:
             counts = {"train": len(rows.train), "held_out": len(rows.held_out)}
             self._tracker.prompts(rows.source, split, rows.digest, counts)
@@ -199,7 +199,7 @@ def starting(directory: RunDirectory, actor_logs: Path) -> str:
 
 @contextmanager
 def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
-    """Give the campaign its true final status, whatever ends it.
+    """Give the run its true final status, whatever ends it.
 
     Raises DiskError in the place of what follows from a run directory that was moved or deleted.
     """

@@ -14,7 +14,7 @@ from raylign.scoring import Compute, ScoringItem
 from raylign.scoring.load import ONE_THREAD, load_scorer
 
 
-class LoadedScorer:
+class ScorerWorker:
     """Scores one batch a call; constructing it loads the scorer."""
 
     def __init__(
@@ -51,4 +51,4 @@ class LoadedScorer:
         return ScoredBatch(self._scorer.score(items, allowed), self._scorer.take_usage())
 
 
-_: type[ScorerProcess] = LoadedScorer
+_: type[ScorerProcess] = ScorerWorker

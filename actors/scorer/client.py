@@ -22,7 +22,7 @@ from raylign.scoring import ScoringItem, Usage, add_up, batches, longest_s, most
 
 T = TypeVar("T")
 ACTOR = "scorer-0"
-ScorerActor = actor_class(ScorerProcess, "actors.scorer.actor:LoadedScorer")
+ScorerActor = actor_class(ScorerProcess, "actors.scorer.actor:ScorerWorker")
 TRIES = 3
 """Actors that one batch may cost before its items stay unscored."""
 _RESTARTS_S = 60.0

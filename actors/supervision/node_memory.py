@@ -22,7 +22,7 @@ _VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class MemoryUsage:
     """Main memory of a node in bytes, as Ray's memory monitor counts it, and how often its kernel ran out of it."""
 
     used: float
@@ -30,14 +30,14 @@ class Usage:
     kernel_kills: int
 
 
-def usage() -> Usage:
+def usage() -> MemoryUsage:
     """Of the node of this process: what its container may have, else the machine's."""
     memory = psutil.virtual_memory()
     used, limit = float(memory.total - memory.available), float(memory.total)
     contained = get_cgroup_mem_stats()
     if contained is not None and contained[1] < limit:
         used, limit = float(contained[0]), float(contained[1])
-    return Usage(used, limit, kernel_kills(_VMSTAT))
+    return MemoryUsage(used, limit, kernel_kills(_VMSTAT))
 
 
 def kernel_kills(vmstat: Path) -> int:
@@ -65,15 +65,15 @@ class NodeMemory:
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         self._at_start = {node: usage() if node == here else usage_of(node) for node in nodes}
 
-    def at_start(self, node: str) -> Usage | None:
+    def at_start(self, node: str) -> MemoryUsage | None:
         """None for a node that joined later, or did not answer."""
         known = self._at_start.get(node)
-        if isinstance(known, Usage) or known is None:
+        if isinstance(known, MemoryUsage) or known is None:
             return known
         self._at_start[node] = found = _answer(known)
         return found
 
-    def now(self, node: str) -> Usage | None:
+    def now(self, node: str) -> MemoryUsage | None:
         """None when the node does not answer."""
         if node == ray.get_runtime_context().get_node_id():
             return usage()
@@ -84,7 +84,7 @@ class NodeMemory:
         before, found = self.at_start(node), self.now(node)
         if before is None or found is None:
             return False
-        self._at_start[node] = Usage(before.used, before.limit, found.kernel_kills)
+        self._at_start[node] = MemoryUsage(before.used, before.limit, found.kernel_kills)
         return found.kernel_kills > before.kernel_kills
 
     def outgrown(self, report: MemoryReport) -> bool:
@@ -101,9 +101,9 @@ class NodeMemory:
         return found is None or found.used + _SPARE * report.wanted(own_job()) < report.threshold
 
 
-def _answer(ref: Any) -> Usage | None:
+def _answer(ref: Any) -> MemoryUsage | None:
     try:
-        found: Usage = ray.get(ref, timeout=_LOOK_S)
+        found: MemoryUsage = ray.get(ref, timeout=_LOOK_S)
     except ray.exceptions.RayError:
         return None
     return found

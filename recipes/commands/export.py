@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from raylign.config import RunConfig
 from raylign.errors import ConfigError, RecordError
-from raylign.export.card import ModelFacts, RewardModelFacts, framework_versions, public_name
+from raylign.export.card import PolicyFacts, RewardModelFacts, framework_versions, public_name
 from raylign.export.policy import ADAPTER_CONFIG, export_model, require_place
 from raylign.export.reward_model import export_reward_model
 from raylign.models import resolve_model
@@ -99,9 +99,9 @@ def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:
     return reports[wanted]
 
 
-def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> ModelFacts:
+def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> PolicyFacts:
     """What the model card tells of the run up to `report`."""
-    return ModelFacts(
+    return PolicyFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),
         dataset=public_name(config.source[1]),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator.actor import EngineSpec
 from actors.generator.engine import VllmEngine
-from raylign.export.card import Method, ModelFacts, framework_versions
+from raylign.export.card import Method, PolicyFacts, framework_versions
 from raylign.export.policy import export_model
 from raylign.records import Evaluation, Prompt
 from raylign.sampling.decoding import Decoding
@@ -24,9 +24,9 @@ _LOGP_TOLERANCE = 0.02
 _QUESTIONS = ("What is the capital of France?", "Name a colour.", "Write one sentence about rain.")
 
 
-def _facts() -> ModelFacts:
+def _facts() -> PolicyFacts:
     evaluation = Evaluation(0.8, 0.7, 0.9, 3.0, 40.0, 0.9, 0.2, 32, 0)
-    return ModelFacts(
+    return PolicyFacts(
         name="test",
         base_model="embedded:smollm2-135m",
         dataset="embedded:review-topics",

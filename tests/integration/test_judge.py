@@ -26,7 +26,7 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.describe import describe_scorer
-from raylign.scoring.judge_check import CANARIES
+from raylign.scoring.judge_check import QUESTIONS
 from tests.integration.tiny import (
     SMALLEST,
     START_S,
@@ -175,7 +175,7 @@ def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path)
     # into calls of four.
     assert logs.count("judge judge-1: ") == 1 + bool(second - first) + 4 and KEY not in logs
     # The start check; the scorer's own questions; six for each prompt; two evaluations of two, without repetitions.
-    assert len(server.asked) == 1 + (1 + 2 * len(CANARIES)) + 4 * 6 + len(first | second)
+    assert len(server.asked) == 1 + (1 + 2 * len(QUESTIONS)) + 4 * 6 + len(first | second)
     report = json.loads((tmp_path / "runs/judged/rounds/0001/report.json").read_text())
     taken = {name: report["scoring"][f"judge/{name}"] for name in ("calls", "items", "comparisons", "requests")}
     assert taken == {"calls": 4, "items": 12, "comparisons": 12, "requests": 24}

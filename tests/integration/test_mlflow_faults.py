@@ -18,15 +18,15 @@ from raylign.tracking.journal import read_events
 from raylign.tracking.state import load_state
 from recipes.commands.cli import app
 from tests import faults
-from tests.integration.campaigns import (
+from tests.integration.played_runs import (
     EVENTS,
     all_runs,
     assert_recorded_once,
     campaign_and_rounds,
     history,
     open_run,
-    play_campaign,
     play_round,
+    play_run,
     start,
 )
 from tests.mlflow_servers import START_S, free_port, mlflow_server, slow_proxy, wait_until
@@ -147,7 +147,7 @@ def assert_recorded_once_at(uri: str, run_dir: Path) -> None:
 def test_a_slow_server_is_not_waited_for(run_dir: Path, tmp_path: Path, healthy: str) -> None:
     with slow_proxy(healthy, DELAY_S, tmp_path) as slow:
         tracker = open_run(run_dir, slow)
-        play_campaign(tracker, run_dir)
+        play_run(tracker, run_dir)
         assert load_state(run_dir, slow).sequence < EVENTS, "events must not wait for answers"
         wait_until(lambda: has_runs(healthy))
         assert tracker.close("FINISHED", timeout_s=1) > 0
@@ -174,7 +174,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from raylign.run.directory import RunDirectory
-from tests.integration.campaigns import CONFIG, open_run, play_round, start
+from tests.integration.played_runs import CONFIG, open_run, play_round, start
 run_dir = Path(sys.argv[1])
 with RunDirectory(run_dir).locked():
     tracker = open_run(run_dir, sys.argv[2])
@@ -235,10 +235,10 @@ def test_a_killed_driver(run_dir: Path, tmp_path: Path) -> None:
 CLOSING = """
 import sys
 from pathlib import Path
-from tests.integration.campaigns import open_run, play_campaign
+from tests.integration.played_runs import open_run, play_run
 run_dir = Path(sys.argv[1])
 tracker = open_run(run_dir, sys.argv[2])
-play_campaign(tracker, run_dir)
+play_run(tracker, run_dir)
 print(tracker.close("FINISHED", timeout_s=1), flush=True)
 """
 
@@ -259,7 +259,7 @@ def test_a_process_ends_although_a_request_hangs(run_dir: Path) -> None:
 
 def test_ctrl_c_ends_a_sync_that_waits(run_dir: Path, interruptible: None) -> None:
     tracker = open_run(run_dir, f"sqlite:///{run_dir.parent}/mlflow.db")
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=60) == 0
     uri = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "recipes.commands.cli", "sync", str(run_dir), "--uri", uri]

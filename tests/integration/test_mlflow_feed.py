@@ -14,7 +14,7 @@ from raylign.errors import RaylignError
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
 from raylign.tracking.state import load_state
-from tests.integration.campaigns import all_runs, history
+from tests.integration.played_runs import all_runs, history
 
 CAMPAIGN = {"campaign": "c1", "name": "demo", "params": {}, "tags": {}}
 

@@ -22,7 +22,7 @@ from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
 from raylign.tracking.tracker import Tracker, open_tracker
 from raylign.tracking.uri import default_uri
-from tests.integration.campaigns import (
+from tests.integration.played_runs import (
     CONFIG,
     DIGEST,
     EVENTS,
@@ -31,8 +31,8 @@ from tests.integration.campaigns import (
     campaign_and_rounds,
     history,
     open_run,
-    play_campaign,
     play_round,
+    play_run,
     start,
 )
 from tests.mlflow_servers import wait_until
@@ -96,7 +96,7 @@ def silent_uri() -> Iterator[str]:
 
 def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path, uri: str) -> None:
     tracker = open_tracker(run_dir, CONFIG.tracking)
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)
     assert_recorded_once(client)
@@ -116,7 +116,7 @@ def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path, uri: str) -> No
 
 def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)
     parent, rounds = campaign_and_rounds(client)
@@ -144,7 +144,7 @@ def test_an_outage_blocks_nothing_and_loses_nothing(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         tracker = open_run(run_dir, closed_uri)
-        play_campaign(tracker, run_dir)
+        play_run(tracker, run_dir)
         wait_until(lambda: len(requesting) > 1)  # it has been tried again
         assert tracker.close("FINISHED", timeout_s=1.0) == EVENTS
     (ours,) = [record.getMessage() for record in caplog.records if record.name.startswith("raylign")]
@@ -172,7 +172,7 @@ def test_tracker_never_waits_for_mlflow(
 
 def test_replaying_everything_again_adds_nothing(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     (run_dir / "mlflow.json").unlink()
     assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
@@ -184,7 +184,7 @@ def test_replaying_everything_again_adds_nothing(run_dir: Path, uri: str) -> Non
 
 def test_a_run_deleted_in_mlflow_is_sent_again(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)
     for run in all_runs(client):
@@ -224,7 +224,7 @@ def test_a_killed_campaign_resumes_in_the_same_run(run_dir: Path, uri: str) -> N
 
 def test_a_finished_round_that_is_trained_again_stays_as_it_is(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
-    play_campaign(tracker, run_dir)
+    play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     again = open_run(run_dir, uri)
     start(again, run_dir)

@@ -318,7 +318,7 @@ class CurriculumBlock(Block):
 
 
 class ScheduleBlock(Block):
-    """How long the campaign is."""
+    """How long the run is."""
 
     rounds: PositiveInt = 5
     """Rounds of sample, score, prefer, train, publish."""

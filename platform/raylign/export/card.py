@@ -60,7 +60,7 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class PolicyFacts:
     """What a model card tells. Made by the recipe from its config and last report, read by `raylign.export.policy`.
 
     `base_model` and `dataset` are names people can look up (hub ids where there are any), never local paths.
@@ -101,7 +101,7 @@ def loss_name(block: TrainerLoss) -> str:
     return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
 
 
-def card_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:
+def card_text(facts: PolicyFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:
     """README.md with front matter; hub ids are linked, other names only told. `in_4bit` says how the base was kept."""
     metadata = ModelCardData(
         base_model=hub_id(facts.base_model),
@@ -119,7 +119,7 @@ def hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None
 
 
-def _body(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> str:
+def _body(facts: PolicyFacts, is_adapter: bool, in_4bit: ModelBlock | None) -> str:
     kind = "LoRA adapter for" if is_adapter else "fine-tuned version of"
     base = "" if in_4bit is None else _base_text(facts, is_adapter, in_4bit)
     versions = "\n".join(f"- {name} {number}" for name, number in facts.versions.items())
@@ -151,7 +151,7 @@ def code_span(name: str) -> str:
     return f"`{escape_control(name).translate(_NOT_IN_CODE)}`"
 
 
-def _base_text(facts: ModelFacts, is_adapter: bool, in_4bit: ModelBlock) -> str:
+def _base_text(facts: PolicyFacts, is_adapter: bool, in_4bit: ModelBlock) -> str:
     """What the policy is made of when its base had 4 bits."""
     settings = f"{in_4bit.bnb_4bit_quant_type}{', double quantisation' if in_4bit.use_bnb_nested_quant else ''}"
     trained = f"The adapter was trained and evaluated on the base model in 4 bits (bitsandbytes, {settings})"
@@ -179,7 +179,7 @@ AutoModelForCausalLM.from_pretrained(
 """
 
 
-def _evaluation_text(facts: ModelFacts) -> str:
+def _evaluation_text(facts: PolicyFacts) -> str:
     match facts.evaluation:
         case Evaluation():
             return _sampled_text(facts.evaluation, facts.confidence)

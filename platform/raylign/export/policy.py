@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
-from raylign.export.card import ModelFacts, card_text
+from raylign.export.card import PolicyFacts, card_text
 from raylign.models import DTYPES, load_policy
 from raylign.models.chat_template import read_chat_template
 from raylign.models.open import open_adapter, open_config, open_model
@@ -56,7 +56,7 @@ def export_model(
     base: str | None,
     to: Path,
     merge: bool,
-    card: ModelFacts,
+    card: PolicyFacts,
     in_4bit: ModelBlock | None = None,
     chat_template: Path | None = None,
     trust_remote_code: bool = False,

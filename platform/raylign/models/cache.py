@@ -27,7 +27,7 @@ class FileFacts(BaseModel):
     sha256: str
 
 
-class Manifest(BaseModel):
+class CacheManifest(BaseModel):
     """What a cached folder holds and what it was made from: `source` is free text facts, `files` runs by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,7 +70,7 @@ def cached_folder(name: str, source: dict[str, str], build: Callable[[Path], Non
 def folder_fault(folder: Path, source: dict[str, str]) -> str:
     """What is wrong with a cached folder, naming the file; empty when every byte is as its manifest says."""
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        manifest = CacheManifest.model_validate_json((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except ValidationError:
@@ -123,7 +123,7 @@ def _rebuild_unless_whole(folder: Path, source: dict[str, str], build: Callable[
 def _seal(staging: Path, source: dict[str, str]) -> None:
     built = sorted(staging.iterdir())
     files = {file.name: FileFacts(size=file.stat().st_size, sha256=sha256_of(file)) for file in built}
-    manifest = Manifest(source=source, files=files)
+    manifest = CacheManifest(source=source, files=files)
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for file in (*built, staging / MANIFEST):
         file.chmod(0o644)

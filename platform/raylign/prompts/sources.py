@@ -45,14 +45,14 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PromptSource:
     """What was read: rows to train on, and the source's own held-out split if it has one."""
 
     train: Table
     held_out: Table | None
 
 
-def read_source(block: PromptsBlock) -> Source:
+def read_source(block: PromptsBlock) -> PromptSource:
     """Read `block.source`. Raises PromptError when it is missing or in no known format."""
     name = block.source
     path = Path(name).expanduser()
@@ -64,7 +64,7 @@ def read_source(block: PromptsBlock) -> Source:
     return _read_embedded(block) if is_embedded else _read_path(path, block)
 
 
-def _read_embedded(block: PromptsBlock) -> Source:
+def _read_embedded(block: PromptsBlock) -> PromptSource:
     name = block.source.removeprefix(PREFIX)
     if name not in EMBEDDED:
         raise PromptError(f"no embedded prompts {name!r}; {closest(name, list(EMBEDDED))}")
@@ -72,19 +72,19 @@ def _read_embedded(block: PromptsBlock) -> Source:
         return _json_source(block.source, file, block)
 
 
-def _read_path(path: Path, block: PromptsBlock) -> Source:
+def _read_path(path: Path, block: PromptsBlock) -> PromptSource:
     if not os.path.exists(path):
         raise PromptError(f"{path}: no such file or folder (from {Path.cwd()}); correct prompts.source")
     try:
         if path.is_dir():
             return _read_saved(path, block)
         if path.suffix == ".jsonl":
-            return Source(_read_jsonl(path, block), None)
+            return PromptSource(_read_jsonl(path, block), None)
         if path.suffix == ".json":
             with open_plain(path) as file:
                 return _json_source(str(path), file, block)
         if path.suffix == ".parquet":
-            return Source(_parquet_table(path), None)
+            return PromptSource(_parquet_table(path), None)
     except Refused as error:
         raise PromptError(f"{path}: {error}") from error
     except EOFError as error:
@@ -100,13 +100,13 @@ def _read_jsonl(path: Path, block: PromptsBlock) -> Table:
     return _table(str(path), "line", parsed, block.column, "not a JSON row ({})", "one JSON object per line")
 
 
-def _json_source(where: str, file: IO[bytes], block: PromptsBlock) -> Source:
+def _json_source(where: str, file: IO[bytes], block: PromptsBlock) -> PromptSource:
     """A list of rows, or an object of splits that are lists of rows; a row is an object or the prompt itself."""
     content = all_arrays(file)
     if isinstance(content, list):
-        return Source(_json_table(where, content, block), None)
+        return PromptSource(_json_table(where, content, block), None)
     train, held_out = _pick_splits(where, list(content), block.split)
-    return Source(
+    return PromptSource(
         _json_table(f"{where} split {train}", content[train], block),
         None if held_out is None else _json_table(f"{where} split {held_out}", content[held_out], block),
     )
@@ -154,7 +154,7 @@ def _parquet_table(path: Path) -> Table:
     return Table(str(path), "row", columns, rows)
 
 
-def _read_saved(path: Path, block: PromptsBlock) -> Source:
+def _read_saved(path: Path, block: PromptsBlock) -> PromptSource:
     require_plain_files(path)
     try:
         saved = datasets.load_from_disk(str(path))
@@ -163,15 +163,15 @@ def _read_saved(path: Path, block: PromptsBlock) -> Source:
             f"{path}: not a folder made by datasets' save_to_disk; give that, or one {', '.join(SUFFIXES)} file"
         ) from error
     if isinstance(saved, datasets.Dataset):
-        return Source(_dataset_table(str(path), saved, block.column), None)
+        return PromptSource(_dataset_table(str(path), saved, block.column), None)
     train, held_out = _pick_splits(str(path), list(saved), block.split)
-    return Source(
+    return PromptSource(
         _dataset_table(f"{path} split {train}", saved[train], block.column),
         None if held_out is None else _dataset_table(f"{path} split {held_out}", saved[held_out], block.column),
     )
 
 
-def _read_hub(block: PromptsBlock) -> Source:
+def _read_hub(block: PromptsBlock) -> PromptSource:
     """`split` may be a slice such as `train[:1000]`; only the splits that are used are read."""
     name = block.source
     try:
@@ -192,7 +192,7 @@ def _read_hub(block: PromptsBlock) -> Source:
     tables = [
         _dataset_table(f"{name} split {split}", part, block.column) for split, part in zip(wanted, loaded, strict=True)
     ]
-    return Source(tables[0], None if held_out is None else tables[1])
+    return PromptSource(tables[0], None if held_out is None else tables[1])
 
 
 def _dataset_table(where: str, dataset: datasets.Dataset, column: str) -> Table:

@@ -39,7 +39,7 @@ def held_out_table(baseline: HeldOutEvaluation, reports: Sequence[RoundReport]) 
 
 
 def held_out(evaluation: AnyEvaluation) -> HeldOutEvaluation:
-    """The evaluation of a campaign on a data set."""
+    """The evaluation of a run on a data set."""
     assert isinstance(evaluation, HeldOutEvaluation)
     return evaluation
 

@@ -1,4 +1,4 @@
-"""What a campaign with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
+"""What a run with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +157,7 @@ def _skipped_notes(reports: Sequence[RoundReport]) -> list[str]:
 
 
 def sampled(evaluation: AnyEvaluation) -> Evaluation:
-    """The evaluation of a campaign with samples."""
+    """The evaluation of a run with samples."""
     assert isinstance(evaluation, Evaluation)
     return evaluation
 

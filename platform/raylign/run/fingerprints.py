@@ -31,13 +31,13 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class SealedFiles:
     """The files of a sealed folder, by their path in it. Made by `seal`, read by `sealed_damage`."""
 
     files: Mapping[str, Fingerprint]
 
 
-_MANIFEST = TypeAdapter(Manifest)
+_MANIFEST = TypeAdapter(SealedFiles)
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -89,7 +89,7 @@ def seal(folder: Path) -> None:
     """Write the manifest of every file now below `folder` into it."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     files = fingerprints(folder, (name for name in names if name != MANIFEST_NAME))
-    publish_text(folder / MANIFEST_NAME, json.dumps(asdict(Manifest(files)), indent=1))
+    publish_text(folder / MANIFEST_NAME, json.dumps(asdict(SealedFiles(files)), indent=1))
 
 
 def sealed_damage(folder: Path, *, below: bool = True) -> str:

@@ -26,17 +26,17 @@ from raylign.run.directory import RunDirectory
 from raylign.run.files import publish_file, publish_text
 from raylign.run.fingerprints import Fingerprint, damage, fingerprints
 from raylign.run.reading import finished_record, read_record
-from raylign.run.sampled import SampledSheet, sampled_sheet
+from raylign.run.sampled import SampledFile, sampled_file
 from raylign.run.tables import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-LEDGER_NAME = "stages.json"
+STAGES_NAME = "stages.json"
 SAMPLED, CANDIDATES, SCORING = "sampled{}.jsonl", "candidates{}.parquet", "scoring{}.json"
 PREFERENCES, HELD_OUT, EVALUATION = "preferences.parquet", "samples.parquet", "evaluation.json"
 RELIABILITY = "reliability.png"
-_REDO = f"remove {LEDGER_NAME} beside it, and what it stands for is done again"
+_REDO = f"remove {STAGES_NAME} beside it, and what it stands for is done again"
 _METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
 _EVALUATION: TypeAdapter[AnyEvaluation] = TypeAdapter(AnyEvaluation)
 
@@ -49,7 +49,7 @@ class FinishedStage:
     files: Mapping[str, Fingerprint]
 
 
-_LEDGER = TypeAdapter(dict[str, FinishedStage])
+_STAGES = TypeAdapter(dict[str, FinishedStage])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,11 @@ class RoundLog:
         self.seconds: dict[str, float] = {}
         self._directory = directory
         self._tracker, self._console, self._checkpoints = tracker, console, checkpoints
-        self._ledger = finished_stages(self._folder)
+        self._finished = finished_stages(self._folder)
         if index and not trained.complete:
-            self._ledger = {name: entry for name, entry in self._ledger.items() if name not in ("train", "evaluate")}
+            self._finished = {
+                name: entry for name, entry in self._finished.items() if name not in ("train", "evaluate")
+            }
 
     @property
     def _folder(self) -> Path:
@@ -108,9 +110,9 @@ class RoundLog:
 
         `again` is for a stage that leaves nothing to read: every attempt does it.
         """
-        known = name in self._ledger or (name == "train" and self.trained.complete and self.index > 0)
+        known = name in self._finished or (name == "train" and self.trained.complete and self.index > 0)
         if known and not again:
-            self.seconds[name] = self._ledger[name].seconds if name in self._ledger else 0.0
+            self.seconds[name] = self._finished[name].seconds if name in self._finished else 0.0
             yield Stage(lambda finished: None, done=True)
             return
         started = time.monotonic()
@@ -129,9 +131,9 @@ class RoundLog:
         self._finish(name, stage.files, journal=not known)
 
     def _finish(self, name: str, files: Sequence[str], *, journal: bool) -> None:
-        self._ledger[name] = FinishedStage(self.seconds[name], fingerprints(self._folder, files))
-        ledger = {name: asdict(stage) for name, stage in self._ledger.items()}
-        publish_text(self._folder / LEDGER_NAME, json.dumps(ledger, indent=1))
+        self._finished[name] = FinishedStage(self.seconds[name], fingerprints(self._folder, files))
+        finished = {name: asdict(stage) for name, stage in self._finished.items()}
+        publish_text(self._folder / STAGES_NAME, json.dumps(finished, indent=1))
         if journal and self.index > 0:
             self._tracker.stage(self.index, name, self.seconds[name])
 
@@ -143,15 +145,15 @@ class RoundLog:
     @contextmanager
     def sampled(
         self, stage: Stage, prompts: Sequence[Prompt], versions: Sequence[int], attempt: int = 0
-    ) -> Iterator[SampledSheet]:
-        """sampled.jsonl: candidates as they come, with those that an earlier process got; see `sampled_sheet`.
+    ) -> Iterator[SampledFile]:
+        """sampled.jsonl: candidates as they come, with those that an earlier process got; see `sampled_file`.
 
         Candidates of a further attempt at prompts without a pair are in sampled-1.jsonl and so on.
         """
         name = SAMPLED.format(numbered(attempt))
-        with sampled_sheet(self._folder / name, prompts, versions) as sheet:
-            stage.advance(len(prompts) - len(sheet.missing))
-            yield sheet
+        with sampled_file(self._folder / name, prompts, versions) as sampled:
+            stage.advance(len(prompts) - len(sampled.missing))
+            yield sampled
         stage.files.append(name)
 
     def save_candidates(
@@ -251,11 +253,11 @@ class RoundLog:
 def candidate_files(folder: Path) -> list[Path]:
     """A round's candidates, attempt by attempt: what a later file has of a prompt stands for what earlier ones have.
 
-    Raises RecordError when one is not what the round's ledger says.
+    Raises RecordError when one is not what stages.json says.
     """
     files = [*takewhile(Path.is_file, (folder / CANDIDATES.format(numbered(attempt)) for attempt in count()))]
     known: dict[str, Fingerprint] = {}
-    for stage in (finished_record(folder / LEDGER_NAME, _LEDGER) or {}).values():
+    for stage in (finished_record(folder / STAGES_NAME, _STAGES) or {}).values():
         known |= stage.files
     if wrong := damage(folder, {path.name: known[path.name] for path in files if path.name in known}):
         error = RecordError(f"{folder}: {wrong}")
@@ -272,7 +274,7 @@ def numbered(attempt: int) -> str:
 def finished_stages(folder: Path) -> dict[str, FinishedStage]:
     """The finished stages up to the first one whose files are damaged."""
     whole: dict[str, FinishedStage] = {}
-    for name, entry in (finished_record(folder / LEDGER_NAME, _LEDGER) or {}).items():
+    for name, entry in (finished_record(folder / STAGES_NAME, _STAGES) or {}).items():
         if wrong := damage(folder, entry.files):
             log.warning("%s: stage %s is done again, and those after it: %s", folder, name, wrong)
             break

@@ -20,7 +20,7 @@ _LINE = TypeAdapter(list[Candidate])
 _MOST_TOKEN_ID = 2**31 - 1
 
 
-class SampledSheet:
+class SampledFile:
     """Append-only. `missing` are the prompts that no line answers yet, in order."""
 
     def __init__(
@@ -47,8 +47,8 @@ class SampledSheet:
 
 
 @contextmanager
-def sampled_sheet(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]) -> Iterator[SampledSheet]:
-    """The sheet at `path` with what an earlier attempt finished; on disk when the context ends.
+def sampled_file(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]) -> Iterator[SampledFile]:
+    """The file at `path` with what an earlier attempt finished; on disk when the context ends.
 
     `versions` are the policy versions of a prompt's candidates, in index order. Lines that cannot be read, and those of
     other prompts, other policy versions or another number of candidates, are dropped: their prompts are sampled again.
@@ -64,13 +64,13 @@ def sampled_sheet(path: Path, prompts: Sequence[Prompt], versions: Sequence[int]
     with disk_errors(path):
         file = path.open("ab")
     with file:
-        yield SampledSheet(path, file, prompts, found)
+        yield SampledFile(path, file, prompts, found)
         with disk_errors(path):
             os.fsync(file.fileno())
 
 
 def read_sampled(path: Path) -> Iterator[tuple[bytes, list[Candidate]]]:
-    """Each line of a sheet that can be read, with its candidates; nothing where there is no sheet.
+    """Each line of a file that can be read, with its candidates; nothing where there is no file.
 
     Raises RecordError when the file cannot be opened.
     """
@@ -87,7 +87,7 @@ def read_sampled(path: Path) -> Iterator[tuple[bytes, list[Candidate]]]:
 
 
 def parse_line(line: bytes) -> list[Candidate]:
-    """The candidates of one prompt; [] for a line that was torn or is none of a sheet's."""
+    """The candidates of one prompt; [] for a line that was torn or is none of such a file's."""
     if not line.endswith(b"\n"):
         return []
     try:

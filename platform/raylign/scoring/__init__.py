@@ -3,7 +3,7 @@
 Every scoring process imports this: what loads models (`load`, `describe`) is imported by its own name.
 """
 
-from raylign.scoring.base import Compute, Scorer, ScoringItem, check_unscored, most_unscored, skipped
+from raylign.scoring.base import Compute, ItemScorer, ScoringItem, check_unscored, most_unscored, skipped
 from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.function import FunctionInfo, FunctionScorer, describe_function
 from raylign.scoring.http_service import HttpScorer
@@ -17,7 +17,7 @@ __all__ = [
     "FunctionScorer",
     "HttpScorer",
     "JudgeScorer",
-    "Scorer",
+    "ItemScorer",
     "ScoringItem",
     "Usage",
     "Usages",

@@ -29,7 +29,7 @@ class Compute:
     on_gpu: bool = False
 
 
-class Scorer(Protocol):
+class ItemScorer(Protocol):
     """Judges completions."""
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:

@@ -17,7 +17,7 @@ from raylign.config.scoring import (
 )
 from raylign.scoring.base import ScoringItem, groups
 from raylign.scoring.http_client import JITTER_S, LONGEST_WAIT_S, RemoteBlock
-from raylign.scoring.judge_check import CANARIES
+from raylign.scoring.judge_check import QUESTIONS
 from raylign.scoring.verifier import GRACE_S
 
 FORWARDS = 8
@@ -64,7 +64,7 @@ def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
         case ModelScoringBlock():
             return block.timeout_s * len(batch)
         case JudgeScoringBlock():
-            asked = questions(batch) + (2 * len(CANARIES) + 1 if block.canaries else 1)
+            asked = questions(batch) + (2 * len(QUESTIONS) + 1 if block.canaries else 1)
             return _asking_s(asked, block)
         case HttpScoringBlock():
             return _asking_s(math.ceil(len(batch) / block.batch_size) + len(batch), block)

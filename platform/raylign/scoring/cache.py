@@ -17,7 +17,7 @@ from raylign.chunks import chunks
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.report.text import one_line
-from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.base import ItemScorer, ScoringItem
 from raylign.scoring.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class CachedScorer:
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: ItemScorer,
         cache: ScoreCache,
         identity: str,
         usage: Usage,

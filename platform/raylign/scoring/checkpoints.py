@@ -35,7 +35,7 @@ PLAIN = "a scorer loads the plain ones; give the 16-bit model"
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class ScorerCheckpoint:
     """Where a model is. Made by `find_checkpoint`, read by the scorers that load it.
 
     `folders` are the base's folder, and the adapter's behind it if the model is an adapter.
@@ -63,14 +63,14 @@ class Checkpoint:
         return sum(math.prod(shape) for folder in self.folders for shape in stored_shapes(folder).values())
 
 
-def find_checkpoint(path: str, revision: str | None, task: str, option: str = "scoring") -> Checkpoint:
+def find_checkpoint(path: str, revision: str | None, task: str, option: str = "scoring") -> ScorerCheckpoint:
     """What `path` names: a folder or hub id of a whole model, or of an adapter for PEFT's `task`, whose base is found.
 
     Raises ModelError naming `option`: nothing there, no safetensors, an adapter for another task, no base.
     """
     folder = locate(path, revision, option)
     if (folder / MODEL_CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
-        return Checkpoint((Path(resolve_model(path, revision, option)),))
+        return ScorerCheckpoint((Path(resolve_model(path, revision, option)),))
     adapter_file(folder)
     check_facts(folder)
     config = read_facts(folder / ADAPTER_CONFIG)
@@ -89,10 +89,10 @@ def find_checkpoint(path: str, revision: str | None, task: str, option: str = "s
             f"{folder}: its base, base_model_name_or_path in {ADAPTER_CONFIG}, cannot be used ({error}); correct it "
             "there, or give a merged model"
         ) from error
-    return Checkpoint((Path(found), folder.resolve()))
+    return ScorerCheckpoint((Path(found), folder.resolve()))
 
 
-def model_fingerprint(checkpoint: Checkpoint) -> str:
+def model_fingerprint(checkpoint: ScorerCheckpoint) -> str:
     """sha256 (hex) over weights, config, tokenizer, template and code of a checkpoint; it reads every byte of them."""
     return model_digest(*checkpoint.folders)
 

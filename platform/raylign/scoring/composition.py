@@ -18,7 +18,7 @@ from raylign.config.scoring import (
 )
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring.base import Scorer, ScoringItem, apart, groups, most_unscored, skipped
+from raylign.scoring.base import ItemScorer, ScoringItem, apart, groups, most_unscored, skipped
 
 
 class EnsembleScorer(ABC):
@@ -27,7 +27,7 @@ class EnsembleScorer(ABC):
     `parts` has the members' values by name, and their own parts as `name/part`.
     """
 
-    def __init__(self, block: EnsembleBlock, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, block: EnsembleBlock, scorers: Mapping[str, ItemScorer]) -> None:
         self._limit, self._scorers, self._place = block.max_unscored, scorers, block.place
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
@@ -63,7 +63,7 @@ class EnsembleScorer(ABC):
 class WeightedScorer(EnsembleScorer):
     """The weighted sum."""
 
-    def __init__(self, block: WeightedScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, block: WeightedScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
         super().__init__(block, scorers)
         self._weights = block.weights
 
@@ -74,7 +74,7 @@ class WeightedScorer(EnsembleScorer):
 class MinScorer(EnsembleScorer):
     """The worst value (Coste et al. 2024, arXiv 2310.02743, worst-case optimisation)."""
 
-    def __init__(self, block: MinScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, block: MinScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
         super().__init__(block, scorers)
 
     def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
@@ -84,7 +84,7 @@ class MinScorer(EnsembleScorer):
 class MeanStdScorer(EnsembleScorer):
     """The mean and so many population standard deviations; both are kept in `parts`."""
 
-    def __init__(self, block: MeanStdScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, block: MeanStdScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
         super().__init__(block, scorers)
         self._coefficient = block.std_coefficient
 
@@ -99,7 +99,7 @@ class GateScorer:
     An item that the gate leaves unscored is unscored.
     """
 
-    def __init__(self, block: GateScoringBlock, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, block: GateScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
         self._block, self._gate, self._score = block, scorers["gate"], scorers["score"]
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
@@ -143,7 +143,7 @@ class GateScorer:
         return gate.value is not None and gate.value >= self._block.threshold
 
 
-def composed(block: Composition, scorers: Mapping[str, Scorer]) -> Scorer:
+def composed(block: Composition, scorers: Mapping[str, ItemScorer]) -> ItemScorer:
     """The scorer of a composition, from the scorers of its members."""
     match block:
         case WeightedScoringBlock():

@@ -39,7 +39,7 @@ class NoReply(RaylignError):
 
 
 @dataclass(slots=True)
-class Ledger:
+class Spending:
     """What asking took. `failures` are requests without a usable answer, retried or not."""
 
     requests: int = 0
@@ -72,8 +72,8 @@ class Server:
     `address` is the option that says where it is; `at_404` what to check when there is nothing.
     """
 
-    def __init__(self, block: RemoteBlock, key: str, ledger: Ledger, *, address: str, at_404: str) -> None:
-        self._block, self._key, self._ledger = block, key, ledger
+    def __init__(self, block: RemoteBlock, key: str, spending: Spending, *, address: str, at_404: str) -> None:
+        self._block, self._key, self._spending = block, key, spending
         self._address, self._at_404 = address, at_404
         self._turns = asyncio.Semaphore(block.concurrency)
         self._backoff = wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=JITTER_S)
@@ -101,7 +101,7 @@ class Server:
         try:
             return await attempt()
         except NoReply:
-            self._ledger.failures += 1
+            self._spending.failures += 1
             raise
 
     def _wait_s(self, state: RetryCallState) -> float:

@@ -20,7 +20,7 @@ from raylign.errors import ModelError, ScorerError
 from raylign.reading.files import read_text
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.http_client import Ledger, NoReply, Server, api_key, connected
+from raylign.scoring.http_client import NoReply, Server, Spending, api_key, connected
 
 PROBE = ScoringItem(Prompt("probe", ({"role": "user", "content": "Say hello."},), ()), "Hello.")
 _Answer = tuple[Score, bool]
@@ -50,7 +50,7 @@ class HttpScorer:
 
     def __init__(self, block: HttpScoringBlock) -> None:
         """Asks nothing yet. Raises ScorerError when the key cannot be sent or the template cannot be read."""
-        self.spent = Ledger()
+        self.spent = Spending()
         self._block, self._key = block, api_key(block)
         self._template = template_of(block)
 
@@ -78,13 +78,13 @@ class _Asking:
         block: HttpScoringBlock,
         key: str,
         http: httpx.AsyncClient,
-        ledger: Ledger,
+        spending: Spending,
         template: Template | None,
         allowed: int,
     ) -> None:
-        self._block, self._http, self._ledger, self._template = block, http, ledger, template
+        self._block, self._http, self._spending, self._template = block, http, spending, template
         at_404 = f"that scoring.url={block.url} is right"
-        self._server = Server(block, key, ledger, address="scoring.url", at_404=at_404)
+        self._server = Server(block, key, spending, address="scoring.url", at_404=at_404)
         self._allowed, self._unscored = allowed, 0
 
     async def batch(self, items: Sequence[ScoringItem]) -> list[Score]:
@@ -110,7 +110,7 @@ class _Asking:
         body = json.dumps(self._request(items)).encode()
 
         async def post(deadline: float) -> Answer:
-            self._ledger.requests += 1
+            self._spending.requests += 1
             kind = {"Content-Type": "application/json"}
             return await exchange(self._http, "POST", self._block.url, deadline, body=body, headers=kind)
 
@@ -175,7 +175,7 @@ def check_service(block: HttpScoringBlock) -> None:
     async def ask() -> None:
         key = api_key(block)
         async with connected(block, key) as http:
-            await _Asking(block, key, http, Ledger(), template_of(block), 0).ask([PROBE])
+            await _Asking(block, key, http, Spending(), template_of(block), 0).ask([PROBE])
 
     try:
         asyncio.run(ask())

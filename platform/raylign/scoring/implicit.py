@@ -19,7 +19,7 @@ from raylign.records import Score
 from raylign.scoring.base import ScoringItem
 from raylign.scoring.checkpoints import of_scorer
 from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
-from raylign.scoring.implicit_checkpoints import Pair, find_pair, load_language_model
+from raylign.scoring.implicit_checkpoints import ModelPair, find_pair, load_language_model
 from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, token_batch
@@ -60,7 +60,7 @@ class ImplicitScorer:
         self._limit = length_limit(block, pair.configs, block.policy_path)
         self._layout = self._supported_layout()
 
-    def _reference_of(self, model: nn.Module, pair: Pair) -> _Module:
+    def _reference_of(self, model: nn.Module, pair: ModelPair) -> _Module:
         if is_adapted(model) and pair.reference.folders == pair.policy.folders[:1]:
             return partial(_without_adapter, model, self._policy)
         reference = CompletionLogps(load_language_model(pair.reference, self._block, self._device))

@@ -10,21 +10,21 @@ from raylign.config.scoring import ImplicitScoringBlock
 from raylign.errors import ModelError
 from raylign.models.load import load_whole, read_config, without_dropout
 from raylign.reference.checkpoint import require_same_vocabulary
-from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
+from raylign.scoring.checkpoints import PLAIN, ScorerCheckpoint, adapted, find_checkpoint, model_block
 
 _TASK = "CAUSAL_LM"
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ModelPair:
     """Where both models are, and what their config.json say."""
 
-    policy: Checkpoint
-    reference: Checkpoint
+    policy: ScorerCheckpoint
+    reference: ScorerCheckpoint
     configs: tuple[PreTrainedConfig, PreTrainedConfig]
 
 
-def find_pair(block: ImplicitScoringBlock) -> Pair:
+def find_pair(block: ImplicitScoringBlock) -> ModelPair:
     """Find both; no weights are read but their headers.
 
     Raises ModelError: nothing there, no language model, or the reference reads other tokens than the policy.
@@ -34,10 +34,10 @@ def find_pair(block: ImplicitScoringBlock) -> Pair:
     configs = (_config(policy, block), _config(reference, block))
     if policy.base != reference.base:
         require_same_vocabulary(policy.base, reference.base, block.trust_remote_code)
-    return Pair(policy, reference, configs)
+    return ModelPair(policy, reference, configs)
 
 
-def _config(checkpoint: Checkpoint, block: ImplicitScoringBlock) -> PreTrainedConfig:
+def _config(checkpoint: ScorerCheckpoint, block: ImplicitScoringBlock) -> PreTrainedConfig:
     config = read_config(checkpoint.base, block.trust_remote_code, PLAIN)
     names = config.architectures or []
     if any(name.endswith("Classification") for name in names):
@@ -47,7 +47,7 @@ def _config(checkpoint: Checkpoint, block: ImplicitScoringBlock) -> PreTrainedCo
     return config
 
 
-def load_language_model(checkpoint: Checkpoint, block: ImplicitScoringBlock, device: torch.device) -> nn.Module:
+def load_language_model(checkpoint: ScorerCheckpoint, block: ImplicitScoringBlock, device: torch.device) -> nn.Module:
     """The model in `block.dtype` on `device`, to be evaluated, an adapter unmerged as in the trainer.
 
     Raises ModelError when a weight is in no file, or an adapter's weight has no place.

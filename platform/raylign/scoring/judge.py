@@ -12,7 +12,7 @@ from raylign.scoring.base import Group, ScoringItem, groups, most_unscored, skip
 from raylign.scoring.cache import Texts, Verdicts
 from raylign.scoring.http_client import NoReply, api_key
 from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
-from raylign.scoring.judge_client import JudgeClient, JudgeLedger, connected
+from raylign.scoring.judge_client import JudgeClient, JudgeSpending, connected
 from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, Question, how_good, which_is_better
 from raylign.scoring.usage import Usage
 
@@ -55,7 +55,7 @@ class JudgeScorer:
         What `verdicts` has is not asked, and what is answered is kept there; items that nothing was asked about are
         counted in `usage`.
         """
-        self.spent = JudgeLedger()
+        self.spent = JudgeSpending()
         self._verdicts = Verdicts(None, "") if verdicts is None else verdicts
         self._usage = Usage() if usage is None else usage
         self._block, self._key = block, api_key(block)
@@ -113,7 +113,7 @@ class JudgeScorer:
         await (require_sound_judge if self._block.canaries else require_answering_judge)(client, self._block)
         self._met = True
 
-    def _log_cost(self, spent: JudgeLedger) -> None:
+    def _log_cost(self, spent: JudgeSpending) -> None:
         log.info(
             "judge %s: %d requests, %d of them without a verdict; %d comparisons, %d of them disagreed; "
             "%d tokens (%d answers without usage)",
@@ -192,8 +192,8 @@ class _Hearing:
             return other
         disagreed = one != 1.0 - other
         if any(self._verdicts.key(prompt, texts) not in self._known for texts in orders):
-            self._client.ledger.comparisons += 1
-            self._client.ledger.disagreements += disagreed
+            self._client.spending.comparisons += 1
+            self._client.spending.disagreements += disagreed
         return Comparison(0.5 if disagreed else one, disagreed)
 
     async def _answer(self, prompt: Prompt, texts: Texts) -> float | NoReply:

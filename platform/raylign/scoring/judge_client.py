@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from raylign.boundary.http import Answer, exchange
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.scoring import http_client
-from raylign.scoring.http_client import Ledger, NoReply, Server
+from raylign.scoring.http_client import NoReply, Server, Spending
 from raylign.scoring.judge_prompt import Question
 
 MAX_TOKENS = 8
@@ -25,7 +25,7 @@ class UnclearAnswer(NoReply):
 
 
 @dataclass(slots=True)
-class JudgeLedger(Ledger):
+class JudgeSpending(Spending):
     """What judging took. `failures` are requests without a verdict, retried or not.
 
     `tokens` is the usage that the server states (`tokens_in` asked, `tokens_out` answered, where it tells them apart);
@@ -54,22 +54,22 @@ class _Completion(BaseModel):
 
 
 @asynccontextmanager
-async def connected(block: JudgeScoringBlock, key: str, ledger: JudgeLedger) -> AsyncIterator["JudgeClient"]:
-    """A client with connections of its own; it writes what it spends to `ledger`."""
+async def connected(block: JudgeScoringBlock, key: str, spending: JudgeSpending) -> AsyncIterator["JudgeClient"]:
+    """A client with connections of its own; it writes what it spends to `spending`."""
     async with http_client.connected(block, key) as http:
-        yield JudgeClient(block, key, http, ledger)
+        yield JudgeClient(block, key, http, spending)
 
 
 class JudgeClient:
     """Asks one judge, `concurrency` questions at a time. Where the server takes it, only choices can be answered."""
 
-    def __init__(self, block: JudgeScoringBlock, key: str, http: httpx.AsyncClient, ledger: JudgeLedger) -> None:
-        self.ledger = ledger
+    def __init__(self, block: JudgeScoringBlock, key: str, http: httpx.AsyncClient, spending: JudgeSpending) -> None:
+        self.spending = spending
         self._block, self._http = block, http
         self._url = f"{block.base_url.rstrip('/')}/chat/completions"
         where = "that scoring.base_url ends as the server wants it (most: /v1)"
         self._server = Server(
-            block, key, ledger, address="scoring.base_url", at_404=f"scoring.model={block.model}, and {where}"
+            block, key, spending, address="scoring.base_url", at_404=f"scoring.model={block.model}, and {where}"
         )
         self._takes_choices = True
 
@@ -107,7 +107,7 @@ class JudgeClient:
         }
         if constrained:
             body["structured_outputs"] = {"choice": list(question.choices)}
-        self.ledger.requests += 1
+        self.spending.requests += 1
         # Half a surrogate pair has no UTF-8 form; JSON can escape it.
         content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         return await exchange(self._http, "POST", self._url, deadline, body=content, headers=kind)
@@ -126,13 +126,13 @@ class JudgeClient:
     def _meter(self, usage: Any) -> None:
         match usage:
             case {"total_tokens": tokens} if _is_count(tokens):
-                self.ledger.tokens += tokens
+                self.spending.tokens += tokens
             case _:
-                self.ledger.unmetered += 1
+                self.spending.unmetered += 1
         match usage:
             case {"prompt_tokens": asked, "completion_tokens": answered} if _is_count(asked) and _is_count(answered):
-                self.ledger.tokens_in += asked
-                self.ledger.tokens_out += answered
+                self.spending.tokens_in += asked
+                self.spending.tokens_out += answered
 
 
 def _is_count(value: object) -> bool:

@@ -19,7 +19,7 @@ from raylign.config.scoring import (
 )
 from raylign.records import Score
 from raylign.run.sources import module_sources
-from raylign.scoring.base import Compute, Scorer, ScoringItem
+from raylign.scoring.base import Compute, ItemScorer, ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache, Verdicts
 from raylign.scoring.composition import composed, named
 from raylign.scoring.function import FunctionScorer
@@ -43,11 +43,11 @@ def _code(spec: str, file: Path) -> list[str]:
 class LoadedScorer:
     """Any scorer, and what it took since it was asked last. Made by `load_scorer`."""
 
-    def __init__(self, scorer: Scorer, usages: dict[str, Usage], ending: ExitStack) -> None:
+    def __init__(self, scorer: ItemScorer, usages: dict[str, Usage], ending: ExitStack) -> None:
         self._scorer, self._usages, self._ending = scorer, usages, ending
 
     def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
-        """One score per item, in order; see `Scorer`."""
+        """One score per item, in order; see `ItemScorer`."""
         return self._scorer.score(items, allowed)
 
     def take_usage(self) -> Usages:
@@ -83,19 +83,19 @@ class _Loading:
         self.ending = ExitStack()
         self._run_cache, self._max_unscored, self._compute = run_cache, max_unscored, compute
 
-    def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> Scorer:
+    def scorer(self, block: ScoringBlock, names: tuple[str, ...]) -> ItemScorer:
         # The limit is of the whole.
         block = block.model_copy(update={"max_unscored": self._max_unscored})
         if isinstance(block, CompositionBlock):
             return composed(block, dict(self._members(block, names)))
         return self._leaf(block, self.usages.setdefault("/".join(names) or block.type, Usage()))
 
-    def _members(self, block: CompositionBlock, names: tuple[str, ...]) -> Iterator[tuple[str, Scorer]]:
+    def _members(self, block: CompositionBlock, names: tuple[str, ...]) -> Iterator[tuple[str, ItemScorer]]:
         for name, member in block.members.items():
             with named(f"{block.place}{name}"):
                 yield name, self.scorer(member, (*names, name))
 
-    def _leaf(self, block: LeafBlock, usage: Usage) -> Scorer:
+    def _leaf(self, block: LeafBlock, usage: Usage) -> ItemScorer:
         match block:
             case FunctionScoringBlock():
                 function = FunctionScorer(block)
@@ -124,7 +124,7 @@ class _Loading:
                     context=lambda item: label_of(item, block),
                 )
 
-    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock, usage: Usage) -> Scorer:
+    def _model(self, block: RewardModelScoringBlock | ImplicitScoringBlock, usage: Usage) -> ItemScorer:
         # An actor without a model starts, and is replaced, in a second or two instead of ten.
         from raylign.scoring.models import load_model, model_hashes  # noqa: PLC0415 - torch and transformers
 
@@ -134,12 +134,12 @@ class _Loading:
     def _cached(
         self,
         block: LeafBlock,
-        scorer: Scorer,
+        scorer: ItemScorer,
         usage: Usage,
         *,
         contents: Sequence[str] = (),
         context: Callable[[ScoringItem], object] = lambda item: None,
-    ) -> Scorer:
+    ) -> ItemScorer:
         cache = self._cache(block)
         if cache is None:
             return scorer

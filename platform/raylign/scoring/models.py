@@ -8,15 +8,15 @@ import torch
 from raylign.config.scoring import ImplicitScoringBlock, ModelScoringBlock, RewardModelScoringBlock
 from raylign.models import load_tokenizer
 from raylign.run.fingerprints import fingerprint
-from raylign.scoring.base import Compute, Scorer
-from raylign.scoring.checkpoints import Checkpoint, model_fingerprint, of_scorer
+from raylign.scoring.base import Compute, ItemScorer
+from raylign.scoring.checkpoints import ScorerCheckpoint, model_fingerprint, of_scorer
 from raylign.scoring.implicit import ImplicitScorer
 from raylign.scoring.implicit_checkpoints import find_pair
 from raylign.scoring.reward_checkpoint import architecture, find_reward_model, load_reward_tokenizer
 from raylign.scoring.reward_model import RewardModelScorer
 
 
-def load_model(block: RewardModelScoringBlock | ImplicitScoringBlock, compute: Compute) -> Scorer:
+def load_model(block: RewardModelScoringBlock | ImplicitScoringBlock, compute: Compute) -> ItemScorer:
     """The scorer, loaded; this process computes on so many threads from here on. Raises ScorerError."""
     torch.set_num_threads(compute.threads)
     device = torch.device("cuda", 0) if compute.on_gpu else torch.device("cpu")
@@ -67,7 +67,7 @@ def model_hashes(block: ModelScoringBlock) -> list[str]:
     return hashes if template is None else [*hashes, fingerprint(template).sha256]
 
 
-def _checkpoints(block: ModelScoringBlock) -> Iterator[Checkpoint]:
+def _checkpoints(block: ModelScoringBlock) -> Iterator[ScorerCheckpoint]:
     match block:
         case RewardModelScoringBlock():
             yield find_reward_model(block)[0]
@@ -76,14 +76,14 @@ def _checkpoints(block: ModelScoringBlock) -> Iterator[Checkpoint]:
             yield from (pair.policy, pair.reference)
 
 
-def _size(checkpoint: Checkpoint, block: ModelScoringBlock) -> str:
+def _size(checkpoint: ScorerCheckpoint, block: ModelScoringBlock) -> str:
     return f"{checkpoint.parameters():,} parameters in {block.dtype}"
 
 
-def _places(checkpoint: Checkpoint) -> str:
+def _places(checkpoint: ScorerCheckpoint) -> str:
     return " on ".join(str(folder) for folder in reversed(checkpoint.folders))
 
 
-def _template(block: ModelScoringBlock, checkpoint: Checkpoint) -> str:
+def _template(block: ModelScoringBlock, checkpoint: ScorerCheckpoint) -> str:
     source = f"in {checkpoint.tokenizer}" if block.chat_template is None else f"file {Path(block.chat_template)}"
     return f"chat template {source}"

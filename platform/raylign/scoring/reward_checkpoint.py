@@ -11,13 +11,13 @@ from raylign.models.chat_template import read_template
 from raylign.models.load import load_whole, read_config
 from raylign.models.open import open_tokenizer
 from raylign.models.resolve import stored_shapes
-from raylign.scoring.checkpoints import PLAIN, Checkpoint, adapted, find_checkpoint, model_block
+from raylign.scoring.checkpoints import PLAIN, ScorerCheckpoint, adapted, find_checkpoint, model_block
 
 _TASK, _ADAPTER_HEADS = "SEQ_CLS", ("score.weight", "classifier.weight")
 _AUTO = "AutoModelForSequenceClassification"
 
 
-def find_reward_model(block: RewardModelScoringBlock) -> tuple[Checkpoint, PreTrainedConfig]:
+def find_reward_model(block: RewardModelScoringBlock) -> tuple[ScorerCheckpoint, PreTrainedConfig]:
     """Where the model is, and its config; no weights are read but their headers.
 
     Raises ModelError: nothing there, no sequence classifier, or another number of outputs than one.
@@ -39,7 +39,7 @@ def find_reward_model(block: RewardModelScoringBlock) -> tuple[Checkpoint, PreTr
     return checkpoint, config
 
 
-def architecture(checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
+def architecture(checkpoint: ScorerCheckpoint, config: PreTrainedConfig) -> str:
     """Its name in config.json; an adapter's is its base's."""
     name = ", ".join(config.architectures or ["unnamed architecture"])
     return f"adapter on {name}" if checkpoint.adapters else name
@@ -64,7 +64,7 @@ def _require_one_output(path: str, outputs: int | None) -> None:
 
 
 def load_reward_scorer(
-    checkpoint: Checkpoint, config: PreTrainedConfig, block: RewardModelScoringBlock
+    checkpoint: ScorerCheckpoint, config: PreTrainedConfig, block: RewardModelScoringBlock
 ) -> PreTrainedModel:
     """The model in `block.dtype`, to be evaluated; its linear `score` head computes in float32.
 
@@ -96,7 +96,7 @@ def _to_float32(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torc
     return tuple(hidden.float() for hidden in inputs)
 
 
-def load_reward_tokenizer(checkpoint: Checkpoint, block: RewardModelScoringBlock) -> PreTrainedTokenizerBase:
+def load_reward_tokenizer(checkpoint: ScorerCheckpoint, block: RewardModelScoringBlock) -> PreTrainedTokenizerBase:
     """The reward model's own tokenizer, with the template of `block` in place of its own where one is named.
 
     Raises ModelError: no tokenizer, none beside an adapter, or no template.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from raylign.records import Score
-from raylign.scoring.base import Scorer, ScoringItem
+from raylign.scoring.base import ItemScorer, ScoringItem
 
 REASONS_KEPT = 3
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
@@ -112,7 +112,7 @@ def _as_name(reason: str) -> str:
 class MeasuredScorer:
     """Asks `scorer` and keeps what that took in `usage`; what the scorer itself counts as `cache_hits` took nothing."""
 
-    def __init__(self, scorer: Scorer, usage: Usage, amounts: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __init__(self, scorer: ItemScorer, usage: Usage, amounts: Callable[[], Mapping[str, float]] = dict) -> None:
         """`amounts` gives sums since the scorer was made; their growth over a call is kept."""
         self._scorer, self._usage, self._amounts = scorer, usage, amounts
 

@@ -1,4 +1,4 @@
-"""The record of a campaign: a durable journal, and an MLflow feed that follows it."""
+"""The record of a run: a durable journal, and an MLflow feed that follows it."""
 
 import os
 

@@ -29,10 +29,10 @@ class FeedState(BaseModel):
     sequence: int = 0
     experiment_id: str = ""
     campaign: str = ""
-    """The campaign's own id, from the journal."""
+    """The run's own id, from the journal."""
     name: str = ""
     run_id: str = ""
-    """The campaign's run in MLflow."""
+    """The parent run in MLflow."""
     rounds: dict[int, RoundState] = Field(default_factory=dict)
 
 

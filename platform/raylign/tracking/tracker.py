@@ -1,4 +1,4 @@
-"""What recipes call to put a campaign on record."""
+"""What recipes call to put a run on record."""
 
 import hashlib
 import math
@@ -33,15 +33,15 @@ def open_tracker(run_dir: Path, block: TrackingBlock) -> "Tracker":
 
 
 class Tracker:
-    """Writes a campaign's events. Every method returns once the event is on disk and never waits for MLflow."""
+    """Writes a run's events. Every method returns once the event is on disk and never waits for MLflow."""
 
     def __init__(self, journal: Journal, feed: MlflowFeed) -> None:
         self._journal = journal
         self._feed = feed
         self._run_dir = journal.path.parent
 
-    def campaign_started(self, config: RunConfig, facts: Mapping[str, str]) -> None:
-        """Call first in every process of a campaign, resumed ones too. `facts` come from `run_facts`."""
+    def run_started(self, config: RunConfig, facts: Mapping[str, str]) -> None:
+        """Call first in every process of a run, resumed ones too. `facts` come from `run_facts`."""
         earlier = next((event for event in read_events(self._journal.path) if event.name == "campaign_started"), None)
         campaign = uuid.uuid4().hex if earlier is None else earlier.get("campaign", _TEXT)
         params = publishable(config.model_dump(mode="json"))
@@ -58,7 +58,7 @@ class Tracker:
         )
 
     def baseline(self, evaluation: AnyEvaluation) -> None:
-        """The evaluation before round 1; becomes round 0 of the campaign's curves."""
+        """The evaluation before round 1; becomes round 0 of the run's curves."""
         self._journal.append("evaluation", {"round": 0, "evaluation": _measured(evaluation)})
 
     def round_started(self, index: int) -> None:
@@ -74,7 +74,7 @@ class Tracker:
         self._journal.append("stage", {"round": index, "name": name, "seconds": seconds})
 
     def round_finished(self, report: RoundReport) -> None:
-        """Round `report.index` is done. The campaign's curves get the means over its steps."""
+        """Round `report.index` is done. The run's curves get the means over its steps."""
         self._journal.append(
             "round_finished",
             {
@@ -94,7 +94,7 @@ class Tracker:
         self._journal.append("incident", {"role": role, "happened": happened, **detail})
 
     def artifact(self, path: Path, kind: ArtifactKind, index: int = 0) -> None:
-        """A finished file inside the run directory, of round `index` (0: of the campaign).
+        """A finished file inside the run directory, of round `index` (0: of the whole run).
 
         Raises RaylignError when `path` (as this process sees it) lies outside the run directory.
         """

@@ -71,12 +71,12 @@ class MlflowWriter:
         """Do what one event asks. After an error, apply the same event again."""
         match event.name:
             case "campaign_started":
-                self._campaign_started(event)
+                self._run_started(event)
             case "prompts":
                 self._prompts(event)
             case "evaluation":
                 measured = _prefixed("eval", event.get("evaluation", _VALUES))
-                self._log(self._campaign(event), event, event.get("round", _INDEX), measured)
+                self._log(self._parent(event), event, event.get("round", _INDEX), measured)
             case "round_started":
                 self._round_started(event)
             case "stage":
@@ -90,7 +90,7 @@ class MlflowWriter:
             case "artifact":
                 self._artifact(event)
             case "campaign_finished":
-                self._campaign_finished(event)
+                self._run_finished(event)
             case _:
                 error = event.wrong("is unknown here")
                 error.cure = "use the raylign that wrote it, or newer"
@@ -109,7 +109,7 @@ class MlflowWriter:
             self._saved = self.state.sequence
         self._flushed = time.monotonic()
 
-    def _campaign(self, event: Event) -> str:
+    def _parent(self, event: Event) -> str:
         if not self.state.run_id:
             raise event.wrong("comes before campaign_started")
         return self.state.run_id
@@ -120,7 +120,7 @@ class MlflowWriter:
             raise event.wrong(f"comes before round_started {index}")
         return self.state.rounds[index]
 
-    def _campaign_started(self, event: Event) -> None:
+    def _run_started(self, event: Event) -> None:
         campaign, name = event.get("campaign", _TEXT), event.get("name", _TEXT)
         facts, params = event.get("tags", _TEXTS), event.get("params", _TEXTS)
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
@@ -134,7 +134,7 @@ class MlflowWriter:
         self.state.run_id = run_id
 
     def _log_params(self, run_id: str, wanted: Mapping[str, str], tags: dict[str, str]) -> None:
-        """Params cannot change in MLflow: what a resumed campaign changed becomes a `changed.*` tag."""
+        """Params cannot change in MLflow: what a resumed run changed becomes a `changed.*` tag."""
         params = {_safe_name(key): value[:_MAX_PARAM] for key, value in wanted.items()}
         logged = self._store.params(run_id)
         new = [Param(key, value) for key, value in params.items() if key not in logged]
@@ -148,11 +148,11 @@ class MlflowWriter:
     def _prompts(self, event: Event) -> None:
         digest, source_type = event.get("digest", _TEXT), event.get("source_type", _TEXT)
         prompts = dataset_input("prompts", digest, source_type, event.get("source", _ANY), event.get("counts", _COUNTS))
-        self._store.log_dataset(self._campaign(event), prompts)
+        self._store.log_dataset(self._parent(event), prompts)
 
     def _round_started(self, event: Event) -> None:
         """Every attempt at a round has the same run; one that has finished stays so."""
-        index, parent = event.get("round", _INDEX), {MLFLOW_PARENT_RUN_ID: self._campaign(event)}
+        index, parent = event.get("round", _INDEX), {MLFLOW_PARENT_RUN_ID: self._parent(event)}
         if index not in self.state.rounds:
             identity = {
                 "raylign.campaign": self.state.campaign,
@@ -196,21 +196,21 @@ class MlflowWriter:
             "policy_version": event.get("policy_version", _INDEX),
         }
         train: Mapping[str, float | None] = event.get("train", _VALUES)
-        of_campaign = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **train}
+        of_parent = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **train}
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
         self._log(round_state.run_id, event, index, measured)
-        self._log(self._campaign(event), event, index, of_campaign)
+        self._log(self._parent(event), event, index, of_parent)
 
     def _incident(self, event: Event) -> None:
         """How many actors of a role were lost or recovered so far, over the round in which it happened."""
         name = f"incidents/{event.get('role', _TEXT)}_{event.get('happened', _TEXT)}"
-        self._log(self._campaign(event), event, event.get("round", _INDEX), {name: event.get("count", _INDEX)})
+        self._log(self._parent(event), event, event.get("round", _INDEX), {name: event.get("count", _INDEX)})
 
     def _artifact(self, event: Event) -> None:
         index, kind, relative = event.get("round", _INDEX), event.get("kind", _TEXT), event.get("path", _TEXT)
         if index not in self.state.rounds:
-            upload(self._store, self._campaign(event), self._run_dir, relative, kind)
+            upload(self._store, self._parent(event), self._run_dir, relative, kind)
             return
         round_state = self.state.rounds[index]
         sent = upload(self._store, round_state.run_id, self._run_dir, relative, kind)
@@ -219,14 +219,14 @@ class MlflowWriter:
             self._store.log_dataset(round_state.run_id, dataset)
             round_state.has_preferences = True
 
-    def _campaign_finished(self, event: Event) -> None:
+    def _run_finished(self, event: Event) -> None:
         ended = event.get("ended", _TIME) if "ended" in event.payload else event.time
         status, end = event.get("status", _TEXT), _milliseconds(ended)
         for round_state in self.state.rounds.values():
             if round_state.status == "RUNNING":
                 self._store.set_ended(round_state.run_id, status, end)
                 round_state.status = status
-        self._store.set_ended(self._campaign(event), status, end)
+        self._store.set_ended(self._parent(event), status, end)
 
     def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""

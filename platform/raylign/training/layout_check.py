@@ -32,7 +32,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 the model computes in here: float32 unless its code narrows by itself."""
 
 
-class Scored(Protocol):
+class ScoredModule(Protocol):
     """What `CompletionLogps` and `CompletionRewards` have in common: both are modules."""
 
     model: nn.Module
@@ -54,7 +54,7 @@ class Verdict:
     reason: str
 
 
-def supported_layout(modules: Sequence[Scored], wanted: Layout, device: torch.device) -> Layout:
+def supported_layout(modules: Sequence[ScoredModule], wanted: Layout, device: torch.device) -> Layout:
     """`wanted` where all of `modules` compute in it what transformers computes, else `padded`.
 
     Each is a `CompletionLogps` or `CompletionRewards`, and is told which attention of transformers its padded rows
@@ -76,7 +76,7 @@ def supported_layout(modules: Sequence[Scored], wanted: Layout, device: torch.de
     return wanted
 
 
-def _check(module: Scored, layout: Layout, device: torch.device) -> Verdict:
+def _check(module: ScoredModule, layout: Layout, device: torch.device) -> Verdict:
     """Padded rows may take either attention of transformers; the one that is exact is kept, the faster one first."""
     attentions: tuple[PaddedAttention, ...] = ("sdpa", "eager") if layout == "padded" else ("sdpa",)
     verdict = Verdict(False, math.inf, "")
@@ -88,7 +88,7 @@ def _check(module: Scored, layout: Layout, device: torch.device) -> Verdict:
     return verdict
 
 
-def compare(module: Scored, layout: Layout, device: torch.device) -> Verdict:
+def compare(module: ScoredModule, layout: Layout, device: torch.device) -> Verdict:
     """`module` in rows of `layout` against transformers, in float32 and with attention windows that the rows pass."""
     inner = inner_model(module.model)
     before, groups = (_groups(inner, seed) for seed in (1, 2))
@@ -142,11 +142,11 @@ def _groups(inner: PreTrainedModel, seed: int) -> list[Completions]:
     return [Completions(draw(prompt), [draw(length) for length in lengths]) for prompt, lengths in _SHAPES]
 
 
-def _values(module: Scored, groups: list[Completions], layout: Layout, device: torch.device) -> Tensor:
+def _values(module: ScoredModule, groups: list[Completions], layout: Layout, device: torch.device) -> Tensor:
     """A log-prob per token, or a reward per completion."""
     found = module(token_batch(groups, layout, 0).to(device))
     return found if isinstance(found, Tensor) else found.tokens.logps
 
 
-def _kind(module: Scored) -> str:
+def _kind(module: ScoredModule) -> str:
     return str(inner_model(module.model).config.model_type)

@@ -117,7 +117,7 @@ class _Desk:
             feed = MlflowFeed(run_dir, self.uris[server], "bench") if server in self.uris else NoFeed()
             tracker = Tracker(journal, feed)
             if repeat == 0:
-                tracker.campaign_started(parse_config({}), run_facts())
+                tracker.run_started(parse_config({}), run_facts())
             tracker.round_started(repeat + 1)
             if server in (Server.HEALTHY, Server.KILLED):
                 wait_until(lambda: load_state(run_dir, self.uris[server]).sequence == _events(run_dir))

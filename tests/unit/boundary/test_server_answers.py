@@ -178,7 +178,7 @@ def test_a_run_whose_mlflow_answers_anything_finishes_and_says_what_is_missing(
     with sending(pieces) as uri:
         tracker = open_tracker(run.path, TrackingBlock(uri=uri))
         with recorded(tracker, run):
-            tracker.campaign_started(run.config(), {})
+            tracker.run_started(run.config(), {})
             tracker.round_started(1)
             noticed()
     lines = [record.getMessage() for record in caplog.records if record.name.startswith(("raylign", "recipes"))]

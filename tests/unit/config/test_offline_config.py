@@ -46,7 +46,7 @@ def test_an_unknown_recipe_gets_a_suggestion(tmp_path: Path) -> None:
 
 def test_a_script_takes_only_its_own_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("recipe: sft\ndata: {source: a.jsonl}\n")
-    with pytest.raises(ConfigError, match=r"recipe: Input should be 'offline_dpo' \(got 'sft'\)"):
+    with pytest.raises(ConfigError, match=r"recipe=sft: these are the settings of offline_dpo; correct recipe"):
         load_config(tmp_path / "recipe.yaml", kind=OfflineDpoConfig)
 
 

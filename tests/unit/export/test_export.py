@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raylign.config import parse_config
 from raylign.errors import ModelError
-from raylign.export.card import Method, ModelFacts, card_text, framework_versions
+from raylign.export.card import Method, PolicyFacts, card_text, framework_versions
 from raylign.export.policy import export_model
 from raylign.records import Evaluation, RoundReport
 from raylign.run.directory import RunDirectory
 from recipes.commands.export import card_facts
 
 EVALUATION = Evaluation(0.5, 0.4, 0.6, 2.0, 40.0, 0.8, 0.75, 32, 1)
-FACTS = ModelFacts(
+FACTS = PolicyFacts(
     name="tiny-dpo",
     base_model="someone/tiny",
     dataset="embedded:review-topics",

@@ -19,7 +19,7 @@ from raylign.config.reference import (
 from raylign.errors import ConfigError
 from raylign.records import Candidate, Prompt
 from raylign.reference.versions import is_initial_reference, is_new_reference, reference_version
-from raylign.run.sampled import sampled_sheet
+from raylign.run.sampled import sampled_file
 from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
 from tests.fakes import FakeEngine, FakeGenerators
 
@@ -132,16 +132,16 @@ def test_the_reference_answers_last_with_its_own_version_log_probs_and_the_promp
 def test_a_sheet_keeps_what_policy_and_reference_answered(tmp_path: Path) -> None:
     path, versions = tmp_path / "sampled.jsonl", policy_versions(DECODING, 2)
     found = sampled(version=2, weights=2)
-    with sampled_sheet(path, [PROMPT], versions) as sheet:
+    with sampled_file(path, [PROMPT], versions) as sheet:
         sheet.add(found)
-    with sampled_sheet(path, [PROMPT], versions) as sheet:
+    with sampled_file(path, [PROMPT], versions) as sheet:
         assert sheet.missing == [] and sheet.candidates == found
 
 
 @pytest.mark.parametrize("versions", [(2, 2, 2), (2, 2), (2, 0, 0), (3, 3, 0)])
 def test_a_sheet_drops_lines_of_other_samplers(versions: tuple[int, ...], tmp_path: Path) -> None:
     path = tmp_path / "sampled.jsonl"
-    with sampled_sheet(path, [PROMPT], policy_versions(DECODING, 2)) as sheet:
+    with sampled_file(path, [PROMPT], policy_versions(DECODING, 2)) as sheet:
         sheet.add(sampled(version=2, weights=2))
-    with sampled_sheet(path, [PROMPT], versions) as sheet:
+    with sampled_file(path, [PROMPT], versions) as sheet:
         assert sheet.missing == [PROMPT] and sheet.candidates == []

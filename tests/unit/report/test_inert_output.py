@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from raylign.config.blocks import ModelBlock
-from raylign.export.card import Method, ModelFacts, card_text
+from raylign.export.card import Method, PolicyFacts, card_text
 from raylign.records import Evaluation, Prompt, Score
 from raylign.report.console import PlainLines
 from raylign.report.tables import Sample, samples_block
@@ -142,7 +142,7 @@ EVALUATION = Evaluation(0.5, 0.4, 0.6, 2.0, 8.0, 0.5, 1.0, 3, 0)
 )
 def test_names_in_the_card_are_code_spans(text: str) -> None:
     method = Method("DPO", "DPO, loss `sigmoid`", ("dpo",), {"Prompts": text, "Scorer": text})
-    facts = ModelFacts("tiny", text, text, method, 1, EVALUATION, 0.95, {})
+    facts = PolicyFacts("tiny", text, text, method, 1, EVALUATION, 0.95, {})
     card = card_text(facts, is_adapter=True, in_4bit=ModelBlock(load_in_4bit=True))
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "tags"}
@@ -156,5 +156,5 @@ def test_names_in_the_card_are_code_spans(text: str) -> None:
 
 
 def test_a_run_without_hostile_names_has_them_as_they_are() -> None:
-    facts = ModelFacts("tiny", "org/model", "org/data", Method("DPO", "DPO", ("dpo",)), 1, EVALUATION, 0.95, {})
+    facts = PolicyFacts("tiny", "org/model", "org/data", Method("DPO", "DPO", ("dpo",)), 1, EVALUATION, 0.95, {})
     assert "| Base model | `org/model` |" in card_text(facts, is_adapter=False)

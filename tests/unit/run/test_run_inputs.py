@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.scorer.actor import LoadedScorer
+from actors.scorer.actor import ScorerWorker
 from raylign.config import OfflineDpoConfig, load_config
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ConfigError, RecordError, ScorerError
@@ -280,7 +280,7 @@ def test_actors_run_the_code_that_the_run_began_with(
     elif changed == "absent":
         (project / "elsewhere").mkdir()
         monkeypatch.chdir(project / "elsewhere")
-    scorer = LoadedScorer(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
+    scorer = ScorerWorker(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
     try:
         assert values(scorer) == [1.0]
         assert (kept["mine:score"].folder in sys.path) == (changed != "as it was")
@@ -300,7 +300,7 @@ def test_a_node_that_cannot_get_the_code_says_so(project: Path, monkeypatch: pyt
     (Path(kept["mine:score"].folder) / "mine.py").write_text("def score(prompts, completions): ...\n")
     replace("mine.py", "return base", "return  base")(project)
     with pytest.raises(ScorerError, match=r"mine:score: .* has other code for it than the run began with"):
-        LoadedScorer(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
+        ScorerWorker(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
     replace("mine.py", "return  base", "return base")(project)
     sys.path.remove(kept["mine:score"].folder)
     assert kept_code(block, project / "runs/tiny/code") == kept

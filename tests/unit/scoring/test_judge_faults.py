@@ -13,7 +13,7 @@ from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring import JudgeScorer, check_unscored
 from raylign.scoring.describe import describe_scorer
-from raylign.scoring.judge_check import CANARIES
+from raylign.scoring.judge_check import QUESTIONS
 from tests.faults import record
 from tests.judges import Asked, Judge, Judged, Reply, Server, first_is_best, group, honest, values
 
@@ -202,7 +202,7 @@ def test_nonsense_is_no_verdict(judged: Judged) -> None:
     text = refusal(scorer)
     assert f"the judge judge-1 at {server.base_url} cannot judge: 4 of 4 questions" in text
     assert "answered 'Sure! I would say A.', none of A, B, tie" in text and "scoring.canaries=false" in text
-    assert len(server.asked) == 1 + 2 * len(CANARIES), "nothing was scored"
+    assert len(server.asked) == 1 + 2 * len(QUESTIONS), "nothing was scored"
     record(
         "judge that answers nonsense",
         f"{len(nonsense)} kinds of answers that are no choice, and a judge who chats",
@@ -228,15 +228,15 @@ def test_an_unfit_judge_is_refused_before_anything_is_scored(judged: Judged, unf
     scorer, server = judged(unfit, canaries=True)
     text = refusal(scorer)
     assert "4 of 4 questions with known answers went wrong" in text and text.count(shown) == 4
-    assert all(canary.question in text for canary in CANARIES)
-    assert len(server.asked) == 1 + 2 * len(CANARIES)
+    assert all(canary.question in text for canary in QUESTIONS)
+    assert len(server.asked) == 1 + 2 * len(QUESTIONS)
 
 
 def test_a_sound_judge_is_met_once(judged: Judged) -> None:
     scorer, server = judged(honest, canaries=True)
     assert values(scorer.score(group("good", "bad"))) == [1.0, 0.0]
     assert values(scorer.score(group("good", "bad"))) == [1.0, 0.0]
-    assert len(server.asked) == 1 + 2 * len(CANARIES) + 2 + 2
+    assert len(server.asked) == 1 + 2 * len(QUESTIONS) + 2 + 2
 
 
 def test_one_wrong_canary_is_forgiven(judged: Judged) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.scorer.actor import LoadedScorer
+from actors.scorer.actor import ScorerWorker
 from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ConfigError, ScorerError
@@ -194,7 +194,7 @@ def test_a_judge_is_described_by_model_address_and_criterion(judged: Judged) -> 
 def test_the_actor_takes_the_scorer_that_the_block_names(judged: Judged, tmp_path: Path) -> None:
     _, server = judged(honest)
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False)
-    actor = LoadedScorer(block, str(tmp_path / "scores.sqlite"), str(tmp_path), "scorer-0")
+    actor = ScorerWorker(block, str(tmp_path / "scores.sqlite"), str(tmp_path), "scorer-0")
     assert actor.ready() and values(actor.score(group("good", "bad"), 0).scores) == [1.0, 0.0]
 
 

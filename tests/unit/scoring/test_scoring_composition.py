@@ -25,7 +25,7 @@ from raylign.config.scoring import (
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
 from raylign.scoring import ScoringItem, batches, longest_s
-from raylign.scoring.base import Scorer
+from raylign.scoring.base import ItemScorer
 from raylign.scoring.composition import composed
 from raylign.scoring.describe import describe_scorer, scorer_name
 from raylign.scoring.load import load_scorer
@@ -44,7 +44,7 @@ GATE = GateScoringBlock(gate=ANY, score=ANY, threshold=1.0, otherwise=-1.0)
 def score(
     block: Composition, members: dict[str, Told], items: Sequence[ScoringItem], allowed: int = 100
 ) -> list[Score]:
-    scorers: dict[str, Scorer] = {**members}
+    scorers: dict[str, ItemScorer] = {**members}
     return composed(block, scorers).score(items, allowed)
 
 

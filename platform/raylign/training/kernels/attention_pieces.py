@@ -59,7 +59,7 @@ _WASTE = 1.5
 """Most of them over those that the blocks have without padding."""
 
 
-class Block(NamedTuple):
+class QueryBlock(NamedTuple):
     """Up to `_BLOCK` queries, and the keys of the row that they see: the last ones are the queries' own."""
 
     queries: range
@@ -93,38 +93,38 @@ def batches_of(segments: tuple[Segment, ...], window: int | None, dtype: torch.d
     return tuple(_batch(group, window, dtype) for group in _alike(blocks))
 
 
-def _blocks(piece: Piece, window: int | None) -> Iterator[Block]:
+def _blocks(piece: Piece, window: int | None) -> Iterator[QueryBlock]:
     own = range(piece.own.start, piece.own.stop)
     prompt = range(piece.prompt.start, piece.prompt.stop)
     for start in range(0, len(own), _BLOCK):
         queries = own[start : start + _BLOCK]
         hidden = 0 if window is None else max(0, len(prompt) + start + 1 - window)
         before = max(0, hidden - len(prompt))
-        yield Block(queries, (prompt[hidden:], own[before : start + len(queries)]))
+        yield QueryBlock(queries, (prompt[hidden:], own[before : start + len(queries)]))
 
 
 @dataclass(slots=True)
 class _Group:
     """Blocks that share a batch, the longest queries and keys among them, and the weights that they have alone."""
 
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[QueryBlock] = field(default_factory=list)
     queries: int = 0
     keys: int = 0
     area: int = 0
 
-    def takes(self, block: Block) -> bool:
+    def takes(self, block: QueryBlock) -> bool:
         queries, keys = block.sizes
         padded = (len(self.blocks) + 1) * max(self.queries, queries) * max(self.keys, keys)
         return padded <= min(_AREA, _WASTE * (self.area + queries * keys))
 
-    def add(self, block: Block) -> None:
+    def add(self, block: QueryBlock) -> None:
         queries, keys = block.sizes
         self.blocks.append(block)
         self.queries, self.keys = max(self.queries, queries), max(self.keys, keys)
         self.area += queries * keys
 
 
-def _alike(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+def _alike(blocks: Iterable[QueryBlock]) -> Iterator[list[QueryBlock]]:
     """First fit, longest first."""
     groups: list[_Group] = []
     for block in sorted(blocks, key=lambda block: block.sizes, reverse=True):
@@ -135,7 +135,7 @@ def _alike(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     return (group.blocks for group in groups)
 
 
-def _batch(blocks: list[Block], window: int | None, dtype: torch.dtype) -> Batch:
+def _batch(blocks: list[QueryBlock], window: int | None, dtype: torch.dtype) -> Batch:
     width = max(block.sizes[0] for block in blocks)
     height = -(-max(block.sizes[1] for block in blocks) // _LANES) * _LANES
     mask = torch.zeros(len(blocks), 1, width, height, dtype=dtype)

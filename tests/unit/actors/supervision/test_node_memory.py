@@ -10,7 +10,7 @@ import pytest
 from actors.supervision import node_memory
 from actors.supervision.endings import Loss, MemoryReport
 from actors.supervision.incidents import Incidents
-from actors.supervision.node_memory import NodeMemory, Pause, Usage, kernel_kills, usage
+from actors.supervision.node_memory import MemoryUsage, NodeMemory, Pause, kernel_kills, usage
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import TrainerError
 
@@ -29,11 +29,11 @@ class Node(NodeMemory):
 
     def __init__(self, before: float, now: float, kills: int = 0) -> None:
         super().__init__()
-        self._at_start = {"n": Usage(before * GB, 14 * GB, 0)}
+        self._at_start = {"n": MemoryUsage(before * GB, 14 * GB, 0)}
         self.in_use, self.kills = now, kills
 
-    def now(self, node: str) -> Usage | None:
-        return Usage(self.in_use * GB, 14 * GB, self.kills)
+    def now(self, node: str) -> MemoryUsage | None:
+        return MemoryUsage(self.in_use * GB, 14 * GB, self.kills)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_other_losses_are_replaced_at_once() -> None:
 
 def test_a_node_that_does_not_answer_is_tried() -> None:
     class Silent(Node):
-        def now(self, node: str) -> Usage | None:
+        def now(self, node: str) -> MemoryUsage | None:
             return None
 
     assert Silent(2.0, 13.0).has_room(report(3.0))

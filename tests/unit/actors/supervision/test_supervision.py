@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from actors.scorer.client import ScorerClient
 from actors.supervision.generators import SupervisedGenerators
 from actors.supervision.incidents import Incidents
-from actors.supervision.node_memory import NodeMemory, Usage
+from actors.supervision.node_memory import MemoryUsage, NodeMemory
 from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, TrainerBlock
@@ -70,12 +70,12 @@ class Node(NodeMemory):
 
     def __init__(self, full: int = 0) -> None:
         super().__init__()
-        self._at_start = {"0ffe48f1": Usage(0.5 * GB, 25 * GB, 0)}
+        self._at_start = {"0ffe48f1": MemoryUsage(0.5 * GB, 25 * GB, 0)}
         self.full, self.looks = full, 0
 
-    def now(self, node: str) -> Usage | None:
+    def now(self, node: str) -> MemoryUsage | None:
         self.looks += 1
-        return Usage((3.0 if self.looks <= self.full else 1.5) * GB, 25 * GB, 0)
+        return MemoryUsage((3.0 if self.looks <= self.full else 1.5) * GB, 25 * GB, 0)
 
 
 @dataclass
@@ -246,7 +246,7 @@ def test_ranks_that_the_monitor_ends_go_on_when_their_node_has_room(no_ray: list
 
 def test_ranks_that_outgrow_their_node_three_times_end_the_run(tmp_path: Path) -> None:
     desk = Desk()
-    desk.node._at_start = {"0ffe48f1": Usage(3.05 * GB, 25 * GB, 0)}
+    desk.node._at_start = {"0ffe48f1": MemoryUsage(3.05 * GB, 25 * GB, 0)}
     group = trainers(desk, *[[rank(train_step=[OOM])] for _ in range(3)])
     with pytest.raises(TrainerError, match="trainers outgrew the memory of its node 3 times") as caught:
         group.train_round([], 0, Round(tmp_path), lambda n: None)

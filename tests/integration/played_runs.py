@@ -25,7 +25,7 @@ def evaluation(score: float) -> Evaluation:
 
 
 def start(tracker: Tracker, run_dir: Path, config: OnlineDpoConfig = CONFIG) -> None:
-    tracker.campaign_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
+    tracker.run_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
     (run_dir / "config.yaml").write_text(dump_config(config))
     tracker.artifact(run_dir / "config.yaml", "config")
     tracker.prompts("embedded:review-topics", "train", DIGEST, {"train": 100, "held_out": 32})
@@ -54,7 +54,7 @@ def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
     )
 
 
-def play_campaign(tracker: Tracker, run_dir: Path) -> None:
+def play_run(tracker: Tracker, run_dir: Path) -> None:
     start(tracker, run_dir)
     play_round(tracker, run_dir, 1)
     play_round(tracker, run_dir, 2)
@@ -84,7 +84,7 @@ def history(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]
 
 
 def assert_recorded_once(client: MlflowClient) -> None:
-    """Every curve of `play_campaign` has exactly its points."""
+    """Every curve of `play_run` has exactly its points."""
     parent, rounds = campaign_and_rounds(client)
     assert [run.data.tags["raylign.round"] for run in rounds] == ["1", "2"]
     assert [run.info.status for run in [parent, *rounds]] == ["FINISHED"] * 3
