@@ -4,18 +4,21 @@
 `ScorerProcess` are one process behind them each: drivers pass their methods to `actors.calls`, which sends the call.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from raylign.evaluation.held_out import HeldOut
-from raylign.records import Candidate, Preference, Prompt, Score
-from raylign.run.checkpoints import Checkpoint, Metrics
-from raylign.sampling.decoding import Decoding
-from raylign.scoring import ScoringItem, Usages
-from raylign.training.sequences import Completions, Layout
+if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
+    from raylign.evaluation.held_out import HeldOut
+    from raylign.records import Candidate, Preference, Prompt, Score
+    from raylign.run.checkpoints import Checkpoint, Metrics
+    from raylign.sampling.decoding import Decoding
+    from raylign.scoring import ScoringItem, Usages
+    from raylign.training.sequences import Completions, Layout
 
 P = ParamSpec("P")
 T = TypeVar("T")
