@@ -1,7 +1,8 @@
-"""What losses read and return."""
+"""What losses read and return, and what a loss is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -89,3 +90,56 @@ def ends(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def list_mean(values: Tensor, mask: Tensor) -> Tensor:
     """[G, K] -> mean [G] over the real candidates."""
     return (values * mask).sum(1) / mask.sum(1)
+
+
+def difference(values: Tensor, mask: Tensor) -> Tensor:
+    """[G, K] -> [G]: the value of the best real candidate less that of the worst."""
+    best, worst = ends(values, mask)
+    return best - worst
+
+
+def nll(logps: CandidateLogps, state: LossState) -> Tensor:
+    """[G]: -log pi(w) / mean |w|: its mean over the step is the step's token mean, -sum log pi(w) / sum |w|."""
+    lengths = logps.lengths[:, 0]
+    tokens = lengths.double().mean() if state.mean_chosen_tokens is None else state.mean_chosen_tokens
+    return -logps.policy[:, 0] / tokens
+
+
+def implicit_rewards(logps: CandidateLogps, block: Any) -> Tensor:
+    """[G, K]: r = beta (log pi - log pi_ref), what TRL logs as rewards."""
+    rewards: Tensor = block.beta * (logps.policy - logps.reference)
+    return rewards
+
+
+B = TypeVar("B")
+Losses = Callable[[CandidateLogps, B, LossState], Tensor]
+"""From what a loss reads, its block of the config and the state to the loss [G] of each preference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss, and what it has to log: the rewards [G, K] of its candidates, and metrics [G] under TRL's names."""
+
+    losses: Losses[Any]
+    rewards: Callable[[CandidateLogps, Any], Tensor] = implicit_rewards
+    metrics: Callable[[CandidateLogps, Any, LossState], Mapping[str, Tensor]] = lambda logps, block, state: {}
+
+
+Table = dict[type[Any], Loss]
+"""By block: the loss that it configures. Each family of losses has one, beside its equations."""
+
+
+def loss_of(
+    block: type[B],
+    losses: Losses[B],
+    *,
+    rewards: Callable[[CandidateLogps, B], Tensor] = implicit_rewards,
+    metrics: Callable[[CandidateLogps, B, LossState], Mapping[str, Tensor]] = lambda logps, block, state: {},
+) -> Table:
+    """The table of one loss; what it is made of reads the block it stands for."""
+    return {block: Loss(losses, rewards, metrics)}
+
+
+def table(*parts: Table) -> Table:
+    """One table of several."""
+    return {block: loss for part in parts for block, loss in part.items()}

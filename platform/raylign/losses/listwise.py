@@ -1,4 +1,4 @@
-"""Losses of whole lists: rewards [G, K] in, losses [G] out.
+"""Losses of whole lists: rewards [G, K] in, losses [G] out; and KTO, which takes each candidate by itself.
 
 `beats` [G, K, K] is True where candidate i has a higher score than candidate j, both real: candidates of equal scores
 are never compared. r is an implicit reward.
@@ -7,6 +7,16 @@ are never compared. r is an implicit reward.
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from raylign.config.losses.listwise import (
+    AllPairsLossBlock,
+    KtoLossBlock,
+    LambdaLossBlock,
+    ListMleLossBlock,
+    ListNetLossBlock,
+    PlackettLuceLossBlock,
+)
+from raylign.losses.inputs import CandidateLogps, LossState, implicit_rewards, list_mean, loss_of, table
 
 
 def beaten(scores: Tensor, mask: Tensor) -> Tensor:
@@ -91,3 +101,68 @@ def all_pairs_hinge(rewards: Tensor, beats: Tensor) -> Tensor:
 
 def _pair_mean(losses: Tensor, beats: Tensor) -> Tensor:
     return (losses * beats).sum((1, 2)) / beats.sum((1, 2)).clamp_min(1)
+
+
+def kto(
+    policy: Tensor,
+    reference: Tensor,
+    is_desirable: Tensor,
+    kl: float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), elementwise: lambda_y - v(x, y) with
+
+    v = lambda_D sigmoid(beta (h - kl)) for desirable and lambda_U sigmoid(beta (kl - h)) for undesirable completions.
+    `kl` >= 0 estimates KL(pi || pi_ref), on other completions than these, and takes no gradient.
+    """
+    gain = beta * (policy - reference - kl)
+    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
+    return torch.where(is_desirable, desirable_weight * desirable, undesirable_weight * undesirable)
+
+
+def _beats(logps: CandidateLogps) -> Tensor:
+    return beaten(logps.scores, logps.mask)
+
+
+def _list_mle(logps: CandidateLogps, block: ListMleLossBlock, state: LossState) -> Tensor:
+    return list_mle(implicit_rewards(logps, block) / logps.lengths, _beats(logps), block.position_aware)
+
+
+def _all_pairs(logps: CandidateLogps, block: AllPairsLossBlock, state: LossState) -> Tensor:
+    loss = all_pairs_logistic if block.loss_type == "all_pairs_logistic" else all_pairs_hinge
+    return loss(implicit_rewards(logps, block), _beats(logps))
+
+
+def _kto(logps: CandidateLogps, block: KtoLossBlock, state: LossState) -> Tensor:
+    bar = list_mean(logps.scores, logps.mask)[:, None] if block.desirable_above is None else block.desirable_above
+    losses = kto(
+        logps.policy,
+        logps.reference,
+        logps.scores > bar,
+        state.kl,
+        beta=block.beta,
+        desirable_weight=block.desirable_weight,
+        undesirable_weight=block.undesirable_weight,
+    )
+    return list_mean(losses, logps.mask)
+
+
+LOSSES = table(
+    loss_of(
+        KtoLossBlock,
+        _kto,
+        metrics=lambda c, b, state: {"kl": torch.full_like(c.kl_logratios, state.kl)},
+    ),
+    loss_of(PlackettLuceLossBlock, lambda c, b, state: plackett_luce(implicit_rewards(c, b), _beats(c))),
+    loss_of(ListMleLossBlock, _list_mle),
+    loss_of(
+        ListNetLossBlock,
+        lambda c, b, state: list_net(implicit_rewards(c, b), c.scores, c.mask, b.score_temperature),
+    ),
+    loss_of(LambdaLossBlock, lambda c, b, state: lambda_loss(implicit_rewards(c, b), c.scores, c.mask)),
+    loss_of(AllPairsLossBlock, _all_pairs),
+)
+"""In each entry c are the candidates and b the block."""

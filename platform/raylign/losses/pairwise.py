@@ -11,6 +11,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from raylign.config.losses.pairwise import (
+    AotLossBlock,
+    ApoLossBlock,
+    BcoPairLossBlock,
+    DifferenceLossBlock,
+    DiscopopLossBlock,
+    DpopLossBlock,
+    ExoPairLossBlock,
+    HingeLossBlock,
+    IpoLossBlock,
+    LabelledLossBlock,
+    NcaPairLossBlock,
+    OdpoLossBlock,
+    PairwiseLossBlock,
+    ProbitLossBlock,
+    RdpoLossBlock,
+    RobustLossBlock,
+    SigmoidLossBlock,
+    SigmoidNormLossBlock,
+    SppoHardLossBlock,
+)
+from raylign.losses.inputs import CandidateLogps, LossState, difference, ends, list_mean, loss_of, table
 from raylign.losses.stable import bounded_exp, bounded_expm1
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -138,3 +160,86 @@ def dpop(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, pena
 def rdpo(delta: Tensor, length_gap: Tensor, alpha: float) -> Tensor:
     """R-DPO, Park et al. 2024 (arXiv 2403.19159): -log sigmoid(delta + alpha (|w| - |l|))."""
     return sigmoid(delta + alpha * length_gap)
+
+
+def _scores(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+    """[G, K]: s."""
+    return divergence_scores(logps.policy - logps.reference, block.f_divergence_type, block.f_alpha_divergence_coef)
+
+
+def _delta(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+    return block.beta * difference(_scores(logps, block), logps.mask)
+
+
+def _delta_per_token(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+    """s(w) / |w| - s(l) / |l|."""
+    return difference(_scores(logps, block) / logps.lengths, logps.mask)
+
+
+def _label(logps: CandidateLogps, block: LabelledLossBlock) -> Tensor | float:
+    if block.soft_label_scale is None:
+        return 1 - block.label_smoothing
+    return bradley_terry_label(difference(logps.scores, logps.mask), block.soft_label_scale)
+
+
+def _logratios(logps: CandidateLogps) -> tuple[Tensor, Tensor]:
+    """h(w), h(l)."""
+    return ends(logps.policy - logps.reference, logps.mask)
+
+
+def _rewards(logps: CandidateLogps, block: PairwiseLossBlock) -> tuple[Tensor, Tensor]:
+    """r(w), r(l)."""
+    chosen, rejected = _logratios(logps)
+    return block.beta * chosen, block.beta * rejected
+
+
+def _plain_delta(logps: CandidateLogps, block: PairwiseLossBlock) -> Tensor:
+    """beta (h(w) - h(l))."""
+    chosen, rejected = _logratios(logps)
+    return block.beta * (chosen - rejected)
+
+
+def _apo(logps: CandidateLogps, block: ApoLossBlock, state: LossState) -> Tensor:
+    return (apo_zero if block.loss_type == "apo_zero" else apo_down)(*_rewards(logps, block))
+
+
+def _aot(logps: CandidateLogps, block: AotLossBlock, state: LossState) -> Tensor:
+    if block.loss_type == "aot_unpaired":
+        return aot(*_logratios(logps), block.beta, block.label_smoothing)
+    policy, reference = difference(logps.policy, logps.mask), difference(logps.reference, logps.mask)
+    return aot(policy, reference, block.beta, block.label_smoothing)
+
+
+def _reward_shift(logps: CandidateLogps, block: BcoPairLossBlock, state: LossState) -> dict[str, Tensor]:
+    return {"reward_shift": block.beta * list_mean(logps.policy - logps.reference, logps.mask)}
+
+
+LOSSES = table(
+    loss_of(SigmoidLossBlock, lambda c, b, state: sigmoid(_delta(c, b), _label(c, b))),
+    loss_of(SigmoidNormLossBlock, lambda c, b, state: sigmoid(b.beta * _delta_per_token(c, b), _label(c, b))),
+    loss_of(ProbitLossBlock, lambda c, b, state: probit(_delta(c, b), _label(c, b))),
+    loss_of(RobustLossBlock, lambda c, b, state: robust(_delta(c, b), b.label_smoothing)),
+    loss_of(HingeLossBlock, lambda c, b, state: hinge(_delta(c, b))),
+    loss_of(IpoLossBlock, lambda c, b, state: ipo(_delta_per_token(c, b), b.beta)),
+    loss_of(ExoPairLossBlock, lambda c, b, state: exo_pair(_delta(c, b), b.label_smoothing)),
+    loss_of(DiscopopLossBlock, lambda c, b, state: discopop(_delta(c, b), b.discopop_tau)),
+    loss_of(NcaPairLossBlock, lambda c, b, state: nca_pair(*_rewards(c, b))),
+    loss_of(
+        BcoPairLossBlock,
+        lambda c, b, state: bco_pair(*_rewards(c, b), state.reward_shift),
+        metrics=_reward_shift,
+    ),
+    loss_of(SppoHardLossBlock, lambda c, b, state: sppo_hard(*_logratios(c), b.beta)),
+    loss_of(ApoLossBlock, _apo),
+    loss_of(AotLossBlock, _aot),
+    loss_of(
+        OdpoLossBlock,
+        lambda c, b, state: odpo(_plain_delta(c, b), difference(c.scores, c.mask), b.odpo_alpha, b.odpo_offset),
+    ),
+    loss_of(DpopLossBlock, lambda c, b, state: dpop(*_logratios(c), b.beta, b.dpop_lambda)),
+    loss_of(
+        RdpoLossBlock,
+        lambda c, b, state: rdpo(_plain_delta(c, b), difference(c.lengths, c.mask), b.rdpo_alpha),
+    ),
+)
+"""In each entry c are the candidates and b the block."""

@@ -3,6 +3,14 @@
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from raylign.config.losses.reference_free import (
+    AlphapoLossBlock,
+    CpoLossBlock,
+    MeanLogpLossBlock,
+    OrpoLossBlock,
+    SimpoLossBlock,
+)
+from raylign.losses.inputs import CandidateLogps, LossState, difference, ends, loss_of, nll, table
 from raylign.losses.pairwise import sigmoid
 from raylign.losses.stable import bounded_expm1, log1mexp
 
@@ -34,3 +42,50 @@ def log_odds_ratio(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Te
 def orpo(log_odds: Tensor, nll: Tensor, beta: float) -> Tensor:
     """ORPO, Hong et al. 2024 (arXiv 2403.07691) eq. 6-7: NLL(w) - beta log sigmoid(log odds ratio)."""
     return nll - beta * logsigmoid(log_odds)
+
+
+def _scores_per_token(logps: CandidateLogps, block: MeanLogpLossBlock) -> Tensor:
+    alpha = block.alpha if isinstance(block, AlphapoLossBlock) else 0.0
+    return alphapo_scores(logps.policy / logps.lengths, alpha)
+
+
+def _simpo(logps: CandidateLogps, block: MeanLogpLossBlock, state: LossState) -> Tensor:
+    gap = difference(_scores_per_token(logps, block), logps.mask)
+    return simpo(gap, block.beta, block.simpo_gamma, block.label_smoothing)
+
+
+def _mean_rewards(logps: CandidateLogps, block: MeanLogpLossBlock) -> Tensor:
+    return block.beta * _scores_per_token(logps, block)
+
+
+def _cpo(logps: CandidateLogps, block: CpoLossBlock, state: LossState) -> Tensor:
+    gap = difference(logps.policy, logps.mask)
+    return cpo(gap, nll(logps, state), block.beta, block.cpo_alpha, block.label_smoothing)
+
+
+def _log_odds(logps: CandidateLogps) -> Tensor:
+    return log_odds_ratio(*ends(logps.policy / logps.lengths, logps.mask))
+
+
+def _orpo_metrics(logps: CandidateLogps, block: OrpoLossBlock, state: LossState) -> dict[str, Tensor]:
+    log_odds = _log_odds(logps)
+    return {"nll_loss": nll(logps, state), "log_odds_ratio": logsigmoid(log_odds), "log_odds_chosen": log_odds}
+
+
+LOSSES = table(
+    loss_of(SimpoLossBlock, _simpo, rewards=_mean_rewards),
+    loss_of(AlphapoLossBlock, _simpo, rewards=_mean_rewards),
+    loss_of(
+        CpoLossBlock,
+        _cpo,
+        rewards=lambda c, b: b.beta * c.policy,
+        metrics=lambda c, b, state: {"nll_loss": nll(c, state)},
+    ),
+    loss_of(
+        OrpoLossBlock,
+        lambda c, b, state: orpo(_log_odds(c), nll(c, state), b.beta),
+        rewards=lambda c, b: b.beta * c.policy / c.lengths,
+        metrics=_orpo_metrics,
+    ),
+)
+"""In each entry c are the candidates and b the block."""

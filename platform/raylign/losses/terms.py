@@ -1,32 +1,9 @@
-"""Unpaired losses and the terms of a mix."""
+"""The terms of a mix, and the likelihood of demonstrations."""
 
-import torch
 from torch import Tensor
 
-
-def kto(
-    policy: Tensor,
-    reference: Tensor,
-    is_desirable: Tensor,
-    kl: float,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """KTO, Ethayarajh et al. 2024 (arXiv 2402.01306), elementwise: lambda_y - v(x, y) with
-
-    v = lambda_D sigmoid(beta (h - kl)) for desirable and lambda_U sigmoid(beta (kl - h)) for undesirable completions.
-    `kl` >= 0 estimates KL(pi || pi_ref), on other completions than these, and takes no gradient.
-    """
-    gain = beta * (policy - reference - kl)
-    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
-    return torch.where(is_desirable, desirable_weight * desirable, undesirable_weight * undesirable)
-
-
-def nll(chosen_logps: Tensor, chosen_lengths: Tensor, mean_tokens: float | None) -> Tensor:
-    """-log pi(w) / mean |w|: its mean over the step is the step's token mean, -sum log pi(w) / sum |w|."""
-    return -chosen_logps / (chosen_lengths.double().mean() if mean_tokens is None else mean_tokens)
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, TermBlock, XpoLossBlock
+from raylign.losses.inputs import CandidateLogps, list_mean, loss_of, nll, table
 
 
 def kl_penalty(logratios: Tensor) -> Tensor:
@@ -43,3 +20,22 @@ def exploration_bonus(policy: Tensor, from_reference: Tensor) -> Tensor:
     [G, K] log-probs -> [G], the mean over the candidates where `from_reference` [G, K] is True; 0 where none is.
     """
     return (policy * from_reference).sum(1) / from_reference.sum(1).clamp_min(1)
+
+
+def _logratios(logps: CandidateLogps, block: TermBlock) -> Tensor:
+    """A term has no beta."""
+    return logps.policy - logps.reference
+
+
+LOSSES = table(
+    loss_of(SftLossBlock, lambda c, b, state: nll(c, state), rewards=_logratios),
+    loss_of(
+        KlLossBlock,
+        lambda c, b, state: kl_penalty(c.kl_logratios),
+        rewards=_logratios,
+        metrics=lambda c, b, state: {"kl": c.kl_logratios},
+    ),
+    loss_of(EntropyLossBlock, lambda c, b, state: -list_mean(c.entropies, c.mask), rewards=_logratios),
+    loss_of(XpoLossBlock, lambda c, b, state: exploration_bonus(c.policy, c.from_reference), rewards=_logratios),
+)
+"""In each entry c are the candidates and b the block."""

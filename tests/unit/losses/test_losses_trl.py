@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raylign.config.losses import BradleyTerryRewardLossBlock, KtoLossBlock, MixLossBlock
-from raylign.losses import CandidateLogps, LossState, ld_weights, preference_loss, reward_model, terms
+from raylign.losses import CandidateLogps, LossState, ld_weights, listwise, preference_loss, reward_model
 from tests.unit.losses.test_losses import START, block
 
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0")
@@ -285,7 +285,7 @@ def test_kto_equals_kto_trainers_with_its_mismatched_completions(weights: tuple[
 
     named = KtoLossBlock(beta=0.1, desirable_weight=weights[0], undesirable_weight=weights[1])
     compare(preference_loss(groups, named, LossState(kl=kl)).losses, loss, batch.policy_logits)
-    plain = terms.kto(
+    plain = listwise.kto(
         batch.token_logps(batch.policy_logits).sum(1),
         inputs["ref_logps"],
         inputs["label"],

@@ -15,18 +15,7 @@ from raylign.config.losses.listwise import (
     ListNetLossBlock,
     PlackettLuceLossBlock,
 )
-from raylign.config.losses.mix import (
-    DifferenceLoss,
-    ListLoss,
-    LossBlock,
-    LossUnion,
-    Member,
-    MixLossBlock,
-    Objective,
-    RatioLoss,
-    ReferenceFreeLoss,
-    Term,
-)
+from raylign.config.losses.mix import LossBlock, LossUnion, Member, MixLossBlock, Objective
 from raylign.config.losses.pairwise import (
     AotLossBlock,
     ApoLossBlock,
@@ -66,7 +55,6 @@ __all__ = [
     "BcoPairLossBlock",
     "BradleyTerryRewardLossBlock",
     "CpoLossBlock",
-    "DifferenceLoss",
     "DiscopopLossBlock",
     "DpopLossBlock",
     "EntropyLossBlock",
@@ -76,7 +64,6 @@ __all__ = [
     "KlLossBlock",
     "KtoLossBlock",
     "LambdaLossBlock",
-    "ListLoss",
     "ListMleLossBlock",
     "ListNetLossBlock",
     "LossBlock",
@@ -91,9 +78,7 @@ __all__ = [
     "PlackettLuceRewardLossBlock",
     "ProbitLossBlock",
     "ProbitRewardLossBlock",
-    "RatioLoss",
     "RdpoLossBlock",
-    "ReferenceFreeLoss",
     "RewardLossBlock",
     "RewardLossUnion",
     "RobustLossBlock",
@@ -102,7 +87,6 @@ __all__ = [
     "SigmoidNormLossBlock",
     "SimpoLossBlock",
     "SppoHardLossBlock",
-    "Term",
     "TrainerLoss",
     "XpoLossBlock",
 ]

@@ -93,3 +93,9 @@ class AllPairsLossBlock(ListLossBlock):
     @property
     def ln2_at_start(self) -> bool:
         return self.loss_type == "all_pairs_logistic"
+
+
+ListLoss = (
+    KtoLossBlock | PlackettLuceLossBlock | ListMleLossBlock | ListNetLossBlock | LambdaLossBlock | AllPairsLossBlock
+)
+"""Every loss of this family."""

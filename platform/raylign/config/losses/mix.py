@@ -5,61 +5,12 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from raylign.config.base import Block
-from raylign.config.losses.listwise import (
-    AllPairsLossBlock,
-    KtoLossBlock,
-    LambdaLossBlock,
-    ListMleLossBlock,
-    ListNetLossBlock,
-    PlackettLuceLossBlock,
-)
-from raylign.config.losses.pairwise import (
-    AotLossBlock,
-    ApoLossBlock,
-    BcoPairLossBlock,
-    DiscopopLossBlock,
-    DpopLossBlock,
-    ExoPairLossBlock,
-    HingeLossBlock,
-    IpoLossBlock,
-    NcaPairLossBlock,
-    OdpoLossBlock,
-    ProbitLossBlock,
-    RdpoLossBlock,
-    RobustLossBlock,
-    SigmoidLossBlock,
-    SigmoidNormLossBlock,
-    SppoHardLossBlock,
-)
-from raylign.config.losses.reference_free import AlphapoLossBlock, CpoLossBlock, OrpoLossBlock, SimpoLossBlock
-from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, XpoLossBlock
+from raylign.config.losses.listwise import ListLoss
+from raylign.config.losses.pairwise import PairwiseLoss
+from raylign.config.losses.reference_free import ReferenceFreeLoss
+from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, Term, XpoLossBlock
 
-DifferenceLoss = (
-    SigmoidLossBlock
-    | SigmoidNormLossBlock
-    | ProbitLossBlock
-    | RobustLossBlock
-    | HingeLossBlock
-    | IpoLossBlock
-    | ExoPairLossBlock
-    | DiscopopLossBlock
-)
-RatioLoss = (
-    NcaPairLossBlock
-    | BcoPairLossBlock
-    | SppoHardLossBlock
-    | ApoLossBlock
-    | AotLossBlock
-    | OdpoLossBlock
-    | DpopLossBlock
-    | RdpoLossBlock
-)
-ReferenceFreeLoss = SimpoLossBlock | AlphapoLossBlock | CpoLossBlock | OrpoLossBlock
-ListLoss = (
-    KtoLossBlock | PlackettLuceLossBlock | ListMleLossBlock | ListNetLossBlock | LambdaLossBlock | AllPairsLossBlock
-)
-Objective = DifferenceLoss | RatioLoss | ReferenceFreeLoss | ListLoss | SftLossBlock
-Term = SftLossBlock | KlLossBlock | EntropyLossBlock | XpoLossBlock
+Objective = PairwiseLoss | ReferenceFreeLoss | ListLoss | SftLossBlock
 Member = Objective | Term
 
 

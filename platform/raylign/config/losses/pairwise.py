@@ -202,3 +202,24 @@ class RdpoLossBlock(WeightedLossBlock):
     loss_type: Literal["rdpo"] = "rdpo"
     rdpo_alpha: PositiveFloat = 0.01
     """Reward taken off per token."""
+
+
+PairwiseLoss = (
+    SigmoidLossBlock
+    | SigmoidNormLossBlock
+    | ProbitLossBlock
+    | RobustLossBlock
+    | HingeLossBlock
+    | IpoLossBlock
+    | ExoPairLossBlock
+    | DiscopopLossBlock
+    | NcaPairLossBlock
+    | BcoPairLossBlock
+    | SppoHardLossBlock
+    | ApoLossBlock
+    | AotLossBlock
+    | OdpoLossBlock
+    | DpopLossBlock
+    | RdpoLossBlock
+)
+"""Every loss of this family."""

@@ -59,3 +59,7 @@ class OrpoLossBlock(ReferenceFreeLossBlock):
     loss_type: Literal["orpo"] = "orpo"
     beta: PositiveFloat = 0.1
     """Weight of the odds-ratio term (the paper's lambda)."""
+
+
+ReferenceFreeLoss = SimpoLossBlock | AlphapoLossBlock | CpoLossBlock | OrpoLossBlock
+"""Every loss of this family."""

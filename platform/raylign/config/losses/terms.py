@@ -46,3 +46,7 @@ class XpoLossBlock(TermBlock):
     loss_type: Literal["xpo"] = "xpo"
     needs_reference: ClassVar[bool] = False
     needs_reference_samples: ClassVar[bool] = True
+
+
+Term = SftLossBlock | KlLossBlock | EntropyLossBlock | XpoLossBlock
+"""Every term."""

@@ -1,0 +1,75 @@
+"""A preference loss: any member of the tables, or a weighted sum of several."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBlock
+from raylign.config.losses.pairwise import WeightedLossBlock
+from raylign.losses import listwise, pairwise, reference_free, terms
+from raylign.losses.inputs import CandidateLogps, LossOutput, LossState, ends, real_groups, table
+from raylign.losses.weighting import wpo_weights
+
+LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, terms.LOSSES)
+
+
+def preference_loss(logps: CandidateLogps, block: LossBlock, state: LossState) -> LossOutput:
+    """The loss that `block` names, per preference."""
+    groups, size = logps.policy.shape
+    if block.pairs_only and size != 2:
+        raise ValueError(
+            f"{block.loss_type} compares 2 candidates, not {size}; build pairs, or use a listwise loss_type such as "
+            "plackett_luce"
+        )
+    real = logps.mask.any(1)
+    some = real_groups(logps, real)
+    losses, metrics = _losses_and_metrics(some, block, state)
+    first = block.losses[0] if isinstance(block, MixLossBlock) else block
+    chosen, rejected = ends(LOSSES[type(first)].rewards(some, first).detach(), some.mask)
+
+    def everywhere(values: Tensor) -> Tensor:
+        return values.new_zeros(groups).masked_scatter(real, values)
+
+    return LossOutput(
+        everywhere(losses),
+        everywhere(chosen),
+        everywhere(rejected),
+        {name: everywhere(values.detach()) for name, values in metrics.items()},
+    )
+
+
+def next_state(state: LossState, block: LossBlock, means: Mapping[str, float]) -> LossState:
+    """The state of the next step, from the means of `LossOutput.metrics` over all preferences of this step."""
+    for member in block.losses if isinstance(block, MixLossBlock) else (block,):
+        match member:
+            case BcoPairLossBlock(reward_shift_decay=float(decay)):
+                shift = decay * state.reward_shift + (1 - decay) * means["reward_shift"]
+                state = replace(state, reward_shift=shift)
+    return state
+
+
+def under_new_reference(state: LossState, block: LossBlock, means: Mapping[str, float]) -> LossState:
+    """The state when the reference has become another one, from the means over the preferences of the next step."""
+    return replace(state, reward_shift=means["reward_shift"]) if block.needs_reward_shift else state
+
+
+def _losses_and_metrics(
+    logps: CandidateLogps, block: LossBlock, state: LossState
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    if not isinstance(block, MixLossBlock):
+        return _losses(logps, block, state), LOSSES[type(block)].metrics(logps, block, state)
+    parts = {member.loss_type: _losses(logps, member, state) for member in block.losses}
+    total = torch.stack([weight * part for weight, part in zip(block.weights, parts.values(), strict=True)]).sum(0)
+    metrics = {f"loss/{name}": part for name, part in parts.items()}
+    for member in block.losses:
+        metrics |= LOSSES[type(member)].metrics(logps, member, state)
+    return total, metrics
+
+
+def _losses(logps: CandidateLogps, block: Member, state: LossState) -> Tensor:
+    losses = LOSSES[type(block)].losses(logps, block, state)
+    if isinstance(block, WeightedLossBlock) and block.use_weighting:
+        return losses * wpo_weights(logps.certainty, logps.mask)
+    return losses
