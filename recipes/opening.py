@@ -15,6 +15,7 @@ from actors.placement import PlacementPlan
 from actors.team import plan_team, plan_trainer_team, team, trainer_team
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
+from raylign.config.losses import FunctionLossBlock, MixLossBlock
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
@@ -30,6 +31,7 @@ from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
+from raylign.run.sources import module_sources
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.identity import scorer_inputs
@@ -197,6 +199,11 @@ def inputs_of(
     if isinstance(reference := config.measured_against, ModelReferenceBlock):
         own = model_digest(Path(models.reference))
         found[f"reference.path={reference.path}"] = Input(own, "files of the reference's folder", fixed=False)
+    loss = config.objective
+    for block in loss.losses if isinstance(loss, MixLossBlock) else (loss,):
+        if isinstance(block, FunctionLossBlock):
+            what = "the code of the loss, or of what it imports"
+            found[f"loss.function={block.function}"] = Input(module_sources(block.function).digest, what, fixed=False)
     if recipe is not None:
         found["recipe"] = Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)
     return found | (dict(scorer_inputs(scoring)) if scoring else {})

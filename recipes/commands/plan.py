@@ -17,6 +17,7 @@ from actors.cluster import cluster
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
+from raylign.config.losses import FunctionLossBlock, MixLossBlock, TrainerLoss
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
@@ -27,12 +28,14 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.errors import ModelError
+from raylign.export.card import loss_name
 from raylign.models import DTYPES, context_limit, resolve_model
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
 from raylign.models.reward_model import require_reward_fit
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.text import escape_control
+from raylign.scoring.locate import locate_function
 from raylign.training.logprobs import CompletionLogps
 from recipes.commands.checks.ray_cluster import require_named_cluster
 
@@ -186,3 +189,14 @@ def grid(lines: Iterable[Line]) -> Table:
 def many(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def loss_lines(loss: TrainerLoss) -> list[Line]:
+    """The loss, and of a user's function where it stands and its hash. Raises ScorerError when it cannot be found."""
+    named = [block for block in (loss.losses if isinstance(loss, MixLossBlock) else [loss])]
+    lines = [("loss", " + ".join(loss_name(block) for block in named))]
+    for block in named:
+        if isinstance(block, FunctionLossBlock):
+            info = locate_function(block.function, option="loss.function")
+            lines += [("", f"{block.function}: {info.file}:{info.line}"), ("", f"sha256 {info.sha256}")]
+    return lines

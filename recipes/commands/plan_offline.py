@@ -13,7 +13,16 @@ from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.data.split import total_steps
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
-from recipes.commands.plan import Line, ModelFacts, grid, many, model_facts, present_resources, run_directory
+from recipes.commands.plan import (
+    Line,
+    ModelFacts,
+    grid,
+    loss_lines,
+    many,
+    model_facts,
+    present_resources,
+    run_directory,
+)
 from recipes.opening import find_models, find_rows, what_became_of
 
 
@@ -62,6 +71,7 @@ def _inputs(plan: OfflinePlan) -> list[Line]:
         ("model", f"{config.model.path}, in {model.folder}"),
         ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
         ("trained", f"{kind}: {model.trained:,} parameters ({model.trained / model.parameters:.1%})"),
+        *loss_lines(config.objective),
         ("data", f"{data.source}: {len(data.train):,} rows to train on, {len(data.held_out):,} held out"),
         ("", what_became_of(data)),
     ]

@@ -30,6 +30,7 @@ from recipes.commands.plan import (
     ModelFacts,
     ReferenceFacts,
     grid,
+    loss_lines,
     many,
     model_facts,
     present_resources,
@@ -199,6 +200,7 @@ def _inputs(plan: RunPlan) -> list[Line]:
         ("model", f"{config.model.path}, in {model.folder}"),
         ("", f"{model.parameters:,} parameters in {config.model.dtype}, up to {model.context:,} tokens"),
         ("trained", f"{kind}: {model.trained:,} parameters ({share:.1%})"),
+        *loss_lines(config.loss),
         ("reference", f"{config.reference.policy}: {plan.reference.what}{held}"),
         ("prompts", f"{config.prompts.source}: {prompts.train} to train on, {prompts.held_out} held out"),
         (

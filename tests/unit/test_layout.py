@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 MIN_FILE_LINES = 40
 SMALL = {
     "raylign.data.formats.hh": "each published format has a file of its name",
-    "raylign.losses.reference_free": "each family of losses has a file",
+    "raylign.losses.function": "each family of losses has a file",
     "recipes.commands.checks.probe": "a program of its own",
     "recipes.commands.resume": "each command has a file",
     "raylign.scoring.vader": "an example that users name and copy",

@@ -1,10 +1,6 @@
 """YAML and dotted overrides in, a checked tree out, and back."""
 
 import difflib
-import importlib
-import importlib.util
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, overload
@@ -13,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from raylign.boundary.roots import is_inside, trusted_roots
+from raylign.boundary.code import NAMED, import_named
 from raylign.config.base import Block
 from raylign.config.offline import OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.config.online import OnlineDpoConfig
@@ -32,7 +28,6 @@ RECIPES: Mapping[str, type[RunConfig]] = {
 }
 """The tree of each `recipe`, which is the name of its script in `recipes/` too."""
 _DEFAULT = "online_dpo"
-_FOREIGN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _MOST_PARTS = 16
 """Of the name of a setting; the longest has six."""
 _LONGEST_KEY, _MOST_TOLD = 80, 20
@@ -47,7 +42,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw = overridden(_read_yaml(path), overrides)
     name = raw.get("recipe", _DEFAULT)
-    if isinstance(name, str) and _FOREIGN.fullmatch(name):
+    if isinstance(name, str) and NAMED.fullmatch(name):
         kind: type[RunConfig] = import_recipe(name).config
         return parse_tree(raw, kind, str(path))
     if not isinstance(name, str) or name not in RECIPES:
@@ -61,20 +56,10 @@ def import_recipe(spec: str) -> Any:
 
     The module is of the working directory or an installed package; its code runs. Raises ConfigError.
     """
-    module, _, name = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = importlib.util.find_spec(module.partition(".")[0])
-        if found is None or not found.origin or not is_inside(found.origin, trusted_roots(Path.cwd())):
-            raise ConfigError(f"recipe={spec}: no module {module!r} in the working directory or installed; correct it")
-        recipe = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"recipe={spec} cannot be imported: {error}") from error
+    recipe = import_named(spec, "recipe")
     kind = getattr(recipe, "config", None)
     if not (isinstance(kind, type) and issubclass(kind, RunConfig)):
-        raise ConfigError(f"recipe={spec}: {name} is no recipe with a config; see recipes/recipe.py")
+        raise ConfigError(f"recipe={spec}: it is no recipe with a config; see recipes/recipe.py")
     return recipe
 
 

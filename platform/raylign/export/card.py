@@ -11,7 +11,7 @@ from typing import assert_never
 from huggingface_hub import ModelCardData
 
 from raylign.config.blocks import ModelBlock
-from raylign.config.losses import TrainerLoss
+from raylign.config.losses import Member, TrainerLoss
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation
 from raylign.report.text import escape_control, optional
 
@@ -95,7 +95,7 @@ def public_name(source: str) -> str:
     return Path(source).name if is_local else source
 
 
-def loss_name(block: TrainerLoss) -> str:
+def loss_name(block: TrainerLoss | Member) -> str:
     """The loss and its beta, if it has one."""
     beta = getattr(block, "beta", None)
     return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from raylign.boundary.roots import trusted_roots
+from raylign.boundary.code import trusted_roots
 from raylign.errors import ScorerError
 from raylign.reading.files import open_plain
 from raylign.report.text import one_line
@@ -22,7 +22,7 @@ _LONGEST = 4 << 20
 """Bytes of a module."""
 
 
-def locate_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:
+def locate_function(spec: str, *, allow_outside: bool = False, option: str = "scoring.function") -> FunctionInfo:
     """Find `module:function` as an import would, without one.
 
     Raises ScorerError: no such module or name, a value that is no function, source that is no Python, and unless
@@ -30,14 +30,14 @@ def locate_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:
     """
     if len(spec) > _LONGEST_NAME:
         raise ScorerError(
-            f"scoring.function={one_line(spec, _SHOWN)} is longer than {_LONGEST_NAME} characters; correct the name"
+            f"{option}={one_line(spec, _SHOWN)} is longer than {_LONGEST_NAME} characters; correct the name"
         )
     roots = () if allow_outside else trusted_roots(Path.cwd())
     try:
         module, name = spec_parts(spec)
         file, line, source = _defined(module, name, roots, _HOPS)
     except ScorerError as error:
-        raise ScorerError(f"scoring.function={spec} cannot be loaded: {error}") from error
+        raise ScorerError(f"{option}={spec} cannot be loaded: {error}") from error
     return FunctionInfo(file, hashlib.sha256(source).hexdigest(), line)
 
 

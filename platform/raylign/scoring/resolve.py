@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from raylign.boundary.roots import is_inside
+from raylign.boundary.code import is_inside
 from raylign.errors import ScorerError
 
 ScoringFunction = Callable[..., object]

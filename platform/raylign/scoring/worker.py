@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raylign.boundary.roots import trusted_roots
+from raylign.boundary.code import trusted_roots
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.report.text import one_line

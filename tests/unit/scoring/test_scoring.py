@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from raylign.boundary.roots import is_inside, trusted_roots
+from raylign.boundary.code import is_inside, trusted_roots
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score

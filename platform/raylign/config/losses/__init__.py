@@ -7,6 +7,7 @@ tokens, h(y) = log pi(y) - log pi_ref(y) is the log-ratio of summed log-probs, r
 The functions in `raylign.losses` carry the same equations.
 """
 
+from raylign.config.losses.function import FunctionLossBlock
 from raylign.config.losses.listwise import (
     AllPairsLossBlock,
     KtoLossBlock,
@@ -59,6 +60,7 @@ __all__ = [
     "DpopLossBlock",
     "EntropyLossBlock",
     "ExoPairLossBlock",
+    "FunctionLossBlock",
     "HingeLossBlock",
     "IpoLossBlock",
     "KlLossBlock",

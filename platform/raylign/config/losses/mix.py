@@ -5,12 +5,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from raylign.config.base import Block
+from raylign.config.losses.function import FunctionLossBlock
 from raylign.config.losses.listwise import ListLoss
 from raylign.config.losses.pairwise import PairwiseLoss
 from raylign.config.losses.reference_free import ReferenceFreeLoss
 from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, Term, XpoLossBlock
 
-Objective = PairwiseLoss | ReferenceFreeLoss | ListLoss | SftLossBlock
+Objective = PairwiseLoss | ReferenceFreeLoss | ListLoss | SftLossBlock | FunctionLossBlock
 Member = Objective | Term
 
 

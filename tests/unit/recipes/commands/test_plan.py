@@ -1,5 +1,6 @@
 """What a plan says of a recipe, and what it refuses, with a model of 1,128 weights."""
 
+import hashlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raylign.config import load_config
+from raylign.config import load_config, parse_config
 from raylign.config.blocks import LoraBlock
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
 from raylign.models import DTYPES
-from recipes.commands.plan import adapter_parameters
+from recipes.commands.plan import adapter_parameters, loss_lines
 from recipes.commands.plan_online import RunPlan, make_plan, notes, print_plan
 from tests.judges import Judged, honest
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
@@ -206,3 +207,15 @@ def test_layers_that_are_not_there_or_cannot_be_adapted_are_refused() -> None:
         adapter_parameters(model, LoraBlock(target_modules=("query",)))
     with pytest.raises(ValueError, match="LlamaRMSNorm is no layer that LoRA adapts"):
         adapter_parameters(model, LoraBlock(target_modules=("input_layernorm",)))
+
+
+def test_a_loss_of_the_users_is_shown_with_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "def loss(logps, block, state): ...\n"
+    (tmp_path / "own.py").write_text(source)
+    lines = loss_lines(parse_config({"loss": {"loss_type": "function", "function": "own:loss"}}).loss)
+    found = hashlib.sha256(source.encode()).hexdigest()
+    where = f"own:loss: {tmp_path}/own.py:1"
+    assert lines == [("loss", "`function`, beta 0.1"), ("", where), ("", f"sha256 {found}")]
+    with pytest.raises(ScorerError, match="loss.function=own:absent cannot be loaded"):
+        loss_lines(parse_config({"loss": {"loss_type": "function", "function": "own:absent"}}).loss)

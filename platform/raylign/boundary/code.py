@@ -1,7 +1,14 @@
-"""Which folders user code may come from: the working directory, and what is installed in this environment."""
+"""Code of users, named `module:name`: where it may come from, and how it is imported.
 
+Scoring functions run in processes of their own (`raylign.scoring.worker`); recipes and losses of users run in ours.
+"""
+
+import importlib
+import importlib.util
 import json
+import re
 import site
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, distributions
@@ -9,6 +16,33 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import raylign
+from raylign.errors import ConfigError
+
+NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""The form `module:name`."""
+
+
+def import_named(spec: str, option: str) -> object:
+    """The object `module:name`, imported from the working directory or an installed package; its module's code runs.
+
+    Raises ConfigError, naming `option`, when it is elsewhere or not there.
+    """
+    module, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])
+        if found is None or not found.origin or not is_inside(found.origin, trusted_roots(Path.cwd())):
+            raise ConfigError(
+                f"{option}={spec}: no module {module!r} in the working directory or installed; correct it"
+            )
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{option}={spec} cannot be imported: {error}") from error
+    if name not in dir(imported):
+        raise ConfigError(f"{option}={spec}: {imported.__file__} has no {name!r}; correct the name")
+    return getattr(imported, name)
 
 
 def trusted_roots(project: Path) -> tuple[Path, ...]:
