@@ -5,9 +5,10 @@ Every scoring process imports this: what loads models (`load`, `describe`) is im
 
 from raylign.scoring.base import Compute, ItemScorer, ScoringItem, check_unscored, most_unscored, skipped
 from raylign.scoring.batches import batches, longest_s
-from raylign.scoring.function import FunctionInfo, FunctionScorer, describe_function
+from raylign.scoring.function import FunctionScorer, describe_function
 from raylign.scoring.http_service import HttpScorer
 from raylign.scoring.judge import JudgeScorer
+from raylign.scoring.locate import FunctionInfo
 from raylign.scoring.usage import Usage, Usages, add_up, summary
 from raylign.scoring.verifier import VerifierScorer, require_references
 

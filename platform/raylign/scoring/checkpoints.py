@@ -1,13 +1,15 @@
 """Checkpoints that scorers run: whole models, and PEFT adapters on their bases."""
 
+import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from raylign.config.blocks import ModelBlock
@@ -17,7 +19,9 @@ from raylign.export.policy import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG
 from raylign.models import resolve_model
 from raylign.models.open import open_adapter
 from raylign.models.resolve import check_facts, locate, read_facts, stored_shapes
-from raylign.run.fingerprints import model_digest
+from raylign.run.fingerprints import fingerprint, model_digest
+from raylign.run.inputs import Input
+from raylign.scoring.base import Compute
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -124,3 +128,33 @@ def of_scorer() -> Iterator[None]:
         yield
     except ModelError as error:
         raise ScorerError(_OPTION.sub(lambda found: _OF_SCORERS[found[0]], str(error))) from error
+
+
+def device_of(compute: Compute) -> torch.device:
+    """Where a scorer's model computes; this process computes on so many threads from here on."""
+    torch.set_num_threads(compute.threads)
+    return torch.device("cuda", 0) if compute.on_gpu else torch.device("cpu")
+
+
+def hashes_of(checkpoints: Iterable[ScorerCheckpoint], block: ModelScoringBlock) -> list[str]:
+    """Hashes (sha256, hex) of all that decides a score: each model's files, and the template of `block`."""
+    hashes = [model_fingerprint(checkpoint) for checkpoint in checkpoints]
+    return hashes if block.chat_template is None else [*hashes, fingerprint(block.chat_template).sha256]
+
+
+def model_input(hashes: Sequence[str]) -> Input:
+    """The models of a scorer as an input of the run."""
+    return Input(hashlib.sha256("\n".join(hashes).encode()).hexdigest(), "files of the scorer's model", fixed=False)
+
+
+def size_of(checkpoint: ScorerCheckpoint, block: ModelScoringBlock) -> str:
+    return f"{checkpoint.parameters():,} parameters in {block.dtype}"
+
+
+def places_of(checkpoint: ScorerCheckpoint) -> str:
+    return " on ".join(str(folder) for folder in reversed(checkpoint.folders))
+
+
+def template_of(block: ModelScoringBlock, checkpoint: ScorerCheckpoint) -> str:
+    source = f"in {checkpoint.tokenizer}" if block.chat_template is None else f"file {Path(block.chat_template)}"
+    return f"chat template {source}"

@@ -2,24 +2,18 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
-from raylign.scoring.base import ScoringItem
+from raylign.run.inputs import Input
+from raylign.run.sources import module_sources
+from raylign.scoring.base import ItemScorer, ScoringItem
+from raylign.scoring.kind import Kind, Near, file_hash
+from raylign.scoring.locate import FunctionInfo, locate_function
 from raylign.scoring.process import ScoringProcess
 from raylign.scoring.process_scorer import ProcessScorer
-
-
-@dataclass(frozen=True, slots=True)
-class FunctionInfo:
-    """Where a scoring function comes from. `sha256` is of the whole `file`; `line` counts from 1."""
-
-    file: Path
-    sha256: str
-    line: int
 
 
 def describe_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:
@@ -58,3 +52,32 @@ def _arguments(items: Sequence[ScoringItem]) -> Sequence[Any]:
         [[dict(message) for message in item.prompt.messages] for item in items],
         [item.completion for item in items],
     ]
+
+
+def _load(block: FunctionScoringBlock, near: Near) -> ItemScorer:
+    function = FunctionScorer(block)
+    near.ending.callback(function.close)
+    return near.kept(block, function, contents=_code(block.function, function.file))
+
+
+def _code(spec: str, file: Path) -> list[str]:
+    """Hashes (sha256, hex) of the function's file, and of what that imports of its project."""
+    imported = sorted(
+        hashlib.sha256(one.content).hexdigest() for one in module_sources(spec).files if one.path != file.resolve()
+    )
+    return [file_hash(file), *imported] if file.is_file() else imported
+
+
+def _describe(block: FunctionScoringBlock, load: bool) -> tuple[str, ...]:
+    info = (describe_function if load else locate_function)(block.function, allow_outside=block.allow_outside)
+    return f"{info.file}:{info.line}", f"sha256 {info.sha256}"
+
+
+def _inputs(block: FunctionScoringBlock) -> dict[str, Input]:
+    what = "the code of the function, or of what it imports"
+    return {f"function={block.function}": Input(module_sources(block.function).digest, what, fixed=False)}
+
+
+KIND: Kind[FunctionScoringBlock] = Kind(
+    _load, _describe, longest_s=lambda block, batch: 2 * block.timeout_s * len(batch), inputs=_inputs
+)

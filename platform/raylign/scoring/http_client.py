@@ -1,6 +1,7 @@
 """Questions to a scoring server: retries, a limit on how many are under way, and no key in any text."""
 
 import asyncio
+import math
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -160,3 +161,9 @@ def retry_after_s(header: str) -> float:
         return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
     except (ValueError, OverflowError, TypeError, IndexError):  # years and offsets beyond any calendar, halves of dates
         return 0.0
+
+
+def asking_s(requests: int, block: RemoteBlock) -> float:
+    """So many requests, every one of which fails until it is given up."""
+    waits = block.timeout_s + LONGEST_WAIT_S + JITTER_S
+    return math.ceil(requests / block.concurrency) * (block.timeout_s + block.retries * (block.timeout_s + waits))

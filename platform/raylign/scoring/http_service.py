@@ -19,8 +19,11 @@ from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ModelError, ScorerError
 from raylign.reading.files import read_text
 from raylign.records import Prompt, Score
-from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.http_client import NoReply, Server, Spending, api_key, connected
+from raylign.run.fingerprints import fingerprint
+from raylign.run.inputs import Input
+from raylign.scoring.base import ItemScorer, ScoringItem, most_unscored, skipped
+from raylign.scoring.http_client import NoReply, Server, Spending, api_key, asking_s, connected
+from raylign.scoring.kind import Kind, Near, file_hash
 
 PROBE = ScoringItem(Prompt("probe", ({"role": "user", "content": "Say hello."},), ()), "Hello.")
 _Answer = tuple[Score, bool]
@@ -241,3 +244,30 @@ def _written(value: Any) -> str:
 def _unwrapped(reward: Any) -> Any:
     """A reward model's head gives each text a list of one number, which some servers pass on."""
     return reward[0] if isinstance(reward, list) and len(reward) == 1 else reward
+
+
+def _load(block: HttpScoringBlock, near: Near) -> ItemScorer:
+    service = HttpScorer(block)
+    template = [] if block.chat_template is None else [file_hash(block.chat_template)]
+    return near.kept(
+        block, service, amounts=service.amounts, contents=template, context=lambda item: label_of(item, block)
+    )
+
+
+def _describe(block: HttpScoringBlock, load: bool) -> tuple[str, ...]:
+    check_service(block)
+    return f"at {block.url}", f"protocol {block.protocol}"
+
+
+def _longest_s(block: HttpScoringBlock, batch: Sequence[ScoringItem]) -> float:
+    return asking_s(math.ceil(len(batch) / block.batch_size) + len(batch), block)
+
+
+def _inputs(block: HttpScoringBlock) -> dict[str, Input]:
+    if block.chat_template is None:
+        return {}
+    own = Input(fingerprint(block.chat_template).sha256, "the template", fixed=False)
+    return {f"chat_template={block.chat_template}": own}
+
+
+KIND: Kind[HttpScoringBlock] = Kind(_load, _describe, _longest_s, code=("http_service.py",), inputs=_inputs)

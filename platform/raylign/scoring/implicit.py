@@ -16,10 +16,20 @@ from raylign.models import end_ids, load_tokenizer
 from raylign.models.open import is_adapted
 from raylign.prompts.tables import Fault
 from raylign.records import Score
-from raylign.scoring.base import ScoringItem
-from raylign.scoring.checkpoints import of_scorer
+from raylign.scoring.base import ItemScorer, ScoringItem
+from raylign.scoring.checkpoints import (
+    device_of,
+    hashes_of,
+    model_fingerprint,
+    model_input,
+    of_scorer,
+    places_of,
+    size_of,
+    template_of,
+)
 from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
 from raylign.scoring.implicit_checkpoints import ModelPair, find_pair, load_language_model
+from raylign.scoring.kind import Kind, Near
 from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, token_batch
@@ -145,3 +155,38 @@ def by_prompt(rows: Mapping[int, Row], block: ImplicitScoringBlock) -> list[list
             batches.append([index])
             tokens = len(prompt) + len(ids)
     return batches
+
+
+def _load(block: ImplicitScoringBlock, near: Near) -> ItemScorer:
+    scorer = ImplicitScorer(block, device_of(near.compute))
+    return near.kept(block, scorer, contents=[] if near.cache is None else model_hashes(block))
+
+
+def model_hashes(block: ImplicitScoringBlock) -> list[str]:
+    """Hashes (sha256, hex) of all that decides a score. Raises ScorerError when a model is not there."""
+    with of_scorer():
+        pair = find_pair(block)
+        return hashes_of([pair.policy, pair.reference], block)
+
+
+def _describe(block: ImplicitScoringBlock, load: bool) -> tuple[str, ...]:
+    """Facts, one a line. Raises ScorerError for what would stop the scorer before its weights are read."""
+    with of_scorer():
+        pair = find_pair(block)
+        load_tokenizer(pair.policy.tokenizer, block.trust_remote_code, block.chat_template)
+        lines: list[str] = []
+        for name, checkpoint in (("policy", pair.policy), ("reference", pair.reference)):
+            lines.append(f"{name}: {size_of(checkpoint, block)}, in {places_of(checkpoint)}")
+            lines.append(f"sha256 {model_fingerprint(checkpoint)} of its files")
+    how = "per token" if block.length_normalised else "summed over tokens"
+    return (f"beta {block.beta:g}, {how}", *lines, template_of(block, pair.policy))
+
+
+KIND: Kind[ImplicitScoringBlock] = Kind(
+    _load,
+    _describe,
+    longest_s=lambda block, batch: block.timeout_s * len(batch),
+    code=("implicit.py", "implicit_checkpoints.py"),
+    packages=("transformers",),
+    inputs=lambda block: {f"policy_path={block.policy_path}": model_input(model_hashes(block))},
+)

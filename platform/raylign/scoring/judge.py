@@ -8,13 +8,14 @@ from itertools import combinations, permutations
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
-from raylign.scoring.base import Group, ScoringItem, groups, most_unscored, skipped
+from raylign.scoring.base import Group, ItemScorer, ScoringItem, groups, most_unscored, skipped
 from raylign.scoring.cache import Texts, Verdicts
-from raylign.scoring.http_client import NoReply, api_key
-from raylign.scoring.judge_check import require_answering_judge, require_sound_judge
+from raylign.scoring.http_client import NoReply, api_key, asking_s
+from raylign.scoring.judge_check import QUESTIONS, check_judge, require_answering_judge, require_sound_judge
 from raylign.scoring.judge_client import JudgeClient, JudgeSpending, connected
 from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, Question, how_good, which_is_better
-from raylign.scoring.usage import Usage
+from raylign.scoring.kind import Kind, Near, identity
+from raylign.scoring.usage import MeasuredScorer, Usage
 
 log = logging.getLogger(__name__)
 
@@ -229,3 +230,25 @@ def _score_of(outcomes: Sequence[Outcome]) -> Score:
         "missing": float(len(missing)),
     }
     return Score(sum(outcome.share for outcome in made) / len(made), parts)
+
+
+def questions(batch: Sequence[ScoringItem]) -> int:
+    """Questions about a batch at most, without retries: one for a single item, both orders of every pair of more."""
+    return sum(max(1, len(group) * (len(group) - 1)) for group in groups(batch))
+
+
+def _load(block: JudgeScoringBlock, near: Near) -> ItemScorer:
+    judge = JudgeScorer(block, Verdicts(near.cache, identity(block)), near.usage)
+    return MeasuredScorer(judge, near.usage, judge.amounts)
+
+
+def _describe(block: JudgeScoringBlock, load: bool) -> tuple[str, ...]:
+    check_judge(block)
+    return f"at {block.base_url}", f"criterion: {block.criterion}"
+
+
+def _longest_s(block: JudgeScoringBlock, batch: Sequence[ScoringItem]) -> float:
+    return asking_s(questions(batch) + (2 * len(QUESTIONS) + 1 if block.canaries else 1), block)
+
+
+KIND: Kind[JudgeScoringBlock] = Kind(_load, _describe, _longest_s, code=("judge_prompt.py",))

@@ -7,19 +7,28 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from raylign.boundary.code import trusted_roots
 from raylign.errors import ScorerError
 from raylign.reading.files import open_plain
 from raylign.report.text import one_line
-from raylign.scoring.function import FunctionInfo
 from raylign.scoring.resolve import closest, require_file_inside, spec_parts
 
 _HOPS = 8
 _LONGEST_NAME, _SHOWN = 300, 60
 _LONGEST = 4 << 20
 """Bytes of a module."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionInfo:
+    """Where a scoring function comes from. `sha256` is of the whole `file`; `line` counts from 1."""
+
+    file: Path
+    sha256: str
+    line: int
 
 
 def locate_function(spec: str, *, allow_outside: bool = False, option: str = "scoring.function") -> FunctionInfo:

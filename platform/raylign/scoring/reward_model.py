@@ -11,10 +11,20 @@ from transformers import PreTrainedModel
 
 from raylign.config.scoring import RewardModelScoringBlock
 from raylign.records import Score
-from raylign.scoring.base import ScoringItem
-from raylign.scoring.checkpoints import of_scorer
+from raylign.scoring.base import ItemScorer, ScoringItem
+from raylign.scoring.checkpoints import (
+    device_of,
+    hashes_of,
+    model_fingerprint,
+    model_input,
+    of_scorer,
+    places_of,
+    size_of,
+    template_of,
+)
 from raylign.scoring.forward import by_length, fault_of, finite, in_batches, length_limit, too_long
-from raylign.scoring.reward_checkpoint import find_reward_model, load_reward_scorer, load_reward_tokenizer
+from raylign.scoring.kind import Kind, Near
+from raylign.scoring.reward_checkpoint import architecture, find_reward_model, load_reward_scorer, load_reward_tokenizer
 from raylign.training.backbone import PaddedAttention, inner_model
 from raylign.training.layout_check import supported_layout
 from raylign.training.plain_forward import configs_of
@@ -116,3 +126,40 @@ class PlainRewards(nn.Module):
         """The reward [1] of one row, for the check against transformers."""
         rewards: Tensor = self.model(input_ids=torch.tensor([[*prompt, *completion]], device=device)).logits[0]
         return rewards
+
+
+def _load(block: RewardModelScoringBlock, near: Near) -> ItemScorer:
+    scorer = RewardModelScorer(block, device_of(near.compute))
+    return near.kept(block, scorer, contents=[] if near.cache is None else model_hashes(block))
+
+
+def model_hashes(block: RewardModelScoringBlock) -> list[str]:
+    """Hashes (sha256, hex) of all that decides a score. Raises ScorerError when the model is not there."""
+    with of_scorer():
+        return hashes_of([find_reward_model(block)[0]], block)
+
+
+def _describe(block: RewardModelScoringBlock, load: bool) -> tuple[str, ...]:
+    """Facts, one a line. Raises ScorerError for what would stop the scorer before its weights are read."""
+    with of_scorer():
+        checkpoint, config = find_reward_model(block)
+        tokenizer = load_reward_tokenizer(checkpoint, block)
+        facts = (
+            f"{architecture(checkpoint, config)}, {size_of(checkpoint, block)}, in {places_of(checkpoint)}",
+            f"sha256 {model_fingerprint(checkpoint)} of its files",
+            template_of(block, checkpoint),
+        )
+    pad = tokenizer.pad_token_id if checkpoint.adapters else config.get_text_config().pad_token_id
+    if pad is not None and pad == tokenizer.eos_token_id:
+        return (*facts, "its pad token is its end token: rewards are read before that, as transformers does")
+    return facts
+
+
+KIND: Kind[RewardModelScoringBlock] = Kind(
+    _load,
+    _describe,
+    longest_s=lambda block, batch: block.timeout_s * len(batch),
+    code=("reward_model.py", "reward_checkpoint.py"),
+    packages=("transformers",),
+    inputs=lambda block: {f"path={block.path}": model_input(model_hashes(block))},
+)

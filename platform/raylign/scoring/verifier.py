@@ -6,7 +6,8 @@ from typing import Any
 from raylign.config.scoring import ScoringBlock, VerifierScoringBlock, leaves
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring.base import ScoringItem, most_unscored
+from raylign.scoring.base import ItemScorer, ScoringItem, most_unscored
+from raylign.scoring.kind import Kind, Near
 from raylign.scoring.process_scorer import ProcessScorer
 
 GRACE_S = 2.0
@@ -74,3 +75,24 @@ def require_references(prompts: Sequence[Prompt], block: ScoringBlock) -> None:
 
 def _is_answer(value: object) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _load(block: VerifierScoringBlock, near: Near) -> ItemScorer:
+    verifier = VerifierScorer(block)
+    near.ending.callback(verifier.close)
+    return near.kept(block, verifier, context=lambda item: reference_of(item.prompt, block))
+
+
+def _describe(block: VerifierScoringBlock, load: bool) -> tuple[str, ...]:
+    reference = f"reference answers in column {block.answer_column!r}" if block.needs_answer else "no reference"
+    patterns = {"extract": block.extract, "extract_answer": block.extract_answer, "pattern": block.pattern}
+    return reference, *(f"{key}: {text}" for key, text in patterns.items() if text is not None)
+
+
+KIND: Kind[VerifierScoringBlock] = Kind(
+    _load,
+    _describe,
+    longest_s=lambda block, batch: 2 * (block.timeout_s + GRACE_S) * len(batch),
+    code=("verify.py",),
+    packages=("math-verify",),
+)

@@ -1,7 +1,5 @@
-"""A loss from outside: a function of the user's, and one more of ours, which touches two files."""
+"""A loss from outside: a function of the user's."""
 
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -16,7 +14,6 @@ from raylign.losses import LossState, preference_loss
 from raylign.losses.preference import LOSSES
 from tests.unit.losses.test_losses import random_candidates
 
-ROOT = Path(__file__).resolve().parents[3]
 MINE = """
 import torch
 from torch.nn.functional import logsigmoid
@@ -90,54 +87,3 @@ def test_a_loss_from_outside_the_project_does_not_run(mine: Path, monkeypatch: p
 
 def test_every_block_has_a_function_and_every_function_a_block() -> None:
     assert {*get_args(Member)} == LOSSES.keys()
-
-
-BLOCK = '''class SquaredLossBlock(WeightedLossBlock):
-    """(delta - 1)^2."""
-
-    loss_type: Literal["squared"] = "squared"
-
-
-PairwiseLoss = (
-    SquaredLossBlock
-    | '''
-ENTRY = "loss_of(SquaredLossBlock, lambda c, b, state: (_plain_delta(c, b) - 1) ** 2),"
-EDITS = {
-    "platform/raylign/config/losses/pairwise.py": [("PairwiseLoss = (\n    ", BLOCK)],
-    "platform/raylign/losses/pairwise.py": [
-        ("    SppoHardLossBlock,\n)", "    SppoHardLossBlock,\n    SquaredLossBlock,\n)"),
-        (
-            "LOSSES = table(\n",
-            "LOSSES = table(\n    loss_of(SquaredLossBlock, lambda c, b, state: (_plain_delta(c, b) - 1) ** 2),\n",
-        ),
-    ],
-}
-RUN = """
-import torch
-from raylign.config import parse_config
-from raylign.losses import LossState, preference_loss
-from tests.unit.losses.test_losses import random_candidates
-block = parse_config({"loss": {"loss_type": "squared", "beta": 0.5}}).loss
-logps = random_candidates(4, 2)
-h = logps.policy - logps.reference
-assert torch.allclose(preference_loss(logps, block, LossState()).losses, (0.5 * (h[:, 0] - h[:, 1]) - 1) ** 2)
-"""
-
-
-def test_one_more_loss_touches_two_files(tmp_path: Path) -> None:
-    for folder in ("platform", "actors", "recipes", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "cases"))
-    for name, edits in EDITS.items():
-        text = (tmp_path / name).read_text()
-        for before, after in edits:
-            assert text.count(before) == 1, before
-            text = text.replace(before, after)
-        (tmp_path / name).write_text(text)
-    assert len(EDITS) == 2
-    subprocess.run(
-        [sys.executable, "-P", "-c", RUN],
-        env={"PYTHONPATH": f"{tmp_path}/platform:{tmp_path}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-        cwd=tmp_path,
-        check=True,
-        timeout=300,
-    )

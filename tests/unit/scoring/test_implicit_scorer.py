@@ -17,8 +17,7 @@ from raylign.losses import CandidateLogps, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt
 from raylign.scoring import ScoringItem
 from raylign.scoring.describe import describe_scorer
-from raylign.scoring.implicit import ImplicitScorer, by_prompt
-from raylign.scoring.models import model_hashes
+from raylign.scoring.implicit import ImplicitScorer, by_prompt, model_hashes
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.preferences import candidate_logps, preference_batch
 from tests.unit.scoring.test_reward_model_scorer import WORDS, save_reward_model, save_tokenizer, spread

@@ -35,8 +35,7 @@ from raylign.records import Prompt
 from raylign.scoring import ScoringItem
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.load import load_scorer
-from raylign.scoring.models import model_hashes
-from raylign.scoring.reward_model import RewardModelScorer
+from raylign.scoring.reward_model import RewardModelScorer, model_hashes
 from raylign.training.rewards import CompletionRewards
 from raylign.training.sequences import Completions, token_batch
 from raylign.training.weights import checkpoint_weights

@@ -14,7 +14,7 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
-from raylign.scoring.identity import identity
+from raylign.scoring.kind import identity
 from raylign.scoring.load import load_scorer
 from raylign.scoring.usage import Usage
 from tests.faults import record

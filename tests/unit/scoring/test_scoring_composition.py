@@ -27,7 +27,7 @@ from raylign.records import Score
 from raylign.scoring import ScoringItem, batches, longest_s
 from raylign.scoring.base import ItemScorer
 from raylign.scoring.composition import composed
-from raylign.scoring.describe import describe_scorer, scorer_name
+from raylign.scoring.describe import describe_scorer
 from raylign.scoring.load import load_scorer
 from tests.judges import Judged, group, honest, values
 from tests.scorers import Told, of_prompt, table
@@ -142,7 +142,7 @@ def test_a_recipe_may_nest_compositions_and_reads_back_equal() -> None:
     config = parse_config(recipe(judge=inner, brevity={"type": "function", "function": "m:f"}))
     assert [leaf.type for leaf in leaves(config.scoring)] == ["verifier", "judge", "function"]
     assert parse_config(yaml.safe_load(dump_config(config))) == config
-    assert scorer_name(config.scoring) == "+1 judge +1 brevity"
+    assert config.scoring.title == "+1 judge +1 brevity"
 
 
 @pytest.mark.parametrize(

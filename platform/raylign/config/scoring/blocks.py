@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -21,13 +21,30 @@ from raylign.config.blocks import Dtype, Fraction
 
 CacheOption = Path | Literal["run"] | None
 """`run`: scores.sqlite of the run directory. A path: that file, which runs may share. null: nothing is kept."""
+FORWARDS = 8
+"""Forward passes in one call of a model: completions of like length meet in one of them."""
 
 
 class LeafScoringBlock(Block):
     """A scorer of its own."""
 
+    module: ClassVar[str]
+    """That of `raylign.scoring` with all that is particular to this type, as `KIND`."""
+    if TYPE_CHECKING:  # each type has a default of its own
+        batch_size: int
+
     compares: ClassVar[bool] = False
     """Whether a score depends on the other candidates of the prompt, so that more of them make it another score."""
+
+    @property
+    def title(self) -> str:
+        """Who scores, in a few words."""
+        raise NotImplementedError
+
+    @property
+    def items_per_call(self) -> int:
+        """Items in one call that keep it busy."""
+        return self.batch_size
 
 
 _VARIABLE_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
@@ -89,10 +106,15 @@ class ModelScoringBlock(LeafScoringBlock):
     cache: CacheOption = "run"
     """Keeps scores by conversation, completion and the model's files: `run`, a path that runs may share, or null."""
 
+    @property
+    def items_per_call(self) -> int:
+        return self.batch_size * FORWARDS
+
 
 class FunctionScoringBlock(LeafScoringBlock):
     """Scores from a Python function `(prompts, completions) -> list[float | None]`."""
 
+    module: ClassVar[str] = "function"
     type: Literal["function"] = "function"
     function: str = Field("raylign.scoring.vader:compound", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`module:function`; runs in the scorer actor. `plan` shows its file and hash."""
@@ -107,6 +129,10 @@ class FunctionScoringBlock(LeafScoringBlock):
     cache: CacheOption = "run"
     """Keeps scores by conversation, completion and file of the function: `run`, a path that runs may share, or null."""
 
+    @property
+    def title(self) -> str:
+        return self.function
+
 
 ANSWER = "{answer}"
 
@@ -119,6 +145,7 @@ class VerifierScoringBlock(LeafScoringBlock):
     which compares text. `regex` looks for `pattern`.
     """
 
+    module: ClassVar[str] = "verifier"
     type: Literal["verifier"] = "verifier"
     method: Literal["math", "exact_match", "regex"] = "math"
     """How a completion is compared with the answer."""
@@ -167,6 +194,10 @@ class VerifierScoringBlock(LeafScoringBlock):
         """Whether the reference answer decides the score."""
         return self.method != "regex" or ANSWER in (self.pattern or "")
 
+    @property
+    def title(self) -> str:
+        return f"verifier by {self.method}"
+
 
 class HttpScoringBlock(LeafScoringBlock):
     """Scores from a reward service that takes a batch by POST.
@@ -176,6 +207,7 @@ class HttpScoringBlock(LeafScoringBlock):
     {"query": [prompt and completion], "prompts": [text], "labels": [value or null]} and reads {"rewards": [number]}.
     """
 
+    module: ClassVar[str] = "http_service"
     type: Literal["http"] = "http"
     url: str
     """Where to post; no credentials in it."""
@@ -214,6 +246,14 @@ class HttpScoringBlock(LeafScoringBlock):
             )
         return self
 
+    @property
+    def title(self) -> str:
+        return "reward service"
+
+    @property
+    def items_per_call(self) -> int:
+        return self.batch_size * self.concurrency
+
 
 class JudgeScoringBlock(LeafScoringBlock):
     """Scores from a language model behind an OpenAI-compatible endpoint: a vLLM server, OpenAI, ... .
@@ -223,6 +263,7 @@ class JudgeScoringBlock(LeafScoringBlock):
     """
 
     compares: ClassVar[bool] = True
+    module: ClassVar[str] = "judge"
     type: Literal["judge"] = "judge"
     base_url: str
     """Address of the server up to and with `/v1`; no credentials in it."""
@@ -271,6 +312,10 @@ class JudgeScoringBlock(LeafScoringBlock):
             )
         return self
 
+    @property
+    def title(self) -> str:
+        return f"judge {self.model}"
+
 
 class RewardModelScoringBlock(ModelScoringBlock):
     """Scores from a sequence classifier of transformers with one output.
@@ -278,11 +323,16 @@ class RewardModelScoringBlock(ModelScoringBlock):
     It reads the conversation with the completion as the last message, by its own tokenizer and chat template.
     """
 
+    module: ClassVar[str] = "reward_model"
     type: Literal["reward_model"] = "reward_model"
     path: str = Field(min_length=1)
     """A local folder, such as `raylign export` writes, or a hub id: a whole model, or a PEFT adapter (SEQ_CLS)."""
     revision: str | None = None
     """Hub revision; pin it for repeatable runs."""
+
+    @property
+    def title(self) -> str:
+        return f"reward model {self.path}"
 
 
 class ImplicitScoringBlock(ModelScoringBlock):
@@ -292,6 +342,7 @@ class ImplicitScoringBlock(ModelScoringBlock):
     tokenizer will do; a policy after DPO and the model it started from are a reward model for free.
     """
 
+    module: ClassVar[str] = "implicit"
     type: Literal["implicit"] = "implicit"
     policy_path: str = Field(min_length=1)
     """pi: a local folder or a hub id, of a whole model or a PEFT adapter (CAUSAL_LM). Its tokenizer is used."""
@@ -305,3 +356,18 @@ class ImplicitScoringBlock(ModelScoringBlock):
     """Scale of the log-ratio, as in the loss."""
     length_normalised: bool = False
     """Divide by the completion's tokens, its end token included; the sum grows with length."""
+
+    @property
+    def title(self) -> str:
+        return f"implicit reward of {self.policy_path} against {self.reference_path}"
+
+
+LeafBlock = (
+    FunctionScoringBlock
+    | JudgeScoringBlock
+    | VerifierScoringBlock
+    | HttpScoringBlock
+    | RewardModelScoringBlock
+    | ImplicitScoringBlock
+)
+"""Every scorer that is no composition."""

@@ -8,14 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.blocks import (
-    FunctionScoringBlock,
-    HttpScoringBlock,
-    ImplicitScoringBlock,
-    JudgeScoringBlock,
-    RewardModelScoringBlock,
-    VerifierScoringBlock,
-)
+from raylign.config.scoring.blocks import LeafBlock
 
 MEAN, STD = "mean", "std"
 
@@ -40,6 +33,11 @@ class CompositionBlock(Block):
     @property
     def members(self) -> "Mapping[str, ScoringBlock]":
         """Scorers by name."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """Who scores, in a few words."""
         raise NotImplementedError
 
     @property
@@ -86,11 +84,19 @@ class WeightedScoringBlock(EnsembleBlock):
             )
         return self
 
+    @property
+    def title(self) -> str:
+        return " ".join(f"{weight:+g} {name}" for name, weight in self.weights.items())
+
 
 class MinScoringBlock(EnsembleBlock):
     """min_i value_i: worst-case optimisation over an ensemble (Coste et al. 2024, arXiv 2310.02743)."""
 
     type: Literal["min"] = "min"
+
+    @property
+    def title(self) -> str:
+        return f"min of {', '.join(self.scorers)}"
 
 
 class MeanStdScoringBlock(EnsembleBlock):
@@ -111,6 +117,10 @@ class MeanStdScoringBlock(EnsembleBlock):
         if taken := self.scorers.keys() & {MEAN, STD}:
             raise ValueError(f"scorers={_listed(taken)} would hide the part of that name; name them otherwise")
         return self
+
+    @property
+    def title(self) -> str:
+        return f"mean {self.std_coefficient:+g} std of {', '.join(self.scorers)}"
 
 
 class GateScoringBlock(CompositionBlock):
@@ -134,15 +144,11 @@ class GateScoringBlock(CompositionBlock):
     def members(self) -> "Mapping[str, ScoringBlock]":
         return {"gate": self.gate, "score": self.score}
 
+    @property
+    def title(self) -> str:
+        return f"score where gate >= {self.threshold:g}, else {self.otherwise:g}"
 
-LeafBlock = (
-    FunctionScoringBlock
-    | JudgeScoringBlock
-    | VerifierScoringBlock
-    | HttpScoringBlock
-    | RewardModelScoringBlock
-    | ImplicitScoringBlock
-)
+
 Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock
 ScoringBlock = LeafBlock | Composition
 ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
