@@ -35,20 +35,10 @@ from actors.supervision.watch import watched
 from actors.trainer.actor import TrainerSpec
 from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
-from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.publish import WeightPublisher
-from actors.weight_sync.transports import (
-    LoraTransport,
-    NcclTransport,
-    ShmTransport,
-    Transport,
-    WeightTransport,
-    choose_transport,
-    require_room,
-)
+from actors.weight_sync.transports import EngineEnd, require_room, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.errors import GeneratorError, RaylignError, ScorerError, TrainerError
-from raylign.models import DTYPES
 from raylign.reference.checkpoint import resolve_reference
 from raylign.roles import Generator, ScorerProcess
 from raylign.scoring import Compute
@@ -138,14 +128,15 @@ def team(
 ) -> Iterator[ActorTeam]:
     """Start every role at the same time, wait until all have loaded, yield them, and take them down at the end."""
     with weight_folder(config.run.name) as directory:
-        mover, transport = _transport(config, folder, plan, directory)
+        transport = weight_transport(config, folder, plan.device, directory)
+        require_room(directory, transport.needed_bytes)
         with _starting(config, folder, pad_id, plan, incidents) as start:
-            generators = _start_generators(config, start, transport)
+            generators = _start_generators(config, start, transport.engine)
             scorer = _start_scorer(config, start)
             trainers = _start_trainers(start)
             sync = config.generators.weight_sync
             canary = Canary(canary_ids, sync.canary_max_gap)
-            publisher = WeightPublisher(trainers, generators, mover, canary, sync.timeout_s)
+            publisher = WeightPublisher(trainers, generators, transport, canary, sync.timeout_s)
             scorer.wait_ready()
             generators.wait_ready(publisher.catch_up)
             with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
@@ -168,7 +159,7 @@ def trainer_team(
             yield trainers
 
 
-def _start_generators(config: OnlineDpoConfig, start: _Start, transport: Transport) -> SupervisedGenerators:
+def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineEnd) -> SupervisedGenerators:
     block = config.generators
     spec = EngineSpec(
         model=start.folder,
@@ -248,25 +239,3 @@ def _start_trainers(start: _Start) -> SupervisedTrainers:
     )
     start.stack.callback(lambda: kill(trainers.handles))
     return trainers
-
-
-def _transport(
-    config: OnlineDpoConfig, folder: str, plan: PlacementPlan, directory: Path
-) -> tuple[WeightTransport, Transport]:
-    """How weights travel, and its name. Raises WeightSyncError when a push would not fit, before anything starts."""
-    transport = choose_transport(
-        config.generators.weight_sync.transport,
-        device=plan.device,
-        adapter=config.model.adapter_fits_checkpoint,
-        own_devices=config.placement.mode == "disaggregated",
-        keeps_base=config.sampling.reference_generations > 0,
-    )
-    match transport:
-        case "shm":
-            made = ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
-            require_room(directory, made.needed_bytes)
-            return made, transport
-        case "lora":
-            return LoraTransport(directory), transport
-        case "nccl":
-            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size), transport

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.calls import actor_class
+from actors.weight_sync.transports import EngineEnd
 from raylign.config.blocks import Dtype
 from raylign.roles import Generator
 
@@ -15,7 +16,7 @@ class EngineSpec:
     model: str
     dtype: Dtype
     device: Literal["cpu", "gpu"]
-    transport: Literal["lora", "shm", "nccl"]
+    transport: EngineEnd
     lora_rank: int
     tensor_parallel_size: int
     max_model_len: int

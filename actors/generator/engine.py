@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from actors.generator.actor import EngineSpec
 from actors.supervision.janitor import clean_up_family
 from actors.supervision.stacks import enable_stack_dumps
-from actors.weight_sync.vllm_worker import SHM_BACKEND, WORKER_EXTENSION
+from actors.weight_sync.vllm_worker import WORKER_EXTENSION
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
 from raylign.roles import Generator
@@ -56,11 +56,10 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         options |= {"distributed_executor_backend": "uni"} if spec.one_process else {}
     else:
         options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
-    if spec.transport == "lora":
+    if spec.transport.backend is None:
         options |= {"enable_lora": True, "max_loras": _slots(spec), "max_lora_rank": _supported_rank(spec.lora_rank)}
     else:
-        backend = SHM_BACKEND if spec.transport == "shm" else "nccl"
-        options |= {"weight_transfer_config": WeightTransferConfig(backend=backend)}
+        options |= {"weight_transfer_config": WeightTransferConfig(backend=spec.transport.backend)}
         options |= {"worker_extension_cls": WORKER_EXTENSION}
     return AsyncEngineArgs(
         model=spec.model,
@@ -169,7 +168,7 @@ class VllmEngine:
     @_leaves_with_engine
     async def ready(self) -> None:
         self._tasks.append(asyncio.create_task(self._leave_with_the_engine()))
-        if self._spec.transport == "shm":
+        if self._spec.transport.opens_itself:
             await self.init_weight_transfer_engine({})
         await self.label(0)
 
@@ -180,10 +179,10 @@ class VllmEngine:
     @_leaves_with_engine
     async def sample(self, prompt: Prompt, decoding: Decoding, seed: int, version: int) -> list[Candidate]:
         count = decoding.reference_generations
-        if count and self._spec.transport != "lora":
+        if count and self._spec.transport.backend is not None:
             raise GeneratorError(
                 f"{count} candidates were asked of the model without its adapter, but "
-                f"generators.weight_sync.transport={self._spec.transport} merges the two; use lora"
+                f"generators.weight_sync.transport={self._spec.transport.name} merges the two; use lora"
             )
         own = decoding.num_generations - count
         parts = [self._completions(prompt, decoding, own, seed, self._adapter)]

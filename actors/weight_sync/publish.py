@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from actors.calls import ask_all
 from actors.supervision.waiting import get_together
 from actors.weight_sync.canary import Canary
-from actors.weight_sync.transports import NcclTransport, WeightTransport
+from actors.weight_sync.transports import WeightTransport
 from raylign.errors import GeneratorError, TrainerError, WeightSyncError
 from raylign.roles import Engines, Generator, Generators, Trainers
 
@@ -64,9 +64,10 @@ class WeightPublisher:
 
         Raises ActorsLost when it dies, WeightSyncError when it does not serve the trainer's weights.
         """
-        if isinstance(self.transport, NcclTransport):
+        if not self.transport.takes_newcomers:
             raise WeightSyncError(
-                "a new generator cannot join the NCCL group of the others; run the same command again: it goes on at "
+                f"generators.weight_sync.transport={self.transport.engine.name} cannot reach a generator that starts "
+                "later than the others; run the same command again: it goes on at "
                 "the first stage that is not finished"
             )
         alone = _OneEngine([handle])

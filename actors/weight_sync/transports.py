@@ -7,17 +7,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
-from actors.weight_sync.manifest import Manifest, file_manifest, require_same
+from actors.weight_sync.manifest import Manifest, checkpoint_manifest, file_manifest, require_same
+from raylign.config import OnlineDpoConfig
 from raylign.errors import PlacementError, WeightSyncError
+from raylign.models import DTYPES
 from raylign.roles import Engines, Generator, Trainers
 
-Transport = Literal["lora", "shm", "nccl"]
+Name = Literal["lora", "shm", "nccl"]
+SHM_BACKEND = "raylign_shm"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnd:
+    """A transport's part in an engine.
+
+    `backend` is that of vLLM's weight transfer, None where the engine takes adapters and so can answer without one.
+    With `opens_itself` the engine needs nobody to open its end.
+    """
+
+    name: Name
+    backend: str | None
+    opens_itself: bool = False
 
 
 class WeightTransport(Protocol):
     """Moves the trainer's weights to idle generators, which then serve them as `version`."""
+
+    engine: ClassVar[EngineEnd]
+    takes_newcomers: ClassVar[bool]
+    """Whether a push can go to one generator alone, which has started later than the others."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Room in shared memory that a push takes; 0 where that does not count."""
+        ...
 
     def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
         """Raises WeightSyncError, TrainerError or GeneratorError; after any of them the engines are not to be used."""
@@ -25,8 +50,13 @@ class WeightTransport(Protocol):
 
 
 def choose_transport(
-    named: str, *, device: Literal["cpu", "gpu"], adapter: bool, own_devices: bool, keeps_base: bool = False
-) -> Transport:
+    named: Name | Literal["auto"],
+    *,
+    device: Literal["cpu", "gpu"],
+    adapter: bool,
+    own_devices: bool,
+    keeps_base: bool = False,
+) -> Name:
     """`adapter` says whether the generators' checkpoint under an adapter is the policy.
 
     `keeps_base`: the generators must answer without that adapter too, so that it cannot be merged. Otherwise
@@ -41,8 +71,8 @@ def choose_transport(
         raise PlacementError(
             "generators.weight_sync.transport=nccl needs a GPU of its own per actor; set placement.mode=disaggregated"
         )
-    if named in ("lora", "shm", "nccl"):
-        return named  # type: ignore[return-value]
+    if named != "auto":
+        return named
     if device == "cpu" and not keeps_base:
         return "shm"
     if adapter:
@@ -54,6 +84,8 @@ def choose_transport(
 class ShmTransport:
     """Merged weights as one safetensors file in shared memory, checked against `manifest`, mapped by each engine."""
 
+    engine: ClassVar[EngineEnd] = EngineEnd("shm", SHM_BACKEND, opens_itself=True)
+    takes_newcomers: ClassVar[bool] = True
     directory: Path
     manifest: Manifest
     bytes_per_weight: int
@@ -81,6 +113,9 @@ def load_file(generators: Engines, path: Path, manifest: Manifest, version: int,
 class LoraTransport:
     """The adapter alone as a PEFT folder in shared memory, swapped in place."""
 
+    engine: ClassVar[EngineEnd] = EngineEnd("lora", None)
+    takes_newcomers: ClassVar[bool] = True
+    needed_bytes: ClassVar[int] = 0
     directory: Path
 
     def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
@@ -103,6 +138,9 @@ def _own_folder(directory: Path) -> Iterator[Path]:
 class NcclTransport:
     """Merged weights broadcast from trainer rank 0 to every engine worker with vLLM's packed NCCL engine."""
 
+    engine: ClassVar[EngineEnd] = EngineEnd("nccl", "nccl")
+    takes_newcomers: ClassVar[bool] = False
+    needed_bytes: ClassVar[int] = 0
     workers: int
 
     def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
@@ -110,6 +148,28 @@ class NcclTransport:
         trainers.send_nccl(generators.handles, self.workers, timeout_s)
         generators.call("labelling the version", timeout_s, Generator.label, version)
         generators.call("resuming the generators", timeout_s, Generator.resume)
+
+
+def weight_transport(
+    config: OnlineDpoConfig, folder: str, device: Literal["cpu", "gpu"], directory: Path
+) -> WeightTransport:
+    """The transport of a run whose model is in `folder`; what passes through shared memory does so in `directory`.
+
+    Raises PlacementError when it cannot be, WeightSyncError when `folder` has no weights.
+    """
+    match choose_transport(
+        config.generators.weight_sync.transport,
+        device=device,
+        adapter=config.model.adapter_fits_checkpoint,
+        own_devices=config.placement.mode == "disaggregated",
+        keeps_base=config.sampling.reference_generations > 0,
+    ):
+        case "shm":
+            return ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+        case "lora":
+            return LoraTransport(directory)
+        case "nccl":
+            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
 
 
 def require_room(directory: Path, needed: int) -> None:

@@ -20,8 +20,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.trainer.bound_store import listen_on_own_address
+from actors.weight_sync.transports import SHM_BACKEND
 
-SHM_BACKEND = "raylign_shm"
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
 

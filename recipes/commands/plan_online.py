@@ -13,12 +13,11 @@ from rich.text import Text
 from actors.placement import PlacementPlan
 from actors.team import plan_team
 from actors.weight_sync.folder import shared_folder
-from actors.weight_sync.transports import Transport, choose_transport, require_room
+from actors.weight_sync.transports import Name, require_room, weight_transport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.config.scoring import JudgeScoringBlock, leaves
-from raylign.models import DTYPES
 from raylign.prompts import PromptSet, left_out
 from raylign.scoring.describe import describe_scorer
 from raylign.tracking.uri import default_uri
@@ -85,7 +84,7 @@ class RunPlan:
     placement: PlacementPlan
     available: Mapping[str, float]
     cluster: str
-    transport: Transport
+    transport: Name
     push_bytes: int
     free_bytes: int
 
@@ -104,17 +103,10 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     prompts = find_prompts(config, models, quarantine=False)
     where, available = present_resources()
     placement = plan_team(config, available)
-    transport = choose_transport(
-        config.generators.weight_sync.transport,
-        device=placement.device,
-        adapter=config.model.adapter_fits_checkpoint,
-        own_devices=config.placement.mode == "disaggregated",
-        keeps_base=config.sampling.reference_generations > 0,
-    )
-    push = model.parameters * DTYPES[config.model.dtype].itemsize if transport == "shm" else 0
+    transport = weight_transport(config, str(model.folder), placement.device, shared_folder())
     is_here = where == THIS_MACHINE
     if is_here:
-        require_room(shared_folder(), push)
+        require_room(shared_folder(), transport.needed_bytes)
     return RunPlan(
         config=config,
         model=model,
@@ -125,8 +117,8 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
         placement=placement,
         available=available,
         cluster=where,
-        transport=transport,
-        push_bytes=push,
+        transport=transport.engine.name,
+        push_bytes=transport.needed_bytes,
         free_bytes=shutil.disk_usage(shared_folder()).free if is_here else 0,
     )
 

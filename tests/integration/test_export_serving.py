@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator.actor import EngineSpec
 from actors.generator.engine import VllmEngine
+from actors.weight_sync.transports import ShmTransport
 from raylign.export.card import Method, PolicyFacts, framework_versions
 from raylign.export.policy import export_model
 from raylign.records import Evaluation, Prompt
@@ -59,7 +60,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         model=str(folder),
         dtype="float32",
         device="cpu",
-        transport="shm",
+        transport=ShmTransport.engine,
         lora_rank=0,
         tensor_parallel_size=1,
         max_model_len=256,

@@ -12,6 +12,7 @@ from ray._private import ray_constants
 
 from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.trainer.network import free_address
+from actors.weight_sync.transports import ShmTransport
 from tests.integration.listeners import Member, listening
 from tests.integration.tiny import clean_environment
 from tests.processes import descendants
@@ -51,7 +52,7 @@ def test_an_engine_listens_on_loopback_alone(resources: dict[str, float], served
         model=served_llama,
         dtype="float32",
         device="cpu",
-        transport="shm",
+        transport=ShmTransport.engine,
         lora_rank=0,
         tensor_parallel_size=1,
         max_model_len=64,

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from actors.cluster import cluster
 from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.supervision.generators import SupervisedGenerators, actor_name
+from actors.weight_sync.transports import ShmTransport
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock, RunBlock
 from raylign.errors import GeneratorError, RaylignError
 from raylign.roles import Generator
@@ -32,7 +33,7 @@ def engine(model: str, stacks: Path) -> EngineSpec:
         model=model,
         dtype="float32",
         device="cpu",
-        transport="shm",
+        transport=ShmTransport.engine,
         lora_rank=0,
         tensor_parallel_size=1,
         max_model_len=512,

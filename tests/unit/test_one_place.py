@@ -166,9 +166,66 @@ assert describe_scorer(block)[1:3] == ("long: length", "  1 a character")
 assert longest_s(items, block) == 2.0 and len(batches(items, block)) == 1
 """,
 )
+TRANSPORT = Patch(
+    edits=[
+        (
+            "platform/raylign/config/blocks.py",
+            'transport: Literal["auto", "lora", "shm", "nccl"]',
+            'transport: Literal["auto", "lora", "shm", "nccl", "disk"]',
+        ),
+        (
+            "actors/weight_sync/transports.py",
+            'Name = Literal["lora", "shm", "nccl"]',
+            'Name = Literal["lora", "shm", "nccl", "disk"]',
+        ),
+        (
+            "actors/weight_sync/transports.py",
+            "@dataclass(frozen=True, slots=True)\nclass NcclTransport:",
+            '''@dataclass(frozen=True, slots=True)
+class DiskTransport:
+    """Merged weights through a folder on a disk that all nodes see."""
+
+    engine: ClassVar[EngineEnd] = EngineEnd("disk", SHM_BACKEND, opens_itself=True)
+    takes_newcomers: ClassVar[bool] = True
+    needed_bytes: ClassVar[int] = 0
+    folder: Path
+
+    def push(self, trainers, generators, version, timeout_s):
+        trainers.save_weights(str(self.folder / "model.safetensors"))
+        generators.call("loading", timeout_s, Generator.take_weights, str(self.folder / "model.safetensors"), version)
 
 
-@pytest.mark.parametrize("patch", [LOSS, PAIRING, SCORER], ids=["loss", "pairing", "scorer"])
+@dataclass(frozen=True, slots=True)
+class NcclTransport:''',
+        ),
+        (
+            "actors/weight_sync/transports.py",
+            '        case "nccl":',
+            '        case "disk":\n            return DiskTransport(config.run.dir)\n        case "nccl":',
+        ),
+    ],
+    run="""
+import sys
+from pathlib import Path
+from actors.weight_sync.canary import Canary
+from actors.weight_sync.publish import WeightPublisher
+from actors.weight_sync.transports import weight_transport
+from raylign.config import parse_config
+from tests.fakes import FakeEngine, FakeGenerators, FakeRank, fake_trainers
+config = parse_config({}, ["generators.weight_sync.transport=disk", f"run.dir={sys.argv[1]}"])
+transport = weight_transport(config, "unused", "cpu", Path("unused"))
+rank, engine = FakeRank([], config), FakeEngine([])
+rank.version = 1
+trainers, canary = fake_trainers(rank, config), Canary(((1, 2),), 0.1)
+publisher = WeightPublisher(trainers, FakeGenerators([engine]), transport, canary, 1.0)
+publisher.publish(1)
+assert (engine.weights, engine.label_now, transport.engine.name) == (1, 1, "disk")
+""",
+)
+CASES = {"loss": LOSS, "pairing": PAIRING, "scorer": SCORER, "transport": TRANSPORT}
+
+
+@pytest.mark.parametrize("patch", CASES.values(), ids=CASES.keys())
 def test_one_more_touches_two_files(patch: Patch, tmp_path: Path) -> None:
     for folder in ("platform", "actors", "recipes", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "cases"))

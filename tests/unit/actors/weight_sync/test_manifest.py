@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from actors.weight_sync.manifest import checkpoint_manifest, file_manifest, require_same
-from actors.weight_sync.transports import Transport, choose_transport, require_room
+from actors.weight_sync.transports import Name, choose_transport, require_room
 from raylign.errors import PlacementError, WeightSyncError
 
 Device = Literal["cpu", "gpu"]
@@ -76,7 +76,7 @@ def test_long_lists_are_cut_with_their_count() -> None:
     ],
 )
 def test_auto_chooses_by_device_adapter_and_placement(
-    device: Device, adapter: bool, own_devices: bool, chosen: Transport
+    device: Device, adapter: bool, own_devices: bool, chosen: Name
 ) -> None:
     assert choose_transport("auto", device=device, adapter=adapter, own_devices=own_devices) == chosen
 
@@ -88,7 +88,7 @@ def test_auto_keeps_the_adapter_apart_from_a_base_that_is_asked_too(device: Devi
 
 @pytest.mark.parametrize("named", ["lora", "shm"])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_a_named_transport_is_taken(named: str, device: Device) -> None:
+def test_a_named_transport_is_taken(named: Name, device: Device) -> None:
     assert choose_transport(named, device=device, adapter=False, own_devices=False) == named
 
 
