@@ -55,6 +55,7 @@ def noted(folder: Path) -> list[int]:
 def test_a_forked_copy_that_returns_from_the_function_answers_nothing(make: Make, tmp_path: Path) -> None:
     scorer = make("forking")
     assert values(scorer.score(items(tmp_path, "fork"))) == [1.0]
+    wait_until(lambda: (tmp_path / "pids").exists() and noted(tmp_path) != [])
     (copy,) = noted(tmp_path)
     wait_until(lambda: not alive(copy))
     assert values(scorer.score(items(tmp_path, "a", "b", "c"))) == [1.0] * 3
