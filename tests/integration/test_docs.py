@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "deploy/README.md", "deploy/jobs.md", "CONTRIBUTING.md")
+DOCUMENTS = (
+    *("README.md", "recipes/README.md", "recipes/runs.md", "platform/README.md"),
+    *("deploy/README.md", "deploy/jobs.md", "deploy/security.md", "CONTRIBUTING.md"),
+)
 BIN = Path(sys.executable).parent
 
 RUN_ELSEWHERE = {
@@ -20,6 +23,7 @@ RUN_ELSEWHERE = {
     "make bench": "below, make -n",
     "make fuzz": "tests/unit/test_fuzz.py, fewer inputs",
     "make clean": "below, make -n",
+    "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts",
     "raylign run": "tests/integration/test_interrupts.py, test_offline_recipes.py, test_model_scorers.py",
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
     "raylign data prepare": "tests/unit/data/test_prepare_pipeline.py",
