@@ -1,5 +1,6 @@
 """The loop to read, in one process: it runs, and its first step is DPO's at its start."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_a_round_of_the_demos_task() -> None:
     done = subprocess.run(
         [sys.executable, "recipes/minimal.py", *(f"--{name}={value}" for name, value in options.items())],
         cwd=ROOT,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"},
         capture_output=True,
         text=True,
         timeout=1200,
