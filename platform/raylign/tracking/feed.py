@@ -73,7 +73,7 @@ class MlflowFeed:
             before_sleep=self._warn,
             reraise=True,
         )
-        writer = retrying(MlflowWriter.connect, self._uri, self._experiment, self._run_dir)
+        writer = retrying(MlflowWriter.connect, self._uri, self._experiment, self._run_dir, self._stopped)
         offset = 0
         while not self._stopped.is_set():
             last_pass = self._draining.is_set()

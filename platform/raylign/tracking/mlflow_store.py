@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,28 +66,29 @@ T = TypeVar("T")
 class MlflowStore:
     """A server or database. Every method raises TrackingError, whose `passing` says whether waiting may help."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, closed: threading.Event | None = None) -> None:
         """Creates the database of a sqlite URI. Raises ConfigError when its folder cannot be made."""
         self._uri = uri
         _asked(lambda: create_database(uri))
+        self._closed = closed
         self._client: MlflowClient = _asked(lambda: MlflowClient(tracking_uri=uri))
 
     def experiment(self, name: str) -> str:
         """The id of the experiment called `name`, which is made if it is missing."""
-        found = _asked(lambda: self._client.get_experiment_by_name(name))
+        found = self._ask(lambda: self._client.get_experiment_by_name(name))
         if found is None:
             where = artifact_location(self._uri)
-            return _id(_asked(lambda: self._client.create_experiment(name, where, tags=_TRAINING)), "experiment")
-        if _asked(lambda: found.lifecycle_stage) != LifecycleStage.ACTIVE:
+            return _id(self._ask(lambda: self._client.create_experiment(name, where, tags=_TRAINING)), "experiment")
+        if self._ask(lambda: found.lifecycle_stage) != LifecycleStage.ACTIVE:
             raise _refusal(
                 f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"
             )
-        return _id(_asked(lambda: found.experiment_id), "experiment")
+        return _id(self._ask(lambda: found.experiment_id), "experiment")
 
     def has(self, run_id: str) -> bool:
         """Whether the run is there and not deleted."""
         try:
-            return bool(_asked(lambda: self._client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.ACTIVE)
+            return bool(self._ask(lambda: self._client.get_run(run_id).info.lifecycle_stage) == LifecycleStage.ACTIVE)
         except TrackingError as error:
             if isinstance(error.__cause__, MlflowException) and error.__cause__.error_code == _UNKNOWN:
                 return False
@@ -95,7 +97,7 @@ class MlflowStore:
     def find_run(self, experiment_id: str, tags: Mapping[str, str]) -> str | None:
         """A run with all of `tags`."""
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        found = _asked(
+        found = self._ask(
             lambda: [run.info.run_id for run in self._client.search_runs([experiment_id], condition, max_results=1)]
         )
         return _id(found[0], "run") if found else None
@@ -103,39 +105,45 @@ class MlflowStore:
     def create_run(self, experiment_id: str, start_ms: int, tags: dict[str, str], name: str) -> str:
         """The id of a new run."""
         return _id(
-            _asked(lambda: self._client.create_run(experiment_id, start_ms, tags, name).info.run_id),
+            self._ask(lambda: self._client.create_run(experiment_id, start_ms, tags, name).info.run_id),
             "run",
         )
 
     def params(self, run_id: str) -> dict[str, str]:
         """What was logged before."""
-        return _asked(lambda: dict(self._client.get_run(run_id).data.params))
+        return self._ask(lambda: dict(self._client.get_run(run_id).data.params))
 
     def set_running(self, run_id: str) -> None:
-        _asked(lambda: self._client.update_run(run_id, status="RUNNING"))
+        self._ask(lambda: self._client.update_run(run_id, status="RUNNING"))
 
     def set_ended(self, run_id: str, status: str, end_ms: int) -> None:
-        _asked(lambda: self._client.set_terminated(run_id, status, end_ms))
+        self._ask(lambda: self._client.set_terminated(run_id, status, end_ms))
 
     def log_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        _asked(lambda: self._client.log_batch(run_id, metrics=metrics, synchronous=True))
+        self._ask(lambda: self._client.log_batch(run_id, metrics=metrics, synchronous=True))
 
     def log_params(self, run_id: str, params: Sequence[Param]) -> None:
-        _asked(lambda: self._client.log_batch(run_id, params=params, synchronous=True))
+        self._ask(lambda: self._client.log_batch(run_id, params=params, synchronous=True))
 
     def log_tags(self, run_id: str, tags: Sequence[RunTag]) -> None:
-        _asked(lambda: self._client.log_batch(run_id, tags=tags, synchronous=True))
+        self._ask(lambda: self._client.log_batch(run_id, tags=tags, synchronous=True))
 
     def log_dataset(self, run_id: str, dataset: DatasetInput) -> None:
-        _asked(lambda: self._client.log_inputs(run_id, [dataset]))
+        self._ask(lambda: self._client.log_inputs(run_id, [dataset]))
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """`text` as the artifact called `name`."""
-        _asked(lambda: self._client.log_text(run_id, text, name))
+        self._ask(lambda: self._client.log_text(run_id, text, name))
 
     def log_file(self, run_id: str, file: Path, folder: str | None) -> None:
         """The file as an artifact of its own name in `folder`."""
-        _asked(lambda: self._client.log_artifact(run_id, str(file), folder))
+        self._ask(lambda: self._client.log_artifact(run_id, str(file), folder))
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """Nothing more once `closed` is set: by then another process may tell MLflow how the run has ended."""
+        if self._closed is not None and self._closed.is_set():
+            raise TrackingError("the feed of this run is closed")
+        return _asked(ask)
 
 
 def _asked(ask: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,9 +55,9 @@ class MlflowWriter:
         self.state = state
 
     @classmethod
-    def connect(cls, uri: str, experiment: str, run_dir: Path) -> Self:
+    def connect(cls, uri: str, experiment: str, run_dir: Path, closed: threading.Event | None = None) -> Self:
         """Open the store, create the experiment if missing, and start again if our run is gone from it."""
-        store = MlflowStore(uri)
+        store = MlflowStore(uri, closed)
         state = load_state(run_dir, uri)
         if not (state.run_id and store.has(state.run_id)):
             state = FeedState(experiment_id=store.experiment(experiment))
