@@ -296,7 +296,7 @@ def test_the_command_with_settings_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = re.findall(r"^raylign (data prepare .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^raylign (data prepare .*)$", (ROOT / "recipes/README.md").read_text(), re.MULTILINE)
     answers = [(one["prompt"], (one["chosen"], 5), (one["rejected"], 2)) for one in map(english, range(12))]
     save(tmp_path / "ratings_en.jsonl", [rated(*one) for one in answers])
     save(tmp_path / "pairs_zh.jsonl", list(map(chinese, range(12))))
