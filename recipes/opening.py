@@ -15,7 +15,7 @@ from actors.placement import PlacementPlan
 from actors.team import plan_team, plan_trainer_team, team, trainer_team
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
-from raylign.config.losses import FunctionLossBlock, MixLossBlock
+from raylign.config.losses import FunctionLossBlock, members
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
@@ -199,8 +199,7 @@ def inputs_of(
     if isinstance(reference := config.measured_against, ModelReferenceBlock):
         own = model_digest(Path(models.reference))
         found[f"reference.path={reference.path}"] = Input(own, "files of the reference's folder", fixed=False)
-    loss = config.objective
-    for block in loss.losses if isinstance(loss, MixLossBlock) else (loss,):
+    for block in members(config.objective):
         if isinstance(block, FunctionLossBlock):
             what = "the code of the loss, or of what it imports"
             found[f"loss.function={block.function}"] = Input(module_sources(block.function).digest, what, fixed=False)

@@ -17,7 +17,7 @@ from actors.cluster import cluster
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
-from raylign.config.losses import FunctionLossBlock, MixLossBlock, TrainerLoss
+from raylign.config.losses import FunctionLossBlock, TrainerLoss, members
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
@@ -193,9 +193,8 @@ def many(count: int, noun: str) -> str:
 
 def loss_lines(loss: TrainerLoss) -> list[Line]:
     """The loss, and of a user's function where it stands and its hash. Raises ScorerError when it cannot be found."""
-    named = [block for block in (loss.losses if isinstance(loss, MixLossBlock) else [loss])]
-    lines = [("loss", " + ".join(loss_name(block) for block in named))]
-    for block in named:
+    lines = [("loss", " + ".join(loss_name(block) for block in members(loss)))]
+    for block in members(loss):
         if isinstance(block, FunctionLossBlock):
             info = locate_function(block.function, option="loss.function")
             lines += [("", f"{block.function}: {info.file}:{info.line}"), ("", f"sha256 {info.sha256}")]

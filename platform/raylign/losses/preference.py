@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBlock
+from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBlock, members
 from raylign.config.losses.pairwise import WeightedLossBlock
 from raylign.losses import function, listwise, pairwise, reference_free, terms
 from raylign.losses.inputs import CandidateLogps, LossOutput, LossState, ends, real_groups, table
@@ -42,7 +42,7 @@ def preference_loss(logps: CandidateLogps, block: LossBlock, state: LossState) -
 
 def next_state(state: LossState, block: LossBlock, means: Mapping[str, float]) -> LossState:
     """The state of the next step, from the means of `LossOutput.metrics` over all preferences of this step."""
-    for member in block.losses if isinstance(block, MixLossBlock) else (block,):
+    for member in members(block):
         match member:
             case BcoPairLossBlock(reward_shift_decay=float(decay)):
                 shift = decay * state.reward_shift + (1 - decay) * means["reward_shift"]

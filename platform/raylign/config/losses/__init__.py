@@ -48,6 +48,12 @@ from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBl
 TrainerLoss = LossBlock | RewardLossBlock
 """What a trainer learns by: a policy's loss, or a reward model's."""
 
+
+def members(loss: TrainerLoss) -> tuple[Member | RewardLossBlock, ...]:
+    """The losses that `loss` is made of: those of a mix, else itself."""
+    return loss.losses if isinstance(loss, MixLossBlock) else (loss,)
+
+
 __all__ = [
     "AllPairsLossBlock",
     "AlphapoLossBlock",
@@ -91,4 +97,5 @@ __all__ = [
     "SppoHardLossBlock",
     "TrainerLoss",
     "XpoLossBlock",
+    "members",
 ]
