@@ -1,6 +1,8 @@
 """Losses of users."""
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from raylign.losses.inputs import CandidateLogps, LossState, loss_of
 
 def own_loss(logps: CandidateLogps, block: FunctionLossBlock, state: LossState) -> Tensor:
     """What the user's function gives. Raises ConfigError unless that is one value for each group."""
-    losses = _function(block)(logps, block, state)
+    losses = _function(block.function, Path.cwd())(logps, block, state)
     if not isinstance(losses, Tensor) or losses.shape != logps.policy.shape[:1]:
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ConfigError(
@@ -21,10 +23,12 @@ def own_loss(logps: CandidateLogps, block: FunctionLossBlock, state: LossState) 
     return losses
 
 
-def _function(block: FunctionLossBlock) -> Callable[[CandidateLogps, FunctionLossBlock, LossState], object]:
-    found = import_named(block.function, "loss.function")
+@cache
+def _function(spec: str, project: Path) -> Callable[[CandidateLogps, FunctionLossBlock, LossState], object]:
+    """Found once for a project: looking where it may come from reads every installed package, at every micro-batch."""
+    found = import_named(spec, "loss.function")
     if not callable(found):
-        raise ConfigError(f"loss.function={block.function} is a {type(found).__name__}, not a function")
+        raise ConfigError(f"loss.function={spec} is a {type(found).__name__}, not a function")
     return found
 
 
