@@ -228,6 +228,7 @@ def _start_trainers(start: _Start) -> SupervisedTrainers:
         threads=config.placement.trainer_cpus,
         on_gpu=plan.device == "gpu",
         stacks=str(start.run / STACKS),
+        max_completion_tokens=config.max_completion_tokens,
     )
     trainers = SupervisedTrainers(
         lambda: start_ranks(spec, [start.options(place) for place in plan.trainers]),

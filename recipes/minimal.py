@@ -26,7 +26,7 @@ from raylign.scoring.vader import compound
 from raylign.training.backbone import inner_model, last_hidden_states
 from raylign.training.kernels.head import linear_scores
 from raylign.training.logprobs import CompletionScores
-from raylign.training.preferences import PreferenceBatch, candidate_logps, preference_batch
+from raylign.training.preferences import PreferenceBatch, loss_input, preference_batch
 
 
 def sample(model: Any, tokenizer: Any, prompt: Prompt, count: int, new_tokens: int) -> list[Candidate]:
@@ -75,8 +75,8 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, pairs: Sequence[Pre
     """One step of DPO (Rafailov et al. 2023, eq. 7); the policy without its adapter is the reference."""
     batch = preference_batch(pairs, [1.0] * len(pairs), "shared", pad_id=0)
     with torch.no_grad(), model.disable_adapter():
-        reference = candidate_logps(batch, scores_of(model, batch)).policy
-    measured = replace(candidate_logps(batch, scores_of(model, batch)), reference=reference)
+        reference = loss_input(batch, scores_of(model, batch)).policy
+    measured = replace(loss_input(batch, scores_of(model, batch)), reference=reference)
     loss: Tensor = preference_loss(measured, SigmoidLossBlock(beta=beta), LossState()).losses.mean()
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]

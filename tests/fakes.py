@@ -24,8 +24,8 @@ from raylign.config.blocks import RecoveryBlock
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError, RaylignError, TrainerError
-from raylign.losses import CandidateLogps, LossState, preference_loss
-from raylign.records import Candidate, Preference, Prompt, Score
+from raylign.losses import LossState, preference_loss
+from raylign.records import Candidate, Preference, Prompt, ReferenceLogps, Score
 from raylign.reference.versions import reference_version
 from raylign.roles import Generator, Generators, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
@@ -33,7 +33,9 @@ from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored, summary
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
-from raylign.training.preferences import completions_of
+from raylign.training.kernels.head import TokenScores
+from raylign.training.logprobs import CompletionScores
+from raylign.training.preferences import completions_of, loss_input, preference_batch
 from raylign.training.sequences import Completions, Layout, token_cost
 
 P = ParamSpec("P")
@@ -210,9 +212,17 @@ class FakeRank:
 
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
-    ) -> dict[int, tuple[float, ...]]:
+    ) -> dict[int, ReferenceLogps]:
         self._events.append(f"reference {len(preferences)} seed {seed} after {rounds_done} rounds")
-        return {index: (*_logps(p, version=0), *_kl_logps(p)) for index, p in enumerate(preferences)}
+        by_token = self._config.loss.needs_token_reference
+        return {
+            index: ReferenceLogps(tuple(_logps(p, 0)), _kl_logp(p), _token_logps(p, 0) if by_token else ())
+            for index, p in enumerate(preferences)
+        }
+
+    def old_logprobs(self, preferences: Sequence[Preference], seed: int) -> dict[int, tuple[tuple[float, ...], ...]]:
+        self._events.append(f"old log-probs {len(preferences)} seed {seed}")
+        return {index: _token_logps(p, self.version) for index, p in enumerate(preferences)}
 
     def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
         self._events.append(f"evaluate {len(preferences)}")
@@ -248,20 +258,14 @@ class FakeRank:
         return self._reports[-1]
 
     def _loss_of(self, preference: Preference) -> float:
-        policy = torch.tensor([_logps(preference, self.version)])
-        version = reference_version(self._config.reference, self.version)
-        logps = CandidateLogps(
-            policy=policy,
-            reference=torch.tensor([preference.reference_logps]),
-            lengths=torch.tensor([[len(candidate.token_ids) for candidate in preference.candidates]]),
-            scores=torch.tensor([preference.scores]),
-            mask=torch.ones_like(policy, dtype=torch.bool),
-            entropies=torch.zeros_like(policy),
-            certainty=torch.zeros_like(policy),
-            from_reference=torch.tensor([[candidate.policy_version == version for candidate in preference.candidates]]),
-            kl_logratios=torch.zeros(1),
-        )
-        return preference_loss(logps, self._config.loss, LossState()).losses.item()
+        followed = reference_version(self._config.reference, self.version)
+        batch = preference_batch([preference], [1.0], "packed", 0, reference_version=followed)
+        logps = torch.full((len(batch.tokens.labels),), token_logp(self.version))
+        owners = batch.tokens.owners
+        summed = torch.zeros(batch.tokens.completions).index_add(0, owners, logps)
+        zeros = torch.zeros_like(logps)
+        scores = CompletionScores(summed, TokenScores(logps, zeros, zeros, zeros, zeros), owners)
+        return preference_loss(loss_input(batch, scores), self._config.loss, LossState()).losses.item()
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]
@@ -360,9 +364,13 @@ def _logps(preference: Preference, version: int) -> list[float]:
     return [token_logp(version) * len(candidate.token_ids) for candidate in preference.candidates]
 
 
-def _kl_logps(preference: Preference) -> list[float]:
+def _token_logps(preference: Preference, version: int) -> tuple[tuple[float, ...], ...]:
+    return tuple((token_logp(version),) * len(candidate.token_ids) for candidate in preference.candidates)
+
+
+def _kl_logp(preference: Preference) -> float | None:
     sample = preference.kl_sample
-    return [] if sample is None else [token_logp(0) * len(sample.token_ids)]
+    return None if sample is None else token_logp(0) * len(sample.token_ids)
 
 
 def quiet_supervision(role: Role, error: type[RaylignError], stacks: Path = Path()) -> Supervision:

@@ -14,6 +14,7 @@ class TrainerSpec:
     """What every rank needs to load what it trains. Made by recipes and `actors.team` from the config.
 
     `loss` says what that is: a policy, or a reward model, which has no reference.
+    `max_completion_tokens` is where sampling stops, None where nothing is sampled.
     `reference_folder` is the model of `reference`, which is `folder` unless another checkpoint is named.
     """
 
@@ -29,6 +30,7 @@ class TrainerSpec:
     threads: int
     on_gpu: bool
     stacks: str
+    max_completion_tokens: int | None = None
 
 
 TrainerActor = actor_class(TrainerRank, "actors.trainer.rank:DeepSpeedRank")

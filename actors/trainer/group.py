@@ -12,7 +12,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.evaluation.held_out import HeldOut
-from raylign.records import Preference
+from raylign.records import Preference, ReferenceLogps
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.training.preferences import sampler_logps
@@ -86,28 +86,42 @@ class TrainerGroup:
         return [shares[index % world][index // world] for index in range(len(rows))] if shares[0] else []
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
-        """The preferences with the reference's log-probs filled in, once for all epochs; `seed` is that of `train`.
+        """The preferences with the log-probs that the loss reads of others than the policy in training, for all epochs.
 
-        A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are trained.
+        These are the reference's and, where the loss weighs samples, those of the policy as it is. `seed` is that of
+        `train`. A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are
+        trained.
         """
         logps = self._reference_of(preferences, seed, rounds_done)
-        return tuple(_filled(p, logps[index]) for index, p in enumerate(preferences))
+        filled = [_filled(p, logps[index]) for index, p in enumerate(preferences)]
+        if not self._loss.needs_samples:
+            return tuple(filled)
+        shares = self._call("log-probs of the policy", len(filled), TrainerRank.old_logprobs, filled, seed)
+        old = {index: tokens for share in shares for index, tokens in share.items()}
+        return tuple(dataclasses.replace(p, old_logprobs=old.get(index, ())) for index, p in enumerate(filled))
 
     def _reference_of(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
-    ) -> Mapping[int, tuple[float, ...]]:
-        """By index: of the candidates, then of the KL sample where there is one."""
+    ) -> Mapping[int, ReferenceLogps]:
         match self._reference:
             case NoReferenceBlock():
-                return {index: (0.0,) * len(p.candidates) for index, p in enumerate(preferences)}
+                return {index: ReferenceLogps((0.0,) * len(p.candidates)) for index, p in enumerate(preferences)}
             case SamplerReferenceBlock():
-                tail = self._loss.tail_weight
-                return {i: (*sampler_logps(p, tail), *_sampled_kl(p)) for i, p in enumerate(preferences)}
+                return {index: self._sampled(p) for index, p in enumerate(preferences)}
         steps = len(preferences)
         shares = self._call(
             "reference log-probs", steps, TrainerRank.reference_candidates, preferences, seed, rounds_done
         )
         return {index: values for share in shares for index, values in share.items()}
+
+    def _sampled(self, preference: Preference) -> ReferenceLogps:
+        sample = preference.kl_sample
+        tokens = tuple(candidate.logprobs for candidate in preference.candidates)
+        return ReferenceLogps(
+            sampler_logps(preference, self._loss.tail_weight),
+            None if sample is None else sample.sampler_logp,
+            tokens if self._loss.needs_token_reference else (),
+        )
 
     def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:
         """Loss and rewards of held-out preferences, without a step: nothing that training goes on from is changed.
@@ -177,14 +191,10 @@ class TrainerGroup:
         return self._ask_ranks(self.handles, self._step_timeout_s * max(1, steps), what, method, *args, **kwargs)
 
 
-def _filled(preference: Preference, logps: Sequence[float]) -> Preference:
-    count = len(preference.candidates)
-    filled = dataclasses.replace(preference, reference_logps=tuple(logps[:count]))
-    if preference.kl_sample is None or len(logps) == count:
+def _filled(preference: Preference, found: ReferenceLogps) -> Preference:
+    filled = dataclasses.replace(preference, reference_logps=found.candidates, reference_logprobs=found.tokens)
+    if preference.kl_sample is None or found.kl_sample is None:
         return filled
-    return dataclasses.replace(filled, kl_sample=dataclasses.replace(preference.kl_sample, reference_logp=logps[count]))
-
-
-def _sampled_kl(preference: Preference) -> tuple[float, ...]:
-    sample = preference.kl_sample
-    return () if sample is None else (sample.sampler_logp,)
+    return dataclasses.replace(
+        filled, kl_sample=dataclasses.replace(preference.kl_sample, reference_logp=found.kl_sample)
+    )

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -38,22 +38,24 @@ from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
 from raylign.models import load_policy
-from raylign.records import Preference
+from raylign.records import Preference, ReferenceLogps
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
-from raylign.training.logprobs import CompletionLogps
+from raylign.training.logprobs import CompletionLogps, CompletionScores
 from raylign.training.passes import Passes
 from raylign.training.preferences import (
     PreferenceBatch,
-    mean_chosen_tokens,
     pass_cost,
     preference_batch,
-    require_reference,
+    require_logps,
     to_device,
+    token_values,
+    with_means,
+    without_kl_samples,
 )
 from raylign.training.schedule import Schedule
 from raylign.training.sequences import Completions, Layout, token_batch
@@ -150,24 +152,56 @@ class DeepSpeedRank:
 
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
-    ) -> dict[int, tuple[float, ...]]:
+    ) -> dict[int, ReferenceLogps]:
         if self._references.reference is None:
             raise TrainerError("reference log-probs are asked, but this rank has no reference")
-        found: dict[int, tuple[float, ...]] = {}
+        found: dict[int, ReferenceLogps] = {}
         self._references.follow(rounds_done)
-        plan, loss = self._plan(preferences, seed, epochs=1), self._spec.loss
+        by_token = self._spec.loss.needs_token_reference
         with self._references.reference.scoring() as module, torch.no_grad():
-            for micro in (micro for step in plan for micro in self._mine(step)):
-                mine = [replace(preferences[i], reference_logps=()) for i in micro.indices]
-                batch = self._batch(mine, micro)
-                logps = kl_logps = iter(module(batch.tokens, batch.token_weights).logps.tolist())
-                if loss.needs_kl_baseline and not loss.needs_kl_gradient:
-                    kl_logps = iter(self._passes.kl_logps(module, mine).tolist())
-                for index, weight in zip(micro.indices, micro.weights, strict=True):
-                    values = tuple(next(logps) for _ in preferences[index].candidates)
-                    values += (next(kl_logps),) if loss.needs_kl_sample else ()
-                    found |= {index: values} if weight else {}
+            for micro, mine in self._micro_batches(preferences, seed):
+                batch = self._batch([replace(one, reference_logps=()) for one in mine], micro)
+                scores = module(batch.tokens, batch.token_weights)
+                own, _ = without_kl_samples(batch, scores)
+                sums, kl_logps = iter(own.logps.tolist()), self._kl_logps(module, batch, scores, mine)
+                tokens = token_values(own.tokens.logps, mine) if by_token else [()] * len(mine)
+                for place, (index, weight) in enumerate(zip(micro.indices, micro.weights, strict=True)):
+                    of_candidates = tuple(next(sums) for _ in mine[place].candidates)
+                    measured = ReferenceLogps(of_candidates, kl_logps[place], tokens[place])
+                    found |= {index: measured} if weight else {}
         return found
+
+    def old_logprobs(self, preferences: Sequence[Preference], seed: int) -> dict[int, tuple[tuple[float, ...], ...]]:
+        if len(self._plan(preferences, seed, self._spec.trainer.num_train_epochs)) == 1:
+            return {}
+        found: dict[int, tuple[tuple[float, ...], ...]] = {}
+        self._engine.module.eval()
+        with torch.no_grad():
+            for micro, mine in self._micro_batches(preferences, seed):
+                batch = self._batch(mine, micro)
+                own, _ = without_kl_samples(batch, self._engine.module(batch.tokens, batch.token_weights))
+                of_each = zip(micro.indices, micro.weights, token_values(own.tokens.logps, mine), strict=True)
+                found |= {index: tokens for index, weight, tokens in of_each if weight}
+        self._engine.module.train()
+        return found
+
+    def _micro_batches(
+        self, preferences: Sequence[Preference], seed: int
+    ) -> Iterator[tuple[MicroBatch, list[Preference]]]:
+        """This rank's micro-batches of the first epoch."""
+        for step in self._plan(preferences, seed, epochs=1):
+            for micro in self._mine(step):
+                yield micro, [preferences[index] for index in micro.indices]
+
+    def _kl_logps(
+        self, module: nn.Module, batch: PreferenceBatch, scores: CompletionScores, mine: Sequence[Preference]
+    ) -> Sequence[float | None]:
+        """Of the KL samples of a micro-batch, where the loss asks for them."""
+        if batch.kl_samples is not None:
+            return list(scores.logps[batch.kl_samples].tolist())
+        if self._spec.loss.needs_kl_baseline:
+            return list(self._passes.kl_logps(module, mine).tolist())
+        return [None] * len(mine)
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
         loss, version = self._spec.loss, reference_version(self._spec.reference, self._references.followed)
@@ -199,9 +233,9 @@ class DeepSpeedRank:
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
-        require_reference(preferences, self._spec.loss)
-        self._references.follow(rounds_done)
         plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
+        require_logps(preferences, self._spec.loss, len(plan))
+        self._references.follow(rounds_done)
         if self._spec.loss.needs_reward_shift and not steps and is_new_reference(self._spec.reference, rounds_done):
             means = self._measured(preferences, plan[:1], self._state)[0]
             self._state = self._learner.under_new_reference(self._state, means)
@@ -209,9 +243,9 @@ class DeepSpeedRank:
         return len(plan)
 
     def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
-        require_reference(preferences, self._spec.loss)
+        require_logps(preferences, self._spec.loss)
         plan = self._plan(preferences, seed=0, epochs=1)
-        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens(preferences))
+        state = self._with_means(preferences, preferences)
         return self._measured(preferences, plan, self._with_kl(state, preferences, plan))
 
     def _measured(
@@ -243,6 +277,9 @@ class DeepSpeedRank:
         dist.all_reduce(totals)
         return replace(state, kl=max(0.0, (totals[0] / totals[1]).item()))
 
+    def _with_means(self, step: Sequence[Preference], whole_round: Sequence[Preference]) -> LossState:
+        return with_means(self._state, step, whole_round, self._spec.max_completion_tokens)
+
     def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
         """Of all ranks; `own` are the names of what the loss logs itself."""
         sums = torch.stack([total.sums for total in totals]).sum(0).to(self._device)
@@ -267,7 +304,7 @@ class DeepSpeedRank:
     def _step(self, preferences: Sequence[Preference], step: Step) -> dict[str, float]:
         place = self._round.index - 1 + len(self._round.reports) / len(self._round.steps)
         rate = self._schedule.rate(self._steps_done, place)
-        state = replace(self._state, mean_chosen_tokens=mean_chosen_tokens([preferences[i] for i in step.indices()]))
+        state = self._with_means([preferences[i] for i in step.indices()], preferences)
         self._state = self._with_kl(state, preferences, [step])
         report = self._accumulate(preferences, step) | {"learning_rate": rate}
         scale = self._engine.loss_scale

@@ -74,12 +74,14 @@ class KlSample:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Candidates of one prompt in order best..worst; a pair is a Preference of two. Made by `raylign.pairing`.
+    """Candidates of one prompt in order best..worst: a pair, a ranking, or the whole group. Made by `raylign.pairing`.
 
-    `scores`, `weights` and `reference_logps` run parallel to `candidates`. `weights` scale each candidate's share
-    of the loss (1 = full): their mean multiplies the loss of the preference. `reference_logps[i]` is the summed
-    log-probability (nats) of candidate i under the reference policy; empty until the reference stage has filled it.
-    `kl_sample` is there where the loss asks for one (`needs_kl_sample`).
+    All but `kl_sample` run parallel to `candidates`. `weights` scale each candidate's share of the loss (1 = full):
+    their mean multiplies the loss of the preference. The reference stage fills the rest, which is empty until then:
+    `reference_logps[i]` is the summed log-probability (nats) of candidate i under the reference;
+    `reference_logprobs[i][t]` that of its token t, where the loss asks (`needs_token_reference`); `old_logprobs[i][t]`
+    the same under the policy as the round found it, where the loss asks (`needs_samples`) and the round takes several
+    steps. `kl_sample` is there where the loss asks for one (`needs_kl_sample`).
     """
 
     prompt: Prompt
@@ -88,6 +90,20 @@ class Preference:
     weights: tuple[float, ...]
     reference_logps: tuple[float, ...] = ()
     kl_sample: KlSample | None = None
+    reference_logprobs: tuple[tuple[float, ...], ...] = ()
+    old_logprobs: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLogps:
+    """Log-probs (nats) of one preference under the reference. Made by trainers, put into it by `with_reference`.
+
+    Sums of its candidates and of its KL sample (None without one); `tokens[i][t]` where the loss asks for them.
+    """
+
+    candidates: tuple[float, ...]
+    kl_sample: float | None = None
+    tokens: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
     from raylign.evaluation.held_out import HeldOut
-    from raylign.records import Candidate, Preference, Prompt, Score
+    from raylign.records import Candidate, Preference, Prompt, ReferenceLogps, Score
     from raylign.run.checkpoints import Checkpoint, Metrics
     from raylign.sampling.decoding import Decoding
     from raylign.scoring import ScoringItem, Usages
@@ -86,11 +86,19 @@ class TrainerRank(Protocol):
 
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
-    ) -> dict[int, tuple[float, ...]]:
-        """Reference log-probs of the candidates of this rank's preferences, then of the KL sample, by index.
+    ) -> dict[int, ReferenceLogps]:
+        """What the reference says of this rank's preferences, by index.
 
         Runs the micro-batches of the first epoch of training with the same seed, so that a policy equal to the
         reference gets bit-equal log-probs there: the loss of its first step is ln 2 exactly.
+        """
+        ...
+
+    def old_logprobs(self, preferences: Sequence[Preference], seed: int) -> dict[int, tuple[tuple[float, ...], ...]]:
+        """Log-probs of this rank's preferences under the policy as it is, by index, candidate and token.
+
+        Empty where the round takes one step, whose own forward pass gives them. Runs the micro-batches of the first
+        epoch, as `reference_candidates` does: the importance ratios of its first step are 1 exactly.
         """
         ...
 
@@ -258,7 +266,10 @@ class Trainers(Protocol):
         ...
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
-        """The preferences with the reference's log-probs filled in, once for all epochs; `seed` is that of training.
+        """The preferences with the log-probs that the loss reads of others than the policy in training, for all epochs.
+
+        These are the reference's and, where the loss weighs samples, those of the policy as it is. `seed` is that of
+        training.
 
         A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are trained.
         """

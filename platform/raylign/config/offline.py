@@ -145,6 +145,11 @@ class OfflineDpoConfig(OfflineConfig):
                 f"loss.loss_type={self.loss.loss_type} has xpo, a bonus on samples of the reference, which a data set "
                 "does not have; leave xpo out, or use the recipe online_dpo"
             )
+        if self.loss.needs_samples:
+            raise ValueError(
+                f"loss.loss_type={self.loss.loss_type} weighs samples of the policy by the log-probs they were sampled "
+                "with, which a data set does not have; use the recipe online_dpo, or a loss such as sigmoid"
+            )
         if self.loss.needs_kl_gradient:
             raise ValueError(
                 f"loss.loss_type={self.loss.loss_type} has kl, a mean over samples of the policy, which a data set "

@@ -14,7 +14,7 @@ from raylign.config.blocks import (
 from raylign.config.losses import LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import BestWorstPairingBlock, PairingUnion
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock, ReferenceUnion, require_reference
-from raylign.config.reference_samples import require_reference_samples, require_served_reference
+from raylign.config.samples import require_policy_samples, require_reference_samples, require_served_reference
 from raylign.config.scoring import (
     FunctionScoringBlock,
     MeanStdScoringBlock,
@@ -62,6 +62,10 @@ class OnlineDpoConfig(RunConfig):
         return self.evaluation.confidence
 
     @property
+    def max_completion_tokens(self) -> int | None:
+        return self.sampling.max_new_tokens
+
+    @property
     def on_policy(self) -> bool:
         return True
 
@@ -105,6 +109,11 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def samples_of_the_reference_are_there_where_they_are_read(self) -> Self:
         require_reference_samples(self.sampling, self.reference, self.pairing, self.loss)
+        return self
+
+    @model_validator(mode="after")
+    def samples_of_the_policy_are_there_where_they_are_read(self) -> Self:
+        require_policy_samples(self.sampling, self.pairing, self.loss)
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,8 @@ class PairingBase(Block):
 
     pairs: ClassVar[bool] = True
     """Whether every preference has exactly two candidates."""
+    keeps_copies: ClassVar[bool] = False
+    """Whether a candidate with the tokens of another one stays."""
 
     @property
     def needs_std(self) -> bool:
@@ -177,6 +179,35 @@ class RankingPairingBlock(PairingBase):
     pairs: ClassVar[bool] = False
 
 
+class GroupPairingBlock(PairingBase):
+    """All scored candidates in order, copies too: for losses that compare a candidate with the mean of its group.
+
+    A group of equal scores has nothing to tell and is left out, as DAPO's dynamic sampling does (arXiv 2503.14476);
+    `sampling.max_resamples` samples more for it. The margins hold for the gap between the best and the worst, and
+    `truncated` `drop` leaves truncated candidates out of the mean too.
+    """
+
+    type: Literal["group"] = "group"
+    pairs: ClassVar[bool] = False
+    keeps_copies: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def no_candidate_is_chosen(self) -> Self:
+        if self.near_duplicates is not None:
+            raise ValueError(
+                f"near_duplicates={self.near_duplicates:g} would leave copies out, and a group's mean counts each "
+                "sample; leave it out, or take type=ranking for a loss of lists"
+            )
+        if self.truncated == "reject_only":
+            raise ValueError(
+                "truncated=reject_only would leave out truncated candidates by their score, and a group's mean counts "
+                "all; take keep or drop"
+            )
+        if self.optimism:
+            raise ValueError(f"optimism={self.optimism:g} selects candidates, and a group has all; leave it out")
+        return self
+
+
 class PolicyReferencePairingBlock(PairingBase):
     """A random candidate of the policy against a random one of the reference: XPO's pairs (arXiv 2405.21046 alg. 1).
 
@@ -199,6 +230,7 @@ PairingBlock = (
     | SigmaPairingBlock
     | LengthMatchedPairingBlock
     | RankingPairingBlock
+    | GroupPairingBlock
     | PolicyReferencePairingBlock
 )
 PairingUnion = Annotated[PairingBlock, Field(discriminator="type")]

@@ -54,6 +54,11 @@ class RunConfig(Block):
         """Of the intervals of its evaluations."""
 
     @property
+    def max_completion_tokens(self) -> int | None:
+        """Where sampling stops; None where nothing is sampled."""
+        return None
+
+    @property
     def on_policy(self) -> bool:
         """Whether rounds train on the policy's own samples, which only that policy could give again."""
         return False

@@ -3,14 +3,15 @@
 `raylign.config.losses` has one block per loss, with its equation; `preference_loss` takes any of them.
 """
 
-from raylign.losses.inputs import CandidateLogps, LossOutput, LossState
+from raylign.losses.inputs import LossInput, LossOutput, LossState, TokenLogps
 from raylign.losses.preference import next_state, preference_loss, under_new_reference
 from raylign.losses.weighting import ld_weights, wpo_weights
 
 __all__ = [
-    "CandidateLogps",
+    "LossInput",
     "LossOutput",
     "LossState",
+    "TokenLogps",
     "ld_weights",
     "next_state",
     "preference_loss",

@@ -9,10 +9,10 @@ from torch import Tensor
 from raylign.boundary.code import import_named
 from raylign.config.losses.function import FunctionLossBlock
 from raylign.errors import ConfigError
-from raylign.losses.inputs import CandidateLogps, LossState, loss_of
+from raylign.losses.inputs import LossInput, LossState, loss_of
 
 
-def own_loss(logps: CandidateLogps, block: FunctionLossBlock, state: LossState) -> Tensor:
+def own_loss(logps: LossInput, block: FunctionLossBlock, state: LossState) -> Tensor:
     """What the user's function gives. Raises ConfigError unless that is one value for each group."""
     losses = _function(block.function, Path.cwd())(logps, block, state)
     if not isinstance(losses, Tensor) or losses.shape != logps.policy.shape[:1]:
@@ -24,7 +24,7 @@ def own_loss(logps: CandidateLogps, block: FunctionLossBlock, state: LossState) 
 
 
 @cache
-def _function(spec: str, project: Path) -> Callable[[CandidateLogps, FunctionLossBlock, LossState], object]:
+def _function(spec: str, project: Path) -> Callable[[LossInput, FunctionLossBlock, LossState], object]:
     """Found once for a project: looking where it may come from reads every installed package, at every micro-batch."""
     found = import_named(spec, "loss.function")
     if not callable(found):

@@ -16,7 +16,7 @@ from raylign.config.losses.listwise import (
     ListNetLossBlock,
     PlackettLuceLossBlock,
 )
-from raylign.losses.inputs import CandidateLogps, LossState, implicit_rewards, list_mean, loss_of, table
+from raylign.losses.inputs import LossInput, LossState, implicit_rewards, list_mean, loss_of, table
 
 
 def beaten(scores: Tensor, mask: Tensor) -> Tensor:
@@ -123,20 +123,20 @@ def kto(
     return torch.where(is_desirable, desirable_weight * desirable, undesirable_weight * undesirable)
 
 
-def _beats(logps: CandidateLogps) -> Tensor:
+def _beats(logps: LossInput) -> Tensor:
     return beaten(logps.scores, logps.mask)
 
 
-def _list_mle(logps: CandidateLogps, block: ListMleLossBlock, state: LossState) -> Tensor:
+def _list_mle(logps: LossInput, block: ListMleLossBlock, state: LossState) -> Tensor:
     return list_mle(implicit_rewards(logps, block) / logps.lengths, _beats(logps), block.position_aware)
 
 
-def _all_pairs(logps: CandidateLogps, block: AllPairsLossBlock, state: LossState) -> Tensor:
+def _all_pairs(logps: LossInput, block: AllPairsLossBlock, state: LossState) -> Tensor:
     loss = all_pairs_logistic if block.loss_type == "all_pairs_logistic" else all_pairs_hinge
     return loss(implicit_rewards(logps, block), _beats(logps))
 
 
-def _kto(logps: CandidateLogps, block: KtoLossBlock, state: LossState) -> Tensor:
+def _kto(logps: LossInput, block: KtoLossBlock, state: LossState) -> Tensor:
     bar = list_mean(logps.scores, logps.mask)[:, None] if block.desirable_above is None else block.desirable_above
     losses = kto(
         logps.policy,

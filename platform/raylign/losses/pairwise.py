@@ -32,7 +32,7 @@ from raylign.config.losses.pairwise import (
     SigmoidNormLossBlock,
     SppoHardLossBlock,
 )
-from raylign.losses.inputs import CandidateLogps, LossState, difference, ends, list_mean, loss_of, table
+from raylign.losses.inputs import LossInput, LossState, difference, ends, list_mean, loss_of, table
 from raylign.losses.stable import bounded_exp, bounded_expm1
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -162,55 +162,55 @@ def rdpo(delta: Tensor, length_gap: Tensor, alpha: float) -> Tensor:
     return sigmoid(delta + alpha * length_gap)
 
 
-def _scores(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+def _scores(logps: LossInput, block: DifferenceLossBlock) -> Tensor:
     """[G, K]: s."""
     return divergence_scores(logps.policy - logps.reference, block.f_divergence_type, block.f_alpha_divergence_coef)
 
 
-def _delta(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+def _delta(logps: LossInput, block: DifferenceLossBlock) -> Tensor:
     return block.beta * difference(_scores(logps, block), logps.mask)
 
 
-def _delta_per_token(logps: CandidateLogps, block: DifferenceLossBlock) -> Tensor:
+def _delta_per_token(logps: LossInput, block: DifferenceLossBlock) -> Tensor:
     """s(w) / |w| - s(l) / |l|."""
     return difference(_scores(logps, block) / logps.lengths, logps.mask)
 
 
-def _label(logps: CandidateLogps, block: LabelledLossBlock) -> Tensor | float:
+def _label(logps: LossInput, block: LabelledLossBlock) -> Tensor | float:
     if block.soft_label_scale is None:
         return 1 - block.label_smoothing
     return bradley_terry_label(difference(logps.scores, logps.mask), block.soft_label_scale)
 
 
-def _logratios(logps: CandidateLogps) -> tuple[Tensor, Tensor]:
+def _logratios(logps: LossInput) -> tuple[Tensor, Tensor]:
     """h(w), h(l)."""
     return ends(logps.policy - logps.reference, logps.mask)
 
 
-def _rewards(logps: CandidateLogps, block: PairwiseLossBlock) -> tuple[Tensor, Tensor]:
+def _rewards(logps: LossInput, block: PairwiseLossBlock) -> tuple[Tensor, Tensor]:
     """r(w), r(l)."""
     chosen, rejected = _logratios(logps)
     return block.beta * chosen, block.beta * rejected
 
 
-def _plain_delta(logps: CandidateLogps, block: PairwiseLossBlock) -> Tensor:
+def _plain_delta(logps: LossInput, block: PairwiseLossBlock) -> Tensor:
     """beta (h(w) - h(l))."""
     chosen, rejected = _logratios(logps)
     return block.beta * (chosen - rejected)
 
 
-def _apo(logps: CandidateLogps, block: ApoLossBlock, state: LossState) -> Tensor:
+def _apo(logps: LossInput, block: ApoLossBlock, state: LossState) -> Tensor:
     return (apo_zero if block.loss_type == "apo_zero" else apo_down)(*_rewards(logps, block))
 
 
-def _aot(logps: CandidateLogps, block: AotLossBlock, state: LossState) -> Tensor:
+def _aot(logps: LossInput, block: AotLossBlock, state: LossState) -> Tensor:
     if block.loss_type == "aot_unpaired":
         return aot(*_logratios(logps), block.beta, block.label_smoothing)
     policy, reference = difference(logps.policy, logps.mask), difference(logps.reference, logps.mask)
     return aot(policy, reference, block.beta, block.label_smoothing)
 
 
-def _reward_shift(logps: CandidateLogps, block: BcoPairLossBlock, state: LossState) -> dict[str, Tensor]:
+def _reward_shift(logps: LossInput, block: BcoPairLossBlock, state: LossState) -> dict[str, Tensor]:
     return {"reward_shift": block.beta * list_mean(logps.policy - logps.reference, logps.mask)}
 
 

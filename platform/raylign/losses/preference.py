@@ -9,15 +9,15 @@ from torch import Tensor
 from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBlock, members
 from raylign.config.losses.pairwise import WeightedLossBlock
 from raylign.losses import function, listwise, pairwise, reference_free, terms
-from raylign.losses.inputs import CandidateLogps, LossOutput, LossState, ends, real_groups, table
+from raylign.losses.inputs import LossInput, LossOutput, LossState, ends, real_groups, table
 from raylign.losses.weighting import wpo_weights
 
 LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, terms.LOSSES, function.LOSSES)
 
 
-def preference_loss(logps: CandidateLogps, block: LossBlock, state: LossState) -> LossOutput:
+def preference_loss(logps: LossInput, block: LossBlock, state: LossState) -> LossOutput:
     """The loss that `block` names, per preference."""
-    groups, size = logps.policy.shape
+    groups, size = logps.mask.shape
     if block.pairs_only and size != 2:
         raise ValueError(
             f"{block.loss_type} compares 2 candidates, not {size}; build pairs, or use a listwise loss_type such as "
@@ -55,9 +55,7 @@ def under_new_reference(state: LossState, block: LossBlock, means: Mapping[str, 
     return replace(state, reward_shift=means["reward_shift"]) if block.needs_reward_shift else state
 
 
-def _losses_and_metrics(
-    logps: CandidateLogps, block: LossBlock, state: LossState
-) -> tuple[Tensor, Mapping[str, Tensor]]:
+def _losses_and_metrics(logps: LossInput, block: LossBlock, state: LossState) -> tuple[Tensor, Mapping[str, Tensor]]:
     if not isinstance(block, MixLossBlock):
         return _losses(logps, block, state), LOSSES[type(block)].metrics(logps, block, state)
     parts = {member.loss_type: _losses(logps, member, state) for member in block.losses}
@@ -68,7 +66,7 @@ def _losses_and_metrics(
     return total, metrics
 
 
-def _losses(logps: CandidateLogps, block: Member, state: LossState) -> Tensor:
+def _losses(logps: LossInput, block: Member, state: LossState) -> Tensor:
     losses = LOSSES[type(block)].losses(logps, block, state)
     if isinstance(block, WeightedLossBlock) and block.use_weighting:
         return losses * wpo_weights(logps.certainty, logps.mask)

@@ -10,7 +10,7 @@ from raylign.config.losses.reference_free import (
     OrpoLossBlock,
     SimpoLossBlock,
 )
-from raylign.losses.inputs import CandidateLogps, LossState, difference, ends, loss_of, nll, table
+from raylign.losses.inputs import LossInput, LossState, difference, ends, loss_of, nll, table
 from raylign.losses.pairwise import sigmoid
 from raylign.losses.stable import bounded_expm1, log1mexp
 
@@ -44,30 +44,30 @@ def orpo(log_odds: Tensor, nll: Tensor, beta: float) -> Tensor:
     return nll - beta * logsigmoid(log_odds)
 
 
-def _scores_per_token(logps: CandidateLogps, block: MeanLogpLossBlock) -> Tensor:
+def _scores_per_token(logps: LossInput, block: MeanLogpLossBlock) -> Tensor:
     alpha = block.alpha if isinstance(block, AlphapoLossBlock) else 0.0
     return alphapo_scores(logps.policy / logps.lengths, alpha)
 
 
-def _simpo(logps: CandidateLogps, block: MeanLogpLossBlock, state: LossState) -> Tensor:
+def _simpo(logps: LossInput, block: MeanLogpLossBlock, state: LossState) -> Tensor:
     gap = difference(_scores_per_token(logps, block), logps.mask)
     return simpo(gap, block.beta, block.simpo_gamma, block.label_smoothing)
 
 
-def _mean_rewards(logps: CandidateLogps, block: MeanLogpLossBlock) -> Tensor:
+def _mean_rewards(logps: LossInput, block: MeanLogpLossBlock) -> Tensor:
     return block.beta * _scores_per_token(logps, block)
 
 
-def _cpo(logps: CandidateLogps, block: CpoLossBlock, state: LossState) -> Tensor:
+def _cpo(logps: LossInput, block: CpoLossBlock, state: LossState) -> Tensor:
     gap = difference(logps.policy, logps.mask)
     return cpo(gap, nll(logps, state), block.beta, block.cpo_alpha, block.label_smoothing)
 
 
-def _log_odds(logps: CandidateLogps) -> Tensor:
+def _log_odds(logps: LossInput) -> Tensor:
     return log_odds_ratio(*ends(logps.policy / logps.lengths, logps.mask))
 
 
-def _orpo_metrics(logps: CandidateLogps, block: OrpoLossBlock, state: LossState) -> dict[str, Tensor]:
+def _orpo_metrics(logps: LossInput, block: OrpoLossBlock, state: LossState) -> dict[str, Tensor]:
     log_odds = _log_odds(logps)
     return {"nll_loss": nll(logps, state), "log_odds_ratio": logsigmoid(log_odds), "log_odds_chosen": log_odds}
 

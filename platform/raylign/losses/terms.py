@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, TermBlock, XpoLossBlock
-from raylign.losses.inputs import CandidateLogps, list_mean, loss_of, nll, table
+from raylign.losses.inputs import LossInput, list_mean, loss_of, nll, table
 
 
 def kl_penalty(logratios: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def exploration_bonus(policy: Tensor, from_reference: Tensor) -> Tensor:
     return (policy * from_reference).sum(1) / from_reference.sum(1).clamp_min(1)
 
 
-def _logratios(logps: CandidateLogps, block: TermBlock) -> Tensor:
+def _logratios(logps: LossInput, block: TermBlock) -> Tensor:
     """A term has no beta."""
     return logps.policy - logps.reference
 

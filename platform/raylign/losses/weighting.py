@@ -17,7 +17,7 @@ def ld_weights(lengths: Sequence[int], tail_weight: float) -> Tensor:
 
 
 def wpo_weights(certainty: Tensor, mask: Tensor) -> Tensor:
-    """Pair weights [G] from `CandidateLogps.certainty`, detached.
+    """Pair weights [G] from `LossInput.certainty`, detached.
 
     WPO with sampled alignment (arXiv 2406.11827): min(1, w(x, y_w) w(x, y_l)),
     w(x, y) = exp(1/|y| sum_t [log p(y_t) - log sum_v p(v)^2]).

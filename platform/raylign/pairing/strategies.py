@@ -12,6 +12,7 @@ from raylign.config.pairing import (
     BestSecondPairingBlock,
     BestWorstPairingBlock,
     CorrectWrongPairingBlock,
+    GroupPairingBlock,
     LengthMatchedPairingBlock,
     PairingBlock,
     PolicyReferencePairingBlock,
@@ -69,6 +70,8 @@ def select(
             return _closest(order, accepted)
         case RankingPairingBlock():
             return [tuple(_spread(order, block.max_candidates))]
+        case GroupPairingBlock():
+            return [tuple(order)]
         case PolicyReferencePairingBlock():
             of_reference, of_policy = ([one for one in found if one.candidate.policy_version == v] for v in samplers)
             pairs = [(one, other) for one, other in product(of_policy, of_reference) if one is not other]

@@ -46,7 +46,7 @@ class Scored:
 
 
 def usable(group: Group, block: PairingBlock) -> list[Scored] | Dropped:
-    """At least two candidates with different tokens, by index; or why there are not two.
+    """At least two candidates, with different tokens unless copies stay, by index; or why there are not two.
 
     Raises ScorerError when `block` needs an ensemble's std that a score does not have.
     """
@@ -58,7 +58,8 @@ def usable(group: Group, block: PairingBlock) -> list[Scored] | Dropped:
         found = _without_truncated(found, block)
         if len(found) < 2:
             return "truncated_groups" if block.truncated == "drop" else "truncated_chosen"
-    found = list({one.candidate.token_ids: one for one in reversed(found)}.values())[::-1]
+    if not block.keeps_copies:
+        found = list({one.candidate.token_ids: one for one in reversed(found)}.values())[::-1]
     if len(found) < 2:
         return "identical"
     if block.near_duplicates is not None:

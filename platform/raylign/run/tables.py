@@ -47,10 +47,13 @@ _PREFERENCES = pa.schema(
         ("kl_token_ids", pa.list_(pa.int32())),
         ("kl_sampler_logp", pa.float64()),
         ("kl_reference_logp", pa.float64()),
+        ("reference_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("old_logprobs", pa.list_(pa.list_(pa.float32()))),
     ]
 )
 
-_MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp"})
+_BY_TOKEN = ("reference_logprobs", "old_logprobs")
+_MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN})
 """Columns that earlier versions did not write."""
 _NULLABLE = _MAY_BE_ABSENT | {"score"}
 _CURE = "restore it from a copy; or remove stages.json beside it, and what it stands for is done again"
@@ -130,14 +133,15 @@ def read_preferences(path: Path, prompts: Sequence[Prompt], candidates: Sequence
             if [tuple(ids) for ids in (row["prompt_token_ids"], *row["token_ids"])] != tokens:
                 raise ValueError(f"prompt {prompt.id} or an answer to it has other tokens now")
             scores, weights, logps = (tuple(row[name]) for name in ("scores", "weights", "reference_logps"))
-            found.append(Preference(prompt, own, scores, weights, logps, _kl_sample(row)))
+            by_token = (_by_token(row, name, own) for name in _BY_TOKEN)
+            found.append(Preference(prompt, own, scores, weights, logps, _kl_sample(row), *by_token))
     return tuple(found)
 
 
 def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
     """One row per preference, candidates best..worst; `chosen` and `rejected` are the texts of the ends.
 
-    The columns `kl_*` are null where the loss asks for no KL sample.
+    The columns `kl_*` and those of log-probs by token are null where the loss does not ask for them.
     """
     rows = [
         {
@@ -152,6 +156,7 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
             "prompt_token_ids": preference.prompt.token_ids,
             "token_ids": [candidate.token_ids for candidate in preference.candidates],
         }
+        | {name: getattr(preference, name) or None for name in _BY_TOKEN}
         | (
             {f"kl_{name}": value for name, value in asdict(preference.kl_sample).items()}
             if preference.kl_sample
@@ -160,6 +165,14 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
         for preference in preferences
     ]
     _write(path, rows, _PREFERENCES)
+
+
+def _by_token(row: Mapping[str, Any], name: str, candidates: Sequence[Candidate]) -> tuple[tuple[float, ...], ...]:
+    """Log-probs by candidate and token; empty where there are none."""
+    found = tuple(tuple(values) for values in row.get(name) or ())
+    if found and [len(values) for values in found] != [len(candidate.token_ids) for candidate in candidates]:
+        raise ValueError(f"{name} has another number of values than the answers have tokens")
+    return found
 
 
 def _kl_sample(row: Mapping[str, Any]) -> KlSample | None:

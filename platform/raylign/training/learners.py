@@ -18,7 +18,7 @@ from raylign.models.load import require_fit
 from raylign.models.reward_model import load_reward_model, require_reward_fit
 from raylign.training import metrics, reward_metrics
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.preferences import PreferenceBatch, candidate_logps, placed, without_kl_samples
+from raylign.training.preferences import PreferenceBatch, loss_input, placed, without_kl_samples
 from raylign.training.rewards import CompletionRewards
 from raylign.training.weights import Gather
 
@@ -87,7 +87,7 @@ class PolicyLearner:
 
     def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         scores, kl_logratios = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
-        loss = preference_loss(candidate_logps(batch, scores, kl_logratios), self._loss, state)
+        loss = preference_loss(loss_input(batch, scores, kl_logratios), self._loss, state)
         return loss, Totals(metrics.sums(loss, scores, batch), torch.empty(0, dtype=torch.float64))
 
     def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from raylign.config.losses import TrainerLoss
 from raylign.errors import TrainerError
-from raylign.losses import CandidateLogps, ld_weights
+from raylign.losses import LossInput, LossState, TokenLogps, ld_weights
 from raylign.records import Preference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
@@ -28,7 +30,7 @@ class PreferenceBatch:
     are KL samples (one of each preference, behind its candidates), None where they are left out; `kl_reference` [G]
     fp32 are their reference log-probs.
     `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
-    [N] scale tokens, 1 when None.
+    [N] scale tokens, 1 when None. `sampler`, `old` and `reference_tokens` [N] are those of `raylign.losses.TokenLogps`.
     `num_tokens` counts prompts once per candidate, as TRL does, fillers and KL samples not at all.
     """
 
@@ -43,6 +45,9 @@ class PreferenceBatch:
     kl_reference: Tensor
     weights: Tensor
     token_weights: Tensor | None
+    sampler: Tensor | None
+    old: Tensor | None
+    reference_tokens: Tensor | None
     num_tokens: int
 
 
@@ -52,7 +57,7 @@ def completions_of(preference: Preference) -> Completions:
 
 
 def kl_completions(preference: Preference) -> Completions:
-    """The KL sample behind its prompt. Every preference of a loss that asks for one has it (`require_reference`)."""
+    """The KL sample behind its prompt. Every preference of a loss that asks for one has it (`require_logps`)."""
     sample = preference.kl_sample
     assert sample is not None
     return Completions(sample.prompt_token_ids, (sample.token_ids,))
@@ -107,8 +112,25 @@ def preference_batch(
             [weight * fmean(p.weights) for weight, p in zip(weights, preferences, strict=True)], dtype=torch.float32
         ),
         token_weights=None if tail_weight == 1.0 else torch.cat([_tail_weights(p, tail_weight) for p in preferences]),
+        sampler=_by_token([[c.logprobs for c in p.candidates] for p in preferences], groups),
+        old=_by_token([p.old_logprobs for p in preferences], groups),
+        reference_tokens=_by_token([p.reference_logprobs for p in preferences], groups),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
+
+
+def _by_token(values: Sequence[Sequence[Sequence[float]]], groups: Sequence[Completions]) -> Tensor | None:
+    """[N] fp32 from values by preference, candidate and token; None unless there is one for every token."""
+    found = [[len(of_candidate) for of_candidate in of_group] for of_group in values]
+    if found != [[len(completion) for completion in group.completions] for group in groups]:
+        return None
+    return torch.tensor([value for of_group in values for one in of_group for value in one], dtype=torch.float32)
+
+
+def token_values(values: Tensor, preferences: Sequence[Preference]) -> list[tuple[tuple[float, ...], ...]]:
+    """[N] values of the candidates' tokens by preference, candidate and token."""
+    flat = iter(values.tolist())
+    return [tuple(tuple(islice(flat, len(c.token_ids))) for c in p.candidates) for p in preferences]
 
 
 def kl_reference_logps(preferences: Sequence[Preference]) -> Tensor:
@@ -119,9 +141,23 @@ def kl_reference_logps(preferences: Sequence[Preference]) -> Tensor:
     )
 
 
-def mean_chosen_tokens(preferences: Sequence[Preference]) -> float:
-    """Mean length of the best candidates, which are those of the whole step over all ranks; of no token counts 1."""
-    return max(1, sum(len(preference.candidates[0].token_ids) for preference in preferences)) / len(preferences)
+def with_means(
+    state: LossState, step: Sequence[Preference], whole_round: Sequence[Preference], longest: int | None
+) -> LossState:
+    """`state` with what a loss must know of a whole step and of its round, over all ranks; no tokens count as 1.
+
+    `longest` is where sampling stops, in tokens.
+    """
+    lengths = [[len(candidate.token_ids) for candidate in preference.candidates] for preference in step]
+    scores = np.array([score for preference in whole_round for score in preference.scores])
+    return replace(
+        state,
+        mean_chosen_tokens=max(1, sum(of_group[0] for of_group in lengths)) / len(step),
+        mean_candidates=fmean(map(len, lengths)),
+        mean_tokens=max(1, sum(map(sum, lengths))) / len(step),
+        scores_std=float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
+        max_completion_tokens=longest,
+    )
 
 
 def sampler_logps(preference: Preference, tail_weight: float = 1.0) -> tuple[float, ...]:
@@ -152,28 +188,27 @@ def without_kl_samples(batch: PreferenceBatch, scores: CompletionScores) -> tupl
     return of_candidates, scores.logps[batch.kl_samples] - batch.kl_reference
 
 
-def candidate_logps(
-    batch: PreferenceBatch, scores: CompletionScores, kl_logratios: Tensor | None = None
-) -> CandidateLogps:
+def loss_input(batch: PreferenceBatch, scores: CompletionScores, kl_logratios: Tensor | None = None) -> LossInput:
     """What losses read, from the two of `without_kl_samples`; zeros are the log-ratios of KL samples that are None."""
     tokens = scores.tokens
-    lengths = batch.lengths.flatten()[batch.places]
-    certainty = (tokens.logps.detach() - tokens.log_collisions).detach()
-    return CandidateLogps(
-        policy=placed(batch, scores.logps),
+    return LossInput(
+        TokenLogps(
+            policy=tokens.logps,
+            owners=batch.places[scores.owners],
+            entropies=tokens.entropies,
+            certainty=(tokens.logps - tokens.log_collisions).detach(),
+            weights=batch.token_weights,
+            sampler=batch.sampler,
+            old=batch.old,
+            reference=batch.reference_tokens,
+        ),
         reference=batch.reference,
         lengths=batch.lengths,
         scores=batch.scores,
         mask=batch.mask,
-        entropies=placed(batch, _per_completion(tokens.entropies, scores) / lengths),
-        certainty=placed(batch, _per_completion(certainty, scores) / lengths),
         from_reference=batch.from_reference,
         kl_logratios=torch.zeros_like(batch.kl_reference) if kl_logratios is None else kl_logratios,
     )
-
-
-def _per_completion(values: Tensor, scores: CompletionScores) -> Tensor:
-    return torch.zeros_like(scores.logps.detach()).index_add(0, scores.owners, values)
 
 
 def placed(batch: PreferenceBatch, values: Tensor) -> Tensor:
@@ -186,18 +221,51 @@ def _grid(rows: Sequence[Sequence[float]], size: int, filler: float = 0.0) -> Te
     return torch.tensor([[*row, *[filler] * (size - len(row))] for row in rows], dtype=torch.float32)
 
 
-def require_reference(preferences: Sequence[Preference], loss: TrainerLoss) -> None:
-    """Raises TrainerError when `loss` reads reference log-probs that a preference or its KL sample does not have."""
-    for index, preference in enumerate(preferences if loss.needs_reference else ()):
-        sample = preference.kl_sample
-        if loss.needs_kl_sample and (sample is None or sample.reference_logp is None):
-            raise TrainerError(
-                f"preference {index} (prompt {preference.prompt.id}) has no KL sample with a reference log-prob, and "
-                f"loss_type={loss.loss_type} reads it; fill it by raylign.pairing.kl_samples and with_reference"
-            )
-        found, wanted = len(preference.reference_logps), len(preference.candidates)
-        if found != wanted:
-            raise TrainerError(
-                f"preference {index} (prompt {preference.prompt.id}) has {found} reference log-probs for {wanted} "
-                f"candidates, and loss_type={loss.loss_type} reads them; fill them by with_reference"
-            )
+def require_logps(preferences: Sequence[Preference], loss: TrainerLoss, steps: int = 1) -> None:
+    """Raises TrainerError when `loss` reads log-probs that a preference or its KL sample does not have.
+
+    The round takes `steps` optimizer steps.
+    """
+    for index, preference in enumerate(preferences):
+        cure = "fill them by with_reference"
+        if loss.needs_reference:
+            _require_reference(index, preference, loss)
+        if loss.needs_token_reference:
+            _require_by_token(index, preference, loss, preference.reference_logprobs, "the reference's", cure)
+        if loss.needs_samples:
+            sampled = [candidate.logprobs for candidate in preference.candidates]
+            _require_by_token(index, preference, loss, sampled, "the sampler's", "train on samples of the policy")
+        if loss.needs_samples and steps > 1:
+            _require_by_token(index, preference, loss, preference.old_logprobs, "the round's first policy's", cure)
+
+
+def _require_by_token(
+    index: int,
+    preference: Preference,
+    loss: TrainerLoss,
+    found: Sequence[Sequence[float]],
+    whose: str,
+    cure: str,
+) -> None:
+    tokens = [len(candidate.token_ids) for candidate in preference.candidates]
+    if [len(values) for values in found] != tokens:
+        raise TrainerError(
+            f"preference {index} (prompt {preference.prompt.id}) has {whose} log-probs for "
+            f"{[len(values) for values in found]} of {tokens} tokens, and loss_type={loss.loss_type} reads them token "
+            f"by token; {cure}"
+        )
+
+
+def _require_reference(index: int, preference: Preference, loss: TrainerLoss) -> None:
+    sample = preference.kl_sample
+    if loss.needs_kl_sample and (sample is None or sample.reference_logp is None):
+        raise TrainerError(
+            f"preference {index} (prompt {preference.prompt.id}) has no KL sample with a reference log-prob, and "
+            f"loss_type={loss.loss_type} reads it; fill it by raylign.pairing.kl_samples and with_reference"
+        )
+    found, wanted = len(preference.reference_logps), len(preference.candidates)
+    if found != wanted:
+        raise TrainerError(
+            f"preference {index} (prompt {preference.prompt.id}) has {found} reference log-probs for {wanted} "
+            f"candidates, and loss_type={loss.loss_type} reads them; fill them by with_reference"
+        )

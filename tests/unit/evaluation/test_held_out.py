@@ -18,7 +18,7 @@ from raylign.errors import ActorsLost, TrainerError
 from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
 from raylign.roles import TrainerRank
-from raylign.training.preferences import require_reference
+from raylign.training.preferences import require_logps
 from tests.fakes import quiet_supervision
 from tests.unit.actors.trainer.test_trainer_group import preference
 
@@ -43,7 +43,7 @@ def test_results_come_back_in_the_order_given() -> None:
 
 @pytest.mark.parametrize("loss", [SftLossBlock(), BradleyTerryRewardLossBlock()])
 def test_losses_without_reference_need_no_reference_logps(loss: TrainerLoss) -> None:
-    require_reference([preference(2), preference(1, 1)], loss)
+    require_logps([preference(2), preference(1, 1)], loss)
 
 
 @pytest.mark.parametrize("known", [(), (-1.0,)])
@@ -53,7 +53,7 @@ def test_reference_logps_that_a_loss_reads_must_be_there(known: tuple[float, ...
     short = Preference(other.prompt, other.candidates, other.scores, other.weights, known)
     message = rf"preference 1 \(prompt p\) has {len(known)} reference log-probs for 2 candidates, and loss_type=sigmoid"
     with pytest.raises(TrainerError, match=message):
-        require_reference([filled, short], SigmoidLossBlock())
+        require_logps([filled, short], SigmoidLossBlock())
 
 
 class Ranks:

@@ -17,7 +17,7 @@ from raylign.records import Candidate, Preference, Prompt
 from raylign.training.batches import MicroBatch
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.passes import Passes
-from raylign.training.preferences import candidate_logps, preference_batch
+from raylign.training.preferences import loss_input, preference_batch
 from raylign.training.sequences import Layout
 from tests.unit.losses.test_losses_trl import KTOTrainer, Model, trainer_of
 from tests.unit.tiny_models import plain, tiny
@@ -110,7 +110,7 @@ def our_loss(policy: nn.Module, rows: Sequence[Preference], layout: Layout, beta
     losses = []
     for micro in micro_batches:
         batch = preference_batch([rows[index] for index in micro.indices], micro.weights, layout, 0)
-        output = preference_loss(candidate_logps(batch, module(batch.tokens)), KtoLossBlock(beta=beta), state)
+        output = preference_loss(loss_input(batch, module(batch.tokens)), KtoLossBlock(beta=beta), state)
         losses.append((output.losses * batch.weights).sum())
     return torch.stack(losses).sum() / count, state.kl
 

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock
-from raylign.losses import CandidateLogps, LossState, next_state, preference_loss, under_new_reference
+from raylign.losses import LossState, next_state, under_new_reference
+from tests.unit.losses.sums import CandidateLogps, preference_loss
 
 LOSS_UNION: TypeAdapter[LossBlock] = TypeAdapter(LossUnion)
 START = LossState()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raylign.losses import ld_weights, preference_loss, reward_model
+from raylign.losses import ld_weights, reward_model
+from tests.unit.losses.sums import preference_loss
 from tests.unit.losses.test_losses import LISTWISE, START, block, candidates, random_candidates
 
 # r = (0.2, 0.5, -0.1) with beta 0.1, scores (3, 2, 1), one token each. e^r = 1.2214028, 1.6487213, 0.9048374.

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raylign.losses import CandidateLogps, preference_loss
+from tests.unit.losses.sums import CandidateLogps, preference_loss
 from tests.unit.losses.test_losses import LISTWISE, OBJECTIVES, START, block, random_candidates
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from raylign.config.losses import BradleyTerryRewardLossBlock, KtoLossBlock, MixLossBlock
-from raylign.losses import CandidateLogps, LossState, ld_weights, listwise, preference_loss, reward_model
+from raylign.losses import LossState, ld_weights, listwise, reward_model
+from tests.unit.losses.sums import CandidateLogps, preference_loss
 from tests.unit.losses.test_losses import START, block
 
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0")

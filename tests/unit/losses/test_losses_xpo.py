@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from raylign.config.losses import LossBlock
-from raylign.losses import preference_loss
 from raylign.losses.terms import exploration_bonus
+from tests.unit.losses.sums import preference_loss
 from tests.unit.losses.test_losses import START, block, candidates, random_candidates
 from tests.unit.losses.test_losses_masks import padded, stacked
 

@@ -10,8 +10,9 @@ import torch
 from raylign.config import parse_config
 from raylign.config.losses import FunctionLossBlock, Member, MixLossBlock, SftLossBlock, SigmoidLossBlock
 from raylign.errors import ConfigError
-from raylign.losses import LossState, preference_loss
+from raylign.losses import LossState
 from raylign.losses.preference import LOSSES
+from tests.unit.losses.sums import preference_loss
 from tests.unit.losses.test_losses import random_candidates
 
 MINE = """

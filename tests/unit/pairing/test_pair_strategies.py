@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from raylign.config import parse_config
+from raylign.config import OfflineDpoConfig, parse_config
+from raylign.config.load import overridden, parse_tree
 from raylign.config.pairing import PairingBlock, PairingUnion
 from raylign.errors import ConfigError, NoPreferencesError, ScorerError
 from raylign.pairing import PairingResult, build_preferences, require_preferences, without_pair
@@ -27,6 +28,7 @@ TYPES = (
     "sigma",
     "length_matched",
     "ranking",
+    "group",
     "policy_reference",
 )
 Value = float | tuple[float, float] | None
@@ -90,6 +92,7 @@ def pairs(result: PairingResult) -> list[tuple[int, ...]]:
         ({"type": "sigma", "chosen": -3, "rejected": -4}, [(0, 2)]),
         ({"type": "ranking"}, [(1, 3, 4, 0, 2)]),
         ({"type": "ranking", "max_candidates": 3}, [(1, 4, 2)]),
+        ({"type": "group"}, [(1, 3, 4, 0, 2)]),
         ({"type": "correct_wrong", "max_pairs": 99}, [(1, 0), (1, 2), (1, 4), (3, 0), (3, 2), (3, 4)]),
     ],
 )
@@ -389,3 +392,47 @@ def test_a_loss_with_a_threshold_goes_without_a_length_penalty() -> None:
         parse_config({}, [*ranked, "loss={loss_type: mix, losses: [{loss_type: kto, desirable_above: 0.5}]}"])
     assert parse_config({}, [*ranked, "loss.loss_type=kto"]).loss.score_thresholds == ()
     assert parse_config({}, ["pairing.type=ranking", kto]).loss.score_thresholds == ("desirable_above=0.5",)
+
+
+def test_a_group_has_every_scored_candidate_copies_too() -> None:
+    """A mean over samples counts each of them; a ranking has no use for a copy."""
+    candidates = [candidate(index, ids, "stop") for index, ids in enumerate(([1], [2, 2], [1], [3]))]
+    scores = [score(value) for value in (0.5, 0.9, 0.5, None)]
+    for kind, expected in (("group", [(1, 0, 2)]), ("ranking", [(1, 0)])):
+        assert pairs(build_preferences([PROMPT], candidates, scores, block(type=kind), seed=0)) == expected
+    cut = build([0.1, 0.9, 0.5], truncated=[1], pairing=block(type="group", truncated="drop"))
+    assert pairs(cut) == [(2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"near_duplicates": 0.5}, "near_duplicates=0.5 would leave copies out"),
+        ({"truncated": "reject_only"}, "truncated=reject_only would leave out truncated candidates by their score"),
+        ({"optimism": 1.0}, "optimism=1 selects candidates, and a group has all"),
+    ],
+)
+def test_nothing_is_chosen_from_a_group(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        block(type="group", **options)
+
+
+FUNCTION = "loss={loss_type: function, function: 'my:loss', needs_samples: true, pairs_only: false}"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("sampling.temperature=0.7", "sampling.temperature=0.7 samples from another one; set it to 1"),
+        ("sampling.top_p=0.9", "sampling.top_p=0.9 samples from another one; set it to 1"),
+        ("sampling.top_k=50", "sampling.top_k=50 samples from another one; set it to 0"),
+    ],
+)
+def test_who_weighs_samples_by_their_probability_gets_the_policys_own(option: str, message: str) -> None:
+    parse_config({}, [FUNCTION])
+    with pytest.raises(ConfigError, match=f"function weighs samples .*, and {message}"):
+        parse_config({}, [FUNCTION, option])
+    with pytest.raises(ConfigError, match="reference_generations=1 samples from another one"):
+        parse_config({}, [FUNCTION, "model.lora={}", "sampling.reference_generations=1"])
+    with pytest.raises(ConfigError, match="weighs samples of the policy by the log-probs they were sampled with"):
+        parse_tree(overridden({"data": {"source": "rows.jsonl"}}, [FUNCTION]), OfflineDpoConfig, "config")

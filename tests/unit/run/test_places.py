@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from raylign.config import parse_config
 from raylign.config.blocks import RunBlock, TrackingBlock
 from raylign.errors import ConfigError, DiskError
-from raylign.records import Preference
+from raylign.records import Preference, ReferenceLogps
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import RunDirectory, continue_or_create
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
@@ -172,7 +172,7 @@ class Deleting(CountingRank):
 
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
-    ) -> dict[int, tuple[float, ...]]:
+    ) -> dict[int, ReferenceLogps]:
         shutil.rmtree(self._config.run.dir)
         return super().reference_candidates(preferences, seed, rounds_done)
 

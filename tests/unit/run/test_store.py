@@ -1,6 +1,7 @@
 """What a run leaves on disk: Parquet that reads back, files that are whole or absent, the run directory."""
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RunBlock
-from raylign.errors import ConfigError, DiskError
+from raylign.errors import ConfigError, DiskError, RecordError
 from raylign.records import Candidate, Evaluation, KlSample, Preference, Prompt, RoundReport, Score
 from raylign.run.directory import RunDirectory, create_run, open_run
 from raylign.run.files import publish_file, publish_folder, publish_text
@@ -20,6 +21,7 @@ OTHER = Prompt("p000002", ({"role": "system", "content": "s"}, {"role": "user", 
 GOOD = Candidate("p000001", 0, (11, 12), (-0.5, -0.25), "fine 🙂", "stop", 3, 2_000_000_000)
 CUT = Candidate("p000001", 1, (13,), (-1.5,), "half \ud83d", "length", 3, 2_000_000_001)
 EMPTY = Candidate("p000002", 0, (), (), "", "stop", 3, 7)
+EMPTY_OF_P = Candidate("p000001", 2, (), (), "", "stop", 3, 7)
 SCORES = [Score(0.75, {"tone": 0.5, "length": 0.25}), Score(-1.0), Score(None, reason="late")]
 EVALUATION = Evaluation(0.5, 0.25, 0.75, 1.5, 20.25, 0.875, 0.5, 4, 1)
 
@@ -89,7 +91,16 @@ def test_preferences_read_back_best_first(tmp_path: Path) -> None:
         "indices": [1, 0],
         "prompt_token_ids": [5, 6, 7],
         "token_ids": [[13], [11, 12]],
-    } | dict.fromkeys(("kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp"))
+    } | dict.fromkeys(
+        (
+            "kl_prompt_token_ids",
+            "kl_token_ids",
+            "kl_sampler_logp",
+            "kl_reference_logp",
+            "reference_logprobs",
+            "old_logprobs",
+        )
+    )
     assert (second["reference_logps"], second["token_ids"]) == ([], [[], [11, 12]])
 
 
@@ -100,6 +111,26 @@ def test_preferences_come_back_with_their_kl_samples(tmp_path: Path) -> None:
     written = tuple(replace(pair, kl_sample=sample) for sample in samples)
     write_preferences(tmp_path / "preferences.parquet", written)
     assert read_preferences(tmp_path / "preferences.parquet", [PROMPT], [CUT, GOOD]) == written
+
+
+def test_log_probs_by_token_come_back_bit_by_bit(tmp_path: Path) -> None:
+    """They are fp32 in the trainer; a completion may have no token."""
+    third = struct.unpack("f", struct.pack("f", -1 / 3))[0]
+    pair = Preference(PROMPT, (EMPTY_OF_P, GOOD), (0.75, -1.0), (1.0, 0.5), (-3.25, -4.125))
+    written = (
+        replace(pair, reference_logprobs=((), (third, -2.0)), old_logprobs=((), (-0.5, third))),
+        replace(pair, old_logprobs=((), (-0.5, third))),
+        pair,
+    )
+    write_preferences(tmp_path / "p.parquet", written)
+    assert read_preferences(tmp_path / "p.parquet", [PROMPT], [EMPTY_OF_P, GOOD]) == written
+
+
+def test_log_probs_of_other_tokens_are_refused(tmp_path: Path) -> None:
+    short = Preference(PROMPT, (CUT, GOOD), (1.0, 0.0), (1.0, 1.0), (-3.0, -4.0), old_logprobs=((-1.0,), (-1.0,)))
+    write_preferences(tmp_path / "p.parquet", [short])
+    with pytest.raises(RecordError, match="row 0: old_logprobs has another number of values than the answers have tok"):
+        read_preferences(tmp_path / "p.parquet", [PROMPT], [CUT, GOOD])
 
 
 def test_no_rows_keep_the_columns(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raylign.config.losses import SigmoidLossBlock
 from raylign.config.scoring import ImplicitScoringBlock
 from raylign.errors import ScorerError
-from raylign.losses import CandidateLogps, LossState, preference_loss
+from raylign.losses import LossInput, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt
 from raylign.scoring import ScoringItem
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.implicit import ImplicitScorer, by_prompt, model_hashes
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.preferences import candidate_logps, preference_batch
+from raylign.training.preferences import loss_input, preference_batch
 from tests.unit.scoring.test_reward_model_scorer import WORDS, save_reward_model, save_tokenizer, spread
 from tests.unit.tiny_models import IDS, SMALL, plain
 
@@ -126,10 +126,10 @@ def test_it_is_the_implicit_reward_of_training(policy: Path, reference: Path) ->
     texts = ["bad film", "one two one two good film"]
     candidates = tuple(Candidate("p", i, answer_ids(text), (), "", "stop", 0, 0) for i, text in enumerate(texts))
 
-    def trained(model: nn.Module, reference_logps: tuple[float, ...]) -> CandidateLogps:
+    def trained(model: nn.Module, reference_logps: tuple[float, ...]) -> LossInput:
         pair = Preference(Prompt("p", (), prompt_ids()), candidates, (1.0, 0.0), (1.0, 1.0), reference_logps)
         batch = preference_batch([pair], [1.0], "shared", 0)
-        return candidate_logps(batch, CompletionLogps(model)(batch.tokens))
+        return loss_input(batch, CompletionLogps(model)(batch.tokens))
 
     with torch.no_grad():
         of_reference = tuple(trained(model_of(2), (0.0, 0.0)).policy[0].tolist())

@@ -1,6 +1,7 @@
 """Preferences as tensors, and a forward pass as what losses read, by hand."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from raylign.config.losses import (
     EntropyLossBlock,
+    FunctionLossBlock,
     KlLossBlock,
     KtoLossBlock,
     LossBlock,
@@ -22,13 +24,15 @@ from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import (
     PreferenceBatch,
-    candidate_logps,
     completions_of,
+    loss_input,
     pass_cost,
     preference_batch,
-    require_reference,
+    require_logps,
     sampler_logps,
     to_device,
+    token_values,
+    with_means,
     without_kl_samples,
 )
 from raylign.training.sequences import Layout, token_batch
@@ -85,7 +89,7 @@ def test_samples_of_the_reference_are_those_of_its_version(version: int | None, 
     mixed = replace(pair, candidates=(newer, pair.candidates[1]))
     batch = preference_batch([mixed, single], [1.0, 1.0], "shared", 0, reference_version=version)
     assert batch.from_reference.tolist() == expected
-    assert candidate_logps(batch, scored(batch)).from_reference is batch.from_reference
+    assert loss_input(batch, scored(batch)).from_reference is batch.from_reference
 
 
 def test_places_skip_the_fillers_of_earlier_groups() -> None:
@@ -156,7 +160,7 @@ def test_what_losses_read_by_hand() -> None:
     """Completions have the tokens 0-2, 3, 4-5 and 6, 7-8."""
     batch = preference_batch([THREE, TWO], [1.0, 1.0], "shared", pad_id=0)
     scores = scored(batch)
-    found = candidate_logps(batch, scores)
+    found = loss_input(batch, scores)
     assert found.policy.tolist() == [[-6, -4, -11], [-7, -17, 0]]
     assert found.entropies.tolist() == [[0.5, 1.5, 2.25], [3, 3.75, 0]]
     assert found.certainty.tolist() == [[-1, -1, -1], [-1, -1, 0]]
@@ -173,7 +177,7 @@ def test_the_loss_of_a_pair_by_hand() -> None:
     """h = -6 + 3 and -9 + 1: the chosen completion has tokens 0-2, the rejected one 3-4."""
     pair = preference((5, 6), (7, 8, 9), (4, 3), reference=(-3.0, -1.0))
     batch = preference_batch([pair], [1.0], "shared", pad_id=0)
-    losses = preference_loss(candidate_logps(batch, scored(batch)), SigmoidLossBlock(beta=0.1), LossState()).losses
+    losses = preference_loss(loss_input(batch, scored(batch)), SigmoidLossBlock(beta=0.1), LossState()).losses
     assert losses.item() == pytest.approx(math.log1p(math.exp(-0.1 * (-3 + 8))))
 
 
@@ -186,7 +190,7 @@ def test_a_completion_without_any_token_keeps_losses_and_gradients_finite(block:
     batch = preference_batch([preference((5,), (7,), (), scores=(1, 0), reference=(-1.0, 0.0))], [1.0], "shared", 0)
     scores = scored(batch)
     assert batch.lengths.tolist() == [[1, 1]]
-    losses = preference_loss(candidate_logps(batch, scores), block, LossState()).losses
+    losses = preference_loss(loss_input(batch, scores), block, LossState()).losses
     (gradient,) = torch.autograd.grad(losses.sum(), scores.tokens.logps)
     assert losses.isfinite().all() and gradient.isfinite().all()
 
@@ -220,7 +224,7 @@ def test_the_candidates_scores_are_those_without_kl_samples() -> None:
     assert scores.logps.tolist() == [-6, -4, -11, -9, -21]
     assert scores.tokens.logps.tolist() == [-1, -2, -3, -4, -5, -6, -9, -10, -11]
     assert scores.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
-    found = candidate_logps(batch, scores, logratios)
+    found = loss_input(batch, scores, logratios)
     assert found.policy.tolist() == [[-6, -4, -11], [-9, -21, 0]] and found.kl_logratios is logratios
     assert found.entropies.tolist() == [[0.5, 1.5, 2.25], [4, 4.75, 0]]
 
@@ -243,8 +247,55 @@ def test_a_preference_costs_its_largest_pass_and_without_a_kl_what_it_did() -> N
 
 @pytest.mark.parametrize("loss", [KtoLossBlock(), MixLossBlock(losses=(SigmoidLossBlock(), KlLossBlock()))])
 def test_a_kl_sample_that_a_loss_reads_must_be_there_with_its_reference(loss: LossBlock) -> None:
-    require_reference([OWN, FOREIGN], loss)
+    require_logps([OWN, FOREIGN], loss)
     for missing in (TWO, replace(TWO, kl_sample=KlSample((1,), (2,)))):
         with pytest.raises(TrainerError, match=r"preference 1 \(prompt p\) has no KL sample with a reference log-prob"):
-            require_reference([OWN, missing], loss)
-        require_reference([OWN, missing], SigmoidLossBlock())
+            require_logps([OWN, missing], loss)
+        require_logps([OWN, missing], SigmoidLossBlock())
+
+
+def test_log_probs_by_token_stand_beside_their_tokens() -> None:
+    """Samplers' from the candidates, the rest as they were filled in; padding and layout change nothing."""
+    old = (((-0.1, -0.2, -0.3), (-0.4,), (-0.5, -0.6)), ((-0.7,), (-0.8, -0.9)))
+    groups = [replace(one, old_logprobs=values) for one, values in zip((THREE, TWO), old, strict=True)]
+    batch = preference_batch(groups, [1.0, 1.0], "shared", 0)
+    found = loss_input(batch, scored(batch)).tokens
+    assert found.old is not None and found.sampler is not None and found.reference is None
+    torch.testing.assert_close(found.old, torch.tensor([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8, -0.9]))
+    assert found.sampler.tolist() == [-1, -2, -3, -2, -3, -6, -1, -2, -4]
+    assert found.owners.tolist() == [0, 0, 0, 1, 2, 2, 3, 4, 4]
+    assert [len(of_group) for of_group in token_values(found.sampler, groups)] == [3, 2]
+    assert token_values(found.sampler, groups)[1] == ((-1.0,), (-2.0, -4.0))
+    assert preference_batch([groups[0], TWO], [1.0, 1.0], "shared", 0).old is None
+
+
+def test_sums_are_views_of_the_tokens() -> None:
+    batch = preference_batch([THREE, TWO], [1.0, 1.0], "packed", 0, tail_weight=0.5)
+    scores = scored(batch)
+    found = loss_input(batch, scores)
+    logps = scores.tokens.logps.tolist()
+    assert found.policy[0, 0].item() == pytest.approx(logps[0] + 0.5 * (logps[1] + logps[2]))
+    assert found.policy[1].tolist() == pytest.approx([logps[6], logps[7] + 0.5 * logps[8], 0.0])
+    assert found.spread(found.scores).tolist() == pytest.approx([0.9] * 3 + [0.5] + [0.1] * 2 + [2.0] + [1.0] * 2)
+
+
+SAMPLED = FunctionLossBlock(function="my:loss", needs_samples=True, needs_reference=False, pairs_only=False)
+
+
+def test_a_loss_that_weighs_samples_is_not_trained_without_their_log_probs() -> None:
+    require_logps([THREE, TWO], SAMPLED, steps=1)
+    with pytest.raises(TrainerError, match=r"preference 0 .* the round's first policy's log-probs for \[\] of \[3"):
+        require_logps([THREE, TWO], SAMPLED, steps=2)
+    answers = replace(TWO, candidates=tuple(replace(one, logprobs=()) for one in TWO.candidates))
+    with pytest.raises(TrainerError, match=r"preference 1 .* the sampler's log-probs for \[0, 0\] of \[1, 2\]"):
+        require_logps([THREE, answers], SAMPLED)
+    asking = FunctionLossBlock(function="my:loss", needs_token_reference=True, pairs_only=False)
+    with pytest.raises(TrainerError, match="has the reference's log-probs for"):
+        require_logps([THREE], asking)
+
+
+def test_means_of_a_step_and_spread_of_a_round() -> None:
+    state = with_means(LossState(kl=0.5), [TWO], [THREE, TWO], longest=7)
+    assert (state.mean_chosen_tokens, state.mean_candidates, state.mean_tokens) == (1.0, 2.0, 3.0)
+    assert (state.kl, state.max_completion_tokens) == (0.5, 7)
+    assert state.scores_std == pytest.approx(statistics.stdev([0.9, 0.5, 0.1, 2.0, 1.0]))

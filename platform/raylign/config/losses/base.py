@@ -19,13 +19,19 @@ class LossBase(Block):
     pairs_only: ClassVar[bool] = True
     """Whether every group must hold exactly two candidates; else the whole list is used."""
     needs_entropy_gradient: ClassVar[bool] = False
-    """Whether `CandidateLogps.entropies` must carry gradients."""
+    """Whether `LossInput.entropies` must carry gradients."""
     needs_reference_samples: ClassVar[bool] = False
-    """Whether it reads `CandidateLogps.from_reference`."""
+    """Whether it reads `LossInput.from_reference`."""
     needs_kl_baseline: ClassVar[bool] = False
     """Whether it reads `LossState.kl`: KL(pi || pi_ref) of the step, without gradients."""
     needs_kl_gradient: ClassVar[bool] = False
-    """Whether it reads `CandidateLogps.kl_logratios`, with gradients."""
+    """Whether it reads `LossInput.kl_logratios`, with gradients."""
+    needs_samples: ClassVar[bool] = False
+    """Whether it weighs samples of the policy by their probability: reads `TokenLogps.sampler` and `TokenLogps.old`."""
+    needs_groups: ClassVar[bool] = False
+    """Whether it compares a candidate with all others of its prompt, so that none may be left out."""
+    needs_token_reference: ClassVar[bool] = False
+    """Whether it reads `TokenLogps.reference`, the reference token by token."""
     starts_at_ln2: ClassVar[bool] = False
 
     @property

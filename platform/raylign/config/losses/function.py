@@ -9,9 +9,10 @@ from raylign.config.losses.base import LossBase
 
 
 class FunctionLossBlock(LossBase):
-    """`function(logps, block, state) -> [G]`: a loss of yours, of what `raylign.losses.CandidateLogps` holds.
+    """`function(logps, block, state) -> [G]`: a loss of yours, of what `raylign.losses.LossInput` holds.
 
-    `state` is a `raylign.losses.LossState`; the mean over the groups of a step is minimised.
+    `logps.tokens` has the log-probs token by token; sums over each candidate are beside it. `state` is a
+    `raylign.losses.LossState`. The mean over the groups of a step is minimised.
     """
 
     loss_type: Literal["function"] = "function"
@@ -25,3 +26,7 @@ class FunctionLossBlock(LossBase):
     """Whether it takes pairs alone; false gives it whole lists."""
     needs_reference: bool = True  # type: ignore[misc]
     """Whether it reads the reference's log-probs."""
+    needs_token_reference: bool = False  # type: ignore[misc]
+    """Whether it reads them token by token, as `logps.tokens.reference`."""
+    needs_samples: bool = False  # type: ignore[misc]
+    """Whether it reads `logps.tokens.sampler` and `logps.tokens.old`: online only, at `sampling.temperature` 1."""

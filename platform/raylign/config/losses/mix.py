@@ -81,6 +81,18 @@ class MixLossBlock(Block):
         return any(member.needs_reward_shift for member in self.losses)
 
     @property
+    def needs_samples(self) -> bool:
+        return any(member.needs_samples for member in self.losses)
+
+    @property
+    def needs_groups(self) -> bool:
+        return any(member.needs_groups for member in self.losses)
+
+    @property
+    def needs_token_reference(self) -> bool:
+        return any(member.needs_token_reference for member in self.losses)
+
+    @property
     def score_thresholds(self) -> tuple[str, ...]:
         return tuple(option for member in self.losses for option in member.score_thresholds)
 

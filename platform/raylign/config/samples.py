@@ -1,8 +1,13 @@
-"""Rules on candidates that the reference samples: who can serve it, and who reads its samples. All raise ValueError."""
+"""Rules on what is sampled, and of whom: who can serve it, and who reads it. All raise ValueError."""
 
 from raylign.config.blocks import ModelBlock, SamplingBlock, WeightSyncBlock
 from raylign.config.losses import LossBlock
-from raylign.config.pairing import PairingBlock, PolicyReferencePairingBlock, RankingPairingBlock
+from raylign.config.pairing import (
+    GroupPairingBlock,
+    PairingBlock,
+    PolicyReferencePairingBlock,
+    RankingPairingBlock,
+)
 from raylign.config.reference import (
     InitialReferenceBlock,
     PreviousRoundReferenceBlock,
@@ -65,7 +70,7 @@ def require_reference_samples(
 def _require_unchosen(block: PairingBlock) -> None:
     """XPO's bonus is an expectation over the reference's samples, whatever their scores."""
     whole = isinstance(block, RankingPairingBlock) and block.max_candidates is None
-    if not (whole or isinstance(block, PolicyReferencePairingBlock)):
+    if not (whole or isinstance(block, GroupPairingBlock | PolicyReferencePairingBlock)):
         raise ValueError(
             f"pairing.type={block.type} chooses by score, and xpo's bonus is a mean over samples of the reference "
             "whatever their score; set pairing.type=policy_reference, or ranking (with max_candidates=null) for a loss "
@@ -75,3 +80,33 @@ def _require_unchosen(block: PairingBlock) -> None:
         raise ValueError(
             f"pairing.weights={block.weights} would weigh xpo's bonus by score too; set pairing.weights=none"
         )
+
+
+def require_policy_samples(sampling: SamplingBlock, pairing: PairingBlock, loss: LossBlock) -> None:
+    """Who weighs samples by their probability gets the policy's own, as it would sample them, and all of a prompt's."""
+    if loss.needs_samples:
+        _require_untouched(sampling, loss)
+    if loss.needs_groups and not isinstance(pairing, GroupPairingBlock):
+        raise ValueError(
+            f"loss.loss_type={loss.loss_type} compares a candidate with the mean of its whole group, and "
+            f"pairing.type={pairing.type} leaves some out; set pairing.type=group"
+        )
+    if loss.needs_groups and pairing.weights != "none":
+        raise ValueError(
+            f"pairing.weights={pairing.weights} would weigh the groups of loss.loss_type={loss.loss_type} by score "
+            "once more; set pairing.weights=none"
+        )
+
+
+def _require_untouched(sampling: SamplingBlock, loss: LossBlock) -> None:
+    """Log-probs are those at temperature 1 of the whole vocabulary; samples of anything else have others."""
+    name = f"loss.loss_type={loss.loss_type} weighs samples by their probability under the policy"
+    touched = {
+        "temperature": (sampling.temperature, 1.0),
+        "top_p": (sampling.top_p, 1.0),
+        "top_k": (sampling.top_k, 0),
+        "reference_generations": (sampling.reference_generations, 0),
+    }
+    for option, (value, plain) in touched.items():
+        if value != plain:
+            raise ValueError(f"{name}, and sampling.{option}={value:g} samples from another one; set it to {plain:g}")
