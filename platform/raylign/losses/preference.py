@@ -8,11 +8,11 @@ from torch import Tensor
 
 from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBlock, members
 from raylign.config.losses.pairwise import WeightedLossBlock
-from raylign.losses import function, listwise, pairwise, reference_free, terms
+from raylign.losses import function, grpo, listwise, pairwise, reference_free, terms
 from raylign.losses.inputs import LossInput, LossOutput, LossState, ends, real_groups, table
 from raylign.losses.weighting import wpo_weights
 
-LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, terms.LOSSES, function.LOSSES)
+LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, grpo.LOSSES, terms.LOSSES, function.LOSSES)
 
 
 def preference_loss(logps: LossInput, block: LossBlock, state: LossState) -> LossOutput:

@@ -8,6 +8,7 @@ The functions in `raylign.losses` carry the same equations.
 """
 
 from raylign.config.losses.function import FunctionLossBlock
+from raylign.config.losses.grpo import GrpoLossBlock
 from raylign.config.losses.listwise import (
     AllPairsLossBlock,
     KtoLossBlock,
@@ -67,6 +68,7 @@ __all__ = [
     "EntropyLossBlock",
     "ExoPairLossBlock",
     "FunctionLossBlock",
+    "GrpoLossBlock",
     "HingeLossBlock",
     "IpoLossBlock",
     "KlLossBlock",

@@ -6,12 +6,13 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from raylign.config.base import Block
 from raylign.config.losses.function import FunctionLossBlock
+from raylign.config.losses.grpo import GroupLoss
 from raylign.config.losses.listwise import ListLoss
 from raylign.config.losses.pairwise import PairwiseLoss
 from raylign.config.losses.reference_free import ReferenceFreeLoss
 from raylign.config.losses.terms import EntropyLossBlock, KlLossBlock, SftLossBlock, Term, XpoLossBlock
 
-Objective = PairwiseLoss | ReferenceFreeLoss | ListLoss | SftLossBlock | FunctionLossBlock
+Objective = PairwiseLoss | ReferenceFreeLoss | ListLoss | GroupLoss | SftLossBlock | FunctionLossBlock
 Member = Objective | Term
 
 
