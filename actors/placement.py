@@ -1,15 +1,11 @@
-"""What the roles need of the cluster, checked before any actor starts, and reserved as one placement group."""
+"""What the roles need of the cluster, checked before any actor starts."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import ray
-from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-
+from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
 from raylign.errors import PlacementError
 
@@ -127,16 +123,16 @@ def require_resources(plan: PlacementPlan, available: Mapping[str, float]) -> No
         )
 
 
-def reserve(plan: PlacementPlan, timeout_s: float) -> PlacementGroup:
-    """The bundles as a ready placement group. Raises PlacementError when they are not free within `timeout_s`."""
-    group: PlacementGroup = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
-    try:
-        ray.get(group.ready(), timeout=timeout_s)
-    except GetTimeoutError as cause:
-        remove_placement_group(group)
-        free = json.dumps({name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")})
-        raise PlacementError(
-            f"placement of {json.dumps(plan.bundles)} was not ready within {timeout_s:g} s; free now: {free}; "
-            "another job may hold them, or no single node fits a bundle"
-        ) from cause
-    return group
+def plan_team(config: OnlineDpoConfig, available: Mapping[str, float]) -> PlacementPlan:
+    """Where every role goes. Raises PlacementError when `available`, the cluster's totals, is too little."""
+    device = choose_device(config.placement, available)
+    plan = plan_placement(config.placement, config.generators, config.trainer, device)
+    require_resources(plan, available)
+    return plan
+
+
+def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:
+    """The same for trainers alone."""
+    plan = plan_trainers(config.placement, config.trainer, choose_device(config.placement, available))
+    require_resources(plan, available)
+    return plan

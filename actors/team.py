@@ -1,26 +1,20 @@
 """All actors of a run, started from the config and taken down together."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator.actor import EngineSpec, GeneratorActor
-from actors.placement import (
-    OUTSIDE,
-    ActorPlace,
-    PlacementPlan,
-    choose_device,
-    plan_placement,
-    plan_trainers,
-    require_resources,
-    reserve,
-)
+from actors.placement import OUTSIDE, ActorPlace, PlacementPlan
 from actors.scorer.client import ACTOR as SCORER_NAME
 from actors.scorer.client import ScorerActor, ScorerClient
 from actors.supervision.cures import Role
@@ -38,7 +32,7 @@ from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import EngineEnd, require_room, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
-from raylign.errors import GeneratorError, RaylignError, ScorerError, TrainerError
+from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
 from raylign.reference.checkpoint import resolve_reference
 from raylign.roles import Generator, ScorerProcess
 from raylign.scoring import Compute
@@ -56,21 +50,6 @@ class ActorTeam:
     trainers: SupervisedTrainers
     scorer: ScorerClient
     publisher: WeightPublisher
-
-
-def plan_team(config: OnlineDpoConfig, available: Mapping[str, float]) -> PlacementPlan:
-    """Where every role goes. Raises PlacementError when `available`, the cluster's totals, is too little."""
-    device = choose_device(config.placement, available)
-    plan = plan_placement(config.placement, config.generators, config.trainer, device)
-    require_resources(plan, available)
-    return plan
-
-
-def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> PlacementPlan:
-    """The same for trainers alone."""
-    plan = plan_trainers(config.placement, config.trainer, choose_device(config.placement, available))
-    require_resources(plan, available)
-    return plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,3 +219,18 @@ def _start_trainers(start: _Start) -> SupervisedTrainers:
     )
     start.stack.callback(lambda: kill(trainers.handles))
     return trainers
+
+
+def reserve(plan: PlacementPlan, timeout_s: float) -> PlacementGroup:
+    """The bundles as a ready placement group. Raises PlacementError when they are not free within `timeout_s`."""
+    group: PlacementGroup = placement_group([dict(bundle) for bundle in plan.bundles], strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except GetTimeoutError as cause:
+        remove_placement_group(group)
+        free = json.dumps({name: n for name, n in ray.available_resources().items() if name in ("CPU", "GPU")})
+        raise PlacementError(
+            f"placement of {json.dumps(plan.bundles)} was not ready within {timeout_s:g} s; free now: {free}; "
+            "another job may hold them, or no single node fits a bundle"
+        ) from cause
+    return group

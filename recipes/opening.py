@@ -10,9 +10,7 @@ from typing import TypeVar
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from actors.cluster import cluster, log_folder
-from actors.placement import PlacementPlan
-from actors.team import plan_team, plan_trainer_team, team, trainer_team
+from actors.placement import PlacementPlan, plan_team, plan_trainer_team
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.losses import FunctionLossBlock, members
@@ -111,6 +109,8 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
 
     `recipe` is the file with the loop: a run goes on only with the same one.
     """
+    from actors.team import team  # noqa: PLC0415 - Ray, which `raylign plan` does without
+
     models = find_models(config)
     prompts = find_prompts(config, models)
     describe_scorer(config.scoring)
@@ -133,6 +133,8 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
 @contextmanager
 def offline_run(config: OfflineConfig, recipe: str | None = None) -> Iterator[tuple[Run, PreferenceData, Trainers]]:
     """A run on a data set, with its trainers ready at the newest checkpoint. `recipe` as for `online_run`."""
+    from actors.team import trainer_team  # noqa: PLC0415 - Ray, which `raylign plan` does without
+
     models = find_models(config)
     data = find_rows(config, models)
     with _opened(config, models, data, config.data.split, recipe, plan_trainer_team) as (run, plan):
@@ -162,6 +164,8 @@ def _opened(
     scoring: ScoringBlock | None = None,
 ) -> Iterator[tuple[Run, PlacementPlan]]:
     """Check what is left to check, then open directory and record; leaves nothing behind but the run directory."""
+    from actors.cluster import cluster, log_folder  # noqa: PLC0415 - Ray, which `raylign plan` does without
+
     default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
     inputs = inputs_of(config, rows, models, recipe, scoring)

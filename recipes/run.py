@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
-from actors.supervision.incidents import Incidents
 from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
@@ -51,6 +50,8 @@ class Run:
     """A run as its driver sees it: what is done, every record it writes, and the summary at its end."""
 
     def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
+        from actors.supervision.incidents import Incidents  # noqa: PLC0415 - Ray, which `raylign plan` does without
+
         self.directory = directory
         self._config, self._tracker, self._console = config, tracker, console
         self.incidents = Incidents(config.recovery, tracker.incident)

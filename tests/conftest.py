@@ -16,6 +16,7 @@ SHARING_RANKS = (
     "integration/test_kl_estimates.py",
     "integration/test_reward_trainer.py",
     "integration/test_trainer_state.py",
+    "integration/test_group_policy.py",
     "integration/test_trainer_ranks.py",
 )
 """Files whose trainer ranks are the same processes if one test process has all of them."""

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actors.cluster import cluster
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
@@ -29,10 +28,9 @@ from raylign.config.reference import (
 )
 from raylign.errors import ModelError
 from raylign.export.card import loss_name
-from raylign.models import DTYPES, context_limit, resolve_model
+from raylign.models import DTYPES, context_limit
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
-from raylign.models.reward_model import require_reward_fit
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.text import escape_control
 from raylign.scoring.locate import locate_function
@@ -62,13 +60,8 @@ class ModelFacts:
     context: int
 
 
-def model_facts(block: ModelBlock, *, rewards: bool = False) -> ModelFacts:
-    """Resolve the path (a hub id is downloaded) and count parameters by the headers of the files.
-
-    Raises ModelError when these are not of the policy, or for `rewards` the reward model, that config.json describes.
-    """
-    folder = Path(resolve_model(block.path, block.revision))
-    (require_reward_fit if rewards else require_fit)(str(folder), block.trust_remote_code)
+def model_facts(folder: Path, block: ModelBlock) -> ModelFacts:
+    """Count the parameters of `block`, whose checked files are in `folder`, by their headers. Raises ModelError."""
     parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
     trained = _trained_parameters(folder, block)
     return ModelFacts(folder, parameters, trained, context_limit(str(folder), block.trust_remote_code))
@@ -167,6 +160,8 @@ def present_resources() -> tuple[str, Mapping[str, float]]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         return THIS_MACHINE, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    from actors.cluster import cluster  # noqa: PLC0415 - Ray, where there is a cluster to ask
+
     require_named_cluster()
     with cluster() as available:
         return f"the cluster at {address}", dict(available)

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from actors.placement import PlacementPlan
-from actors.team import plan_trainer_team
+from actors.placement import PlacementPlan, plan_trainer_team
 from raylign.config import OfflineConfig
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.data.split import total_steps
@@ -41,8 +41,9 @@ class OfflinePlan:
 
 def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     """Check what a run would check before its start, and read its rows. Raises RaylignError, naming the cure."""
-    model = model_facts(config.model, rewards=config.trains_rewards)
-    data = find_rows(config, find_models(config))
+    models = find_models(config)
+    model = model_facts(Path(models.folder), config.model)
+    data = find_rows(config, models)
     where, available = present_resources()
     steps = total_steps(len(data.train), config.schedule, config.trainer)
     return OfflinePlan(config, model, data, steps, plan_trainer_team(config, available), available, where)

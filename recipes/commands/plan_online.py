@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from rich import box
@@ -10,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.placement import PlacementPlan
-from actors.team import plan_team
+from actors.placement import PlacementPlan, plan_team
 from actors.weight_sync.folder import shared_folder
 from actors.weight_sync.transports import Name, require_room, weight_transport
 from raylign.config import OnlineDpoConfig
@@ -97,8 +97,8 @@ def show_plan(config: OnlineDpoConfig, console: Console) -> None:
 def make_plan(config: OnlineDpoConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
     scorer = describe_scorer(config.scoring, load=False)
-    model = model_facts(config.model)
     models = find_models(config)
+    model = model_facts(Path(models.folder), config.model)
     reference = reference_facts(config, model.folder, model.trained)
     prompts = find_prompts(config, models, quarantine=False)
     where, available = present_resources()

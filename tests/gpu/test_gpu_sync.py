@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from actors.team import plan_team, team
+from actors.placement import plan_team
+from actors.team import team
 from raylign.config import parse_config
 from raylign.records import Candidate, Preference, Prompt
 from tests.fakes import quiet_incidents

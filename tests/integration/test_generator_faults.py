@@ -12,9 +12,10 @@ import psutil
 import pytest
 from transformers import AutoTokenizer
 
+from actors.placement import plan_team
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import process_of
-from actors.team import ActorTeam, plan_team, team
+from actors.team import ActorTeam, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import GeneratorError

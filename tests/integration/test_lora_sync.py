@@ -9,7 +9,8 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from actors.team import ActorTeam, plan_team, team
+from actors.placement import plan_team
+from actors.team import ActorTeam, team
 from raylign.config import parse_config
 from raylign.errors import WeightSyncError
 from raylign.records import Candidate, Preference, Prompt

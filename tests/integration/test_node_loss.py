@@ -10,9 +10,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors.cluster import actor_environment
+from actors.placement import plan_team
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import process_of
-from actors.team import plan_team, team
+from actors.team import team
 from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from actors.team import ActorTeam, plan_team, team
+from actors.placement import plan_team
+from actors.team import ActorTeam, team
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import WeightSyncError
 from raylign.export.policy import export_model

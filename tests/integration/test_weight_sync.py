@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.team import ActorTeam, plan_team, team
+from actors.placement import plan_team
+from actors.team import ActorTeam, team
 from actors.weight_sync.manifest import checkpoint_manifest
 from actors.weight_sync.transports import load_file as push_file
 from raylign.config import OnlineDpoConfig, parse_config

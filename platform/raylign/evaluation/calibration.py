@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.special import log_expit, log_ndtr
 
 from raylign.config.losses.reward_model import Link
@@ -117,6 +115,10 @@ def calibration(
 
 def draw_reliability(result: Calibration, path: Path) -> None:
     """A reliability diagram as the PNG file `path`: accuracy over confidence, and how many pairs each bin has."""
+    # Takes a second to load, also for commands that draw nothing.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(5, 6), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)

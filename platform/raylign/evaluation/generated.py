@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from raylign.config.blocks import EvaluationBlock
 from raylign.errors import ScorerError
@@ -85,6 +84,8 @@ def mean_interval(values: Values, block: Resampling, seed: int) -> tuple[float, 
     """Bounds of the mean at `confidence`, by percentile bootstrap; both are the mean when the values do not differ."""
     if np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
+    from scipy.stats import bootstrap  # noqa: PLC0415 - takes seconds to load, for commands that evaluate nothing too
+
     result = bootstrap(
         (values,),
         np.mean,

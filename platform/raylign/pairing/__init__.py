@@ -3,13 +3,10 @@
 from raylign.pairing.build import PairingResult, build_preferences, require_preferences, without_pair
 from raylign.pairing.groups import Group, group_by_prompt
 from raylign.pairing.kl_samples import with_mismatched, with_policy_samples
-from raylign.pairing.strengths import Strengths, bradley_terry_strengths
 
 __all__ = [
     "Group",
     "PairingResult",
-    "Strengths",
-    "bradley_terry_strengths",
     "build_preferences",
     "group_by_prompt",
     "require_preferences",

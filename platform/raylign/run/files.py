@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from raylign.errors import DiskError
+from raylign.errors import DiskError, RaylignError
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -23,6 +23,18 @@ def disk_errors(path: Path, option: str = "run.dir") -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}; {cure}, then run the same command again. "
             "What was finished before is safe"
         ) from error
+
+
+def inside(run_dir: Path, relative: str) -> Path:
+    """`relative` as a path under `run_dir`, links followed. Raises RaylignError when it leads outside."""
+    try:
+        path = (run_dir / relative).resolve()
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise RaylignError(f"artifact {relative[:200]!r} cannot be the name of a file ({error}); correct it") from error
+    if not path.is_relative_to(run_dir.resolve()):
+        raise RaylignError(f"artifact {relative!r} is outside the run directory {run_dir}; copy it into the run first")
+    return path
 
 
 def require_free(folder: Path, needed: int, what: str, cure: str) -> None:

@@ -10,10 +10,11 @@ import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from raylign.errors import RaylignError, RecordError
+from raylign.errors import RecordError
 from raylign.reading.files import read_text
 from raylign.reading.yaml_text import parse_yaml
 from raylign.report.text import one_line
+from raylign.run.files import inside
 from raylign.run.reading import unreadable
 from raylign.tracking.facts import redacted
 from raylign.tracking.mlflow_store import MlflowStore
@@ -25,20 +26,6 @@ _SHOWN = 200
 _CURE = "restore it from a copy"
 
 logger = logging.getLogger(__name__)
-
-
-def inside(run_dir: Path, relative: str) -> Path:
-    """`relative` as a path under `run_dir`, links followed. Raises RaylignError when it leads outside."""
-    try:
-        path = (run_dir / relative).resolve()
-        path.exists()
-    except (OSError, ValueError) as error:
-        raise RaylignError(
-            f"artifact {relative[:_SHOWN]!r} cannot be the name of a file ({error}); correct it"
-        ) from error
-    if not path.is_relative_to(run_dir.resolve()):
-        raise RaylignError(f"artifact {relative!r} is outside the run directory {run_dir}; copy it into the run first")
-    return path
 
 
 def dataset_input(

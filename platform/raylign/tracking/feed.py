@@ -10,7 +10,6 @@ from raylign.boundary.secrets import without_credentials
 from raylign.errors import TrackingError
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.state import load_state
-from raylign.tracking.writer import MlflowWriter, may_pass, send
 
 _POLL_S = 2.0
 """Steps that come within it are sent in one call."""
@@ -65,6 +64,9 @@ class MlflowFeed:
                 logger.error("MLflow feed stopped by %s: %s", type(error).__name__, error)
 
     def _follow(self) -> None:
+        # MLflow takes seconds to load, which nobody waits for here.
+        from raylign.tracking.writer import MlflowWriter, may_pass, send  # noqa: PLC0415
+
         retrying = Retrying(
             retry=retry_if_exception(may_pass),
             wait=wait_exponential(multiplier=1, max=_LONGEST_WAIT_S),

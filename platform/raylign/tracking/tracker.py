@@ -14,7 +14,7 @@ from raylign.boundary.secrets import without_secrets
 from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
-from raylign.tracking.artifacts import inside
+from raylign.run.files import inside
 from raylign.tracking.facts import publishable
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events

@@ -20,8 +20,8 @@ from raylign.models import load_policy, load_tokenizer, resolve_model
 from raylign.prompts import PromptSet, load_prompts
 from raylign.prompts.sources import read_source
 from raylign.run.directory import continue_or_create
+from raylign.run.files import inside
 from raylign.scoring.process import child_environment
-from raylign.tracking.artifacts import inside
 from raylign.tracking.facts import publishable, redacted
 from tests.faults import record
 from tests.unit.forbidden import AROUND_HTTP, HTTP_DOORS, forbidden

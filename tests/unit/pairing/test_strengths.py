@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import fsolve
 from scipy.special import expit
 
-from raylign.pairing import bradley_terry_strengths
+from raylign.pairing.strengths import bradley_terry_strengths
 
 A, B, C = range(3)
 THREE = [[0, 7, 6], [3, 0, 4], [4, 6, 0]]

@@ -10,7 +10,7 @@ import pytest
 
 from raylign.config.blocks import TrackingBlock
 from raylign.errors import ConfigError, RaylignError
-from raylign.tracking.artifacts import inside
+from raylign.run.files import inside
 from raylign.tracking.facts import publishable, redacted, run_facts
 from raylign.tracking.journal import Journal, read_events, read_from
 from raylign.tracking.pages import row_count, table_page

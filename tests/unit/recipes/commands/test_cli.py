@@ -38,18 +38,28 @@ def raylign(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
+def loaded(arguments: list[str], names: tuple[str, ...]) -> str:
+    """Which of these modules a process has loaded when the command has ended well."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from recipes.commands.cli import app\n"
+        f"result = CliRunner().invoke(app, {arguments!r}); assert result.exit_code == 0, result.output\n"
+        f"print([name for name in {names!r} if name in sys.modules])"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return child.stdout.strip()
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], *([name, "--help"] for name in ("plan", "run", "submit", "doctor", "sync"))]
 )
 def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from recipes.commands.cli import app\n"
-        f"result = CliRunner().invoke(app, {arguments!r}); assert result.exit_code == 0\n"
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert child.stdout.strip() == "[]"
+    assert loaded(arguments, HEAVY) == "[]"
+
+
+def test_a_plan_loads_what_it_counts_with_and_nothing_that_runs(recipe: Path) -> None:
+    """Each of the others takes seconds."""
+    assert loaded(["plan", str(recipe)], HEAVY) == "['torch', 'transformers', 'datasets']"
 
 
 @pytest.mark.parametrize("command", ["run", "submit", "plan", "doctor", "export", "sync"])
