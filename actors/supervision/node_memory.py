@@ -15,7 +15,7 @@ from actors.supervision.endings import MemoryReport, own_job
 from raylign.errors import RaylignError
 
 _SPARE = 1.1
-"""A node must have room for so many times what this run held: Ray's figures of processes lag behind those of nodes."""
+"""A node needs room for this many times what this run held: Ray's figures of processes lag behind those of nodes."""
 _LOOK_S = 30.0
 _LONGEST_S = 30.0
 _VMSTAT = Path("/proc/vmstat")

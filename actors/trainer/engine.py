@@ -86,7 +86,7 @@ def training_engine(
     device: torch.device,
     writable: Access,
 ) -> TrainingEngine:
-    """The engine of `block` around `module`, of which the `parameters` are trained; steps are alike at every stage.
+    """The engine of `block` around `module`, whose `parameters` are trained; steps are alike at every stage.
 
     `writable` makes sharded parameters whole and writes to them last. Raises TrainerError when the device does not
     compute in `dtype`.

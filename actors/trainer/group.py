@@ -89,8 +89,8 @@ class TrainerGroup:
         """The preferences with the log-probs that the loss reads of others than the policy in training, for all epochs.
 
         These are the reference's and, where the loss weighs samples, those of the policy as it is. `seed` is that of
-        `train`. A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are
-        trained.
+        `train`. A reference that follows the policy takes its part of it first; `rounds_done` rounds of the policy
+        are trained.
         """
         logps = self._reference_of(preferences, seed, rounds_done)
         filled = [_filled(p, logps[index]) for index, p in enumerate(preferences)]
@@ -144,7 +144,7 @@ class TrainerGroup:
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
-        """Get ready for the round after `rounds_done`, of which `steps` are done; returns how many there are in all."""
+        """Get ready for the round after `rounds_done` and return its number of steps; `steps` of them are done."""
         return self._call("planning a round", 1, TrainerRank.begin_round, preferences, seed, rounds_done, steps)[0]
 
     def train_step(self) -> Metrics:

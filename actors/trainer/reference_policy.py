@@ -37,7 +37,7 @@ class ReferencePolicy(Protocol):
         """The module that scores under the reference, while the context lasts."""
 
     def advance(self, rounds: int) -> None:
-        """Follow the policy, of which `rounds` rounds are done."""
+        """Follow the policy, `rounds` rounds of which are done."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What cannot be loaded from the model's folder; all ranks must ask."""

@@ -108,7 +108,7 @@ def own_part(value: Tensor, size: int) -> Tensor:
 
 
 def whole(part: Tensor, shape: Sequence[int]) -> Tensor:
-    """The parameter of which every rank holds a `part`, the last ones padded."""
+    """The whole parameter; every rank holds a `part` of it, the last ones padded."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.contiguous())
     return torch.cat(parts)[: torch.Size(shape).numel()].view(*shape)

@@ -116,7 +116,7 @@ class TrainerRank(Protocol):
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
-        """Plan the optimizer steps of a round, of which a checkpoint has done `steps`; returns how many there are."""
+        """Plan the optimizer steps of a round and return their number; a checkpoint has done `steps` of them."""
         ...
 
     def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
@@ -271,7 +271,7 @@ class Trainers(Protocol):
         These are the reference's and, where the loss weighs samples, those of the policy as it is. `seed` is that of
         training.
 
-        A reference that follows the policy takes its part of it first, of which `rounds_done` rounds are trained.
+        A reference that follows the policy takes its part of it first; `rounds_done` rounds of it are trained.
         """
         ...
 

@@ -206,7 +206,7 @@ class TrainerBlock(Block):
     save_total_limit: PositiveInt | None = 2
     """Checkpoints to keep, newest first; null keeps one per round."""
     save_steps: PositiveInt | None = None
-    """Also save every so many optimizer steps of a round; null saves at its end, and when it is stopped by a signal."""
+    """Also save after every group of this many steps; null saves at a round's end, and when a signal stops it."""
     max_skipped_steps: PositiveInt = 3
     """Steps in a row whose loss or gradient is not finite before the run stops; each is skipped and its batch saved."""
     start_timeout_s: PositiveFloat = 600.0

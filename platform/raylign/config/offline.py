@@ -35,7 +35,7 @@ class OfflineScheduleBlock(Block):
     num_train_epochs: PositiveInt = 1
     """Passes over the training rows, each in a new order."""
     rounds_per_epoch: PositiveInt = 1
-    """An epoch is cut into so many rounds; each ends with a checkpoint and an evaluation."""
+    """An epoch is cut into this many rounds; each ends with a checkpoint and an evaluation."""
 
 
 class HeldOutBlock(Block):

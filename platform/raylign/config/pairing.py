@@ -47,7 +47,7 @@ class PairingBase(Block):
         return self.optimism > 0 or self.weights == "uncertainty"
 
     def most(self, candidates: int) -> int:
-        """Preferences that a prompt with so many candidates gives at most."""
+        """Preferences that a prompt with this number of candidates gives at most."""
         return 1
 
     @model_validator(mode="after")
@@ -175,7 +175,7 @@ class RankingPairingBlock(PairingBase):
 
     type: Literal["ranking"] = "ranking"
     max_candidates: Annotated[int, Field(ge=2)] | None = None
-    """Keep so many, evenly spread over the order, the best and the worst among them; null keeps all."""
+    """Keep this many, evenly spread over the order, the best and the worst among them; null keeps all."""
     pairs: ClassVar[bool] = False
 
 

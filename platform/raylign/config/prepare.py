@@ -100,7 +100,7 @@ class FiltersBlock(Block):
     max_chars: PositiveInt | None = None
     """Longest prompt with one answer, in characters; null has no limit."""
     templates: tuple[str, ...] = TEMPLATES
-    """Regular expressions of which neither answer may hold one; case does not matter."""
+    """Regular expressions that must match neither answer; case does not matter."""
     exact_duplicates: bool = True
     """Drop pairs that are the same as an earlier one in every message."""
     near_duplicates: NearDuplicatesBlock | None = NearDuplicatesBlock()

@@ -47,10 +47,10 @@ class PreferenceData:
     """Rows of a run in the source's order; no prompt is in both parts. Made by `load_preferences`.
 
     A demonstration is a Preference of one candidate. Prompt ids are `t` (train) or `h` (held out) and the number of the
-    row. `digest` is a sha256 (hex) over all ids, token ids and scores. `counts`: `rows` read, of which `invalid`,
-    `ties`, `prompt_too_long`, `identical` and `duplicates` are left out and `used` are not. Of those that are neither
-    bad nor left out for a reason of their own, `truncated` have a completion cut at `max_length`, `repeated` go without
-    an answer that a better one repeats, `boundary_mismatch` have an answer tokenised apart from its prompt, and
+    row. `digest` is a sha256 (hex) over all ids, token ids and scores. `counts`: `rows` were read; `invalid`, `ties`,
+    `prompt_too_long`, `identical` and `duplicates` are left out and `used` are not. Of those that are neither bad nor
+    left out for a reason of their own, `truncated` have a completion cut at `max_length`, `repeated` go without an
+    answer that a better one repeats, `boundary_mismatch` have an answer tokenised apart from its prompt, and
     `without_end` have one without an end token. Of all rows, `control_tokens` have tokens of the chat template in the
     text of their messages.
     """

@@ -43,8 +43,8 @@ def tokenized(
 ) -> Iterator[Tokenized | Fault]:
     """Each example in tokens, in order; a Fault where `raylign.data.templates.templated` has one.
 
-    The prompt is tokenised as generation does it, and the prompt with each completion as a whole, of which the
-    completion is the rest. Where a token of the whole reaches over the prompt's end, so that the two share no such
+    The prompt is tokenised as generation does it, and the prompt with each completion as a whole; what follows the
+    prompt is the completion. Where a token of the whole reaches over the prompt's end, so that the two share no such
     start, the completion is tokenised apart: training sees the very prompt that generation sees. (TRL cuts the prompt
     where the tokens part instead.) That is a Fault where the tokens read otherwise then, as with tokenizers that put a
     space before every text.

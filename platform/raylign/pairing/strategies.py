@@ -108,7 +108,7 @@ def _nearest(order: Sequence[Scored], deviations: float, block: PairingBlock) ->
 
 
 def _two(order: Sequence[Scored], first: int, second: int) -> Selected:
-    """The candidates at both places; if they are one, two neighbours of which it is the better one where it can be."""
+    """The candidates at both places. If these are one, it and the one below it, or above it where it is the last."""
     if first == second:
         first = min(first, len(order) - 2)
         second = first + 1

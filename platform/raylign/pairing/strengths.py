@@ -50,7 +50,7 @@ class Strengths:
 def bradley_terry_strengths(wins: Sequence[Sequence[float]], prior: float = 0.0) -> Strengths:
     """Maximum-likelihood strengths: P(i beats j) = sigmoid(w_i - w_j) (Bradley and Terry 1952).
 
-    `wins[i][j]` counts how often i beat j; a tie is half a win for each. `prior` adds so many wins in both directions
+    `wins[i][j]` counts how often i beat j; a tie is half a win for each. `prior` adds this many wins in both directions
     to every pair that met, which keeps strengths finite. Raises ValueError for a table that is not square, not finite,
     negative or has a player meet itself, for a negative prior, and where the estimate is infinite or undefined: when
     some players never lose to the others, or never met them.

@@ -14,7 +14,7 @@ from raylign.reading.values import DEEPEST, Refused, shown
 
 _BATCH = 256
 _RATIO, _FREE = 200, 128 << 20
-"""The rows may have so many times the bytes of the file, and these bytes in any case."""
+"""The rows may have this many times the bytes of the file, and this many bytes in any case."""
 _VIEWS = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
 """What arrow cannot unpack texts to, and the type with the same values."""
 _PER_ROW, _PER_VALUE = 256, 8
@@ -50,7 +50,7 @@ def _require_few_bytes(path: Path, unpacked: int) -> None:
     if unpacked > _FREE + _RATIO * (size := path.stat().st_size):
         raise Refused(
             f"its {size:,} bytes become more than {unpacked:,} in memory",
-            "look at what is in it, and give rows without so many repetitions",
+            "look at what is in it, and give rows with fewer repetitions",
         )
 
 

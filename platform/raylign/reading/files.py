@@ -15,7 +15,7 @@ LONGEST_ROW = 16 << 20
 LONGEST_TEXT = 64 << 20
 """Bytes of a file that is read as a whole."""
 _RATIO, _FREE = 200, 1 << 20
-"""A packed file may become so many times larger, and this many bytes in any case. Text becomes 3 to 20 times larger."""
+"""A packed file may become this many times larger, or have this many bytes. Text becomes 3 to 20 times larger."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),

@@ -13,7 +13,7 @@ _QUOTED = 200
 
 
 class StrictDecoder:
-    """Decodes one value after the other; an integer may have 64 bits, or so many `digits` where that is more."""
+    """Decodes one value after the other; an integer may have 64 bits, or `digits` digits where that is more."""
 
     def __init__(self, digits: int = _DIGITS) -> None:
         self._digits = digits

@@ -158,7 +158,7 @@ def is_name(name: str) -> bool:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint of a run, of which it has the progress or the place."""
+    """Whether `folder` is a checkpoint of a run: it has its progress, or stands where one does."""
     # Unlike Path's, these take a path that no file system takes for one where nothing is.
     in_run = folder.parent.name == FOLDER_NAME and os.path.isfile(folder.parent.parent / CONFIG_NAME)
     return os.path.isfile(folder / PROGRESS_NAME) or (in_run and is_name(folder.name))

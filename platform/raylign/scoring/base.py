@@ -23,7 +23,7 @@ class ScoringItem:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """What scorers that run a model compute on: the GPU that Ray gave the actor, else so many threads."""
+    """What scorers that run a model compute on: the GPU that Ray gave the actor, else this many threads."""
 
     threads: int = 1
     on_gpu: bool = False

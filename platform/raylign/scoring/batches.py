@@ -28,7 +28,7 @@ def _whole_groups(items: Sequence[ScoringItem], limit: int) -> list[Sequence[Sco
 
 
 def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
-    """Seconds within which any scorer that works answers, be it with nothing but failures."""
+    """Seconds within which any scorer that works answers, even if with failures alone."""
     if isinstance(block, CompositionBlock):
         return sum(longest_s(batch, member) for member in block.members.values())
     return kind_of(block).longest_s(block, batch)

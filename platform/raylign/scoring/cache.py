@@ -54,7 +54,7 @@ class ScoreCache:
         return self._safely(lambda connection: _read(connection, keys))
 
     def put(self, scores: Mapping[bytes, Score]) -> None:
-        """Keep scores, all of which have a value; those that are there already stay."""
+        """Keep scores, which all have a value; those that are there already stay."""
         rows = [(key, score.value, json.dumps(dict(score.parts))) for key, score in scores.items()]
         self._safely(lambda connection: _write(connection, rows))
 

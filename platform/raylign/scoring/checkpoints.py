@@ -107,7 +107,7 @@ def model_block(block: ModelScoringBlock) -> ModelBlock:
 
 
 def adapted(model: nn.Module, adapter: Path) -> "PeftModel":
-    """`model` under an adapter, every weight of which has its place. Raises ModelError."""
+    """`model` under an adapter whose weights all have their place. Raises ModelError."""
     from peft import get_peft_model_state_dict  # noqa: PLC0415 - takes seconds, and few need it
 
     stored = stored_shapes(adapter)
@@ -131,7 +131,7 @@ def of_scorer() -> Iterator[None]:
 
 
 def device_of(compute: Compute) -> torch.device:
-    """Where a scorer's model computes; this process computes on so many threads from here on."""
+    """Where a scorer's model computes; this process computes on `threads` threads from here on."""
     torch.set_num_threads(compute.threads)
     return torch.device("cuda", 0) if compute.on_gpu else torch.device("cpu")
 

@@ -82,7 +82,7 @@ class MinScorer(EnsembleScorer):
 
 
 class MeanStdScorer(EnsembleScorer):
-    """The mean and so many population standard deviations; both are kept in `parts`."""
+    """The mean plus `std_coefficient` population standard deviations; both are kept in `parts`."""
 
     def __init__(self, block: MeanStdScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
         super().__init__(block, scorers)
@@ -179,7 +179,7 @@ class MemberError(ScorerError):
 
 @contextmanager
 def named(place: str) -> Iterator[None]:
-    """Say of which member a ScorerError is. Raises MemberError."""
+    """Name the member that a ScorerError comes from. Raises MemberError."""
     try:
         yield
     except MemberError as error:

@@ -23,7 +23,7 @@ def in_batches(
     block: ModelScoringBlock,
     allowed: int | None,
 ) -> list[Score]:
-    """Scores in the order of `parts`, each of which is the model's input, or a score already: unscored.
+    """Scores in the order of `parts`. A part is the model's input, or a score already: unscored.
 
     `plan` puts inputs by index into batches, `forward` runs one. Nothing runs any more once more than `allowed` parts
     are unscored; None takes a share of `max_unscored`. Raises ScorerError when the GPU has too little memory.

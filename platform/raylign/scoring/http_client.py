@@ -164,6 +164,6 @@ def retry_after_s(header: str) -> float:
 
 
 def asking_s(requests: int, block: RemoteBlock) -> float:
-    """So many requests, every one of which fails until it is given up."""
+    """Usage of this many requests that all failed until they were given up."""
     waits = block.timeout_s + LONGEST_WAIT_S + JITTER_S
     return math.ceil(requests / block.concurrency) * (block.timeout_s + block.retries * (block.timeout_s + waits))

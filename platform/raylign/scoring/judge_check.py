@@ -50,7 +50,7 @@ def check_judge(block: JudgeScoringBlock) -> None:
 
 
 async def require_answering_judge(client: JudgeClient, block: JudgeScoringBlock) -> None:
-    """Raise ScorerError unless the judge answers, be it nonsense."""
+    """Raise ScorerError unless the judge answers, even if it answers nonsense."""
     await _said(client, block, partial(QUESTIONS[0].ask, QUESTIONS[0].good, QUESTIONS[0].bad))
 
 

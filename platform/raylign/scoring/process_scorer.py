@@ -80,7 +80,7 @@ class ProcessScorer:
 
 @dataclass
 class _Tally:
-    """The scores so far, of which `allowed` may be unscored."""
+    """The scores so far. At most `allowed` of them may be unscored."""
 
     allowed: int
     scores: list[Score] = field(default_factory=list)

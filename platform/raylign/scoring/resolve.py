@@ -53,7 +53,7 @@ def require_inside(spec: str, roots: Sequence[Path]) -> None:
 
 
 def require_file_inside(file: str, roots: Sequence[Path]) -> None:
-    """Raise ScorerError when `file` is outside `roots`, of which the first is the project."""
+    """Raise ScorerError when `file` is outside `roots`. The first of them is the project."""
     if not is_inside(file, roots):
         raise ScorerError(
             f"{Path(file).resolve()} is outside the project ({roots[0]}) and no installed package; move it there, "

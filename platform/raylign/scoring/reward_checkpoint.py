@@ -1,4 +1,4 @@
-"""Folders to reward models: sequence classifiers of transformers with one output, every weight of which is there."""
+"""Folders to reward models: sequence classifiers of transformers with one output, whose weights are all there."""
 
 import torch
 from torch import nn

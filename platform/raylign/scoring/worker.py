@@ -32,7 +32,7 @@ from raylign.scoring.resolve import ScoringFunction, require_file_inside, requir
 
 
 class _Channel:
-    """Questions in turn, of which each is answered at most once, and only by this very process."""
+    """Questions in turn. Each is answered at most once, and only by this process."""
 
     def __init__(self, number: int) -> None:
         self._socket = socket.socket(fileno=number)

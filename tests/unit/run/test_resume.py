@@ -129,6 +129,46 @@ def test_it_ends_as_if_it_had_not_been_killed(last: int, whole: tuple[Deadly, Ru
     assert sorted(done) == sorted(once)
 
 
+GROUPS: dict[str, Any] = {"pairing": {"type": "group"}, "loss": {"loss_type": "grpo", "beta": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def whole_of_groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[Deadly, RunDirectory]:
+    folder = tmp_path_factory.mktemp("groups")
+    config = config_in(folder, **GROUPS)
+    return run_once(config, folder), continue_or_create(config)
+
+
+def test_groups_are_kept_with_the_log_probs_of_the_policy_that_the_round_found(
+    whole_of_groups: tuple[Deadly, RunDirectory],
+) -> None:
+    """Version 1 gives each token -1/2, the initial policy -1; both passes come before the first step."""
+    events, directory = whole_of_groups
+    rows = tables(directory.path)["rounds/0002/preferences.parquet"]
+    assert rows
+    for row in rows:
+        lengths = [len(ids) for ids in row["token_ids"]]
+        assert row["old_logprobs"] == [[-0.5] * length for length in lengths]
+        assert row["reference_logprobs"] == [[-1.0] * length for length in lengths]
+    first = events.index(next(event for event in events if event.startswith("train")))
+    assert [event.split()[0] for event in events[first - 2 : first]] == ["reference", "old"]
+
+
+@pytest.mark.parametrize("last", range(0, 45, 3))
+def test_a_run_on_groups_ends_as_if_it_had_not_been_killed(
+    last: int, whole_of_groups: tuple[Deadly, RunDirectory], tmp_path: Path
+) -> None:
+    events, expected = whole_of_groups
+    if last > len(events):
+        pytest.skip("the run is over by then")
+    config = config_in(tmp_path, **GROUPS)
+    run_once(config, tmp_path, last)
+    run_once(config, tmp_path)
+    directory = continue_or_create(config)
+    assert what_it_came_to(directory) == what_it_came_to(expected)
+    assert tables(directory.path) == tables(expected.path)
+
+
 def test_rows_that_are_left_out_are_said_and_listed_in_the_run_directory(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     directory = continue_or_create(config)

@@ -203,7 +203,7 @@ class HttpScoringBlock(LeafScoringBlock):
     """Scores from a reward service that takes a batch by POST.
 
     `protocol: raylign` sends {"prompts": [[messages]], "completions": [text], "labels": [value or null]} and reads
-    {"scores": [number or null], "reasons": [text]}, of which the reasons may be left out. `openrlhf` sends
+    {"scores": [number or null], "reasons": [text]}; the reasons may be left out. `openrlhf` sends
     {"query": [prompt and completion], "prompts": [text], "labels": [value or null]} and reads {"rewards": [number]}.
     """
 

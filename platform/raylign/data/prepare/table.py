@@ -128,7 +128,7 @@ def copy_rows(source: Path, target: Path, kept: NDArray[np.bool_], keys: frozens
 
 
 def _written(writer: pq.ParquetWriter, waiting: list[pa.RecordBatch], at_least: int) -> list[pa.RecordBatch]:
-    """Write whole row groups of what waits, while there are `at_least` so many rows; what is left goes on waiting."""
+    """Write whole row groups of what waits, while there are `at_least` as many rows; what is left goes on waiting."""
     table = pa.Table.from_batches(waiting, schema=writer.schema)
     start = 0
     while len(table) - start >= at_least:
