@@ -20,16 +20,14 @@ from actors.scorer.client import ScorerActor, ScorerClient
 from actors.supervision.cures import Role
 from actors.supervision.generators import SupervisedGenerators, actor_name
 from actors.supervision.incidents import Incidents
-from actors.supervision.processes import kill
+from actors.supervision.processes import FOLDER as STACKS
+from actors.supervision.processes import kill, remove_empty
 from actors.supervision.slot import Supervision
-from actors.supervision.stacks import FOLDER as STACKS
-from actors.supervision.stacks import remove_empty
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
 from actors.supervision.watch import watched
 from actors.trainer.actor import TrainerSpec
-from actors.weight_sync.canary import Canary
 from actors.weight_sync.folder import weight_folder
-from actors.weight_sync.publish import WeightPublisher
+from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import EngineEnd, require_room, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
@@ -37,7 +35,7 @@ from raylign.reference.checkpoint import resolve_reference
 from raylign.roles import Generator, ScorerProcess
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
-from raylign.scoring.identity import CODE, kept_code
+from raylign.scoring.describe import CODE, kept_code
 
 _SHUTDOWN_S = 20.0
 

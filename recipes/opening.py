@@ -31,8 +31,7 @@ from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
-from raylign.scoring.describe import describe_scorer
-from raylign.scoring.identity import scorer_inputs
+from raylign.scoring.describe import describe_scorer, scorer_inputs
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from raylign.training.learners import require_learnable

@@ -214,7 +214,7 @@ class FakeRank:
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
     ) -> dict[int, ReferenceLogps]:
         self._events.append(f"reference {len(preferences)} seed {seed} after {rounds_done} rounds")
-        by_token = self._config.loss.needs_token_reference
+        by_token = self._config.loss.needs_reference_tokens
         return {
             index: ReferenceLogps(tuple(_logps(p, 0)), _kl_logp(p), _token_logps(p, 0) if by_token else ())
             for index, p in enumerate(preferences)

@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.generator.actor import EngineSpec
 from actors.supervision.janitor import clean_up_family
-from actors.supervision.stacks import enable_stack_dumps
+from actors.supervision.processes import enable_stack_dumps
 from actors.weight_sync.vllm_worker import WORKER_EXTENSION
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt

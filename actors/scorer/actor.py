@@ -5,7 +5,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actors.supervision.stacks import enable_stack_dumps
+from actors.supervision.processes import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.roles import ScoredBatch, ScorerProcess

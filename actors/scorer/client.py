@@ -12,8 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from actors.calls import actor_class, ask
 from actors.supervision.endings import Loss, ending
 from actors.supervision.slot import Slot, Starting, Supervision
-from actors.supervision.waiting import failure
-from actors.supervision.watch import Guard, guarded
+from actors.supervision.watch import Guard, failure, guarded
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score

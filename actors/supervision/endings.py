@@ -161,7 +161,7 @@ def explains(loss: Loss) -> int:
 
 
 def loss_of(lost: ActorsLost) -> Loss:
-    """What `actors.supervision.waiting` found to be gone."""
+    """What `actors.supervision.watch` found to be gone."""
     cause = lost.__cause__
     found = ending(cause) if isinstance(cause, RayError) else None
     if found is None:

@@ -13,8 +13,7 @@ from actors.calls import ask
 from actors.generator.in_flight import InFlight
 from actors.supervision.endings import Loss, loss_of
 from actors.supervision.slot import Slot, Starting, Supervision
-from actors.supervision.waiting import cured, get_together
-from actors.supervision.watch import Guard, guarded
+from actors.supervision.watch import Guard, cured, get_together, guarded
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError, RaylignError
 from raylign.records import Candidate, Prompt

@@ -17,8 +17,7 @@ from actors.supervision.cures import Role
 from actors.supervision.endings import Loss, ended, explains
 from actors.supervision.incidents import Incidents
 from actors.supervision.node_memory import Pause
-from actors.supervision.processes import kill, process_of
-from actors.supervision.stacks import dump_stacks
+from actors.supervision.processes import dump_stacks, kill, process_of
 from raylign.errors import RaylignError
 
 A = TypeVar("A")

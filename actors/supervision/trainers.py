@@ -10,8 +10,7 @@ from actors.calls import ask_all
 from actors.supervision.endings import Loss, loss_of
 from actors.supervision.processes import kill
 from actors.supervision.slot import Slot, Supervision
-from actors.supervision.waiting import cured, get_all, get_together
-from actors.supervision.watch import Guard, guarded
+from actors.supervision.watch import Guard, cured, get_all, get_together, guarded
 from actors.trainer.actor import TrainerActor, TrainerSpec
 from actors.trainer.group import AskRanks, Rank, TrainerGroup, ask_ranks
 from actors.trainer.network import free_address

@@ -7,7 +7,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from ray.actor import ActorHandle
 
 from actors.calls import ask_all
-from actors.supervision.waiting import get_together
+from actors.supervision.watch import get_together
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
@@ -120,7 +120,7 @@ class TrainerGroup:
         return ReferenceLogps(
             sampler_logps(preference, self._loss.tail_weight),
             None if sample is None else sample.sampler_logp,
-            tokens if self._loss.needs_token_reference else (),
+            tokens if self._loss.needs_reference_tokens else (),
         )
 
     def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:

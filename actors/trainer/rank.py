@@ -15,24 +15,26 @@ from ray.actor import ActorHandle
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actors.supervision.stacks import enable_stack_dumps
+from actors.supervision.processes import enable_stack_dumps
 from actors.trainer.actor import TrainerSpec
 from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, frozen_engine, reference_config
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
-from actors.trainer.model_files import drain, write_adapter, write_weights
 from actors.trainer.network import free_address
 from actors.trainer.process_group import Sharding, join_group
 from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
 from actors.trainer.state import (
     StoredTensors,
     TrainerState,
+    drain,
     load_tensors,
     read_state,
     state_nbytes,
     state_tensors,
     store,
+    write_adapter,
     write_state,
+    write_weights,
 )
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
@@ -157,7 +159,7 @@ class DeepSpeedRank:
             raise TrainerError("reference log-probs are asked, but this rank has no reference")
         found: dict[int, ReferenceLogps] = {}
         self._references.follow(rounds_done)
-        by_token = self._spec.loss.needs_token_reference
+        by_token = self._spec.loss.needs_reference_tokens
         with self._references.reference.scoring() as module, torch.no_grad():
             for micro, mine in self._micro_batches(preferences, seed):
                 batch = self._batch([replace(one, reference_logps=()) for one in mine], micro)

@@ -11,7 +11,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from actors.calls import ask, ask_all
-from actors.supervision.waiting import get_all
+from actors.supervision.watch import get_all
 from raylign.errors import WeightSyncError
 from raylign.roles import Generator
 from raylign.training.weights import Gather, ShapeOf, checkpoint_shapes, checkpoint_weights

@@ -79,7 +79,7 @@ class Preference:
     All but `kl_sample` run parallel to `candidates`. `weights` scale each candidate's share of the loss (1 = full):
     their mean multiplies the loss of the preference. The reference stage fills the rest, which is empty until then:
     `reference_logps[i]` is the summed log-probability (nats) of candidate i under the reference;
-    `reference_logprobs[i][t]` that of its token t, where the loss asks (`needs_token_reference`); `old_logprobs[i][t]`
+    `reference_logprobs[i][t]` that of its token t, where the loss asks (`needs_reference_tokens`); `old_logprobs[i][t]`
     the same under the policy as the round found it, where the loss asks (`needs_samples`) and the round takes several
     steps. `kl_sample` is there where the loss asks for one (`needs_kl_sample`).
     """

@@ -10,12 +10,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from recipes.commands.checks.accelerators import gpu_check, model_checks, probe
-from recipes.commands.checks.base import Check, Status
-from recipes.commands.checks.machine import disk_checks, machine_checks
-from recipes.commands.checks.mlflow_store import mlflow_check
-from recipes.commands.checks.packages import package_checks
-from recipes.commands.checks.ray_cluster import ray_checks
+from recipes.commands.checks.accelerators import gpu_check, model_checks, package_checks, probe
+from recipes.commands.checks.machine import Check, Status, disk_checks, machine_checks
+from recipes.commands.checks.ray_cluster import mlflow_check, ray_checks
 
 STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 DEFAULT_STORE = "sqlite:///runs/mlflow.db"

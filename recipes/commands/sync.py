@@ -13,7 +13,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 
 from raylign.boundary.secrets import without_credentials
 from raylign.errors import RaylignError, TrackingError
-from raylign.report.progress import stage_progress
+from raylign.report.console import stage_progress
 from raylign.run.directory import open_run
 from raylign.tracking import REQUEST_TIMEOUT
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events

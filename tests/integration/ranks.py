@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from deepspeed.accelerator import get_accelerator
 
-from actors.supervision.waiting import get_all
+from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec
 from actors.trainer.group import TrainerGroup
 from actors.trainer.network import free_address

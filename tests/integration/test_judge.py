@@ -26,7 +26,7 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.describe import describe_scorer
-from raylign.scoring.judge_check import QUESTIONS
+from raylign.scoring.judge_client import QUESTIONS
 from tests.integration.tiny import (
     SMALLEST,
     START_S,

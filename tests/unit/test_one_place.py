@@ -53,7 +53,8 @@ PairwiseLoss = (
     run="""
 import torch
 from raylign.config import parse_config
-from raylign.losses import LossState, preference_loss
+from raylign.losses import LossState
+from tests.unit.losses.sums import preference_loss
 from tests.unit.losses.test_losses import random_candidates
 block = parse_config({"loss": {"loss_type": "squared", "beta": 0.5}}).loss
 logps = random_candidates(4, 2)
@@ -207,7 +208,7 @@ class NcclTransport:''',
     run="""
 import sys
 from pathlib import Path
-from actors.weight_sync.canary import Canary
+from actors.weight_sync.publish import Canary
 from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import weight_transport
 from raylign.config import parse_config

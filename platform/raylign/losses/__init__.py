@@ -4,8 +4,7 @@
 """
 
 from raylign.losses.inputs import LossInput, LossOutput, LossState, TokenLogps
-from raylign.losses.preference import next_state, preference_loss, under_new_reference
-from raylign.losses.weighting import ld_weights, wpo_weights
+from raylign.losses.preference import ld_weights, next_state, preference_loss, under_new_reference, wpo_weights
 
 __all__ = [
     "LossInput",

@@ -32,7 +32,7 @@ class TokenLogps:
     """Under the policy as the round found it, by the trainer's own forward pass: TRL's `old_per_token_logps`. There for
     losses that ask (`needs_samples`); None in a round of one step, where it is the policy itself."""
     reference: Tensor | None = None
-    """Under the reference; there for losses that ask (`needs_token_reference`)."""
+    """Under the reference; there for losses that ask (`needs_reference_tokens`)."""
 
     def select(self, kept: Tensor, owners: Tensor) -> "TokenLogps":
         """The tokens where `kept` [N] is True; their owners are `owners`, [N] too."""

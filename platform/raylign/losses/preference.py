@@ -1,6 +1,6 @@
-"""A preference loss: any member of the tables, or a weighted sum of several."""
+"""A preference loss: any member of the tables, or a weighted sum of several, with its weights on tokens and pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,26 @@ from raylign.config.losses import BcoPairLossBlock, LossBlock, Member, MixLossBl
 from raylign.config.losses.pairwise import WeightedLossBlock
 from raylign.losses import function, grpo, listwise, pairwise, reference_free, terms
 from raylign.losses.inputs import LossInput, LossOutput, LossState, ends, real_groups, table
-from raylign.losses.weighting import wpo_weights
+
+
+def ld_weights(lengths: Sequence[int], tail_weight: float) -> Tensor:
+    """Token weights [sum(lengths)] of a group's completions, in order, for policy and reference log-probs alike.
+
+    LD-DPO (arXiv 2409.06411): 1 on the tokens up to the group's shortest completion, `tail_weight` beyond.
+    """
+    shared = min(lengths)
+    weights = [torch.full((length,), tail_weight).index_fill_(0, torch.arange(shared), 1.0) for length in lengths]
+    return torch.cat(weights)
+
+
+def wpo_weights(certainty: Tensor, mask: Tensor) -> Tensor:
+    """Pair weights [G] from `LossInput.certainty`, detached.
+
+    WPO with sampled alignment (arXiv 2406.11827): min(1, w(x, y_w) w(x, y_l)),
+    w(x, y) = exp(1/|y| sum_t [log p(y_t) - log sum_v p(v)^2]).
+    """
+    return torch.exp((certainty * mask).sum(1).clamp_max(0.0)).detach()
+
 
 LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, grpo.LOSSES, terms.LOSSES, function.LOSSES)
 

@@ -1,7 +1,6 @@
 """Model paths to folders, folders to tokenizers and policies."""
 
-from raylign.models.context import context_limit, require_context
-from raylign.models.load import DTYPES, end_ids, load_policy, load_tokenizer
+from raylign.models.load import DTYPES, context_limit, end_ids, load_policy, load_tokenizer, require_context
 from raylign.models.resolve import resolve_model
 
 __all__ = [

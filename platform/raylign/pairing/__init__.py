@@ -1,8 +1,8 @@
 """From scored candidates to preferences."""
 
 from raylign.pairing.build import PairingResult, build_preferences, require_preferences, without_pair
-from raylign.pairing.groups import Group, group_by_prompt
 from raylign.pairing.kl_samples import with_mismatched, with_policy_samples
+from raylign.pairing.usable import Group, group_by_prompt
 
 __all__ = [
     "Group",

@@ -8,9 +8,8 @@ from typing import get_args
 
 from raylign.config.pairing import CorrectWrongPairingBlock, PairingBlock, PolicyReferencePairingBlock
 from raylign.errors import NoPreferencesError
-from raylign.pairing.groups import Group, group_by_prompt
 from raylign.pairing.strategies import select
-from raylign.pairing.usable import Dropped, Scored, usable
+from raylign.pairing.usable import Dropped, Group, Scored, group_by_prompt, usable
 from raylign.records import Candidate, Preference, Prompt, Score
 
 _FINER = "use a scorer with finer values, or raise sampling.temperature or sampling.num_generations"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import PromptError
-from raylign.models.chat_template import TEMPLATE_ERRORS
+from raylign.models.open import TEMPLATE_ERRORS
 from raylign.prompts.control_tokens import ControlTokens
 from raylign.prompts.conversations import conversation, conversation_problem
 from raylign.prompts.quarantine import InvalidRows, refuse

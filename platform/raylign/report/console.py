@@ -1,4 +1,4 @@
-"""The console is raylign's own: what libraries print, log, warn of and draw goes into a file of the run."""
+"""The console is raylign's own, progress included: all else that prints, logs, warns or draws goes into a file."""
 
 import contextlib
 import io
@@ -6,9 +6,15 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from raylign.boundary.secrets import without_secrets
 from raylign.report.text import escape_control
@@ -20,6 +26,9 @@ _LINE = "%(levelname)s %(name)s: %(message)s"
 _aside: list[TextIO] = []
 """What stands in for stdout and stderr, once it was needed. Never closed: libraries hold on to it."""
 _own_stdout: list[TextIO] = []
+
+LINE_INTERVAL_S = 5.0
+Advance = Callable[[int], None]
 
 
 class _Aside(io.TextIOWrapper):
@@ -93,3 +102,53 @@ def keep_library_log(folder: Path) -> Path | None:
 def own_stdout() -> TextIO:
     """Where raylign's own output goes."""
     return _own_stdout[0] if _own_stdout else sys.stdout
+
+
+@contextmanager
+def stage_progress(console: Console, name: str, total: int | None, unit: str = "prompts") -> Iterator[Advance]:
+    """Show the progress of stage `name`; call the yielded function with the number of `unit` just finished.
+
+    `total` None: only the end will tell.
+    """
+    if not console.is_terminal:
+        now = time.monotonic()
+        lines = _Lines(console, name, total, unit, started=now, printed=now)
+        try:
+            yield lines.advance
+        finally:
+            lines.finish()
+        return
+    shown = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (*shown, TimeElapsedColumn(), TimeRemainingColumn())
+    # Left alone, rich prints on the console what anyone writes to stdout while a bar is shown.
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda finished: bar.advance(task, finished)
+
+
+@dataclass
+class _Lines:
+    """Prints `sample 24/48 prompts`, at most once per interval, and a last line with the seconds taken."""
+
+    console: Console
+    name: str
+    total: int | None
+    unit: str
+    started: float
+    printed: float
+    done: int = 0
+
+    def advance(self, finished: int) -> None:
+        self.done += finished
+        now = time.monotonic()
+        if now - self.printed >= LINE_INTERVAL_S and self.done != self.total:
+            self.printed = now
+            self._print("")
+
+    def finish(self) -> None:
+        self._print(f" in {time.monotonic() - self.started:.1f} s")
+
+    def _print(self, ending: str) -> None:
+        of = "" if self.total is None else f"/{self.total}"
+        line = f"{self.name} {self.done}{of} {self.unit}{ending}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -13,9 +13,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from raylign.errors import RecordError
-from raylign.run.files import disk_errors, publish_folder, publish_text, require_free
+from raylign.run.files import disk_errors, publish_folder, publish_text, read_record, require_free
 from raylign.run.fingerprints import seal, sealed_damage
-from raylign.run.reading import read_record
 from raylign.run.settings import CONFIG_NAME
 
 log = logging.getLogger(__name__)

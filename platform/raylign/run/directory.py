@@ -16,8 +16,7 @@ from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, DiskError, RecordError
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.run.checkpoints import FOLDER_NAME, PARTIAL, Checkpoint, Checkpoints, is_name
-from raylign.run.files import disk_errors, publish_text
-from raylign.run.reading import finished_record, read_record, say_once
+from raylign.run.files import disk_errors, finished_record, publish_text, read_record, say_once
 from raylign.run.settings import CONFIG_NAME, read_settings, settings_text
 from raylign.tracking.facts import flatten
 

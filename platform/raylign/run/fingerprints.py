@@ -11,8 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from raylign.errors import RecordError
-from raylign.run.files import publish_text
-from raylign.run.reading import read_record
+from raylign.run.files import publish_text, read_record
 
 MANIFEST_NAME = "manifest.json"
 _DECISIVE = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")

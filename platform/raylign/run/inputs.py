@@ -12,8 +12,7 @@ from pydantic import TypeAdapter
 
 from raylign.errors import ConfigError
 from raylign.records import Prompt
-from raylign.run.files import publish_text
-from raylign.run.reading import read_record
+from raylign.run.files import publish_text, read_record
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 
 INPUTS_NAME = "inputs.json"

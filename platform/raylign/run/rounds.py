@@ -20,12 +20,11 @@ from rich.console import Console
 from raylign.errors import RecordError
 from raylign.evaluation.calibration import Calibration, draw_reliability
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
-from raylign.report.progress import Advance, stage_progress
+from raylign.report.console import Advance, stage_progress
 from raylign.run.checkpoints import Checkpoint, Checkpoints, Metrics
 from raylign.run.directory import RunDirectory
-from raylign.run.files import publish_file, publish_text
+from raylign.run.files import finished_record, publish_file, publish_text, read_record
 from raylign.run.fingerprints import Fingerprint, damage, fingerprints
-from raylign.run.reading import finished_record, read_record
 from raylign.run.sampled import SampledFile, sampled_file
 from raylign.run.tables import read_candidates, read_preferences, write_candidates, write_preferences
 from raylign.tracking.tracker import Tracker

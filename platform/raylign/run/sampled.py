@@ -13,8 +13,7 @@ from typing import IO
 from pydantic import TypeAdapter
 
 from raylign.records import Candidate, Prompt
-from raylign.run.files import disk_errors, publish_file
-from raylign.run.reading import unreadable
+from raylign.run.files import disk_errors, publish_file, unreadable
 
 _LINE = TypeAdapter(list[Candidate])
 _MOST_TOKEN_ID = 2**31 - 1

@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raylign.records import Candidate, FinishReason, KlSample, Preference, Prompt, Score
-from raylign.run.files import publish_file
-from raylign.run.reading import unreadable
+from raylign.run.files import publish_file, unreadable
 
 _CANDIDATES = pa.schema(
     [

@@ -12,8 +12,7 @@ from raylign.run.sources import module_sources
 from raylign.scoring.base import ItemScorer, ScoringItem
 from raylign.scoring.kind import Kind, Near, file_hash
 from raylign.scoring.locate import FunctionInfo, locate_function
-from raylign.scoring.process import ScoringProcess
-from raylign.scoring.process_scorer import ProcessScorer
+from raylign.scoring.process import ProcessScorer, ScoringProcess
 
 
 def describe_function(spec: str, *, allow_outside: bool = False) -> FunctionInfo:

@@ -11,8 +11,15 @@ from raylign.records import Prompt, Score
 from raylign.scoring.base import Group, ItemScorer, ScoringItem, groups, most_unscored, skipped
 from raylign.scoring.cache import Texts, Verdicts
 from raylign.scoring.http_client import NoReply, api_key, asking_s
-from raylign.scoring.judge_check import QUESTIONS, check_judge, require_answering_judge, require_sound_judge
-from raylign.scoring.judge_client import JudgeClient, JudgeSpending, connected
+from raylign.scoring.judge_client import (
+    QUESTIONS,
+    JudgeClient,
+    JudgeSpending,
+    check_judge,
+    connected,
+    require_answering_judge,
+    require_sound_judge,
+)
 from raylign.scoring.judge_prompt import FIRST, RATINGS, TIE, Question, how_good, which_is_better
 from raylign.scoring.kind import Kind, Near, identity
 from raylign.scoring.usage import MeasuredScorer, Usage

@@ -8,7 +8,7 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ItemScorer, ScoringItem, most_unscored
 from raylign.scoring.kind import Kind, Near
-from raylign.scoring.process_scorer import ProcessScorer
+from raylign.scoring.process import ProcessScorer
 
 GRACE_S = 2.0
 """Within it a comparison that is late must say so, else its process is ended."""

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raylign.errors import RaylignError, RecordError
 from raylign.report.text import escape_control
-from raylign.run.files import disk_errors
-from raylign.run.reading import first_problem, unreadable
+from raylign.run.files import disk_errors, first_problem, unreadable
 
 JOURNAL_NAME = "events.jsonl"
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, TypeAdapter
 
 from raylign.boundary.secrets import without_credentials
-from raylign.run.reading import read_record
+from raylign.run.files import read_record
 
 STATE_NAME = "mlflow.json"
 

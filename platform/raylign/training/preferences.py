@@ -230,7 +230,7 @@ def require_logps(preferences: Sequence[Preference], loss: TrainerLoss, steps: i
         cure = "fill them by with_reference"
         if loss.needs_reference:
             _require_reference(index, preference, loss)
-        if loss.needs_token_reference:
+        if loss.needs_reference_tokens:
             _require_by_token(index, preference, loss, preference.reference_logprobs, "the reference's", cure)
         if loss.needs_samples:
             sampled = [candidate.logprobs for candidate in preference.candidates]

@@ -1,12 +1,14 @@
-"""Cores, memory, instructions, compiler, shared memory and disk of this machine."""
+"""The outcome of one check, and the checks of this machine."""
 
 import os
 import shutil
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from recipes.commands.checks.base import Check
+Status = Literal["ok", "warn", "fail"]
 
 GIB = 1 << 30
 LEAST_CORES = 2
@@ -20,6 +22,16 @@ DEFAULT_WEIGHTS = 270_000_000
 SHARED_MEMORY = Path("/dev/shm")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found, and the cure unless it is `ok`. `fail`: a run cannot work; `warn`: some runs will not."""
+
+    name: str
+    status: Status
+    found: str
+    cure: str = ""
 
 
 def machine_checks() -> list[Check]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raylign.data.prepare.mix import allocate, draw
+from raylign.data.prepare.decide import allocate, draw
 from raylign.errors import DataError
 
 SHARES = {"en": 0.7, "zh": 0.3}

@@ -9,7 +9,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config import OfflineDpoConfig, RewardModelConfig, SftConfig
-from raylign.data.answers import scale_of
+from raylign.data.examples import scale_of
 from raylign.data.preferences import mixed_scales
 from raylign.data.prepare import PAIRS_NAME
 from tests.unit.data.test_data_tokens import everything, load, policy, tokenizer, write

@@ -11,7 +11,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, PreTrainedCo
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError
 from raylign.models import context_limit, require_context
-from raylign.models.context import switch_length
+from raylign.models.load import switch_length
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Completions, Layout, token_batch
 from tests.unit.tiny_models import IDS, SMALL, build, plain

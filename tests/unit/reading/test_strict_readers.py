@@ -22,7 +22,7 @@ from raylign.config.data import SourceBlock
 from raylign.data.load import read_examples
 from raylign.errors import ConfigError, DataError, ModelError, PromptError
 from raylign.models import load_tokenizer, resolve_model
-from raylign.models.chat_template import read_chat_template
+from raylign.models.open import read_chat_template
 from raylign.prompts import PromptSet, load_prompts
 from raylign.prompts.tables import Fault
 from raylign.reading import Refused, files, plain_problem

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from raylign.report.console import keep_library_log
-from raylign.report.progress import stage_progress
+from raylign.report.console import keep_library_log, stage_progress
 
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = """

@@ -18,7 +18,7 @@ from raylign.export.card import Method, PolicyFacts, card_text
 from raylign.records import Evaluation, Prompt, Score
 from raylign.report.console import PlainLines
 from raylign.report.tables import Sample, samples_block
-from raylign.tracking.pages import table_page
+from raylign.tracking.artifacts import table_page
 from tests.faults import record
 
 HOSTILE = (

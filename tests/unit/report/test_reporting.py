@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from raylign.records import Evaluation, Prompt, RoundReport, Score
-from raylign.report.progress import stage_progress
+from raylign.report.console import stage_progress
 from raylign.report.summary import headline
 from raylign.report.tables import STAGES, Sample, report_console, round_table, samples_block, warnings
 from raylign.report.text import escape_control
@@ -190,7 +190,7 @@ def test_escape_control_keeps_scripts_and_writes_out_the_rest() -> None:
 
 def test_progress_off_a_terminal_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 6.0, 7.0, 12.0, 12.5])
-    monkeypatch.setattr("raylign.report.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("raylign.report.console.time.monotonic", lambda: next(clock))
     file = io.StringIO()
     with stage_progress(Console(file=file), "sample", total=48) as advance:
         for finished in (6, 6, 24, 12):

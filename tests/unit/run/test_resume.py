@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import WeightPublisher
+from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import WeightPublisher
+from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError

@@ -18,7 +18,7 @@ from raylign.run.directory import open_run
 from raylign.run.inputs import INPUTS_NAME, accept
 from raylign.run.sources import KeptSources, module_sources
 from raylign.scoring import ScoringItem
-from raylign.scoring.identity import kept_code
+from raylign.scoring.describe import kept_code
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.tracker import Tracker
 from recipes.commands.resume import resumed_config

@@ -16,7 +16,7 @@ from raylign.errors import ConfigError, ModelError, RecordError
 from raylign.records import RoundReport
 from raylign.run.checkpoints import Checkpoints, is_name
 from raylign.run.directory import RunDirectory, continue_or_create, open_run
-from raylign.run.reading import finished_record, read_record
+from raylign.run.files import finished_record, read_record
 from raylign.run.sampled import parse_line
 from raylign.run.tables import read_candidates, read_preferences
 from raylign.sampling.curriculum import History

@@ -13,7 +13,7 @@ from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring import JudgeScorer, check_unscored
 from raylign.scoring.describe import describe_scorer
-from raylign.scoring.judge_check import QUESTIONS
+from raylign.scoring.judge_client import QUESTIONS
 from tests.faults import record
 from tests.judges import Asked, Judge, Judged, Reply, Server, first_is_best, group, honest, values
 

@@ -11,9 +11,9 @@ import pytest
 from raylign.config.blocks import TrackingBlock
 from raylign.errors import ConfigError, RaylignError
 from raylign.run.files import inside
+from raylign.tracking.artifacts import row_count, table_page
 from raylign.tracking.facts import publishable, redacted, run_facts
 from raylign.tracking.journal import Journal, read_events, read_from
-from raylign.tracking.pages import row_count, table_page
 from raylign.tracking.tracker import step_means
 from raylign.tracking.uri import artifact_location, default_uri
 

@@ -289,7 +289,7 @@ def test_a_loss_that_weighs_samples_is_not_trained_without_their_log_probs() -> 
     answers = replace(TWO, candidates=tuple(replace(one, logprobs=()) for one in TWO.candidates))
     with pytest.raises(TrainerError, match=r"preference 1 .* the sampler's log-probs for \[0, 0\] of \[1, 2\]"):
         require_logps([THREE, answers], SAMPLED)
-    asking = FunctionLossBlock(function="my:loss", needs_token_reference=True, pairs_only=False)
+    asking = FunctionLossBlock(function="my:loss", needs_reference_tokens=True, pairs_only=False)
     with pytest.raises(TrainerError, match="has the reference's log-probs for"):
         require_logps([THREE], asking)
 

@@ -30,7 +30,7 @@ class LossBase(Block):
     """Whether it weighs samples of the policy by their probability: reads `TokenLogps.sampler` and `TokenLogps.old`."""
     needs_groups: ClassVar[bool] = False
     """Whether it compares a candidate with all others of its prompt, so that none may be left out."""
-    needs_token_reference: ClassVar[bool] = False
+    needs_reference_tokens: ClassVar[bool] = False
     """Whether it reads `TokenLogps.reference`, the reference token by token."""
     starts_at_ln2: ClassVar[bool] = False
 

@@ -26,7 +26,7 @@ class FunctionLossBlock(LossBase):
     """Whether it takes pairs alone; false gives it whole lists."""
     needs_reference: bool = True  # type: ignore[misc]
     """Whether it reads the reference's log-probs."""
-    needs_token_reference: bool = False  # type: ignore[misc]
+    needs_reference_tokens: bool = False  # type: ignore[misc]
     """Whether it reads them token by token, as `logps.tokens.reference`."""
     needs_samples: bool = False  # type: ignore[misc]
     """Whether it reads `logps.tokens.sampler` and `logps.tokens.old`: online only, at `sampling.temperature` 1."""

@@ -53,7 +53,7 @@ class GrpoLossBlock(LossBase):
         return self.beta > 0
 
     @property
-    def needs_token_reference(self) -> bool:  # type: ignore[override]
+    def needs_reference_tokens(self) -> bool:  # type: ignore[override]
         """Where the KL term counts."""
         return self.beta > 0
 

@@ -90,8 +90,8 @@ class MixLossBlock(Block):
         return any(member.needs_groups for member in self.losses)
 
     @property
-    def needs_token_reference(self) -> bool:
-        return any(member.needs_token_reference for member in self.losses)
+    def needs_reference_tokens(self) -> bool:
+        return any(member.needs_reference_tokens for member in self.losses)
 
     @property
     def score_thresholds(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class RewardLossBase(Block):
     needs_kl_sample: ClassVar[bool] = False
     needs_reward_shift: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
-    needs_token_reference: ClassVar[bool] = False
+    needs_reference_tokens: ClassVar[bool] = False
     pairs_only: ClassVar[bool] = True
     """Whether every preference must hold exactly two candidates; else the whole list is used."""
     link: ClassVar[Link] = "logistic"

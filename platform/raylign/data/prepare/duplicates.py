@@ -1,15 +1,25 @@
-"""Which pairs repeat an earlier one: the same keys, or MinHash signatures that agree in most places."""
+"""Which pairs repeat an earlier one, by a few numbers (about thirty bytes) that are remembered of every pair."""
 
+import json
+import math
 import os
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import rensa
+import xxhash
 from numpy.typing import NDArray
+
+from raylign.data.examples import Example
+from raylign.data.prepare.filters import PairText
+from raylign.data.prepare.ratings import Pair
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 PLACES = 128
 SEED = 42
@@ -20,6 +30,61 @@ DETECTED = 0.9
 _CHARACTER_WORDS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f"
 """Scripts that set no blanks between words, and Hangul: each character is a word."""
 TOKENS = re.compile(rf"[{_CHARACTER_WORDS}]|[^\W{_CHARACTER_WORDS}]+")
+MAX_LEADERS = 64
+"""Pairs of one band that the others in it are compared with, so that time does not grow with their square."""
+
+
+def key_of(example: Example, pair: Pair) -> int:
+    """64 bits (XXH3) of every message of a pair and of its tools."""
+    parts = [example.prompt, pair.chosen, pair.rejected, example.tools]
+    return xxhash.xxh3_64_intdigest(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode())
+
+
+class Column(Generic[Scalar]):
+    """Numbers in a row, appended one by one and read as a NumPy array."""
+
+    def __init__(self, kind: type[Scalar]) -> None:
+        self._kind = np.dtype(kind)
+        self._values: array[Any] = array(self._kind.char)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def append(self, value: float) -> None:
+        self._values.append(value)
+
+    def view(self) -> NDArray[Scalar]:
+        """All numbers, without a copy; nothing can be appended while the view lives."""
+        return np.frombuffer(self._values, dtype=self._kind)
+
+
+class Keys:
+    """Parallel columns, one place for each pair that passed the filters, in the order of the sources."""
+
+    def __init__(self) -> None:
+        self.key, self.example = Column(np.uint64), Column(np.uint32)
+        self.source, self.language = Column(np.uint16), Column(np.uint16)
+        self.prompt_chars, self.chosen_chars, self.rejected_chars = (Column(np.uint32) for _ in range(3))
+        self.score_chosen, self.score_rejected = Column(np.float32), Column(np.float32)
+        """NaN for pairs without scores."""
+        self.languages: list[str] = []
+        """Codes that `language` counts through."""
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def add(self, key: int, example: int, language: str, source: int, text: PairText, pair: Pair) -> None:
+        if language not in self.languages:
+            self.languages.append(language)
+        self.key.append(key)
+        self.example.append(example)
+        self.source.append(source)
+        self.language.append(self.languages.index(language))
+        self.prompt_chars.append(len(text.prompt))
+        self.chosen_chars.append(len(text.chosen))
+        self.rejected_chars.append(len(text.rejected))
+        self.score_chosen.append(math.nan if pair.score_chosen is None else pair.score_chosen)
+        self.score_rejected.append(math.nan if pair.score_rejected is None else pair.score_rejected)
 
 
 def signatures(texts: Sequence[str], shingle: int) -> NDArray[np.uint16]:
@@ -94,10 +159,6 @@ def _hash(places: NDArray[np.uint16]) -> NDArray[np.uint64]:
     for column in range(places.shape[1]):
         hashes = (hashes ^ places[:, column].astype(np.uint64)) * np.uint64(0x100000001B3)
     return hashes
-
-
-MAX_LEADERS = 64
-"""Pairs of one band that the others in it are compared with, so that time does not grow with their square."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from raylign.data.prepare.accounts import MEANINGS, PairFate, RowFate
-from raylign.data.prepare.keys import Keys
+from raylign.data.prepare.duplicates import Keys
 from raylign.data.prepare.report import QUANTILES, Quantiles, Report
 from raylign.report.text import escape_control
 

@@ -16,7 +16,7 @@ from raylign.data.load import ExampleStream, read_examples
 from raylign.data.prepare.accounts import Account
 from raylign.data.prepare.collect import Collected, Collector
 from raylign.data.prepare.decide import Decision, decide
-from raylign.data.prepare.keys import Keys
+from raylign.data.prepare.duplicates import Keys
 from raylign.data.prepare.page import LENGTHS_NAME, SCORES_NAME, lengths_picture, page, scores_picture
 from raylign.data.prepare.ratings import Rater
 from raylign.data.prepare.report import PAIRS_NAME, Report, make_report, write_json
@@ -24,7 +24,7 @@ from raylign.data.prepare.table import copy_rows
 from raylign.errors import ConfigError, DataError
 from raylign.prompts.quarantine import QUARANTINE_NAME, InvalidRows, quarantine_line, refusal
 from raylign.prompts.tables import Fault
-from raylign.report.progress import stage_progress
+from raylign.report.console import stage_progress
 from raylign.run.files import disk_errors, publish_folder
 
 HELD = 100

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from raylign.config.prepare import PrepareConfig
 from raylign.data.prepare.accounts import Account, PairFate, RowFate, total_fates
 from raylign.data.prepare.decide import Decision
-from raylign.data.prepare.keys import Keys
+from raylign.data.prepare.duplicates import Keys
 from raylign.run.fingerprints import fingerprint
 
 PAIRS_NAME = "preferences.parquet"

@@ -25,7 +25,7 @@ from ray.exceptions import (
 
 from actors.supervision.cures import MEMORY_CURES
 from actors.supervision.endings import Kind, ended, ending, loss_of, memory_report, raised_in
-from actors.supervision.waiting import get_all, get_together
+from actors.supervision.watch import get_all, get_together
 from raylign.errors import ActorsLost, GeneratorError, RaylignError, ScorerError, TrainerError
 
 PROTOCOL: Any = importlib.import_module("ray.core.generated.common_pb2")

@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.supervision.waiting import get_all, root_cause
+from actors.supervision.watch import get_all, root_cause
 from raylign.errors import GeneratorError, TrainerError, WeightSyncError
 
 REFS: list[Any] = ["ref"]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.weight_sync.canary import Canary
-from actors.weight_sync.publish import WeightPublisher
+from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock

@@ -14,12 +14,20 @@ from typer.testing import CliRunner
 
 from raylign.errors import PlacementError
 from recipes.commands import doctor
-from recipes.commands.checks import accelerators, machine, packages
-from recipes.commands.checks.accelerators import Probe, gpu_check, model_checks, probe
-from recipes.commands.checks.base import Check, Status
-from recipes.commands.checks.mlflow_store import mlflow_check
-from recipes.commands.checks.packages import engine_check, of_extra, package_checks, python_check, requirement_check
-from recipes.commands.checks.ray_cluster import ray_checks, require_named_cluster, token_check
+from recipes.commands.checks import accelerators, machine
+from recipes.commands.checks.accelerators import (
+    Probe,
+    engine_check,
+    gpu_check,
+    model_checks,
+    of_extra,
+    package_checks,
+    probe,
+    python_check,
+    requirement_check,
+)
+from recipes.commands.checks.machine import Check, Status
+from recipes.commands.checks.ray_cluster import mlflow_check, ray_checks, require_named_cluster, token_check
 from recipes.commands.cli import app
 
 GIB = 1 << 30
@@ -57,7 +65,7 @@ def test_only_a_failed_check_gives_status_1(monkeypatch: pytest.MonkeyPatch, sta
 
 def test_every_package_here_is_in_range() -> None:
     found = {check.name: check for check in package_checks()}
-    assert list(found)[:8] == ["Python", *packages.SHOWN, "vllm"]
+    assert list(found)[:8] == ["Python", *accelerators.SHOWN, "vllm"]
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(found, "ok")
 
 
