@@ -51,6 +51,8 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Of every run.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every objective.")] = 3,
     prompts: Annotated[int, typer.Option(help="Prompts of a round.")] = 48,
+    batch: Annotated[int, typer.Option(min=1, help="Preferences or groups of a step.")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="Of a completion, at most.")] = 48,
     held_out: Annotated[int, typer.Option(help="Held-out prompts.")] = 32,
     completions: Annotated[int, typer.Option(help="Completions of a held-out prompt.")] = 4,
     folder: Annotated[Path | None, typer.Option(help="Go on where an earlier run in this folder stopped.")] = None,
@@ -64,6 +66,8 @@ def main(
         f"run.dir={folder}",
         f"schedule.rounds={rounds}",
         f"schedule.prompts_per_round={prompts}",
+        f"trainer.per_device_train_batch_size={batch}",
+        f"sampling.max_new_tokens={new_tokens}",
         f"prompts.held_out={held_out}",
         f"evaluation.num_generations={completions}",
     )
