@@ -30,12 +30,14 @@ from actors.weight_sync.folder import weight_folder
 from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import EngineEnd, require_room, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
+from raylign.config.losses import loss_functions
 from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
 from raylign.reference.checkpoint import resolve_reference
 from raylign.roles import Generator, ScorerProcess
+from raylign.run.sources import CODE, kept_code
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
-from raylign.scoring.describe import CODE, kept_code
+from raylign.scoring.describe import functions_of
 
 _SHUTDOWN_S = 20.0
 
@@ -172,7 +174,7 @@ def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineE
 
 
 def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
-    cache, code = start.run / CACHE_NAME, kept_code(config.scoring, start.run / CODE)
+    cache, code = start.run / CACHE_NAME, kept_code(functions_of(config.scoring), start.run / CODE)
     place = start.plan.scorer
     compute = Compute(max(1, int(place.num_cpus)), place.num_gpus > 0)
 
@@ -206,6 +208,7 @@ def _start_trainers(start: _Start) -> SupervisedTrainers:
         on_gpu=plan.device == "gpu",
         stacks=str(start.run / STACKS),
         max_completion_tokens=config.max_completion_tokens,
+        code=kept_code(loss_functions(loss), start.run / CODE),
     )
     trainers = SupervisedTrainers(
         lambda: start_ranks(spec, [start.options(place) for place in plan.trainers]),

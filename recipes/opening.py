@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from actors.placement import PlacementPlan, plan_team, plan_trainer_team
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
-from raylign.config.losses import FunctionLossBlock, members
+from raylign.config.losses import loss_functions
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
@@ -202,10 +202,9 @@ def inputs_of(
     if isinstance(reference := config.measured_against, ModelReferenceBlock):
         own = model_digest(Path(models.reference))
         found[f"reference.path={reference.path}"] = Input(own, "files of the reference's folder", fixed=False)
-    for block in members(config.objective):
-        if isinstance(block, FunctionLossBlock):
-            what = "the code of the loss, or of what it imports"
-            found[f"loss.function={block.function}"] = Input(module_sources(block.function).digest, what, fixed=False)
+    for function in loss_functions(config.objective):
+        what = "the code of the loss, or of what it imports"
+        found[f"loss.function={function}"] = Input(module_sources(function).digest, what, fixed=False)
     if recipe is not None:
         found["recipe"] = Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)
     return found | (dict(scorer_inputs(scoring)) if scoring else {})

@@ -1,7 +1,6 @@
 """What a scorer's actor does: any `raylign.scoring` object in a process of its own."""
 
 import logging
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from actors.supervision.processes import enable_stack_dumps
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.roles import ScoredBatch, ScorerProcess
-from raylign.run.sources import KeptSources
+from raylign.run.sources import KeptSources, take_code
 from raylign.scoring import Compute, ScoringItem
 from raylign.scoring.load import ONE_THREAD, load_scorer
 
@@ -32,13 +31,7 @@ class ScorerWorker:
         Raises ScorerError: cannot be loaded, or this node has other code for a function.
         """
         enable_stack_dumps(stacks, name)
-        for spec, kept in (code or {}).items():
-            if not kept.make_importable(spec):
-                shared = f", or put run.dir on storage that every node sees ({kept.folder})" if kept.folder else ""
-                raise ScorerError(
-                    f"scoring.function={spec}: {socket.gethostname()} has other code for it than the run began with; "
-                    f"install the same version of it on every node{shared}"
-                )
+        take_code(code or {}, "scoring.function", ScorerError)
         # What a judge costs is logged as INFO; it goes to the actor's own log.
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("raylign").setLevel(logging.INFO)

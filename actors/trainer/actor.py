@@ -1,12 +1,14 @@
 """The actor of a trainer rank, and what it needs to load what it trains."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from actors.calls import actor_class
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.roles import TrainerRank
+from raylign.run.sources import KeptSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,7 @@ class TrainerSpec:
     """What every rank needs to load what it trains. Made by recipes and `actors.team` from the config.
 
     `loss` says what that is: a policy, or a reward model, which has no reference.
+    `code` has the sources of losses of the user's by their `module:function`.
     `max_completion_tokens` is where sampling stops, None where nothing is sampled.
     `reference_folder` is the model of `reference`, which is `folder` unless another checkpoint is named.
     """
@@ -31,6 +34,7 @@ class TrainerSpec:
     on_gpu: bool
     stacks: str
     max_completion_tokens: int | None = None
+    code: Mapping[str, KeptSources] = field(default_factory=dict)
 
 
 TrainerActor = actor_class(TrainerRank, "actors.trainer.rank:DeepSpeedRank")

@@ -44,6 +44,7 @@ from raylign.records import Preference, ReferenceLogps
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
+from raylign.run.sources import take_code
 from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
 from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
@@ -93,6 +94,7 @@ class DeepSpeedRank:
         self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._sender: TrainerWeightTransferEngine[Any] | None = None
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
+        take_code(spec.code, "loss.function", TrainerError)
         torch.set_num_threads(spec.threads)
         if not spec.on_gpu:
             keep_freed_memory()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
-from raylign.config.losses import FunctionLossBlock, TrainerLoss, members
+from raylign.config.losses import TrainerLoss, loss_functions, members
 from raylign.config.reference import (
     EmaReferenceBlock,
     EveryReferenceBlock,
@@ -189,8 +189,7 @@ def many(count: int, noun: str) -> str:
 def loss_lines(loss: TrainerLoss) -> list[Line]:
     """The loss, and of a user's function where it stands and its hash. Raises ScorerError when it cannot be found."""
     lines = [("loss", " + ".join(loss_name(block) for block in members(loss)))]
-    for block in members(loss):
-        if isinstance(block, FunctionLossBlock):
-            info = locate_function(block.function, option="loss.function")
-            lines += [("", f"{block.function}: {info.file}:{info.line}"), ("", f"sha256 {info.sha256}")]
+    for function in loss_functions(loss):
+        info = locate_function(function, option="loss.function")
+        lines += [("", f"{function}: {info.file}:{info.line}"), ("", f"sha256 {info.sha256}")]
     return lines

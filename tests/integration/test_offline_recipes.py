@@ -52,14 +52,18 @@ def evaluations(directory: RunDirectory) -> list[HeldOutEvaluation]:
 @pytest.mark.parametrize(
     ("recipe", "metric", "loss"),
     [
-        ("offline_dpo", "rewards/accuracies", {"loss_type": "sigmoid", "beta": 0.1}),
+        ("offline_dpo", "rewards/accuracies", {"loss_type": "function", "function": "my_losses:dpo"}),
         ("sft", "loss", {}),
         ("reward_model", "rewards/accuracies", {"loss_type": "bradley_terry"}),
     ],
 )
 def test_from_a_raw_file_to_an_exported_model(
-    recipe: str, metric: str, loss: dict[str, Any], tiny_llama: str, tmp_path: Path
+    recipe: str, metric: str, loss: dict[str, Any], tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The trainers' actors are started elsewhere: a loss of the user's reaches them with the run directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_losses.py").write_text(MY_LOSS)
     config = config_of(recipe, tiny_llama, tmp_path, **loss)
     directory = RunDirectory(recipe_of(config).main(config))
     before, _, after = evaluations(directory)
@@ -84,6 +88,14 @@ def test_from_a_raw_file_to_an_exported_model(
     assert run.data.params["data.held_out"] == "8"
 
 
+MY_LOSS = """
+from torch.nn.functional import logsigmoid
+
+
+def dpo(logps, block, state):
+    h = logps.policy - logps.reference
+    return -logsigmoid(block.beta * (h[:, 0] - h[:, 1]))
+"""
 MINE = """
 from raylign.config import SftConfig
 from raylign.config.tree import RunConfig

@@ -1,6 +1,7 @@
 """Code of users, named `module:name`: where it may come from, and how it is imported.
 
-Scoring functions run in processes of their own (`raylign.scoring.worker`); recipes and losses of users run in ours.
+Scoring functions run in processes of their own (`raylign.scoring.worker`); recipes and losses of users run in ours,
+losses in the trainers' actors on whatever node.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import raylign
 from raylign.errors import ConfigError
 
+_KEPT: list[Path] = []
 NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """The form `module:name`."""
 
@@ -45,12 +47,21 @@ def import_named(spec: str, option: str) -> object:
     return getattr(imported, name)
 
 
+def trust_kept(folder: Path) -> None:
+    """Let imports of this process come from `folder`: a run's own copy of the code that it began with."""
+    _KEPT.append(folder)
+
+
 def trusted_roots(project: Path) -> tuple[Path, ...]:
-    """`project`, raylign, every site-packages folder and the checkouts installed as editable, links followed."""
+    """`project`, raylign, every site-packages folder and the checkouts installed as editable, links followed.
+
+    Kept copies of a run's code too, in the process that was given them.
+    """
     installed = [*site.getsitepackages(), *(sysconfig.get_path(name) for name in ("purelib", "platlib"))]
     if site.ENABLE_USER_SITE:
         installed.append(site.getusersitepackages())
-    roots = [project, Path(str(raylign.__file__)).parent, *map(Path, installed), *_editable_checkouts(installed)]
+    own = [project, *_KEPT, Path(str(raylign.__file__)).parent]
+    roots = [*own, *map(Path, installed), *_editable_checkouts(installed)]
     return tuple(dict.fromkeys(root.resolve() for root in roots))
 
 

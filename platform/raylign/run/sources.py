@@ -6,14 +6,19 @@ import importlib.util
 import os
 import shutil
 import site
+import socket
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raylign.boundary.code import trust_kept
+from raylign.errors import RaylignError
 from raylign.run.files import disk_errors, publish_folder
 
+CODE = "code"
+"""Folder of a run directory with the code that its functions had when it began."""
 OURS = frozenset({"raylign", "actors", "recipes"})
 """Packages that every node has."""
 
@@ -88,7 +93,26 @@ class KeptSources:
         if not self.folder:
             return False
         sys.path.insert(0, self.folder)
+        trust_kept(Path(self.folder))
         return module_sources(spec).digest == self.digest
+
+
+def kept_code(specs: Iterable[str], folder: Path) -> dict[str, KeptSources]:
+    """The code behind each `module:name`, with a copy below `folder`. Raises DiskError."""
+    found = {spec: module_sources(spec) for spec in sorted(set(specs))}
+    # What is not found is told better by who loads it.
+    return {spec: sources.kept(folder) for spec, sources in found.items() if sources.files}
+
+
+def take_code(code: Mapping[str, KeptSources], option: str, error: type[RaylignError]) -> None:
+    """Let imports of this process find the code that the run began with. Raises `error` where another one is found."""
+    for spec, kept in code.items():
+        if not kept.make_importable(spec):
+            shared = f", or put run.dir on storage that every node sees ({kept.folder})" if kept.folder else ""
+            raise error(
+                f"{option}={spec}: {socket.gethostname()} has other code for it than the run began with; "
+                f"install the same version of it on every node{shared}"
+            )
 
 
 def module_sources(spec: str) -> ModuleSources:

@@ -1,17 +1,12 @@
 """Who scores, as people read it, and what it reads that the config only names: code, models and templates."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from raylign.config.scoring import CompositionBlock, FunctionScoringBlock, JudgeScoringBlock, ScoringBlock, leaves
 from raylign.export.card import public_name
 from raylign.run.inputs import Input
-from raylign.run.sources import KeptSources, module_sources
 from raylign.scoring.composition import named
 from raylign.scoring.kind import kind_of
-
-CODE = "code"
-"""Folder of a run directory with the code that its functions had."""
 
 
 def describe_scorer(block: ScoringBlock, *, load: bool = True) -> tuple[str, ...]:
@@ -52,9 +47,6 @@ def scorer_inputs(block: ScoringBlock, place: str = "scoring") -> Iterator[tuple
             yield f"{place}.{option}", content
 
 
-def kept_code(block: ScoringBlock, folder: Path) -> dict[str, KeptSources]:
-    """The code of each function that scores, by its `module:function`, with a copy below `folder`. Raises DiskError."""
-    specs = {leaf.function for leaf in leaves(block) if isinstance(leaf, FunctionScoringBlock)}
-    found = {spec: module_sources(spec) for spec in sorted(specs)}
-    # What is not found is told better by who loads it.
-    return {spec: sources.kept(folder) for spec, sources in found.items() if sources.files}
+def functions_of(block: ScoringBlock) -> set[str]:
+    """`module:function` of each function that scores."""
+    return {leaf.function for leaf in leaves(block) if isinstance(leaf, FunctionScoringBlock)}

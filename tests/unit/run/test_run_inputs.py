@@ -16,9 +16,8 @@ from raylign.errors import ConfigError, RecordError, ScorerError
 from raylign.records import Prompt
 from raylign.run.directory import open_run
 from raylign.run.inputs import INPUTS_NAME, accept
-from raylign.run.sources import KeptSources, module_sources
+from raylign.run.sources import KeptSources, kept_code, module_sources
 from raylign.scoring import ScoringItem
-from raylign.scoring.describe import kept_code
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.tracker import Tracker
 from recipes.commands.resume import resumed_config
@@ -50,10 +49,10 @@ def no_team(*arguments: object, **options: object) -> Iterator[None]:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe, its prompts and model, a scorer in two modules, and a loop of the user's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("recipes.opening.cluster", some_cpus)
-    monkeypatch.setattr("recipes.opening.team", no_team)
+    monkeypatch.setattr("actors.cluster.cluster", some_cpus)
+    monkeypatch.setattr("actors.team.team", no_team)
     monkeypatch.setattr("recipes.opening.describe_scorer", lambda block: ())
-    monkeypatch.setattr("recipes.opening.log_folder", lambda: tmp_path)
+    monkeypatch.setattr("actors.cluster.log_folder", lambda: tmp_path)
     monkeypatch.setattr("recipes.opening.starting", lambda directory, logs: "starting")
     monkeypatch.setattr(
         "recipes.opening.open_tracker", lambda path, block: Tracker(Journal(path / JOURNAL_NAME), NoFeed())
@@ -274,7 +273,7 @@ def test_actors_run_the_code_that_the_run_began_with(
     """On a node that has other code, or none: what the driver found goes there with the run directory."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     block = FunctionScoringBlock(function="mine:score", cache=None)
-    kept = kept_code(block, project / "runs/tiny/code")
+    kept = kept_code([block.function], project / "runs/tiny/code")
     if changed == "edited":
         replace("parts/base.py", "1.0", "2.0")(project)
     elif changed == "absent":
@@ -296,12 +295,12 @@ def test_actors_run_the_code_that_the_run_began_with(
 def test_a_node_that_cannot_get_the_code_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     block = FunctionScoringBlock(function="mine:score")
-    kept = kept_code(block, project / "runs/tiny/code")
+    kept = kept_code([block.function], project / "runs/tiny/code")
     (Path(kept["mine:score"].folder) / "mine.py").write_text("def score(prompts, completions): ...\n")
     replace("mine.py", "return base", "return  base")(project)
     with pytest.raises(ScorerError, match=r"mine:score: .* has other code for it than the run began with"):
         ScorerWorker(block, str(project / "scores"), str(project / "stacks"), "scorer-0", code=kept)
     replace("mine.py", "return  base", "return base")(project)
     sys.path.remove(kept["mine:score"].folder)
-    assert kept_code(block, project / "runs/tiny/code") == kept
+    assert kept_code([block.function], project / "runs/tiny/code") == kept
     assert "from parts" in (Path(kept["mine:score"].folder) / "mine.py").read_text()

@@ -31,7 +31,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "project").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr("recipes.opening.cluster", no_cluster)
+    monkeypatch.setattr("actors.cluster.cluster", no_cluster)
     return save_recipe(tmp_path / "project")
 
 

@@ -55,6 +55,11 @@ def members(loss: TrainerLoss) -> tuple[Member | RewardLossBlock, ...]:
     return loss.losses if isinstance(loss, MixLossBlock) else (loss,)
 
 
+def loss_functions(loss: TrainerLoss) -> list[str]:
+    """`module:function` of each loss of the user's."""
+    return [member.function for member in members(loss) if isinstance(member, FunctionLossBlock)]
+
+
 __all__ = [
     "AllPairsLossBlock",
     "AlphapoLossBlock",
@@ -99,5 +104,6 @@ __all__ = [
     "SppoHardLossBlock",
     "TrainerLoss",
     "XpoLossBlock",
+    "loss_functions",
     "members",
 ]
