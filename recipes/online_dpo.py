@@ -244,11 +244,12 @@ def main(config: OnlineDpoConfig) -> Path:
 
 def method(config: OnlineDpoConfig) -> Method:
     """How a model card tells of it."""
-    told = (
-        "iterative online\ndirect preference optimisation: in each round the current policy answers prompts, a scorer "
-        "judges the answers, and the\nbest and worst answer of a prompt become a preference pair"
-    )
     facts = {"Prompts": public_name(config.prompts.source), "Scorer": public_scorer(config.scoring)}
+    each_round = "in each round the current policy answers prompts, a scorer judges the answers, and"
+    if config.loss.needs_groups:
+        told = f"iterative online\npolicy optimisation: {each_round} each\nanswer is weighed by its score in its group"
+        return Method(told, f"online policy optimisation, loss {loss_name(config.loss)}", ("grpo",), facts)
+    told = f"iterative online\ndirect preference optimisation: {each_round} the\n{config.pairing.told}"
     return Method(told, f"iterative online DPO, loss {loss_name(config.loss)}", ("dpo", "online-dpo"), facts)
 
 

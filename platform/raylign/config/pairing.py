@@ -38,6 +38,8 @@ class PairingBase(Block):
 
     pairs: ClassVar[bool] = True
     """Whether every preference has exactly two candidates."""
+    told: ClassVar[str] = "answers of a prompt become preference pairs"
+    """What becomes of the answers, for model cards."""
     keeps_copies: ClassVar[bool] = False
     """Whether a candidate with the tokens of another one stays."""
 
@@ -64,6 +66,7 @@ class BestWorstPairingBlock(PairingBase):
     """The best against the worst candidate of each prompt."""
 
     type: Literal["best_worst"] = "best_worst"
+    told: ClassVar[str] = "best and worst answer of a prompt become a preference pair"
 
 
 class BestRandomPairingBlock(PairingBase):
@@ -174,6 +177,7 @@ class RankingPairingBlock(PairingBase):
     """
 
     type: Literal["ranking"] = "ranking"
+    told: ClassVar[str] = "answers of a prompt are ranked by it"
     max_candidates: Annotated[int, Field(ge=2)] | None = None
     """Keep this many, evenly spread over the order, the best and the worst among them; null keeps all."""
     pairs: ClassVar[bool] = False
@@ -188,6 +192,7 @@ class GroupPairingBlock(PairingBase):
     """
 
     type: Literal["group"] = "group"
+    told: ClassVar[str] = "answers of a prompt are ranked by it"
     pairs: ClassVar[bool] = False
     keeps_copies: ClassVar[bool] = True
 

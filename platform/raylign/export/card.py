@@ -11,7 +11,7 @@ from typing import assert_never
 from huggingface_hub import ModelCardData
 
 from raylign.config.blocks import ModelBlock
-from raylign.config.losses import Member, TrainerLoss
+from raylign.config.losses import GrpoLossBlock, Member, TrainerLoss
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation
 from raylign.report.text import escape_control, optional
 
@@ -97,8 +97,11 @@ def public_name(source: str) -> str:
 
 def loss_name(block: TrainerLoss | Member) -> str:
     """The loss and its beta, if it has one."""
+    name = f"`{block.loss_type}`"
+    if isinstance(block, GrpoLossBlock) and block.importance_sampling_level == "sequence":
+        name += " by whole sequences (GSPO)"
     beta = getattr(block, "beta", None)
-    return f"`{block.loss_type}`" if beta is None else f"`{block.loss_type}`, beta {beta:g}"
+    return name if beta is None else f"{name}, beta {beta:g}"
 
 
 def card_text(facts: PolicyFacts, is_adapter: bool, in_4bit: ModelBlock | None = None) -> str:

@@ -283,6 +283,33 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("options", "named", "told", "tag"),
+    [
+        ([], "iterative online DPO, loss `sigmoid`", "best and worst answer of a prompt become a pair", "dpo"),
+        (["pairing.type=all_pairs"], "iterative online DPO", "answers of a prompt become preference pairs", "dpo"),
+        (
+            ["pairing.type=ranking", "loss={loss_type: plackett_luce}"],
+            "iterative online DPO, loss `plackett_luce`",
+            "answers of a prompt are ranked by it",
+            "dpo",
+        ),
+        (
+            ["pairing.type=group", "loss={loss_type: grpo, importance_sampling_level: sequence}"],
+            "online policy optimisation, loss `grpo` by whole sequences (GSPO), beta 0",
+            "answer is weighed by its score in its group",
+            "grpo",
+        ),
+    ],
+)
+def test_the_card_tells_what_became_of_the_answers(
+    options: list[str], named: str, told: str, tag: str, tmp_path: Path
+) -> None:
+    report = RoundReport(1, 1, {}, (), {}, FACTS.evaluation, {})
+    method = card_facts(RunDirectory(tmp_path), parse_config({}, options), report).method
+    assert method.name.startswith(named) and told[:40] in method.told and tag in method.tags
+
+
+@pytest.mark.parametrize(
     ("scoring", "named"),
     [
         ("{function: 'mine:score'}", "mine:score"),

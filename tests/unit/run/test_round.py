@@ -15,6 +15,7 @@ from rich.console import Console
 from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
+from raylign.config.reference import NoReferenceBlock
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
 from raylign.pairing.usable import Dropped
 from raylign.prompts import PromptSet
@@ -371,7 +372,8 @@ def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk
     assert [report.counts["preferences"] for report in reports] == [2, 2, 2]
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
-    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 3, 0, 0.0))
+    kl = None if isinstance(config.reference, NoReferenceBlock) else 0.0
+    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, kl, 1.0, 0.0, 1.0, 3, 0, 0.0))
     names = [event.name for event in read_events(desk.folder / JOURNAL_NAME)]
     assert names.index("evaluation") < names.index("round_started") and names.count("round_finished") == 3
     text = desk.output.getvalue()
