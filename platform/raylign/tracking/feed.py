@@ -67,6 +67,8 @@ class MlflowFeed:
         # MLflow takes seconds to load, which nobody waits for here.
         from raylign.tracking.writer import MlflowWriter, may_pass, send  # noqa: PLC0415
 
+        if self._stopped.is_set():
+            return
         retrying = Retrying(
             retry=retry_if_exception(may_pass),
             wait=wait_exponential(multiplier=1, max=_LONGEST_WAIT_S),
