@@ -19,6 +19,12 @@ from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.sequences import Completions, Layout, TokenBatch, token_batch, token_cost
 
+_FILL = "fill them by with_reference"
+_SAME_BATCH = (
+    "with_reference leaves them out where a round takes one step: finish this round with the batch size and epochs "
+    "that it began with"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PreferenceBatch:
@@ -227,16 +233,17 @@ def require_logps(preferences: Sequence[Preference], loss: TrainerLoss, steps: i
     The round takes `steps` optimizer steps.
     """
     for index, preference in enumerate(preferences):
-        cure = "fill them by with_reference"
         if loss.needs_reference:
             _require_reference(index, preference, loss)
         if loss.needs_reference_tokens:
-            _require_by_token(index, preference, loss, preference.reference_logprobs, "the reference's", cure)
+            _require_by_token(index, preference, loss, preference.reference_logprobs, "the reference's", _FILL)
         if loss.needs_samples:
             sampled = [candidate.logprobs for candidate in preference.candidates]
             _require_by_token(index, preference, loss, sampled, "the sampler's", "train on samples of the policy")
         if loss.needs_samples and steps > 1:
-            _require_by_token(index, preference, loss, preference.old_logprobs, "the round's first policy's", cure)
+            _require_by_token(
+                index, preference, loss, preference.old_logprobs, "the round's first policy's", _SAME_BATCH
+            )
 
 
 def _require_by_token(
