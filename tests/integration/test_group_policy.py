@@ -18,7 +18,7 @@ from raylign.records import Candidate, Preference, Prompt
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import open_run
 from tests.integration.ranks import Processes, spec_of, train_round
-from tests.integration.tiny import ROOT, SMALLEST, START_S, Watched, foreign_lines
+from tests.integration.tiny import ROOT, SMALLEST, SPREAD_SCORES, START_S, Watched, foreign_lines
 
 pytestmark = pytest.mark.slow
 
@@ -102,9 +102,11 @@ def test_same_trajectory(
             assert right[metric] == pytest.approx(left[metric], rel=5e-4, abs=2e-5), (step, metric)
 
 
-def test_the_recipe_trains_groups_and_says_what_trl_would(tmp_path: Path) -> None:
+def test_the_recipe_trains_groups_and_says_what_trl_would(served_llama: str, tmp_path: Path) -> None:
     """Real engines: the ratios of a round's first step are 1, and the generator's log-probs are the trainer's."""
-    settings = (*SMALLEST, "trainer.per_device_train_batch_size=1", "run.dir=runs")
+    (tmp_path / "spread.py").write_text(SPREAD_SCORES)
+    model = (f"model.path={served_llama}", "scoring.function=spread:score")
+    settings = (*SMALLEST, *model, "trainer.per_device_train_batch_size=1", "run.dir=runs")
     command = [
         *(sys.executable, "-m", "recipes.commands.cli", "run", str(ROOT / "recipes/grpo_smollm2.yaml")),
         *(setting for setting in settings if not setting.startswith("pairing.")),
