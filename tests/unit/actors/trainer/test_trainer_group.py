@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actors.trainer.group import TrainerGroup
-from raylign.config.losses import SigmoidLossBlock
+from raylign.config.losses import GrpoLossBlock, LossBlock, SigmoidLossBlock
 from raylign.config.reference import (
     InitialReferenceBlock,
     NoReferenceBlock,
@@ -15,16 +15,22 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.records import Candidate, KlSample, Preference, Prompt
+from raylign.records import Candidate, KlSample, Preference, Prompt, ReferenceLogps
 from raylign.training.sequences import Completions
 
 
 class Ranks:
     """Ranks that answer at once, with what `shares` says; `calls` is what they were asked."""
 
-    def __init__(self, reference: ReferenceBlock, shares: Sequence[Any], tail_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        reference: ReferenceBlock,
+        shares: Sequence[Any],
+        tail_weight: float | None = None,
+        loss: LossBlock | None = None,
+    ) -> None:
         handles: list[Any] = [None] * len(shares)
-        loss = SigmoidLossBlock(ld_alpha=tail_weight)
+        loss = loss or SigmoidLossBlock(ld_alpha=tail_weight)
         self.calls: list[tuple[Any, ...]] = []
         self._shares = list(shares)
         self.group = TrainerGroup(handles, loss=loss, reference=reference, step_timeout_s=1.0, ask_ranks=self._answer)
@@ -55,7 +61,8 @@ def test_ranks_without_a_reference_have_nothing_to_say() -> None:
 
 @pytest.mark.parametrize("block", [InitialReferenceBlock(), PreviousRoundReferenceBlock()])
 def test_every_preference_gets_the_log_probs_of_the_rank_that_had_it(block: ReferenceBlock) -> None:
-    group = Ranks(block, [{2: (-1.0, -2.0), 0: (-3.0, -4.0)}, {1: (-5.0, -6.0, -7.0)}])
+    first = {2: ReferenceLogps((-1.0, -2.0)), 0: ReferenceLogps((-3.0, -4.0))}
+    group = Ranks(block, [first, {1: ReferenceLogps((-5.0, -6.0, -7.0))}])
     preferences = [preference(1, 1), preference(1, 1, 1), preference(2, 2)]
     found = group.group.with_reference(preferences, seed=3, rounds_done=1)
     assert [p.reference_logps for p in found] == [(-3.0, -4.0), (-5.0, -6.0, -7.0), (-1.0, -2.0)]
@@ -65,10 +72,27 @@ def test_every_preference_gets_the_log_probs_of_the_rank_that_had_it(block: Refe
 
 def test_a_kl_sample_gets_its_log_prob_beside_the_candidates() -> None:
     with_sample = replace(preference(1, 1), kl_sample=KlSample((1,), (5, 5), sampler_logp=-7.0))
-    (found,) = Ranks(InitialReferenceBlock(), [{0: (-1.0, -2.0, -3.0)}]).group.with_reference([with_sample], 0, 0)
+    (found,) = Ranks(InitialReferenceBlock(), [{0: ReferenceLogps((-1.0, -2.0), -3.0)}]).group.with_reference(
+        [with_sample], 0, 0
+    )
     assert found.reference_logps == (-1.0, -2.0) and found.kl_sample == KlSample((1,), (5, 5), -7.0, -3.0)
     (found,) = Ranks(SamplerReferenceBlock(), [{}]).group.with_reference([with_sample], 0, 0)
     assert found.reference_logps == (-1.0, -1.0) and found.kl_sample == KlSample((1,), (5, 5), -7.0, -7.0)
+
+
+GRPO = GrpoLossBlock(beta=0.1)
+
+
+def test_the_sampler_is_a_reference_token_by_token_too() -> None:
+    """And the policy that the round found is asked beside it; a round of one step has no answer to that."""
+    old = {0: ((-2.0,), (-3.0, -4.0))}
+    for shares, expected in (([old], old[0]), ([{}], ())):
+        group = Ranks(SamplerReferenceBlock(), shares, loss=GRPO)
+        (found,) = group.group.with_reference([preference(1, 2)], seed=3, rounds_done=0)
+        assert found.reference_logprobs == ((-1.0,), (-1.0, -1.0)) and found.reference_logps == (-1.0, -2.0)
+        assert found.old_logprobs == expected
+        ((method, (asked,), seed),) = group.calls
+        assert (method, asked.reference_logps, seed) == ("old_logprobs", (-1.0, -2.0), 3)
 
 
 def test_without_a_reference_its_log_probs_are_0_and_no_rank_is_asked() -> None:
