@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -60,7 +61,7 @@ from raylign.training.preferences import (
     with_means,
     without_kl_samples,
 )
-from raylign.training.schedule import Schedule
+from raylign.training.schedule import Schedule, steps_per_round
 from raylign.training.sequences import Completions, Layout, token_batch
 
 if TYPE_CHECKING:
@@ -176,18 +177,24 @@ class DeepSpeedRank:
         return found
 
     def old_logprobs(self, preferences: Sequence[Preference], seed: int) -> dict[int, tuple[tuple[float, ...], ...]]:
-        if len(self._plan(preferences, seed, self._spec.trainer.num_train_epochs)) == 1:
+        if steps_per_round(len(preferences), self._spec.trainer) == 1:
             return {}
         found: dict[int, tuple[tuple[float, ...], ...]] = {}
-        self._engine.module.eval()
-        with torch.no_grad():
+        with self._without_training() as module:
             for micro, mine in self._micro_batches(preferences, seed):
                 batch = self._batch(mine, micro)
-                own, _ = without_kl_samples(batch, self._engine.module(batch.tokens, batch.token_weights))
+                own, _ = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
                 of_each = zip(micro.indices, micro.weights, token_values(own.tokens.logps, mine), strict=True)
                 found |= {index: tokens for index, weight, tokens in of_each if weight}
-        self._engine.module.train()
         return found
+
+    @contextmanager
+    def _without_training(self) -> Iterator[nn.Module]:
+        """The policy's module for passes that no step is taken from."""
+        self._engine.module.eval()
+        with torch.no_grad():
+            yield self._engine.module
+        self._engine.module.train()
 
     def _micro_batches(
         self, preferences: Sequence[Preference], seed: int
@@ -258,26 +265,23 @@ class DeepSpeedRank:
         """What `evaluate` returns, of the preferences of `steps`."""
         found: dict[int, tuple[float, float, float]] = {}
         totals: list[Totals] = []
-        self._engine.module.eval()
-        with torch.no_grad():
+        with self._without_training() as module:
             for micro in (micro for step in steps for micro in self._mine(step)):
                 batch = self._batch([preferences[index] for index in micro.indices], micro)
-                loss, own = self._learner.measure(self._engine.module, batch, state)
+                loss, own = self._learner.measure(module, batch, state)
                 totals.append(own)
                 columns = (loss.losses.tolist(), loss.chosen_rewards.tolist(), loss.rejected_rewards.tolist())
                 for index, weight, *values in zip(micro.indices, micro.weights, *columns, strict=True):
                     found |= {index: (values[0], values[1], values[2])} if weight else {}
-        self._engine.module.train()
         return self._metrics(totals, tuple(loss.metrics)), found
 
     def _with_kl(self, state: LossState, preferences: Sequence[Preference], steps: Sequence[Step]) -> LossState:
         """With the KL of the policy as it is, estimated over all of `steps` and all ranks, where the loss reads it."""
         if not self._spec.loss.needs_kl_baseline:
             return state
-        self._engine.module.eval()
         micro_batches = (micro for step in steps for micro in self._mine(step))
-        totals = self._passes.kl_totals(self._engine.module, preferences, micro_batches)
-        self._engine.module.train()
+        with self._without_training() as module:
+            totals = self._passes.kl_totals(module, preferences, micro_batches)
         dist.all_reduce(totals)
         return replace(state, kl=max(0.0, (totals[0] / totals[1]).item()))
 

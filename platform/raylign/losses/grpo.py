@@ -93,16 +93,16 @@ def _token_kl(logps: LossInput, block: GrpoLossBlock) -> Tensor:
 
 def _losses(logps: LossInput, block: GrpoLossBlock, state: LossState) -> Tensor:
     """[G], whose mean over the step is the step's loss."""
-    sums = logps.summed(_token_losses(logps, block, state))
+    losses = _token_losses(logps, block, state)
     match block.loss_type:
         case "grpo":
-            return (sums / logps.lengths).sum(1) / _mean_candidates(logps, state)
+            return _mean(logps, state, losses, "sequence")
         case "dr_grpo":
             if state.max_completion_tokens is None:
                 raise ValueError("dr_grpo divides by the longest completion that is sampled, which is not known")
-            return sums.sum(1) / (_mean_candidates(logps, state) * state.max_completion_tokens)
+            return logps.summed(losses).sum(1) / (_mean_candidates(logps, state) * state.max_completion_tokens)
         case _:
-            return sums.sum(1) / _mean_tokens(logps, state)
+            return _mean(logps, state, losses)
 
 
 def _mean_candidates(logps: LossInput, state: LossState) -> float:
