@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,9 +111,12 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     """
     from actors.team import team  # noqa: PLC0415 - Ray, which `raylign plan` does without
 
-    models = find_models(config)
-    prompts = find_prompts(config, models)
-    describe_scorer(config.scoring)
+    with ThreadPoolExecutor(1) as aside:
+        # Functions are imported in a process of their own, judges answer in their own time.
+        described = aside.submit(describe_scorer, config.scoring)
+        models = find_models(config)
+        prompts = find_prompts(config, models)
+        described.result()
     with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, config.scoring) as (run, plan):
         started = time.monotonic()
         with team(

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
+from raylign.boundary.imports import lean_imports
 from raylign.config import RECIPES, RunConfig, import_recipe
 from raylign.export.card import Method
 
@@ -30,7 +31,9 @@ class Recipe(Generic[C]):
 
 def recipe_of(config: RunConfig) -> Recipe[Any]:
     """The recipe that `config` is of. Raises ConfigError when it cannot be loaded."""
-    found: Recipe[Any] = (
-        import_module(f"recipes.{config.recipe}").RECIPE if config.recipe in RECIPES else import_recipe(config.recipe)
-    )
+    if config.recipe not in RECIPES:
+        own: Recipe[Any] = import_recipe(config.recipe)
+        return own
+    with lean_imports():
+        found: Recipe[Any] = import_module(f"recipes.{config.recipe}").RECIPE
     return found

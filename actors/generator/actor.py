@@ -36,5 +36,5 @@ class EngineSpec:
         return self.device == "cpu" and self.tensor_parallel_size == 1
 
 
-GeneratorActor = actor_class(Generator, "actors.generator.engine:VllmEngine")
+GeneratorActor = actor_class(Generator, "actors.generator.engine_process:start_engine")
 """Its arguments are an EngineSpec and the actor's name."""

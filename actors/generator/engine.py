@@ -5,9 +5,8 @@ import functools
 import logging
 import os
 import re
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -22,7 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.generator.actor import EngineSpec
-from actors.supervision.janitor import clean_up_family
+from actors.generator.engine_process import forked_from_preloaded
 from actors.supervision.processes import enable_stack_dumps
 from actors.weight_sync.vllm_worker import WORKER_EXTENSION
 from raylign.errors import GeneratorError
@@ -89,25 +88,6 @@ def _supported_rank(rank: int) -> int:
     return max(8, 1 << (rank - 1).bit_length())
 
 
-def _use_cores(spec: EngineSpec) -> None:
-    """Let a CPU engine compute in its own process, or in a worker a part of the model, on its share of the cores.
-
-    A single worker process would leave one core to an engine that spins while it waits; vLLM takes "uni" on CPUs from
-    those only who set its threads themselves. Several workers would each get a memory node of their own, and be refused
-    where there are fewer.
-    """
-    threads = max(1, spec.threads // spec.tensor_parallel_size)
-    placed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if spec.one_process else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    os.environ |= {**placed, "OMP_NUM_THREADS": str(threads)}
-
-
-def _own_sockets() -> Path:
-    """A folder for vLLM's sockets, which it leaves behind when its processes are killed."""
-    folder = Path(tempfile.mkdtemp(prefix="raylign-"))
-    os.environ["VLLM_RPC_BASE_PATH"] = str(folder)
-    return folder
-
-
 def _said_by_engine() -> str:
     """The last error that the engine's process wrote into the logs of this actor; vLLM passes on that there is one."""
     logs = [path for number in (1, 2) if (path := Path(f"/proc/self/fd/{number}").resolve()).is_file()]
@@ -146,11 +126,9 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, name: str) -> None:
         self._spec = spec
         enable_stack_dumps(spec.stacks, name)
-        clean_up_family(os.getpid(), _own_sockets())
-        if spec.device == "cpu":
-            _use_cores(spec)
         try:
-            self._engine = AsyncLLM.from_engine_args(engine_args(spec))
+            with forked_from_preloaded() if spec.one_process else nullcontext():
+                self._engine = AsyncLLM.from_engine_args(engine_args(spec))
         except RuntimeError as error:
             raise RuntimeError(f"vLLM's engine cannot start: {_said_by_engine() or error}") from error
         self._adapter: LoRARequest | None = None

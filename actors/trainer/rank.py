@@ -96,7 +96,8 @@ class DeepSpeedRank:
         self._sender: TrainerWeightTransferEngine[Any] | None = None
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         take_code(spec.code, "loss.function", TrainerError)
-        torch.set_num_threads(spec.threads)
+        # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
+        torch.set_num_threads(max(1, spec.threads // 2))
         if not spec.on_gpu:
             keep_freed_memory()
         join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
@@ -117,6 +118,7 @@ class DeepSpeedRank:
         self._references = references(block, self._model, self._engine.module, self._sharding, self._frozen_copy)
         self._layout = self._supported_layout()
         self._passes = Passes(self._layout, spec.pad_id, self._device)
+        torch.set_num_threads(spec.threads)
 
     def _sharded_loading(self) -> Any:
         """transformers shards while loading as long as this object lives."""

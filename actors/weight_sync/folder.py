@@ -15,6 +15,8 @@ from actors.supervision.janitor import clean_up_folder, remove_folder
 
 log = logging.getLogger(__name__)
 
+BACKEND = "raylign_shm"
+"""Name of our own backend of vLLM's weight transfer: it reads a file of this folder."""
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _LOCK = "raylign-", ".lock"
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
+from actors.weight_sync.folder import BACKEND
 from actors.weight_sync.manifest import Manifest, checkpoint_manifest, file_manifest, require_same
 from raylign.config import OnlineDpoConfig
 from raylign.errors import PlacementError, WeightSyncError
-from raylign.models import DTYPES
 from raylign.roles import Engines, Generator, Trainers
 
 Name = Literal["lora", "shm", "nccl"]
-SHM_BACKEND = "raylign_shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def choose_transport(
 class ShmTransport:
     """Merged weights as one safetensors file in shared memory, checked against `manifest`, mapped by each engine."""
 
-    engine: ClassVar[EngineEnd] = EngineEnd("shm", SHM_BACKEND, opens_itself=True)
+    engine: ClassVar[EngineEnd] = EngineEnd("shm", BACKEND, opens_itself=True)
     takes_newcomers: ClassVar[bool] = True
     directory: Path
     manifest: Manifest
@@ -165,7 +164,7 @@ def weight_transport(
         keeps_base=config.sampling.reference_generations > 0,
     ):
         case "shm":
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), DTYPES[config.model.dtype].itemsize)
+            return ShmTransport(directory, checkpoint_manifest(Path(folder)), config.model.itemsize)
         case "lora":
             return LoraTransport(directory)
         case "nccl":

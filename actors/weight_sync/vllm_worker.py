@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.trainer.bound_store import listen_on_own_address
-from actors.weight_sync.transports import SHM_BACKEND
+from actors.weight_sync.folder import BACKEND
 
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -80,5 +80,5 @@ class WorkerExtension:
     """Mixed into vLLM's worker; importing it is what registers the engines."""
 
 
-WeightTransferEngineFactory.register_engine(SHM_BACKEND, ShmEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, ShmEngine)
 listen_on_own_address()

@@ -28,7 +28,7 @@ from raylign.config.reference import (
 )
 from raylign.errors import ModelError
 from raylign.export.card import loss_name
-from raylign.models import DTYPES, context_limit
+from raylign.models import context_limit
 from raylign.models.load import require_fit
 from raylign.models.open import empty_model, open_config
 from raylign.reference.checkpoint import resolve_reference
@@ -142,7 +142,7 @@ def stored_bytes(folder: Path, block: ModelBlock) -> int:
     parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
     packed = _linear_parameters(folder, block) if block.load_in_4bit else 0
     constant = 8 / _BLOCK + 32 / (_BLOCK * _NESTED_BLOCK) if block.use_bnb_nested_quant else 32 / _BLOCK
-    return math.ceil((parameters - packed) * DTYPES[block.dtype].itemsize + packed * (4 + constant) / 8)
+    return math.ceil((parameters - packed) * block.itemsize + packed * (4 + constant) / 8)
 
 
 def _linear_parameters(folder: Path, block: ModelBlock) -> int:

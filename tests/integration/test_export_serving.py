@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator.actor import EngineSpec
-from actors.generator.engine import VllmEngine
+from actors.generator.engine_process import start_engine
 from actors.weight_sync.transports import ShmTransport
 from raylign.export.card import Method, PolicyFacts, framework_versions
 from raylign.export.policy import export_model
@@ -73,7 +73,7 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         threads=1,
         stacks=tempfile.gettempdir(),
     )
-    generator = VllmEngine(spec, "generator-0")
+    generator = start_engine(spec, "generator-0")
     await generator.ready()
     decoding = Decoding(num_generations=1, max_new_tokens=_NEW, temperature=0.0, top_p=1.0, top_k=0)
     found = [(await generator.sample(prompt, decoding, 0, 0))[0] for prompt in prompts]

@@ -186,7 +186,7 @@ TRANSPORT = Patch(
 class DiskTransport:
     """Merged weights through a folder on a disk that all nodes see."""
 
-    engine: ClassVar[EngineEnd] = EngineEnd("disk", SHM_BACKEND, opens_itself=True)
+    engine: ClassVar[EngineEnd] = EngineEnd("disk", BACKEND, opens_itself=True)
     takes_newcomers: ClassVar[bool] = True
     needed_bytes: ClassVar[int] = 0
     folder: Path

@@ -94,6 +94,11 @@ class ModelBlock(Block):
     """Run Python code that ships with the model. Off unless you have read that code."""
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a weight in `dtype`."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def adapter_fits_checkpoint(self) -> bool:
         """Whether the checkpoint under the adapter is the policy: an adapter on 4 bits was trained on another base."""
         return self.lora is not None and not self.load_in_4bit

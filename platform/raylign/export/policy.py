@@ -152,7 +152,7 @@ def _staging(to: Path) -> Path:
 def weights_size(folder: Path, in_4bit: ModelBlock | None = None) -> int:
     """Bytes of the weights in `folder`; of those unpacked from 4 bits, in the dtype they then have."""
     if in_4bit is not None:
-        return sum(math.prod(shape) for shape in stored_shapes(folder).values()) * DTYPES[in_4bit.dtype].itemsize
+        return sum(math.prod(shape) for shape in stored_shapes(folder).values()) * in_4bit.itemsize
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

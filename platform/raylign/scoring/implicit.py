@@ -244,7 +244,7 @@ KIND: Kind[ImplicitScoringBlock] = Kind(
     _load,
     _describe,
     longest_s=lambda block, batch: block.timeout_s * len(batch),
-    code=("implicit.py", "implicit_checkpoints.py"),
+    code=("implicit.py",),
     packages=("transformers",),
     inputs=lambda block: {f"policy_path={block.policy_path}": model_input(model_hashes(block))},
 )

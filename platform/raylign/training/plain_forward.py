@@ -105,7 +105,8 @@ class _Widened(TorchFunctionMode):
         if func is nn.functional.embedding:
             return _wide(func(*args, **options))
         if _narrows(func, args):
-            args, options = ([torch.float32 if part in _HALF else part for part in args], _named_wide(options))
+            args = [_wide_dtype(part) for part in args]
+            options = {name: _wide_dtype(part) for name, part in options.items()}
         elif _mixes([*args, *options.values()]) and not func.__name__.endswith("_"):
             args, options = [_wide(part) for part in args], {name: _wide(part) for name, part in options.items()}
         return func(*args, **options)
@@ -115,8 +116,8 @@ def _narrows(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     return func is Tensor.to and isinstance(args[0], Tensor) and args[0].dtype == torch.float32
 
 
-def _named_wide(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: torch.float32 if part in _HALF else part for name, part in options.items()}
+def _wide_dtype(part: Any) -> Any:
+    return torch.float32 if isinstance(part, torch.dtype) and part in _HALF else part
 
 
 def _mixes(parts: Iterable[Any]) -> bool:

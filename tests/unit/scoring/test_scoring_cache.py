@@ -4,11 +4,13 @@ import logging
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raylign import scoring
 from raylign.config.scoring import FunctionScoringBlock, HttpScoringBlock, JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
@@ -168,6 +170,13 @@ def test_only_what_decides_a_score_makes_another_scorer(operational: dict[str, A
     assert identity(JudgeScoringBlock.model_validate(judge | operational)) == first
     assert identity(JudgeScoringBlock.model_validate(judge | decisive)) != first
     assert len({first, identity(VerifierScoringBlock()), identity(HttpScoringBlock(url="http://h/"))}) == 3
+
+
+def test_the_code_that_decides_a_score_is_where_its_kind_says() -> None:
+    files = [file for file in Path(scoring.__file__).parent.glob("*.py") if "\nKIND: " in file.read_text()]
+    assert {file.stem for file in files} >= {"http_service", "implicit", "judge", "reward_model", "verifier"}
+    named = {file: import_module(f"raylign.scoring.{file.stem}").KIND.code for file in files}
+    assert [name for file, code in named.items() for name in code if not file.with_name(name).is_file()] == []
 
 
 def test_a_changed_function_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

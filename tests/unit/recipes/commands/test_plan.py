@@ -4,7 +4,6 @@ import hashlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raylign.config import load_config, parse_config
-from raylign.config.blocks import LoraBlock
+from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
-from raylign.models import DTYPES
 from recipes.commands.plan import adapter_parameters, loss_lines
 from recipes.commands.plan_online import RunPlan, make_plan, notes, print_plan
 from tests.judges import Judged, honest
@@ -123,7 +121,7 @@ def test_a_composition_is_shown_with_its_members(plan: Plan, judged: Judged, tmp
 
 
 def test_a_push_that_does_not_fit_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DTYPES, "bfloat16", SimpleNamespace(itemsize=10**15))
+    monkeypatch.setattr(ModelBlock, "itemsize", 10**15)
     with pytest.raises(WeightSyncError, match="free, a weight push needs"):
         plan()
 
