@@ -1,6 +1,7 @@
 """The Ray cluster a run lives on: an existing one when RAY_ADDRESS names it, else a private one on this machine."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -9,11 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import RayError
 
 from actors.supervision.cures import cure_of
@@ -84,17 +84,19 @@ def _join(num_cpus: int | None) -> None:
     # Inside a Ray job: variables that the job sets too are no conflict, `actor_environment` has the job's values.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     address = os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": actor_environment(private=not address)}
+    environment = actor_environment(private=not address)
     try:
         if address:
+            runtime_env = {"env_vars": environment}
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
             return
         # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # Workers started ahead lack the environment of ours: a process for each core that nobody would use.
+        # One for each core, and few are used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        with _on_loopback(), _ended_with_this_process():
-            _start(num_cpus or os.cpu_count(), runtime_env)
+        # Actors inherit the environment of Ray's processes; one that travels with the job costs each start a second.
+        with _variables(environment), _on_loopback(), _ended_with_this_process(), _in_own_groups():
+            _start(num_cpus or os.cpu_count())
     except (OSError, RuntimeError, ValueError, RayError) as cause:
         what = f"RAY_ADDRESS={address}: cannot join the cluster" if address else "Ray cannot start on this machine"
         error = PlacementError(f"{what} ({one_line(str(cause))})")
@@ -103,7 +105,7 @@ def _join(num_cpus: int | None) -> None:
         raise error from cause
 
 
-def _start(num_cpus: int | None, runtime_env: Mapping[str, Any]) -> None:
+def _start(num_cpus: int | None) -> None:
     """A local cluster. Ray gives a node 30 seconds, by a constant of its own: on a busy machine it is asked again.
 
     Raises RuntimeError after the last try.
@@ -116,7 +118,6 @@ def _start(num_cpus: int | None, runtime_env: Mapping[str, Any]) -> None:
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
-                runtime_env=dict(runtime_env),
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
@@ -146,23 +147,46 @@ def last_words(error: BaseException, logs: Path) -> list[str]:
 
 
 @contextmanager
+def _variables(environment: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def _on_loopback() -> Iterator[None]:
     """Ray starts its processes on 127.0.0.1, as it does by itself on macOS and Windows.
 
     `_node_ip_address="127.0.0.1"` would not do: on Linux Ray puts the outer address in its place.
     """
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    inherited = os.environ.get(name)
-    os.environ[name] = "0"
+    before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _in_own_groups() -> Iterator[None]:
+    """A signal to the driver's process group, which `timeout` and schedulers send, is the driver's to answer.
+
+    Without Ray it could not close what is open.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, process_group=0)  # type: ignore[misc,assignment]
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        if inherited is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = inherited
+        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
 from raylign.scoring.describe import describe_scorer, scorer_inputs
+from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from raylign.training.learners import require_learnable
@@ -174,6 +175,7 @@ def _opened(
     inputs = inputs_of(config, rows, models, recipe, scoring)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
+    load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         placement = plan(config, available)
         directory = continue_or_create(config)

@@ -16,6 +16,8 @@ from raylign.boundary.imports import lean_imports
 from raylign.roles import Generator
 
 _PRELOADED = "actors.generator.preloaded"
+UNUSED = ("scipy",)
+"""vLLM resamples audio with it, transformers' losses match boxes."""
 
 
 def start_engine(spec: EngineSpec, name: str) -> Generator:
@@ -24,13 +26,14 @@ def start_engine(spec: EngineSpec, name: str) -> Generator:
     A process for an engine on CPUs imports vLLM while this one does. On GPUs vLLM sets more of the environment between
     its import and the engine's start, so that the engine's process begins then.
     """
-    clean_up_family(os.getpid(), _own_sockets())
+    sockets = _own_sockets()
     if spec.device == "cpu":
         _use_cores(spec)
     if spec.one_process:
         multiprocessing.set_forkserver_preload([_PRELOADED])
         forkserver.ensure_running()
-    with lean_imports():
+    clean_up_family(os.getpid(), sockets)
+    with lean_imports(*UNUSED):
         from actors.generator.engine import VllmEngine  # noqa: PLC0415 - takes 12 seconds, after what is above
     return VllmEngine(spec, name)
 

@@ -1,8 +1,9 @@
 """What the process imports that engines on CPUs are forked from; `engine_process` starts it."""
 
+from actors.generator.engine_process import UNUSED
 from raylign.boundary.imports import lean_imports
 
-with lean_imports():
+with lean_imports(*UNUSED):
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from actors.calls import actor_class
+from raylign.boundary.imports import lean_imports
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
@@ -37,5 +38,20 @@ class TrainerSpec:
     code: Mapping[str, KeptSources] = field(default_factory=dict)
 
 
-TrainerActor = actor_class(TrainerRank, "actors.trainer.rank:DeepSpeedRank")
+def start_rank(spec: TrainerSpec, rank: int, address: str, port: int) -> TrainerRank:
+    """A rank that has joined its group and loaded what it trains."""
+    unused = () if spec.model.load_in_4bit else ("bitsandbytes",)
+    with lean_imports(*unused):
+        import torch  # noqa: PLC0415
+
+        from actors.trainer.rank import DeepSpeedRank  # noqa: PLC0415 - DeepSpeed
+
+        if spec.model.lora is not None:
+            import peft  # noqa: F401, PLC0415 - it loads bitsandbytes where it finds it
+    # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
+    torch.set_num_threads(max(1, spec.threads // 2))
+    return DeepSpeedRank(spec, rank, address, port)
+
+
+TrainerActor = actor_class(TrainerRank, "actors.trainer.actor:start_rank")
 """Its arguments are a TrainerSpec, the rank, and the address and port where the group meets."""

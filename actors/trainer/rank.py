@@ -96,8 +96,6 @@ class DeepSpeedRank:
         self._sender: TrainerWeightTransferEngine[Any] | None = None
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         take_code(spec.code, "loss.function", TrainerError)
-        # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
-        torch.set_num_threads(max(1, spec.threads // 2))
         if not spec.on_gpu:
             keep_freed_memory()
         join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)

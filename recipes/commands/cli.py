@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +13,10 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from raylign.config import RunConfig, load_config, load_recipe
+from raylign.config import load_config, load_recipe
 from raylign.report.console import libraries_aside, log_to_console, own_stdout
 from recipes.commands.checks.ray_cluster import require_named_cluster
-from recipes.commands.failures import complain, say, told
+from recipes.commands.failures import complain, say
 from recipes.commands.signals import INTERRUPTED, STOPPED, terminable
 
 _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
@@ -108,18 +107,6 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _run(config: RunConfig) -> None:
-    """Ray starts while the recipe's libraries are imported: each takes seconds."""
-    require_named_cluster()
-    from actors.cluster import cluster  # noqa: PLC0415 - Ray
-    from recipes.recipe import recipe_of  # noqa: PLC0415
-
-    with ThreadPoolExecutor(1) as aside, told(config.run):
-        recipe = aside.submit(recipe_of, config)
-        with cluster():
-            recipe.result().main(config)
-
-
 @app.command(context_settings=SETTINGS_CONTEXT)
 @libraries_aside()
 def run(recipe: Recipe, settings: Settings = None) -> None:
@@ -128,7 +115,10 @@ def run(recipe: Recipe, settings: Settings = None) -> None:
     Example: raylign run recipes/sentiment_smollm2.yaml run.name=second schedule.rounds=3
     """
     config = load_recipe(recipe, settings or ())
-    _run(config)
+    require_named_cluster()
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
+
+    recipe_of(config).main(config)
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
@@ -153,7 +143,10 @@ def resume(
     from recipes.commands.resume import resumed_config  # noqa: PLC0415
 
     config = resumed_config(run_directory, settings or (), accept or ())
-    _run(config)
+    require_named_cluster()
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
+
+    recipe_of(config).main(config)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.cluster import cluster
+from actors.cluster import actor_environment, cluster
 from tests.faults import record
 from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line
 
@@ -139,5 +139,9 @@ def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monk
     with cluster(num_cpus=1):
         seen = ray.remote(lambda: json.dumps(dict(ray.get_runtime_context().runtime_env)))
         texts = [json.dumps(dict(ray.get_runtime_context().runtime_env)), ray.get(seen.remote())]
-    assert all("PATH" in text and SECRET not in text for text in texts), texts
+        inherited = ray.remote(lambda: dict(os.environ))
+        wanted = actor_environment(private=True)
+        assert wanted.items() <= ray.get(inherited.remote()).items()
+    joined = json.dumps(actor_environment())
+    assert "PATH" in joined and all(SECRET not in text for text in [*texts, joined]), texts
     assert os.environ["HF_TOKEN"] == SECRET

@@ -18,6 +18,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MIN_FILE_LINES = 40
 SMALL = {
+    "actors.generator.preloaded": "imported by another process, for what it imports",
     "raylign.data.formats.hh": "each published format has a file of its name",
     "raylign.losses.function": "each family of losses has a file",
     "recipes.commands.checks.probe": "a program of its own",
@@ -199,6 +200,17 @@ def test_a_team_is_named_without_engines() -> None:
     imported = modules_at_start("actors.team")
     assert {"actors.trainer.group", "ray"} <= imported
     assert not imported & {"vllm", "deepspeed", "peft", "bitsandbytes", "mlflow"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["actors.generator.engine_process", "actors.generator.actor", "actors.trainer.actor", "actors.scorer.actor"],
+)
+def test_an_actor_begins_without_its_libraries(module: str) -> None:
+    """Ray loads this before a line of ours runs: what is imported here is not imported beside anything else."""
+    imported = modules_at_start(module)
+    assert "raylign.roles" in imported
+    assert not imported & {"torch", "transformers", "vllm", "deepspeed", "peft", "scipy", "datasets", "mlflow"}
 
 
 def test_actors_import_their_engines_where_they_start() -> None:

@@ -10,12 +10,13 @@ _UNUSED = ("mlflow", "sklearn")
 
 
 @contextmanager
-def lean_imports() -> Iterator[None]:
-    """Imports inside do without `_UNUSED`, which these libraries load only because they are installed.
+def lean_imports(*unused: str) -> Iterator[None]:
+    """Imports inside do without `unused` and `_UNUSED`, which large libraries load only because they are installed.
 
-    And without garbage collection: what an import makes stays. What is loaded already is left as it is.
+    And without garbage collection: what an import makes stays. What is loaded already is left as it is. A library
+    that looked for a hidden one may remember for the rest of the process that it is not there.
     """
-    hidden = [name for name in _UNUSED if name not in sys.modules]
+    hidden = [name for name in (*_UNUSED, *unused) if name not in sys.modules]
     collecting = gc.isenabled()
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None makes an import of the name fail
     gc.disable()

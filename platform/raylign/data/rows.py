@@ -2,16 +2,15 @@
 
 import os
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
 import httpx
 import pyarrow as pa
-from datasets.exceptions import DatasetsError
 
 from raylign.config.data import SourceBlock
 from raylign.errors import DataError
@@ -31,7 +30,6 @@ SAVED = ("state.json", "dataset_dict.json")
 """Files of a folder that datasets' save_to_disk made."""
 SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev|eval|held_out)\b[^/]*")
 BATCH = 256
-UNREADABLE = (OSError, ValueError, RuntimeError, zlib.error, pa.ArrowException, DatasetsError, httpx.HTTPError)
 HUB_CURE = (
     "take a data set in Parquet or JSON (code that ships with data is never run), correct the name or the subset, log "
     "in with `hf auth login` if it is gated, or check the network and HF_HUB_OFFLINE"
@@ -64,10 +62,17 @@ class RowStream:
             ) from error
         except Refused as error:
             raise DataError(f"{self.where}: {error}") from error
-        except UNREADABLE as error:
+        except unreadable() as error:
             raise DataError(
                 f"{self.where}: row {count} cannot be read ({error}); whole rows before it: {count}; {self.cure}"
             ) from error
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """Errors of sources that cannot be read; those of `datasets` once that is loaded, before which it raises none."""
+    datasets_errors = sys.modules.get("datasets.exceptions")
+    own = () if datasets_errors is None else (datasets_errors.DatasetsError,)
+    return (EOFError, OSError, ValueError, RuntimeError, zlib.error, pa.ArrowException, httpx.HTTPError, *own)
 
 
 def open_rows(block: SourceBlock) -> RowStream:
@@ -103,7 +108,7 @@ def _readable(where: str, read: Callable[[], T]) -> T:
         return read()
     except Refused as error:
         raise DataError(f"{where}: {error}") from error
-    except (EOFError, *UNREADABLE) as error:
+    except unreadable() as error:
         raise DataError(f"{where}: cannot be read ({error}); check that it is whole") from error
 
 
@@ -204,7 +209,7 @@ def _split_files(path: Path, split: str) -> list[Path]:
 def _saved_rows(path: Path, split: str) -> RowStream:
     saved = _readable(str(path), lambda: _saved(path))
     where = str(path)
-    if isinstance(saved, datasets.DatasetDict):
+    if isinstance(saved, Mapping):
         if split not in saved:
             raise DataError(f"{path}: no split {split!r}; {closest(split, list(saved))}; correct split")
         saved, where = saved[split], f"{path} split {split}"
@@ -213,6 +218,8 @@ def _saved_rows(path: Path, split: str) -> RowStream:
 
 
 def _saved(path: Path) -> Any:
+    import datasets  # noqa: PLC0415 - takes a second, and files do without
+
     require_plain_files(path)
     return datasets.load_from_disk(str(path))
 
@@ -227,7 +234,7 @@ def _hub_rows(name: str, block: SourceBlock) -> RowStream:
         if split not in splits:
             raise DataError(f"{name}: no split {split!r}; {closest(split, splits)}; correct split")
         stream = hub_split(name, block, split, streaming=True)
-    except UNREADABLE as error:
+    except unreadable() as error:
         raise DataError(
             f"{name}: neither a file or folder here nor a hub data set that can be read ({error}): {HUB_CURE}"
         ) from error

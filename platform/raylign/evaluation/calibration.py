@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
-from scipy.special import log_expit, log_ndtr
-
 from raylign.config.losses.reward_model import Link
 from raylign.records import Preference
 
-_LINKS = {"logistic": (log_expit, "sigmoid"), "probit": (log_ndtr, "Phi")}
-"""log P(better) of a gap of rewards, and how people write P."""
+_LINKS = {"logistic": "sigmoid", "probit": "Phi"}
+"""How people write P(better) of a gap of rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +88,12 @@ def calibration(
     when p > 1/2; p = 1/2 is right half of the time. Bins divide [1/2, 1] evenly. Brier score and likelihood are the
     same for both orders. Raises ValueError when there are no pairs, the lengths differ, or a reward is not finite.
     """
+    from scipy.special import log_expit, log_ndtr  # noqa: PLC0415 - for reward models alone
+
     gaps = _gaps(chosen, rejected)
     if bins < 1:
         raise ValueError(f"bins={bins}; give at least one")
-    log_p = _LINKS[link][0]
+    log_p = {"logistic": log_expit, "probit": log_ndtr}[link]
     confidences = [math.exp(log_p(abs(gap))) for gap in gaps]
     right = [1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps]
     members: list[list[int]] = [[] for _ in range(bins)]
@@ -128,7 +128,7 @@ def draw_reliability(result: Calibration, path: Path) -> None:
     upper.set(ylim=(-0.02, 1.02), ylabel="share predicted right", title=f"ECE {result.expected_calibration_error:.3f}")
     upper.legend(loc="lower right")
     lower.bar([b.low for b in result.bins], [b.pairs for b in result.bins], width=0.5 / len(result.bins), align="edge")
-    lower.set(xlim=(0.5, 1.0), xlabel=f"confidence, {_LINKS[result.link][1]} of the reward gap", ylabel="pairs")
+    lower.set(xlim=(0.5, 1.0), xlabel=f"confidence, {_LINKS[result.link]} of the reward gap", ylabel="pairs")
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetsError
 
 from raylign.config.blocks import PartBlock, PromptsBlock
 from raylign.errors import PromptError
@@ -19,14 +17,21 @@ from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_colu
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
 from raylign.reading.json_array import all_arrays
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 def hub_splits(name: str, block: PartBlock) -> list[str]:
     """Splits of the hub data set `name`. Raises what `datasets` raises."""
+    import datasets  # noqa: PLC0415 - takes a second, and files do without
+
     return list(datasets.get_dataset_split_names(name, block.subset, data_dir=block.data_dir))
 
 
 def hub_split(name: str, block: PartBlock, split: str, *, streaming: bool = False) -> Any:
     """One split: a `datasets.Dataset`, an `IterableDataset` for `streaming`. Raises what `datasets` raises."""
+    import datasets  # noqa: PLC0415 - takes a second, and files do without
+
     return datasets.load_dataset(name, block.subset, data_dir=block.data_dir, split=split, streaming=streaming)
 
 
@@ -155,6 +160,8 @@ def _parquet_table(path: Path) -> Table:
 
 
 def _read_saved(path: Path, block: PromptsBlock) -> PromptSource:
+    import datasets  # noqa: PLC0415 - takes a second, and files do without
+
     require_plain_files(path)
     try:
         saved = datasets.load_from_disk(str(path))
@@ -173,6 +180,8 @@ def _read_saved(path: Path, block: PromptsBlock) -> PromptSource:
 
 def _read_hub(block: PromptsBlock) -> PromptSource:
     """`split` may be a slice such as `train[:1000]`; only the splits that are used are read."""
+    from datasets.exceptions import DatasetsError  # noqa: PLC0415 - takes a second, and files do without
+
     name = block.source
     try:
         _, held_out = _pick_splits(name, hub_splits(name, block), block.split.partition("[")[0])
@@ -195,11 +204,13 @@ def _read_hub(block: PromptsBlock) -> PromptSource:
     return PromptSource(tables[0], None if held_out is None else tables[1])
 
 
-def _dataset_table(where: str, dataset: datasets.Dataset, column: str) -> Table:
+def _dataset_table(where: str, dataset: "Dataset", column: str) -> Table:
     """Columns other than `column` and plain values (images, audio, nested) are never decoded."""
+    from datasets import Value  # noqa: PLC0415 - takes a second, and files do without
+
     require_plain_columns(dataset.data.schema)
     columns = tuple(dataset.column_names)
-    plain = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Value)]
+    plain = [name for name, feature in dataset.features.items() if isinstance(feature, Value)]
     kept = [name for name in columns if name == column or name in plain]
     rows = tuple(Row(number, cells) for number, cells in enumerate(dataset.select_columns(kept).to_list()))
     return Table(where, "row", columns, rows)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from importlib import import_module
 from pathlib import Path
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
@@ -11,12 +12,18 @@ from raylign.errors import TrackingError
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.state import load_state
 
+_WRITER = "raylign.tracking.writer"
 _POLL_S = 2.0
 """Steps that come within it are sent in one call."""
 _LONGEST_WAIT_S = 60.0
 _WAIT_WHILE_CLOSING_S = 1.0
 
 logger = logging.getLogger(__name__)
+
+
+def load_ahead() -> None:
+    """Load MLflow, which takes seconds, beside what comes next; a feed that needs it meanwhile waits for it."""
+    threading.Thread(target=import_module, args=(_WRITER,), name="mlflow-loading", daemon=True).start()
 
 
 class MlflowFeed:
