@@ -1,8 +1,12 @@
 """How a private cluster is started on a machine that is busy."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+from ray._private import services
 
 from actors import cluster
 from raylign.errors import PlacementError
@@ -42,3 +46,28 @@ def test_other_failures_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(Exception, match="no such disk"):
         cluster._join(num_cpus=2)
     assert len(asked) == 1
+
+
+def test_ray_begins_in_groups_of_its_own_with_the_environment_of_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, popen = [], services.ConsolePopen
+    code = "import os; print(os.getpgrp() == os.getpid(), os.environ['VLLM_HOST_IP'])"
+
+    def init(**options: Any) -> None:
+        command = [sys.executable, "-c", code]
+        with services.ConsolePopen(command, stdout=subprocess.PIPE, text=True) as begun:
+            said.append(begun.communicate()[0].split())
+
+    monkeypatch.setattr("ray.init", init)
+    for name in ("RAY_ADDRESS", "VLLM_HOST_IP"):
+        monkeypatch.delenv(name, raising=False)
+    cluster._join(num_cpus=1)
+    assert said == [["True", "127.0.0.1"]]
+    assert "VLLM_HOST_IP" not in os.environ and services.ConsolePopen is popen
+
+
+def test_a_cluster_that_is_joined_gets_the_environment_of_actors_with_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = starts(monkeypatch, [])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster._join(num_cpus=None)
+    assert [one["runtime_env"] for one in asked] == [{"env_vars": cluster.actor_environment()}]
+    assert "VLLM_HOST_IP" not in cluster.actor_environment()
