@@ -16,8 +16,6 @@ from raylign.boundary.imports import lean_imports
 from raylign.roles import Generator
 
 _PRELOADED = "actors.generator.preloaded"
-UNUSED = ("scipy",)
-"""vLLM resamples audio with it, transformers' losses match boxes."""
 
 
 def start_engine(spec: EngineSpec, name: str) -> Generator:
@@ -33,7 +31,7 @@ def start_engine(spec: EngineSpec, name: str) -> Generator:
         multiprocessing.set_forkserver_preload([_PRELOADED])
         forkserver.ensure_running()
     clean_up_family(os.getpid(), sockets)
-    with lean_imports(*UNUSED):
+    with lean_imports():
         from actors.generator.engine import VllmEngine  # noqa: PLC0415 - takes 12 seconds, after what is above
     return VllmEngine(spec, name)
 

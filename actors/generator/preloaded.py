@@ -1,9 +1,8 @@
 """What the process imports that engines on CPUs are forked from; `engine_process` starts it."""
 
-from actors.generator.engine_process import UNUSED
 from raylign.boundary.imports import lean_imports
 
-with lean_imports(*UNUSED):
+with lean_imports():
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
 

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_UNUSED = ("mlflow", "sklearn")
-"""DeepSpeed imports the one for its autotuner, transformers the other for assisted generation."""
+_UNUSED = ("mlflow", "scipy", "sklearn")
+"""DeepSpeed imports mlflow for its autotuner, transformers sklearn for assisted generation and scipy to match boxes of
+pictures, vLLM scipy to resample sound. Modules of ours that need one import it in their functions."""
 
 
 @contextmanager
