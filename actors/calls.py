@@ -13,8 +13,6 @@ import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from raylign.boundary.imports import lean_imports
-
 A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,9 +62,7 @@ def actor_class(role: type, implementation: str) -> Any:
 
     def start(self: Any, *args: Any, **kwargs: Any) -> None:
         module, _, name = implementation.partition(":")
-        with lean_imports():
-            implementing = import_module(module)
-        self.implementation = getattr(implementing, name)(*args, **kwargs)
+        self.implementation = getattr(import_module(module), name)(*args, **kwargs)
 
     methods = {name: _forwarded(method) for name, method in inspect.getmembers(role, inspect.isfunction)}
     public = {name: method for name, method in methods.items() if not name.startswith("_")}

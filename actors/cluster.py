@@ -92,7 +92,7 @@ def _join(num_cpus: int | None) -> None:
             return
         # Ray gives its workers the lowest priority but four: beside a busy program they would come to nothing.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        # One for each core, and few are used.
+        # Workers that Ray starts ahead: one for each core, and few would be used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Actors inherit the environment of Ray's processes; one that travels with the job costs each start a second.
         with _variables(environment), _on_loopback(), _ended_with_this_process(), _in_own_groups():

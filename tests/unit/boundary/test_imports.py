@@ -16,13 +16,13 @@ from raylign.boundary.imports import lean_imports
 with lean_imports():
     import deepspeed, sys
     from transformers import AutoModelForCausalLM
-assert not {"mlflow", "sklearn"} & sys.modules.keys(), sys.modules.keys()
-import mlflow, sklearn
-print(mlflow.__name__, sklearn.__name__)
+assert not {"mlflow", "scipy", "sklearn"} & sys.modules.keys(), sys.modules.keys()
+import mlflow, scipy, sklearn
+print(mlflow.__name__, scipy.__name__, sklearn.__name__)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.endswith("mlflow sklearn\n")
+    assert child.stdout.endswith("mlflow scipy sklearn\n")
 
 
 def test_what_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
