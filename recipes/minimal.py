@@ -18,7 +18,8 @@ from raylign.config.blocks import LoraBlock, ModelBlock, PromptsBlock
 from raylign.config.losses import SigmoidLossBlock
 from raylign.config.pairing import BestWorstPairingBlock
 from raylign.losses import LossState, preference_loss
-from raylign.models import load_policy, load_tokenizer, resolve_model
+from raylign.models import load_tokenizer, resolve_model
+from raylign.models.load import load_policy
 from raylign.pairing import build_preferences
 from raylign.prompts import draw, load_prompts
 from raylign.records import Candidate, Preference, Prompt, Score

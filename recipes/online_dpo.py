@@ -20,7 +20,7 @@ from raylign.pairing import (
     without_pair,
 )
 from raylign.prompts import PromptSet, draw
-from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, RoundReport, Score
+from raylign.records import AnyEvaluation, Candidate, Completions, Preference, Prompt, RoundReport, Score
 from raylign.reference.versions import is_initial_reference
 from raylign.report.tables import Sample
 from raylign.roles import Team
@@ -40,7 +40,6 @@ from raylign.sampling.resampling import (
 from raylign.scoring import check_unscored
 from raylign.scoring.describe import public_scorer
 from raylign.training.schedule import steps_per_round
-from raylign.training.sequences import Completions
 from recipes.commands.failures import as_script
 from recipes.commands.plan_online import show_plan
 from recipes.opening import online_run

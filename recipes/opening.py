@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from actors.placement import PlacementPlan, plan_team, plan_trainer_team
+from raylign.boundary.beside import end_torch_beside
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.losses import loss_functions
@@ -19,7 +20,6 @@ from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
-from raylign.models.load import require_fit
 from raylign.pairing import with_mismatched
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
@@ -36,9 +36,9 @@ from raylign.scoring.describe import describe_scorer, scorer_inputs
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
-from raylign.training.learners import require_learnable
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
+from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
 
 _CANARY_PROMPTS = 4
@@ -60,13 +60,14 @@ class Models:
 def find_models(config: RunConfig) -> Models:
     """Resolve and check both. Raises RaylignError, naming the cure, when the run could not use one of them."""
     folder = resolve_model(config.model.path, config.model.revision)
-    require_learnable(config.objective, folder, config.model)
     reference = resolve_reference(config.measured_against, config.model, folder)
-    if reference != folder:
-        require_fit(reference, config.model.trust_remote_code)
-    for read in dict.fromkeys((folder, reference)):
-        require_context(*config.longest, read, config.model)
-    tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
+    checked = require_models(config.objective, folder, reference, config.model)
+    try:
+        for read in dict.fromkeys((folder, reference)):
+            require_context(*config.longest, read, config.model)
+        tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
+    finally:
+        checked()
     return Models(folder, reference, tokenizer)
 
 
@@ -175,6 +176,7 @@ def _opened(
     inputs = inputs_of(config, rows, models, recipe, scoring)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
+    end_torch_beside()
     load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         placement = plan(config, available)

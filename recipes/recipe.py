@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
+from raylign.boundary.beside import is_torch_beside
 from raylign.boundary.imports import lean_imports
 from raylign.config import RECIPES, RunConfig, import_recipe
 from raylign.export.card import Method
@@ -34,6 +35,7 @@ def recipe_of(config: RunConfig) -> Recipe[Any]:
     if config.recipe not in RECIPES:
         own: Recipe[Any] = import_recipe(config.recipe)
         return own
-    with lean_imports():
+    without_torch = is_torch_beside() and not config.scores_by_model
+    with lean_imports(*(["torch"] if without_torch else [])):
         found: Recipe[Any] = import_module(f"recipes.{config.recipe}").RECIPE
     return found

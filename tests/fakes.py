@@ -25,7 +25,7 @@ from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError, RaylignError, TrainerError
 from raylign.losses import LossState, preference_loss
-from raylign.records import Candidate, Preference, Prompt, ReferenceLogps, Score
+from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
 from raylign.reference.versions import reference_version
 from raylign.roles import Generator, Generators, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
@@ -36,7 +36,7 @@ from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import completions_of, loss_input, preference_batch
-from raylign.training.sequences import Completions, Layout, token_cost
+from raylign.training.sequences import Layout, token_cost
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -12,11 +12,10 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.evaluation.held_out import HeldOut
-from raylign.records import Preference, ReferenceLogps
+from raylign.records import Completions, Preference, ReferenceLogps
+from raylign.reference.versions import sampler_logps
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
-from raylign.training.preferences import sampler_logps
-from raylign.training.sequences import Completions
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -40,8 +40,8 @@ from actors.trainer.state import (
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
-from raylign.models import load_policy
-from raylign.records import Preference, ReferenceLogps
+from raylign.models.load import load_policy
+from raylign.records import Completions, Preference, ReferenceLogps
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
@@ -62,7 +62,7 @@ from raylign.training.preferences import (
     without_kl_samples,
 )
 from raylign.training.schedule import Schedule, steps_per_round
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 
 if TYPE_CHECKING:
     from peft import PeftModel

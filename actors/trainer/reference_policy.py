@@ -17,7 +17,7 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.models.open import is_adapted
+from raylign.models.load import is_adapted
 from raylign.reference.versions import Pace, pace
 
 if TYPE_CHECKING:

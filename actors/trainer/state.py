@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from actors.trainer.process_group import Sharding
 from raylign.errors import TrainerError
 from raylign.losses import LossState
-from raylign.models.open import is_adapted
+from raylign.models.load import is_adapted
 from raylign.run.files import disk_errors, read_record
 from raylign.run.tensor_file import save_tensors
 from raylign.training.masters import Kind

@@ -15,7 +15,7 @@ _SHOWN = 3
 
 def file_manifest(path: Path) -> Manifest:
     """Name -> shape of every tensor in one safetensors file."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 

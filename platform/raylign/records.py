@@ -3,7 +3,7 @@
 Token ids are the only truth about a completion: they travel from vLLM to the trainer untouched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -164,3 +164,11 @@ class RoundReport:
     evaluation: AnyEvaluation
     seconds: Mapping[str, float]
     scoring: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """A prompt and completions of it, as token ids that are taken as they are."""
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]

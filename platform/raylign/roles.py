@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
     from raylign.evaluation.held_out import HeldOut
-    from raylign.records import Candidate, Preference, Prompt, ReferenceLogps, Score
+    from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
     from raylign.run.checkpoints import Checkpoint, Metrics
     from raylign.sampling.decoding import Decoding
     from raylign.scoring import ScoringItem, Usages
-    from raylign.training.sequences import Completions, Layout
+    from raylign.training.sequences import Layout
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,12 +13,15 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from raylign.boundary.beside import torch_beside
 from raylign.config import load_config, load_recipe
 from raylign.report.console import libraries_aside, log_to_console, own_stdout
 from recipes.commands.checks.ray_cluster import require_named_cluster
 from recipes.commands.failures import complain, say
 from recipes.commands.signals import INTERRUPTED, STOPPED, terminable
 
+_CHECKS = "raylign.training.learners"
+"""What the checks of `recipes.model_checks` need."""
 _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
 
@@ -109,6 +112,7 @@ def _version() -> str:
 
 @app.command(context_settings=SETTINGS_CONTEXT)
 @libraries_aside()
+@torch_beside(_CHECKS)
 def run(recipe: Recipe, settings: Settings = None) -> None:
     """Run a recipe, until its schedule is done: online DPO, offline DPO, SFT or a reward model.
 
@@ -116,13 +120,14 @@ def run(recipe: Recipe, settings: Settings = None) -> None:
     """
     config = load_recipe(recipe, settings or ())
     require_named_cluster()
-    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - transformers and Ray
 
     recipe_of(config).main(config)
 
 
 @app.command(context_settings=SETTINGS_CONTEXT)
 @libraries_aside()
+@torch_beside(_CHECKS)
 def resume(
     run_directory: Annotated[
         Path, typer.Argument(metavar="RUN", callback=_no_options, help="A run's directory, such as runs/online-dpo.")
@@ -144,7 +149,7 @@ def resume(
 
     config = resumed_config(run_directory, settings or (), accept or ())
     require_named_cluster()
-    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - transformers and Ray
 
     recipe_of(config).main(config)
 
@@ -203,6 +208,7 @@ def submit(
 
 @app.command(context_settings=SETTINGS_CONTEXT)
 @libraries_aside()
+@torch_beside(_CHECKS)
 def plan(recipe: Recipe, settings: Settings = None) -> None:
     """Show what a recipe would run and what it needs, starting nothing. Status 1 when it could not run here.
 
@@ -210,7 +216,7 @@ def plan(recipe: Recipe, settings: Settings = None) -> None:
     """
     config = load_recipe(recipe, settings or ())
     from raylign.report.tables import report_console  # noqa: PLC0415
-    from recipes.recipe import recipe_of  # noqa: PLC0415 - torch and Ray
+    from recipes.recipe import recipe_of  # noqa: PLC0415 - transformers and Ray
 
     recipe_of(config).plan(config, report_console())
 

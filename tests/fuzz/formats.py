@@ -21,8 +21,7 @@ from raylign.config.data import DataBlock
 from raylign.data.load import read_examples
 from raylign.data.preferences import load_preferences
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model
-from raylign.models.load import embedding_rows
-from raylign.models.open import read_chat_template
+from raylign.models.open import embedding_rows, read_chat_template
 from raylign.prompts import load_prompts
 from raylign.prompts.tables import Fault
 from tests.fuzz import functions, journal, records, servers

@@ -13,9 +13,8 @@ from actors.placement import plan_team
 from actors.team import ActorTeam, team
 from raylign.config import parse_config
 from raylign.errors import WeightSyncError
-from raylign.records import Candidate, Preference, Prompt
+from raylign.records import Candidate, Completions, Preference, Prompt
 from raylign.sampling.decoding import Decoding
-from raylign.training.sequences import Completions
 from tests.fakes import quiet_incidents
 from tests.faults import record
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from raylign.errors import ModelError
-from raylign.models.load import without_dropout
+from raylign.models.open import without_dropout
 from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.rewards import CompletionRewards

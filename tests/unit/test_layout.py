@@ -192,14 +192,14 @@ def test_the_configuration_loads_without_the_heavy_libraries() -> None:
 def test_a_driver_starts_without_engines(module: str) -> None:
     """They take half a minute of CPU time here; the actors import them on their nodes. A plan needs no Ray either."""
     imported = modules_at_start(module)
-    assert {"raylign.training.sequences", "torch"} <= imported
-    assert not imported & {"vllm", "deepspeed", "peft", "bitsandbytes", "ray", "mlflow", "matplotlib"}
+    assert {"recipes.opening", "transformers"} <= imported
+    assert not imported & {"torch", "vllm", "deepspeed", "peft", "bitsandbytes", "ray", "mlflow", "matplotlib"}
 
 
 def test_a_team_is_named_without_engines() -> None:
     imported = modules_at_start("actors.team")
     assert {"actors.trainer.group", "ray"} <= imported
-    assert not imported & {"vllm", "deepspeed", "peft", "bitsandbytes", "mlflow"}
+    assert not imported & {"torch", "vllm", "deepspeed", "peft", "bitsandbytes", "mlflow"}
 
 
 @pytest.mark.parametrize(

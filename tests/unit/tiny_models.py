@@ -19,8 +19,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from raylign.records import Completions
 from raylign.training.logprobs import CompletionLogps, CompletionScores
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 
 VOCABULARY = 50
 WINDOW = 4

@@ -19,6 +19,7 @@ from raylign.config.scoring import (
     FunctionScoringBlock,
     MeanStdScoringBlock,
     ScoringUnion,
+    leaves,
 )
 from raylign.config.tree import RunConfig
 
@@ -68,6 +69,10 @@ class OnlineDpoConfig(RunConfig):
     @property
     def on_policy(self) -> bool:
         return True
+
+    @property
+    def scores_by_model(self) -> bool:
+        return any(leaf.is_model for leaf in leaves(self.scoring))
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:

@@ -64,6 +64,11 @@ class RunConfig(Block):
         return False
 
     @property
+    def scores_by_model(self) -> bool:
+        """Whether a scorer is a model that torch computes."""
+        return False
+
+    @property
     def trains_rewards(self) -> bool:
         """Whether what comes out is a reward model."""
         return isinstance(self.objective, RewardLossBlock)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ModelError
 from raylign.export.card import PolicyFacts, card_text
-from raylign.models import DTYPES, load_policy
-from raylign.models.open import open_adapter, open_config, open_model, read_chat_template
+from raylign.models.load import DTYPES, load_policy, open_adapter, open_model
+from raylign.models.open import open_config, read_chat_template
 from raylign.models.resolve import Shapes, check_facts, read_facts, stored_shapes
 from raylign.run.files import disk_errors, require_free
 from raylign.run.tensor_file import tensor_errors

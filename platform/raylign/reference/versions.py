@@ -1,7 +1,10 @@
-"""Which policy version the reference is, round by round, and how it follows the policy."""
+"""Which policy version the reference is, round by round, how it follows the policy, and the sampler as reference."""
 
+import math
 from dataclasses import dataclass
 from typing import assert_never
+
+import numpy as np
 
 from raylign.config.reference import (
     EmaReferenceBlock,
@@ -13,6 +16,7 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
+from raylign.records import Preference
 
 
 def reference_version(block: ReferenceBlock, rounds_done: int) -> int | None:
@@ -67,3 +71,16 @@ def pace(block: ReferenceBlock) -> Pace | None:
             return Pace(block.alpha, 1)
         case _:
             return None
+
+
+def sampler_logps(preference: Preference, tail_weight: float = 1.0) -> tuple[float, ...]:
+    """Summed log-probs (nats) of the candidates under the policy that sampled them, which is then the reference.
+
+    Tokens beyond the group's shortest completion weigh `tail_weight` in fp32, as in `raylign.losses.ld_weights`.
+    """
+    shared = min(len(candidate.token_ids) for candidate in preference.candidates)
+    tail = float(np.float32(tail_weight))
+    return tuple(
+        math.fsum(logp * (1.0 if place < shared else tail) for place, logp in enumerate(candidate.logprobs))
+        for candidate in preference.candidates
+    )

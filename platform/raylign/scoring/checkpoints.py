@@ -17,7 +17,7 @@ from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ModelError, ScorerError
 from raylign.export.policy import ADAPTER_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG, adapter_file, shapes
 from raylign.models import resolve_model
-from raylign.models.open import open_adapter
+from raylign.models.load import open_adapter
 from raylign.models.resolve import check_facts, locate, read_facts, stored_shapes
 from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from raylign.config.scoring import ModelScoringBlock
 from raylign.errors import ScorerError
-from raylign.models.load import limit_of, longest_sequence
+from raylign.models.open import limit_of, longest_sequence
 from raylign.records import Score
 from raylign.scoring.base import most_unscored, skipped
 

@@ -16,10 +16,10 @@ from raylign.data.examples import Completion, Example
 from raylign.data.tokens import Tokenized, tokenized
 from raylign.errors import ModelError
 from raylign.models import end_ids, load_tokenizer
-from raylign.models.load import load_whole, read_config, without_dropout
-from raylign.models.open import is_adapted
+from raylign.models.load import is_adapted, load_whole
+from raylign.models.open import read_config, without_dropout
 from raylign.prompts.tables import Fault
-from raylign.records import Score
+from raylign.records import Completions, Score
 from raylign.reference.checkpoint import require_same_vocabulary
 from raylign.scoring.base import ItemScorer, ScoringItem
 from raylign.scoring.checkpoints import (
@@ -41,7 +41,7 @@ from raylign.scoring.forward import by_length, fault_of, finite, in_batches, len
 from raylign.scoring.kind import Kind, Near
 from raylign.training.layout_check import supported_layout
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 
 _TASK = "CAUSAL_LM"
 

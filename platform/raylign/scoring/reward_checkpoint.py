@@ -6,9 +6,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 
 from raylign.config.scoring import RewardModelScoringBlock
 from raylign.errors import ModelError
-from raylign.models import DTYPES
-from raylign.models.load import load_whole, read_config
-from raylign.models.open import open_tokenizer, read_template
+from raylign.models.load import DTYPES, load_whole
+from raylign.models.open import open_tokenizer, read_config, read_template
 from raylign.models.resolve import stored_shapes
 from raylign.scoring.checkpoints import PLAIN, ScorerCheckpoint, adapted, find_checkpoint, model_block
 

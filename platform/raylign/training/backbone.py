@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import raylign.training.kernels.attention as attention
 from raylign.errors import ModelError
-from raylign.models.load import switch_length
+from raylign.models.open import switch_length
 from raylign.training.kernels.adapted_linear import use_fused_adapters
 from raylign.training.kernels.rms_norm import use_lean_norms
 from raylign.training.sequences import TokenBatch

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raylign.errors import ModelError
+from raylign.records import Completions
 from raylign.training.backbone import PaddedAttention, inner_model
 from raylign.training.logprobs import CompletionScores
 from raylign.training.plain_forward import as_transformers, configs_of, in_float32, narrow_windows
-from raylign.training.sequences import Completions, Layout, TokenBatch, token_batch
+from raylign.training.sequences import Layout, TokenBatch, token_batch
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,7 @@ from raylign.config.losses import LossBlock, RewardLossBlock, TrainerLoss
 from raylign.config.losses.reward_model import RewardLossBase
 from raylign.losses import LossOutput, LossState, next_state, preference_loss, under_new_reference
 from raylign.losses.reward_model import reward_loss
-from raylign.models import load_policy
-from raylign.models.load import require_fit
+from raylign.models.load import load_policy, require_fit
 from raylign.models.reward_model import load_reward_model, require_reward_fit
 from raylign.training import metrics, reward_metrics
 from raylign.training.logprobs import CompletionLogps

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from raylign.chunks import chunks
-from raylign.records import Preference
+from raylign.records import Completions, Preference
 from raylign.training.batches import MicroBatch
 from raylign.training.preferences import kl_completions, kl_reference_logps
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 
 
 @dataclass(frozen=True, slots=True)

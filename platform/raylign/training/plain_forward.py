@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from raylign.models.load import longest_sequence
+from raylign.models.open import longest_sequence
 
 _HALF = (torch.bfloat16, torch.float16)
 _WINDOWS = ("attention_chunk_size", "attention_window_size", "sliding_window", "sliding_window_size", "window_size")

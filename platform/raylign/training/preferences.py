@@ -1,6 +1,5 @@
 """Preferences as one forward pass, and its scores as the [G, K] tensors that losses read."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -14,10 +13,10 @@ from torch import Tensor
 from raylign.config.losses import TrainerLoss
 from raylign.errors import TrainerError
 from raylign.losses import LossInput, LossState, TokenLogps, ld_weights
-from raylign.records import Preference
+from raylign.records import Completions, Preference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
-from raylign.training.sequences import Completions, Layout, TokenBatch, token_batch, token_cost
+from raylign.training.sequences import Layout, TokenBatch, token_batch, token_cost
 
 _FILL = "fill them by with_reference"
 _SAME_BATCH = (
@@ -164,12 +163,6 @@ def with_means(
         scores_std=float(scores.std(ddof=1)) if len(scores) > 1 else 0.0,
         max_completion_tokens=longest,
     )
-
-
-def sampler_logps(preference: Preference, tail_weight: float = 1.0) -> tuple[float, ...]:
-    """Summed log-probs (nats) of the candidates under the policy that sampled them."""
-    weights = iter(_tail_weights(preference, tail_weight).tolist())
-    return tuple(math.fsum(logp * next(weights) for logp in candidate.logprobs) for candidate in preference.candidates)
 
 
 def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:

@@ -8,16 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from raylign.records import Completions
+
 Layout = Literal["shared", "packed", "padded"]
 """`shared`: a prompt once for all its completions; `packed`: once per completion; `padded`: one row per completion."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completions:
-    """A prompt and completions of it, as token ids that are taken as they are."""
-
-    prompt: Sequence[int]
-    completions: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)

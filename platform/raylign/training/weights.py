@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from raylign.models.open import is_adapted
+from raylign.models.load import is_adapted
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,8 @@ from raylign.boundary.secrets import REDACTED
 from raylign.config import OnlineDpoConfig, dump_config, parse_config
 from raylign.config.blocks import ModelBlock, PromptsBlock
 from raylign.errors import ConfigError, ModelError, PromptError, RaylignError
-from raylign.models import load_policy, load_tokenizer, resolve_model
+from raylign.models import load_tokenizer, resolve_model
+from raylign.models.load import load_policy
 from raylign.prompts import PromptSet, load_prompts
 from raylign.prompts.sources import read_source
 from raylign.run.directory import continue_or_create

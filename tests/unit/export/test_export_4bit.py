@@ -14,7 +14,7 @@ from raylign.config import parse_config
 from raylign.config.blocks import ModelBlock
 from raylign.export.card import card_text
 from raylign.export.policy import export_model
-from raylign.models import load_policy
+from raylign.models.load import load_policy
 from raylign.records import RoundReport
 from raylign.run.directory import RunDirectory, create_run
 from raylign.training.weights import checkpoint_weights

@@ -17,8 +17,9 @@ from raylign.errors import ModelError
 from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models.reward_model import load_reward_model
+from raylign.records import Completions
 from raylign.training.rewards import CompletionRewards
-from raylign.training.sequences import Completions, token_batch
+from raylign.training.sequences import token_batch
 from raylign.training.weights import adapter_weights, checkpoint_weights
 from tests.unit.models.test_models import save_tokenizer
 from tests.unit.tiny_models import tiny

@@ -11,9 +11,10 @@ from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, PreTrainedCo
 from raylign.config.blocks import ModelBlock
 from raylign.errors import ConfigError, ModelError
 from raylign.models import context_limit, require_context
-from raylign.models.load import switch_length
+from raylign.models.open import switch_length
+from raylign.records import Completions
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 from tests.unit.tiny_models import IDS, SMALL, build, plain
 
 ORIGINAL = 32

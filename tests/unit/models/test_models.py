@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
-from raylign.models import context_limit, load_policy, load_tokenizer, resolve, resolve_model
+from raylign.models import context_limit, load_tokenizer, resolve, resolve_model
+from raylign.models.load import load_policy
 
 
 @pytest.fixture

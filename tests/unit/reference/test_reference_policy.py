@@ -20,9 +20,10 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
+from raylign.records import Completions
 from raylign.reference.versions import Pace, pace
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions, token_batch
+from raylign.training.sequences import token_batch
 from tests.unit.tiny_models import tiny
 
 BATCH = token_batch([Completions((3, 4), ((5, 6), (7,)))], "shared", 0)

@@ -31,13 +31,13 @@ from raylign.errors import ScorerError
 from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models.reward_model import load_reward_model
-from raylign.records import Prompt
+from raylign.records import Completions, Prompt
 from raylign.scoring import ScoringItem
 from raylign.scoring.describe import describe_scorer
 from raylign.scoring.load import load_scorer
 from raylign.scoring.reward_model import RewardModelScorer, model_hashes
 from raylign.training.rewards import CompletionRewards
-from raylign.training.sequences import Completions, token_batch
+from raylign.training.sequences import token_batch
 from raylign.training.weights import checkpoint_weights
 from tests.unit.tiny_models import SMALL, tiny
 from tests.unit.training.test_weights import whole

@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from raylign.errors import ModelError
+from raylign.records import Completions
 from raylign.training.backbone import PaddedAttention, inner_model
 from raylign.training.kernels.attention import packed_attention
 from raylign.training.layout_check import compare, supported_layout
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.rewards import CompletionRewards
-from raylign.training.sequences import Completions, Layout, Segment, TokenBatch, token_batch
+from raylign.training.sequences import Layout, Segment, TokenBatch, token_batch
 from tests.unit.tiny_models import GEMMA3_WITH_VISION, IDS, PACKABLE, SMALL, VOCABULARY, build, tiny
 
 CPU = torch.device("cpu")

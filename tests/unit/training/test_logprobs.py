@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from raylign.errors import ModelError
+from raylign.records import Completions
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 from tests.unit.tiny_models import (
     GEMMA3_WITH_VISION,
     IDS,

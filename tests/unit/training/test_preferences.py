@@ -18,8 +18,9 @@ from raylign.config.losses import (
     SigmoidLossBlock,
 )
 from raylign.errors import TrainerError
-from raylign.losses import LossState, preference_loss
+from raylign.losses import LossState, ld_weights, preference_loss
 from raylign.records import Candidate, KlSample, Preference, Prompt
+from raylign.reference.versions import sampler_logps
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import (
@@ -29,7 +30,6 @@ from raylign.training.preferences import (
     pass_cost,
     preference_batch,
     require_logps,
-    sampler_logps,
     to_device,
     token_values,
     with_means,
@@ -121,6 +121,13 @@ def test_tokens_beyond_the_shortest_completion_of_a_group_weigh_less() -> None:
     assert batch.token_weights is not None
     assert batch.token_weights.tolist() == [1, tail, tail, 1, 1, tail, 1, 1, tail, 1, 1, tail, tail, 1, 1]
     assert len(batch.token_weights) == len(batch.tokens.labels)
+
+
+def test_the_sampler_weighs_tokens_as_the_trainer_does() -> None:
+    tail = 0.3
+    weights = iter(ld_weights([len(one.token_ids) for one in THREE.candidates], tail).tolist())
+    expected = tuple(math.fsum(logp * next(weights) for logp in one.logprobs) for one in THREE.candidates)
+    assert sampler_logps(THREE, tail) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
-from raylign.models import load_policy
+from raylign.models.load import load_policy
+from raylign.records import Completions
 from raylign.training.layout_check import compare
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions
 from raylign.training.weights import checkpoint_shapes, checkpoint_weights
 from tests.unit.tiny_models import IDS, VOCABULARY, build, plain_sums, scores
 

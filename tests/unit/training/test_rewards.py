@@ -18,9 +18,10 @@ from transformers import (
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError
 from raylign.models.reward_model import load_reward_model
+from raylign.records import Completions
 from raylign.training.layout_check import supported_layout
 from raylign.training.rewards import CompletionRewards, score_head
-from raylign.training.sequences import Completions, Layout, token_batch
+from raylign.training.sequences import Layout, token_batch
 from raylign.training.weights import adapter_weights, checkpoint_weights
 from tests.unit.tiny_models import IDS, PACKABLE, SMALL, tiny
 from tests.unit.training.test_weights import whole

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from raylign.training.sequences import Completions, Layout, Segment, TokenBatch, token_batch, token_cost
+from raylign.records import Completions
+from raylign.training.sequences import Layout, Segment, TokenBatch, token_batch, token_cost
 
 GROUPS = [
     Completions((5, 6), ((7, 8, 9), (), (4,))),

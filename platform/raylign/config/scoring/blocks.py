@@ -33,6 +33,8 @@ class LeafScoringBlock(Block):
     if TYPE_CHECKING:  # each type has a default of its own
         batch_size: int
 
+    is_model: ClassVar[bool] = False
+    """Whether it is a checkpoint that torch computes."""
     compares: ClassVar[bool] = False
     """Whether a score depends on the other candidates of the prompt, so that more of them make it another score."""
 
@@ -324,6 +326,7 @@ class RewardModelScoringBlock(ModelScoringBlock):
     """
 
     module: ClassVar[str] = "reward_model"
+    is_model: ClassVar[bool] = True
     type: Literal["reward_model"] = "reward_model"
     path: str = Field(min_length=1)
     """A local folder, such as `raylign export` writes, or a hub id: a whole model, or a PEFT adapter (SEQ_CLS)."""
@@ -343,6 +346,7 @@ class ImplicitScoringBlock(ModelScoringBlock):
     """
 
     module: ClassVar[str] = "implicit"
+    is_model: ClassVar[bool] = True
     type: Literal["implicit"] = "implicit"
     policy_path: str = Field(min_length=1)
     """pi: a local folder or a hub id, of a whole model or a PEFT adapter (CAUSAL_LM). Its tokenizer is used."""

@@ -15,8 +15,7 @@ from raylign.config.reference import (
     ReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.records import Candidate, KlSample, Preference, Prompt, ReferenceLogps
-from raylign.training.sequences import Completions
+from raylign.records import Candidate, Completions, KlSample, Preference, Prompt, ReferenceLogps
 
 
 class Ranks:

@@ -57,9 +57,21 @@ def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
     assert loaded(arguments, HEAVY) == "[]"
 
 
-def test_a_plan_loads_what_it_counts_with_and_nothing_that_runs(recipe: Path) -> None:
-    """Each of the others takes seconds."""
-    assert loaded(["plan", str(recipe)], HEAVY) == "['torch', 'transformers']"
+def test_a_plan_loads_tokenizers_and_nothing_that_computes_or_runs(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the others takes seconds; what only torch knows of a new model is asked of a process beside it."""
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
+    assert loaded(["plan", str(recipe)], HEAVY) == "['transformers']"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torch.py").write_text("import os; os._exit(3)")
+    monkeypatch.syspath_prepend(str(broken))
+    assert loaded(["plan", str(recipe)], HEAVY) == "['transformers']", "no torch for a model seen before"
+    monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "another"))
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        loaded(["plan", str(recipe)], HEAVY)
+    assert "the process that checks the model ended with status 3" in failed.value.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "submit", "plan", "doctor", "export", "sync"])

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raylign.config import load_config, parse_config
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
-from recipes.commands.plan import adapter_parameters, loss_lines
+from recipes.commands.plan import loss_lines
 from recipes.commands.plan_online import RunPlan, make_plan, notes, print_plan
+from recipes.model_checks import adapter_parameters
 from tests.judges import Judged, honest
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DeepseekV3Config
 
+from raylign.records import Completions
 from raylign.training.kernels.attention import joined_attention, packed_attention
 from raylign.training.kernels.attention_blocked import blocked_attention
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.sequences import Completions, Layout, Segment, TokenBatch, token_batch
+from raylign.training.sequences import Layout, Segment, TokenBatch, token_batch
 from tests.unit.tiny_models import IDS, PACKABLE, SMALL, WINDOW, build
 
 PACKED: list[Layout] = ["shared", "packed"]

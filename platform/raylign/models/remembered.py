@@ -1,0 +1,76 @@
+"""What was found out of a model before: the same question about the same files takes no torch a second time."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import raylign
+from raylign.boundary.beside import asked
+from raylign.config.blocks import ModelBlock
+from raylign.models.cache import cache_root, sha256_of
+from raylign.models.resolve import CONFIG, stored_shapes
+
+T = TypeVar("T", bound=int | None)
+Ts = TypeVarTuple("Ts")
+_PACKAGES = ("torch", "transformers", "safetensors")
+_CODE = ("models", "training")
+"""Folders of ours with the code that looks at models."""
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    answer: int | None
+
+
+def remembered(
+    folders: Sequence[str], block: ModelBlock, what: str, function: Callable[[*Ts], T], *args: *Ts
+) -> Callable[[], T]:
+    """`asked(function, *args)`, or what the same question about the same files came to before.
+
+    The question is the function's name, `what`, and all of `block` but its place. Of a folder config.json and the
+    shapes in its files count, for no weights are read. Not kept: failures, and answers about models with code of their
+    own. Answers lie in `answers` of the cache; one without room for them asks anew.
+    """
+    if block.trust_remote_code:
+        return asked(function, *args)
+    files = [[sha256_of(Path(folder) / CONFIG), sorted(stored_shapes(Path(folder)).items())] for folder in folders]
+    options = block.model_dump(mode="json", exclude={"path", "revision"})
+    question = [function.__name__, what, options, files, _versions()]
+    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+    file = cache_root() / "answers" / f"{name}.json"
+    with suppress(OSError, ValidationError):
+        known: T = _Answer.model_validate_json(file.read_bytes()).answer  # type: ignore[assignment]
+        return lambda: known
+    pending = asked(function, *args)
+
+    def answer() -> T:
+        found = pending()
+        with suppress(OSError):
+            _write(file, _Answer(answer=found))
+        return found
+
+    return answer
+
+
+def _write(file: Path, answer: _Answer) -> None:
+    """The file is whole or not there, whoever else writes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    part.write_text(answer.model_dump_json())
+    part.replace(file)
+
+
+@cache
+def _versions() -> list[str]:
+    """Of the libraries and of our code."""
+    root = Path(raylign.__file__).parent
+    code = sorted(path for folder in _CODE for path in (root / folder).rglob("*.py"))
+    return [version(name) for name in _PACKAGES] + [sha256_of(path) for path in code]
