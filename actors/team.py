@@ -37,7 +37,7 @@ from raylign.roles import Generator, ScorerProcess
 from raylign.run.sources import CODE, kept_code
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
-from raylign.scoring.describe import functions_of
+from raylign.scoring.load import functions_of
 
 _SHUTDOWN_S = 20.0
 

@@ -4,24 +4,46 @@ Run it with `raylign run recipes/offline_dpo_smollm2.yaml data.source=FILE`, or 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raylign.config import OfflineDpoConfig, load_config
+from raylign.config import OfflineConfig, OfflineDpoConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
-from raylign.evaluation.held_out import held_out_evaluation
+from raylign.evaluation.held_out import Metric, held_out_evaluation
 from raylign.export.card import Method, loss_name, public_name
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
+from raylign.training.schedule import steps_per_round
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
-from recipes.offline_stages import train_rows
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
 from recipes.run import Run, finished_before
+
+
+def train_rows(
+    log: RoundLog, rows: Sequence[Preference], trainers: Trainers, config: OfflineConfig
+) -> list[Mapping[str, float]]:
+    """Every optimizer step of the round, then its checkpoint."""
+    with log.stage("train", steps_per_round(len(rows), config.trainer), "steps") as stage:
+        if stage.done:
+            return list(log.trained.steps)
+        return trainers.train_round(rows, config.run.seed + log.index, log, stage.advance)
+
+
+def evaluate_rows(
+    log: RoundLog, rows: Sequence[Preference], metric: Metric, trainers: Trainers, config: OfflineConfig
+) -> AnyEvaluation:
+    """Loss and metrics on held-out rows; an earlier attempt's are read."""
+    with log.stage("evaluate", len(rows), "rows") as stage:
+        if stage.done:
+            return log.read_evaluation()
+        evaluation = held_out_evaluation(trainers.evaluate(rows), metric, config.evaluation, config.run.seed)
+        log.save_evaluation(stage, evaluation)
+    return evaluation
 
 
 def run_round(

@@ -25,20 +25,21 @@ from raylign.reference.versions import is_initial_reference
 from raylign.report.tables import Sample
 from raylign.roles import Team
 from raylign.run.rounds import RoundLog, numbered
-from raylign.sampling.curriculum import History, draw_open
-from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
-from raylign.sampling.resampling import (
+from raylign.sampling.curriculum import (
     NOTHING_KNOWN,
+    History,
     Place,
     attempt_seed,
+    draw_open,
     filled_in,
     joined,
     place,
     regrouped,
     scores_by_place,
 )
+from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
 from raylign.scoring import check_unscored
-from raylign.scoring.describe import public_scorer
+from raylign.scoring.load import public_scorer
 from raylign.training.schedule import steps_per_round
 from recipes.commands.failures import as_script
 from recipes.commands.plan_online import show_plan

@@ -32,7 +32,7 @@ from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
-from raylign.scoring.describe import describe_scorer, scorer_inputs
+from raylign.scoring.load import describe_scorer, scorer_inputs
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri

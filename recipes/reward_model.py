@@ -19,7 +19,7 @@ from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
-from recipes.offline_stages import train_rows
+from recipes.offline_dpo import train_rows
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
 from recipes.run import Run, finished_before

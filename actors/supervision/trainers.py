@@ -11,9 +11,8 @@ from actors.supervision.endings import Loss, loss_of
 from actors.supervision.processes import kill
 from actors.supervision.slot import Slot, Supervision
 from actors.supervision.watch import Guard, cured, get_all, get_together, guarded
-from actors.trainer.actor import TrainerActor, TrainerSpec
+from actors.trainer.actor import TrainerActor, TrainerSpec, free_address
 from actors.trainer.group import AskRanks, Rank, TrainerGroup, ask_ranks
-from actors.trainer.network import free_address
 from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock

@@ -1,7 +1,10 @@
 """The actor of a trainer rank, and what it needs to load what it trains."""
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import ray
 
 from actors.calls import actor_class
 from raylign.boundary.imports import lean_imports
@@ -55,3 +58,11 @@ def start_rank(spec: TrainerSpec, rank: int, address: str, port: int) -> Trainer
 
 TrainerActor = actor_class(TrainerRank, "actors.trainer.actor:start_rank")
 """Its arguments are a TrainerSpec, the rank, and the address and port where the group meets."""
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address and a port nobody listens on; another process may still take it first."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]

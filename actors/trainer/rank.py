@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actors.supervision.processes import enable_stack_dumps
-from actors.trainer.actor import TrainerSpec
+from actors.trainer.actor import TrainerSpec, free_address
 from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, frozen_engine, reference_config
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
-from actors.trainer.network import free_address
 from actors.trainer.process_group import Sharding, join_group
 from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
 from actors.trainer.state import (
@@ -46,11 +45,10 @@ from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.run.sources import take_code
-from raylign.training.batches import BatchShape, MicroBatch, Step, plan_steps
+from raylign.training.batches import BatchShape, MicroBatch, Passes, Step, plan_steps
 from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
 from raylign.training.logprobs import CompletionLogps, CompletionScores
-from raylign.training.passes import Passes
 from raylign.training.preferences import (
     PreferenceBatch,
     pass_cost,

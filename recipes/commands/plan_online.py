@@ -19,7 +19,7 @@ from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.prompts import PromptSet, left_out
-from raylign.scoring.describe import describe_scorer
+from raylign.scoring.load import describe_scorer
 from raylign.tracking.uri import default_uri
 from raylign.training.schedule import steps_per_round
 from recipes.commands.checks.machine import megabytes

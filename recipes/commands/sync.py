@@ -16,8 +16,8 @@ from raylign.errors import RaylignError, TrackingError
 from raylign.report.console import stage_progress
 from raylign.run.directory import open_run
 from raylign.tracking import REQUEST_TIMEOUT
+from raylign.tracking.feed import load_state
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events
-from raylign.tracking.state import load_state
 from raylign.tracking.uri import default_uri
 from raylign.tracking.writer import MlflowWriter, may_pass, send
 

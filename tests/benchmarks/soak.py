@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 from raylign.models import resolve_model
 from raylign.report.tables import report_console
 from raylign.run.directory import RunDirectory
+from raylign.tracking.feed import load_state
 from raylign.tracking.journal import JOURNAL_NAME, read_events
-from raylign.tracking.state import load_state
 from tests.benchmarks.harness.chaos import DRIVER, KILLED, OUTAGE, SLOW, WEIGHTS, Chaos, kill_one
 from tests.benchmarks.harness.children import ROOT, measured
 from tests.benchmarks.harness.models import save_random_llama

@@ -8,9 +8,9 @@ from typing import Any, cast
 from hypothesis import strategies as st
 from mlflow.entities import Metric
 
+from raylign.tracking.feed import FeedState
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.mlflow_store import MlflowStore
-from raylign.tracking.state import FeedState
 from raylign.tracking.writer import MlflowWriter
 from tests.fuzz.mutations import as_json, changed
 from tests.fuzz.records import finished_run

@@ -18,8 +18,8 @@ from raylign.run.rounds import finished_stages
 from raylign.run.sampled import read_sampled
 from raylign.run.tables import read_candidates, read_preferences
 from raylign.scoring.cache import ScoreCache, score_key
+from raylign.tracking.feed import load_state
 from raylign.tracking.journal import read_events
-from raylign.tracking.state import load_state
 from recipes.commands.resume import resumed_config
 from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited

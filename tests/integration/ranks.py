@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec
 from actors.trainer.group import TrainerGroup
-from actors.trainer.network import free_address
+from actors.trainer.process_group import free_address
 from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock

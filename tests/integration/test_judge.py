@@ -25,8 +25,8 @@ from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
-from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge_client import QUESTIONS
+from raylign.scoring.load import describe_scorer
 from tests.integration.tiny import (
     SMALLEST,
     START_S,

@@ -14,8 +14,8 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
 from raylign.config import OnlineDpoConfig, parse_config
+from raylign.tracking.feed import load_state
 from raylign.tracking.journal import read_events
-from raylign.tracking.state import load_state
 from recipes.commands.cli import app
 from tests import faults
 from tests.integration.played_runs import (

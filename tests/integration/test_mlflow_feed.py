@@ -11,9 +11,8 @@ from mlflow.entities import Metric, Run
 from mlflow.tracking import MlflowClient
 
 from raylign.errors import RaylignError
-from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.feed import MlflowFeed, load_state
 from raylign.tracking.journal import Journal, read_events
-from raylign.tracking.state import load_state
 from tests.integration.played_runs import all_runs, history
 
 CAMPAIGN = {"campaign": "c1", "name": "demo", "params": {}, "tags": {}}

@@ -21,8 +21,7 @@ from actors.supervision.incidents import Incidents
 from actors.supervision.processes import kill, process_of
 from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
-from actors.trainer.actor import TrainerSpec
-from actors.trainer.network import free_address
+from actors.trainer.actor import TrainerSpec, free_address
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import TrainerError
 from raylign.records import Preference

@@ -155,7 +155,7 @@ from pathlib import Path
 from raylign.config import parse_config
 from raylign.records import Prompt
 from raylign.scoring import ScoringItem, batches, longest_s
-from raylign.scoring.describe import describe_scorer
+from raylign.scoring.load import describe_scorer
 from raylign.scoring.load import load_scorer
 inner = {"long": {"type": "length"}, "short": {"type": "length", "weight": -0.5}}
 block = parse_config({"scoring": {"type": "weighted", "scorers": inner, "weights": {"long": 1, "short": 1}}}).scoring

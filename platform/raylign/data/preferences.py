@@ -17,7 +17,7 @@ from raylign.data.load import ExampleStream, read_examples
 from raylign.data.split import key, split
 from raylign.data.tokens import Reason, Tokenized, preference, tokenized
 from raylign.errors import DataError
-from raylign.prompts.control_tokens import ControlTokens
+from raylign.prompts.conversations import ControlTokens
 from raylign.prompts.quarantine import InvalidRows, refuse
 from raylign.prompts.tables import Fault
 from raylign.records import Preference

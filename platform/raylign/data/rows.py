@@ -19,7 +19,7 @@ from raylign.prompts.tables import Fault, Row, Unit, closest, flawless, json_lin
 from raylign.reading import Refused
 from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
-from raylign.reading.json_array import NoSplit, array_values, has_splits
+from raylign.reading.json_text import NoSplit, array_values, has_splits
 
 JSON_LINES = (".jsonl", ".jsonl.gz")
 JSON_ARRAY = (".json", ".json.gz")

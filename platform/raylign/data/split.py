@@ -9,7 +9,7 @@ from typing import TypeVar
 from raylign.config.blocks import TrainerBlock
 from raylign.config.offline import OfflineScheduleBlock
 from raylign.errors import DataError
-from raylign.prompts.draw import shuffled
+from raylign.prompts.load import shuffled
 from raylign.records import Preference
 from raylign.training.schedule import steps_per_round
 

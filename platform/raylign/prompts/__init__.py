@@ -1,7 +1,6 @@
 """Prompt sources: read, checked row by row, templated once, split into train and held-out, drawn per round."""
 
-from raylign.prompts.draw import draw
-from raylign.prompts.load import PromptSet, load_prompts
+from raylign.prompts.load import PromptSet, draw, load_prompts
 from raylign.prompts.quarantine import InvalidRows, left_out, refused_path, set_aside
 
 __all__ = [

@@ -15,7 +15,7 @@ from raylign.prompts.tables import Fault, Row, Table, Unit, closest, flawless, j
 from raylign.reading import Refused
 from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
 from raylign.reading.files import open_plain, plain_lines, require_plain_files
-from raylign.reading.json_array import all_arrays
+from raylign.reading.json_text import all_arrays
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -170,7 +170,7 @@ class Verdicts:
     """The verdicts of one judge, as numbers: a rating, or the share of the win that goes to the first answer."""
 
     def __init__(self, cache: ScoreCache | None, identity: str) -> None:
-        """Without a `cache` nothing is kept. `identity` is the judge's (`raylign.scoring.describe`)."""
+        """Without a `cache` nothing is kept. `identity` is the judge's (`raylign.scoring.load`)."""
         self._cache, self._identity = cache, identity
 
     def key(self, prompt: Prompt, texts: Texts) -> bytes:

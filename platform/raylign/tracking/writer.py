@@ -16,9 +16,9 @@ from tenacity import Retrying
 from raylign.chunks import chunks
 from raylign.errors import TrackingError
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
+from raylign.tracking.feed import FeedState, RoundState, load_state, save_state
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
-from raylign.tracking.state import FeedState, RoundState, load_state, save_state
 
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100

@@ -14,9 +14,8 @@ from torch import nn
 
 from raylign.config import parse_config
 from raylign.tracking.facts import run_facts
-from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.feed import MlflowFeed, load_state
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
-from raylign.tracking.state import load_state
 from raylign.tracking.tracker import Tracker
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.tracking import Server, TrackedBlock, TrackingJob, TrackingResult

@@ -18,7 +18,7 @@ from raylign.data.load import ExampleStream, read_examples
 from raylign.data.rows import RowStream, _hub_rows
 from raylign.errors import DataError
 from raylign.prompts.tables import Fault, Row
-from raylign.reading import json_array
+from raylign.reading import json_text
 
 
 def row(index: int) -> dict[str, Any]:
@@ -192,11 +192,11 @@ def test_broken_files_are_refused_with_the_place_and_a_cure(
 
 
 def test_a_syntax_error_is_found_without_reading_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "CHUNK", 64)
+    monkeypatch.setattr(json_text, "CHUNK", 64)
     (tmp_path / "a.json").write_text(f"[{ROW}, {{'chosen': 1}}, {', '.join([ROW] * 50)}]")
     problem = f"Expecting property name enclosed in double quotes at character {len(ROW) + 4}"
     with (tmp_path / "a.json").open("rb") as file:
-        values = json_array.array_values(file, "train")
+        values = json_text.array_values(file, "train")
         assert next(values) == ROWS[0]
         with pytest.raises(ValueError, match=problem):
             next(values)
@@ -213,9 +213,9 @@ def test_values_are_whole_wherever_the_file_is_cut_into_chunks(tmp_path: Path, m
     ]
     (tmp_path / "a.json").write_text(json.dumps({"other": [1, [2]], "train": rows}, ensure_ascii=False))
     for chunk in range(1, 40):
-        monkeypatch.setattr(json_array, "CHUNK", chunk)
+        monkeypatch.setattr(json_text, "CHUNK", chunk)
         with (tmp_path / "a.json").open("rb") as file:
-            assert list(json_array.array_values(file, "train")) == rows
+            assert list(json_text.array_values(file, "train")) == rows
 
 
 def test_half_a_surrogate_pair_reaches_the_checks_as_it_is(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from raylign.config.losses import KtoLossBlock
 from raylign.losses import LossState, preference_loss
 from raylign.pairing import with_mismatched
 from raylign.records import Candidate, Preference, Prompt
-from raylign.training.batches import MicroBatch
+from raylign.training.batches import MicroBatch, Passes
 from raylign.training.logprobs import CompletionLogps
-from raylign.training.passes import Passes
 from raylign.training.preferences import loss_input, preference_batch
 from raylign.training.sequences import Layout
 from tests.unit.losses.test_losses_trl import KTOTrainer, Model, trainer_of

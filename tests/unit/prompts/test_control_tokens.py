@@ -13,7 +13,7 @@ from raylign.config.blocks import PromptsBlock
 from raylign.config.data import DataBlock
 from raylign.data.preferences import PreferenceData, load_preferences
 from raylign.prompts import PromptSet, load_prompts
-from raylign.prompts.control_tokens import ControlTokens
+from raylign.prompts.conversations import ControlTokens
 from tests.faults import record
 
 WORDS = ["[UNK]", "<|end|>", "<|user|>", "<|assistant|>", "good", "bad", "film", "<", "|end|>", "<tool>", "plain"]

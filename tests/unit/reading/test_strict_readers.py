@@ -373,7 +373,7 @@ def test_a_packed_bomb_is_refused_within_little_memory(tmp_path: Path, kind: str
 def test_a_long_row_is_refused_in_any_format(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("files", "json_array", "arrow"):
+    for module in ("files", "json_text", "arrow"):
         monkeypatch.setattr(f"raylign.reading.{module}.LONGEST_ROW", 1 << 20)
     long = base64.b64encode(os.urandom(2 << 20)).decode()
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": long}))

@@ -20,7 +20,7 @@ from raylign.run.files import finished_record, read_record
 from raylign.run.sampled import parse_line
 from raylign.run.tables import read_candidates, read_preferences
 from raylign.sampling.curriculum import History
-from raylign.scoring.reward_checkpoint import find_reward_model
+from raylign.scoring.reward_model import find_reward_model
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from recipes.commands.resume import resumed_config
 from recipes.run import finished_before

@@ -9,8 +9,7 @@ import pytest
 
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.records import Candidate, Prompt, Score
-from raylign.sampling.curriculum import History
-from raylign.sampling.resampling import filled_in, joined, regrouped, scores_by_place
+from raylign.sampling.curriculum import History, filled_in, joined, regrouped, scores_by_place
 from raylign.scoring import Usage
 from recipes.online_dpo import run_round
 from tests.fakes import FakeEngine, FakeScorer

@@ -16,7 +16,7 @@ from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import HttpScorer, ScoringItem, batches, longest_s
-from raylign.scoring.describe import describe_scorer
+from raylign.scoring.load import describe_scorer
 from tests.faults import record
 from tests.loopback import Posted
 from tests.reward_services import Answer, Running, Service, running

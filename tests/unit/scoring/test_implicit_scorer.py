@@ -16,8 +16,8 @@ from raylign.errors import ScorerError
 from raylign.losses import LossInput, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt
 from raylign.scoring import ScoringItem
-from raylign.scoring.describe import describe_scorer
 from raylign.scoring.implicit import ImplicitScorer, by_prompt, model_hashes
+from raylign.scoring.load import describe_scorer
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.preferences import loss_input, preference_batch
 from tests.unit.scoring.test_reward_model_scorer import WORDS, save_reward_model, save_tokenizer, spread

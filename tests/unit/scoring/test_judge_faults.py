@@ -12,8 +12,8 @@ from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.scoring import JudgeScorer, check_unscored
-from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge_client import QUESTIONS
+from raylign.scoring.load import describe_scorer
 from tests.faults import record
 from tests.judges import Asked, Judge, Judged, Reply, Server, first_is_best, group, honest, values
 

@@ -16,8 +16,8 @@ from raylign.records import Score
 from raylign.scoring import JudgeScorer
 from raylign.scoring import batches as split
 from raylign.scoring.batches import longest_s
-from raylign.scoring.describe import describe_scorer
 from raylign.scoring.judge import questions
+from raylign.scoring.load import describe_scorer
 from tests.judges import Asked, Judged, Reply, first_is_best, group, honest, slow, values
 
 SECRET = "hush-1234-hush"

@@ -27,8 +27,7 @@ from raylign.records import Score
 from raylign.scoring import ScoringItem, batches, longest_s
 from raylign.scoring.base import ItemScorer
 from raylign.scoring.composition import composed
-from raylign.scoring.describe import describe_scorer
-from raylign.scoring.load import load_scorer
+from raylign.scoring.load import describe_scorer, load_scorer
 from tests.judges import Judged, group, honest, values
 from tests.scorers import Told, of_prompt, table
 

@@ -12,7 +12,7 @@ from raylign.config.scoring import FunctionScoringBlock, GateScoringBlock, Verif
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring import ScoringItem, VerifierScorer, require_references
-from raylign.scoring.describe import describe_scorer
+from raylign.scoring.load import describe_scorer
 from raylign.scoring.verify import verify
 from tests.faults import record
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from raylign.training.kernels.attention_blocked import blocked_attention
-from raylign.training.kernels.attention_pieces import causal_attention, pieces_of
+from raylign.training.kernels.attention_blocked import blocked_attention, causal_attention, pieces_of
 from raylign.training.sequences import Segment
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.generator.in_flight import InFlight
+from actors.supervision.generators import InFlight
 from raylign.records import Prompt
 from raylign.sampling.decoding import Decoding
 
@@ -13,7 +13,7 @@ FOUR = Decoding(num_generations=4, max_new_tokens=8, temperature=1.0, top_p=1.0,
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the module believes in; the last one is now."""
     times = [0.0]
-    monkeypatch.setattr("actors.generator.in_flight.time.monotonic", lambda: times[-1])
+    monkeypatch.setattr("actors.supervision.generators.time.monotonic", lambda: times[-1])
     return times
 
 

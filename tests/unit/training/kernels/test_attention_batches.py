@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from raylign.training.kernels import attention_pieces
-from raylign.training.kernels.attention_pieces import Batch, batches_of
+from raylign.training.kernels import attention_blocked
+from raylign.training.kernels.attention_blocked import Batch, batches_of
 from raylign.training.sequences import Segment
 
 
@@ -49,7 +49,7 @@ def test_a_padded_query_sees_something_so_that_its_softmax_is_finite() -> None:
 def test_cut_pieces_see_what_whole_ones_do(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = (Segment(0, 40, (30, 70)), Segment(140, 5, (90,)))
     whole = seen(batches_of(segments, window, torch.float32))
-    monkeypatch.setattr(attention_pieces, "_BLOCK", 16)
+    monkeypatch.setattr(attention_blocked, "_BLOCK", 16)
     batches_of.cache_clear()
     cut = seen(batches_of(segments, window, torch.float32))
     batches_of.cache_clear()
