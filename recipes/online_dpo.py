@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
-from raylign.evaluation.generated import evaluate
+from raylign.evaluation.held_out import evaluate
 from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,

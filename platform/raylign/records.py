@@ -108,7 +108,7 @@ class ReferenceLogps:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out quality of one policy version. Made by `raylign.evaluation.generated`, read by reports and tracking.
+    """Held-out quality of one policy version. Made by `raylign.evaluation.held_out`, read by reports and tracking.
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the

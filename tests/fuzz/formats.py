@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config import load_recipe
 from raylign.config.blocks import PromptsBlock
 from raylign.config.data import DataBlock
-from raylign.data.load import read_examples
 from raylign.data.preferences import load_preferences
+from raylign.data.rows import read_examples
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model
 from raylign.models.open import embedding_rows, read_chat_template
 from raylign.prompts import load_prompts

@@ -9,9 +9,8 @@ import ray
 from deepspeed.accelerator import get_accelerator
 
 from actors.supervision.watch import get_all
-from actors.trainer.actor import TrainerSpec
+from actors.trainer.actor import TrainerSpec, free_address
 from actors.trainer.group import TrainerGroup
-from actors.trainer.process_group import free_address
 from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock

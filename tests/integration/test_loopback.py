@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 
 from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.supervision.processes import process_of
-from actors.trainer.process_group import free_address
+from actors.trainer.actor import free_address
 from actors.weight_sync.transports import ShmTransport
 from tests.integration.listeners import Member, listening
 from tests.integration.tiny import clean_environment

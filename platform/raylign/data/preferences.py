@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config.data import DataBlock
 from raylign.config.offline import Rows
 from raylign.data.examples import ORDER, Example, scale_of
-from raylign.data.load import ExampleStream, read_examples
+from raylign.data.rows import ExampleStream, read_examples
 from raylign.data.split import key, split
 from raylign.data.tokens import Reason, Tokenized, preference, tokenized
 from raylign.errors import DataError

@@ -1,15 +1,109 @@
-"""What held-out preferences say of a policy or a reward model."""
+"""Held-out quality of one policy version: by what it samples, or by preferences that it has not seen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
 
+from raylign.config.blocks import EvaluationBlock
 from raylign.config.offline import HeldOutBlock
-from raylign.evaluation.generated import Values, mean_interval
-from raylign.records import HeldOutEvaluation
+from raylign.errors import ScorerError
+from raylign.pairing import group_by_prompt
+from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
+
+Values = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Candidate],
+    scores: Sequence[Score],
+    reference_logps: Sequence[float],
+    block: EvaluationBlock,
+    seed: int,
+    initial_logps: Sequence[float] = (),
+) -> Evaluation:
+    """Summarise held-out completions of one policy version.
+
+    `candidates` is prompt-major; `scores`, `reference_logps` and `initial_logps` (summed log-probability, in nats,
+    under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it. The
+    score is the mean over prompts of the mean over their scored completions; unscored ones are counted and left out.
+    Its interval is the percentile bootstrap over prompts, drawn with `seed`.
+
+    The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
+    itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
+
+    Raises ScorerError when every completion is unscored, ValueError when the sequences do not fit together.
+    """
+    means = _prompt_means(prompts, candidates, scores)
+    low, high = mean_interval(means, block, seed)
+    return Evaluation(
+        score=float(means.mean()),
+        score_low=low,
+        score_high=high,
+        kl=_kl(candidates, reference_logps),
+        length=float(np.mean([len(candidate.token_ids) for candidate in candidates])),
+        distinct_2=_distinct_2(candidates),
+        eos_rate=float(np.mean([candidate.finish_reason == "stop" for candidate in candidates])),
+        completions=len(candidates),
+        unscored=sum(score.value is None for score in scores),
+        kl_initial=_kl(candidates, initial_logps),
+    )
+
+
+def _prompt_means(prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]) -> Values:
+    """[prompts with a scored completion] mean scores."""
+    groups = group_by_prompt(prompts, candidates, scores)
+    values = [[score.value for score in group.scores if score.value is not None] for group in groups]
+    means = np.array([np.mean(group) for group in values if group], dtype=np.float64)
+    if means.size == 0:
+        reasons = sorted({score.reason for score in scores})
+        raise ScorerError(
+            f"0 of {len(candidates)} held-out completions were scored, at least 1 is needed; reasons: {reasons}. "
+            "Fix the scoring function or raise scoring.timeout_s"
+        )
+    return means
+
+
+def _kl(candidates: Sequence[Candidate], logps: Sequence[float]) -> float | None:
+    if not logps:
+        return None
+    return float(np.mean([sum(c.logprobs) - logp for c, logp in zip(candidates, logps, strict=True)]))
+
+
+class Resampling(Protocol):
+    """How an interval is drawn; a block of either kind of evaluation has both."""
+
+    @property
+    def bootstrap_samples(self) -> int: ...
+    @property
+    def confidence(self) -> float: ...
+
+
+def mean_interval(values: Values, block: Resampling, seed: int) -> tuple[float, float]:
+    """Bounds of the mean at `confidence`, by percentile bootstrap; both are the mean when the values do not differ."""
+    if np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    from scipy.stats import bootstrap  # noqa: PLC0415 - takes seconds to load, for commands that evaluate nothing too
+
+    result = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=block.bootstrap_samples,
+        confidence_level=block.confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _distinct_2(candidates: Sequence[Candidate]) -> float:
+    """Distinct token bigrams over all token bigrams of all completions (Li et al. 2016); 0 without any bigram."""
+    bigrams = [pair for candidate in candidates for pair in pairwise(candidate.token_ids)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 @dataclass(frozen=True, slots=True)

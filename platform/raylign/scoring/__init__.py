@@ -1,6 +1,6 @@
 """Scorers judge completions. They never invent a value: what they cannot judge is unscored, with a reason.
 
-Every scoring process imports this: what loads models (`load`, `describe`) is imported by its own name.
+Every scoring process imports this: what loads models (`load`) is imported by its own name.
 """
 
 from raylign.scoring.base import Compute, ItemScorer, ScoringItem, check_unscored, most_unscored, skipped

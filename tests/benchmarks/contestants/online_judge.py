@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from raylign.config import OnlineDpoConfig, load_config
-from raylign.evaluation.generated import evaluate
+from raylign.evaluation.held_out import evaluate
 from raylign.models import load_tokenizer, resolve_model
 from raylign.prompts import load_prompts
 from raylign.records import Candidate, Prompt, Score

@@ -8,9 +8,8 @@ from typing import Any
 
 import ray
 
-from actors.trainer.actor import TrainerActor, TrainerSpec
+from actors.trainer.actor import TrainerActor, TrainerSpec, free_address
 from actors.trainer.group import TrainerGroup
-from actors.trainer.process_group import free_address
 from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock

@@ -15,7 +15,7 @@ from actors.placement import (
     plan_placement,
     require_resources,
 )
-from actors.trainer.process_group import free_address
+from actors.trainer.actor import free_address
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
 from raylign.errors import PlacementError
 

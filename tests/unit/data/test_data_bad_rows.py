@@ -9,7 +9,7 @@ import pytest
 
 from raylign.config.data import Format, SourceBlock
 from raylign.data.examples import Example
-from raylign.data.load import read_examples
+from raylign.data.rows import read_examples
 from raylign.prompts.tables import Fault
 
 U = {"role": "user", "content": "a"}

@@ -10,7 +10,7 @@ from trl.data_utils import extract_prompt
 from raylign.config.data import Format, SourceBlock
 from raylign.data.examples import Completion, Example
 from raylign.data.formats import SCALES, examples, resolve_format
-from raylign.data.load import read_examples
+from raylign.data.rows import read_examples
 from raylign.errors import DataError
 from raylign.prompts.tables import Row
 from raylign.records import Message

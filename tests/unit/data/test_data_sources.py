@@ -14,8 +14,7 @@ import pytest
 
 from raylign.config.data import SourceBlock
 from raylign.data.examples import Example
-from raylign.data.load import ExampleStream, read_examples
-from raylign.data.rows import RowStream, _hub_rows
+from raylign.data.rows import ExampleStream, RowStream, _hub_rows, read_examples
 from raylign.errors import DataError
 from raylign.prompts.tables import Fault, Row
 from raylign.reading import json_text

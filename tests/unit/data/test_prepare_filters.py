@@ -3,7 +3,7 @@
 import pytest
 
 from raylign.config.prepare import FiltersBlock
-from raylign.data.prepare.filters import Filters, PairText, language_of
+from raylign.data.prepare.accounts import Filters, PairText, language_of
 from raylign.data.prepare.table import text_of
 
 GOOD = "The capital of France is Paris."

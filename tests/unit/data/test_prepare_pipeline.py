@@ -17,8 +17,8 @@ from raylign.config.data import SourceBlock
 from raylign.config.load import parse_tree
 from raylign.config.prepare import PrepareConfig
 from raylign.data.examples import Example
-from raylign.data.load import read_examples
 from raylign.data.prepare import PAIRS_NAME, Report, collect, prepare, table
+from raylign.data.rows import read_examples
 from raylign.errors import ConfigError, DataError
 from raylign.run.fingerprints import fingerprint
 from recipes.commands.cli import app

@@ -5,7 +5,7 @@ import pytest
 
 from raylign.config.blocks import EvaluationBlock
 from raylign.errors import ScorerError
-from raylign.evaluation.generated import evaluate
+from raylign.evaluation.held_out import evaluate
 from raylign.records import Candidate, FinishReason, Prompt, Score
 
 BLOCK = EvaluationBlock(bootstrap_samples=2000)

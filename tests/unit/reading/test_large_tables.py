@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylign.config.data import SourceBlock
-from raylign.data.load import read_examples
+from raylign.data.rows import read_examples
 from raylign.errors import DataError
 from raylign.reading.arrow import parquet_rows
 from tests.faults import record

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from raylign.config import OnlineDpoConfig, load_config, parse_config
 from raylign.config.blocks import PromptsBlock
 from raylign.config.data import SourceBlock
-from raylign.data.load import read_examples
+from raylign.data.rows import read_examples
 from raylign.errors import ConfigError, DataError, ModelError, PromptError
 from raylign.models import load_tokenizer, resolve_model
 from raylign.models.open import read_chat_template

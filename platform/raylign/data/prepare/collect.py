@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 
 from raylign.config.prepare import PrepareConfig
 from raylign.data.examples import SCORES, STRENGTHS, Example
-from raylign.data.prepare.accounts import Account
+from raylign.data.prepare.accounts import Account, Filters, PairText, language_of
 from raylign.data.prepare.duplicates import Keys, SignatureFile, key_of, signatures
-from raylign.data.prepare.filters import Filters, PairText, language_of
 from raylign.data.prepare.ratings import Pair, Rater
 from raylign.data.prepare.table import SCHEMA, PairRow, record_batch, text_of, unknown_key, used_keys
 from raylign.prompts.tables import Fault

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raylign.data.examples import Example
-from raylign.data.prepare.filters import PairText
+from raylign.data.prepare.accounts import PairText
 from raylign.data.prepare.ratings import Pair
 
 Scalar = TypeVar("Scalar", bound=np.generic)

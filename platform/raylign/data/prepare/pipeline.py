@@ -12,15 +12,24 @@ from rich.console import Console
 
 from raylign.config.prepare import PrepareConfig
 from raylign.data.formats import SCALES
-from raylign.data.load import ExampleStream, read_examples
 from raylign.data.prepare.accounts import Account
 from raylign.data.prepare.collect import Collected, Collector
 from raylign.data.prepare.decide import Decision, decide
 from raylign.data.prepare.duplicates import Keys
-from raylign.data.prepare.page import LENGTHS_NAME, SCORES_NAME, lengths_picture, page, scores_picture
+from raylign.data.prepare.page import (
+    LENGTHS_NAME,
+    PAIRS_NAME,
+    SCORES_NAME,
+    Report,
+    lengths_picture,
+    make_report,
+    page,
+    scores_picture,
+    write_json,
+)
 from raylign.data.prepare.ratings import Rater
-from raylign.data.prepare.report import PAIRS_NAME, Report, make_report, write_json
 from raylign.data.prepare.table import copy_rows
+from raylign.data.rows import ExampleStream, read_examples
 from raylign.errors import ConfigError, DataError
 from raylign.prompts.quarantine import QUARANTINE_NAME, InvalidRows, quarantine_line, refusal
 from raylign.prompts.tables import Fault
