@@ -35,7 +35,8 @@ def recipe_of(config: RunConfig) -> Recipe[Any]:
     if config.recipe not in RECIPES:
         own: Recipe[Any] = import_recipe(config.recipe)
         return own
-    without_torch = is_torch_beside() and not config.scores_by_model
+    # Code that comes with a model may be of both kinds: what reads a config, and what computes.
+    without_torch = is_torch_beside() and not (config.scores_by_model or config.model.trust_remote_code)
     with lean_imports(*(["torch"] if without_torch else [])):
         found: Recipe[Any] = import_module(f"recipes.{config.recipe}").RECIPE
     return found

@@ -3,6 +3,7 @@
 import ast
 import io
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,12 +27,13 @@ from tests.unit.boundary.test_security import edit_json, save_code
 from tests.unit.export.test_export import FACTS
 from tests.unit.export.test_export_reward import CARD
 from tests.unit.forbidden import opened_elsewhere
-from tests.unit.tiny_policy import save_policy
+from tests.unit.tiny_policy import save_policy, save_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCES = sorted(path for folder in ("platform", "actors", "recipes") for path in (ROOT / folder).rglob("*.py"))
 OPENERS = tuple(ROOT / "platform/raylign/models" / name for name in ("open.py", "load.py"))
 OWN = """
+from transformers.modeling_utils import PreTrainedModel
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 open(MARK, "w").close()
@@ -285,3 +287,15 @@ def test_what_a_run_would_refuse_is_refused_unread(project: Path, mark: Path, sp
 def test_functions_of_installed_packages_are_found() -> None:
     assert locate_function("raylign.scoring.vader:compound").line > 1
     assert locate_function("yaml:safe_load").file.parent.name == "yaml"
+
+
+def test_a_command_plans_a_model_with_code_of_its_own(own: Path, mark: Path, tmp_path: Path) -> None:
+    """The command does without torch, but a file of a model may hold its config and what computes with it."""
+    recipe = save_recipe(tmp_path)
+    command = [str(Path(sys.executable).with_name("raylign")), "plan", str(recipe)]
+    command += [f"model.path={own}", "scoring.function=raylign.scoring.vader:compound"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "set model.trust_remote_code=true" in refused.stderr and not mark.exists()
+    planned = subprocess.run([*command, "model.trust_remote_code=true"], capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    assert "1,128 parameters" in planned.stdout and mark.exists()
