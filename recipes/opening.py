@@ -19,6 +19,7 @@ from raylign.config.losses import loss_functions
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
+from raylign.errors import RaylignError
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
 from raylign.pairing import with_mismatched
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
@@ -66,8 +67,10 @@ def find_models(config: RunConfig) -> Models:
         for read in dict.fromkeys((folder, reference)):
             require_context(*config.longest, read, config.model)
         tokenizer = load_tokenizer(folder, config.model.trust_remote_code, config.model.chat_template)
-    finally:
-        checked()
+    except RaylignError:
+        checked()  # files that do not fit are told first
+        raise
+    checked()
     return Models(folder, reference, tokenizer)
 
 

@@ -35,7 +35,7 @@ def remembered(
 ) -> Callable[[], T]:
     """`asked(function, *args)`, or what the same question about the same files came to before.
 
-    The question is the function's name, `what`, and all of `block` but its place. Of a folder config.json and the
+    The question is the function and its file, `what`, and all of `block` but its place. Of a folder config.json and the
     shapes in its files count, for no weights are read. Not kept: failures, and answers about models with code of their
     own. Answers lie in `answers` of the cache; one without room for them asks anew.
     """
@@ -43,7 +43,8 @@ def remembered(
         return asked(function, *args)
     files = [[sha256_of(Path(folder) / CONFIG), sorted(stored_shapes(Path(folder)).items())] for folder in folders]
     options = block.model_dump(mode="json", exclude={"path", "revision"})
-    question = [function.__name__, what, options, files, _versions()]
+    own = sha256_of(Path(function.__code__.co_filename))
+    question = [function.__name__, own, what, options, files, _versions()]
     name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
     file = cache_root() / "answers" / f"{name}.json"
     with suppress(OSError, ValidationError):

@@ -1,6 +1,7 @@
 """What was found out of a model is not asked twice, and asked again when anything of it is another."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_other_versions_of_the_libraries_or_our_code_are_asked_anew(
     own = module._versions()
     monkeypatch.setattr(module, "_versions", lambda: [*own[:-1], "another"])
     assert answer(folder) == 2
+
+
+def test_another_function_of_the_same_name_is_asked_anew(folder: str, tmp_path: Path) -> None:
+    """As after an edit of its file."""
+    block = ModelBlock(path=folder)
+    for number in (1, 2):
+        file = tmp_path / "asks.py"
+        file.write_text(f"def look(folder):\n    return {number}\n")
+        names: dict[str, Callable[[str], int]] = {}
+        exec(compile(file.read_text(), file, "exec"), names)
+        assert remembered((folder,), block, "", names["look"], folder)() == number
 
 
 def test_our_code_that_looks_at_models_counts() -> None:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raylign.config import load_config, parse_config
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import ModelError, PlacementError, PromptError, RaylignError, ScorerError, WeightSyncError
+from recipes import opening
 from recipes.commands.plan import loss_lines
 from recipes.commands.plan_online import RunPlan, make_plan, notes, print_plan
 from recipes.model_checks import adapter_parameters
@@ -98,6 +99,19 @@ def test_what_a_run_would_refuse_a_plan_refuses(
 ) -> None:
     with pytest.raises(error, match=message):
         plan(override)
+
+
+def test_weights_that_do_not_fit_are_told_before_what_was_found_meanwhile(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise ModelError("the weights do not fit")
+
+    monkeypatch.setattr(opening, "require_models", lambda *models: refused)
+    (tmp_path / "none.jinja").write_text("no template")
+    for settings in ((), (f"model.chat_template={tmp_path / 'none.jinja'}",)):
+        with pytest.raises(ModelError, match="the weights do not fit"):
+            plan(*settings)
 
 
 def test_a_judge_is_shown_with_what_it_is_asked(plan: Plan, judged: Judged, tmp_path: Path) -> None:
