@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from threading import Thread
+from typing import TypeVar, TypeVarTuple
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,8 @@ from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
 
 _CANARY_PROMPTS = 4
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +119,11 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     """
     from actors.team import team  # noqa: PLC0415 - Ray, which `raylign plan` does without
 
-    with ThreadPoolExecutor(1) as aside:
-        # Functions are imported in a process of their own, judges answer in their own time.
-        described = aside.submit(describe_scorer, config.scoring)
-        models = find_models(config)
-        prompts = find_prompts(config, models)
-        described.result()
+    # Functions are imported in a process of their own, judges answer in their own time.
+    described = _meanwhile(describe_scorer, config.scoring)
+    models = find_models(config)
+    prompts = find_prompts(config, models)
+    described()
     with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, config.scoring) as (run, plan):
         started = time.monotonic()
         with team(
@@ -136,6 +138,20 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
             ready = f"team ready in {time.monotonic() - started:.0f} s"
             run.say(f"{ready}; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
             yield run, prompts, roles
+
+
+def _meanwhile(function: Callable[[*Ts], T], *args: *Ts) -> Callable[[], T]:
+    """Begin the call; what is returned has its answer, or raises. Nobody who leaves without it waits for it."""
+    answer: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(function(*args))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=call, name=function.__name__, daemon=True).start()
+    return answer.result
 
 
 @contextmanager
