@@ -4,7 +4,7 @@ Run it with `raylign run recipes/offline_dpo_smollm2.yaml data.source=FILE`, or 
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from raylign.config import OfflineConfig, OfflineDpoConfig, load_config
@@ -16,22 +16,11 @@ from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
-from raylign.training.schedule import steps_per_round
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
-from recipes.run import Run, finished_before
-
-
-def train_rows(
-    log: RoundLog, rows: Sequence[Preference], trainers: Trainers, config: OfflineConfig
-) -> list[Mapping[str, float]]:
-    """Every optimizer step of the round, then its checkpoint."""
-    with log.stage("train", steps_per_round(len(rows), config.trainer), "steps") as stage:
-        if stage.done:
-            return list(log.trained.steps)
-        return trainers.train_round(rows, config.run.seed + log.index, log, stage.advance)
+from recipes.run import Run, finished_before, train_steps
 
 
 def evaluate_rows(
@@ -56,7 +45,7 @@ def run_round(
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
     preferences = reference(log, rows, known, trainers, config)
-    steps = train_rows(log, preferences, trainers, config)
+    steps = train_steps(log, preferences, trainers, config)
     evaluation = evaluate_policy(log, held_out, trainers, config)
     counts = {"preferences": len(preferences)}
     return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds)

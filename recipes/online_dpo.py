@@ -40,12 +40,11 @@ from raylign.sampling.curriculum import (
 from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
 from raylign.scoring import check_unscored
 from raylign.scoring.load import public_scorer
-from raylign.training.schedule import steps_per_round
 from recipes.commands.failures import as_script
 from recipes.commands.plan_online import show_plan
 from recipes.opening import online_run
 from recipes.recipe import Recipe
-from recipes.run import Run, finished_before
+from recipes.run import Run, finished_before, train_steps
 
 
 def run_round(
@@ -57,7 +56,7 @@ def run_round(
     candidates, scores = sample_again(log, prompts, candidates, scores, team, config)
     pairing = prefer(log, prompts, candidates, scores, config)
     preferences = reference(log, prompts, candidates, pairing, team, config)
-    steps = train_policy(log, preferences, team, config)
+    steps = train_steps(log, preferences, team.trainers, config)
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
     counts, scoring = pairing.counts, log.read_scoring()
@@ -166,16 +165,6 @@ def reference(
         preferences = team.trainers.with_reference(pairing.preferences, config.run.seed + log.index, log.index - 1)
         log.save_preferences(stage, preferences)
     return preferences
-
-
-def train_policy(
-    log: RoundLog, preferences: Sequence[Preference], team: Team, config: OnlineDpoConfig
-) -> list[Mapping[str, float]]:
-    """Every optimizer step of the round, then its checkpoint."""
-    with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
-        if stage.done:
-            return list(log.trained.steps)
-        return team.trainers.train_round(preferences, config.run.seed + log.index, log, stage.advance)
 
 
 def publish(log: RoundLog, team: Team) -> Mapping[str, float]:

@@ -19,10 +19,9 @@ from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
-from recipes.offline_dpo import train_rows
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
-from recipes.run import Run, finished_before
+from recipes.run import Run, finished_before, train_steps
 
 
 def run_round(
@@ -33,7 +32,7 @@ def run_round(
     config: RewardModelConfig,
 ) -> RoundReport:
     """Round `index` trains version `index` of the model on its rows of the epoch."""
-    steps = train_rows(log, rows, trainers, config)
+    steps = train_steps(log, rows, trainers, config)
     evaluation = evaluate_model(log, held_out, trainers, config)
     return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
 from raylign.prompts import InvalidRows, set_aside
-from raylign.records import AnyEvaluation, RoundReport
+from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.report.console import keep_library_log
 from raylign.report.summary import headline, rounds_table, rounds_warnings
 from raylign.report.tables import Sample, report_console, samples_block
@@ -30,6 +30,7 @@ from raylign.tracking.facts import run_facts
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.tracker import Status, Tracker
 from raylign.tracking.uri import default_uri
+from raylign.training.schedule import steps_per_round
 
 log = logging.getLogger(__name__)
 _NUMBER, _METRICS = TypeAdapter(int), TypeAdapter(dict[str, float | None])
@@ -177,6 +178,16 @@ class Run:
 
     def say(self, line: str) -> None:
         self._console.print(Text(escape_control(line)), soft_wrap=True)
+
+
+def train_steps(
+    log: RoundLog, preferences: Sequence[Preference], trainers: Trainers, config: RunConfig
+) -> list[Metrics]:
+    """Every optimizer step of the round, then its checkpoint."""
+    with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
+        if stage.done:
+            return list(log.trained.steps)
+        return trainers.train_round(preferences, config.run.seed + log.index, log, stage.advance)
 
 
 def finished_before(config: RunConfig) -> RunDirectory | None:

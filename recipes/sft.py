@@ -17,10 +17,10 @@ from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
-from recipes.offline_dpo import evaluate_rows, train_rows
+from recipes.offline_dpo import evaluate_rows
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
-from recipes.run import Run, finished_before
+from recipes.run import Run, finished_before, train_steps
 
 
 def run_round(
@@ -31,7 +31,7 @@ def run_round(
     config: SftConfig,
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
-    steps = train_rows(log, rows, trainers, config)
+    steps = train_steps(log, rows, trainers, config)
     evaluation = evaluate_rows(log, held_out, "loss", trainers, config)
     return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
 

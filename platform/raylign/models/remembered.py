@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -15,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import raylign
 from raylign.boundary.beside import asked
 from raylign.config.blocks import ModelBlock
+from raylign.errors import DiskError
 from raylign.models.cache import cache_root, sha256_of
 from raylign.models.resolve import CONFIG, stored_shapes
+from raylign.run.files import publish_text
 
 T = TypeVar("T", bound=int | None)
 Ts = TypeVarTuple("Ts")
@@ -54,19 +55,11 @@ def remembered(
 
     def answer() -> T:
         found = pending()
-        with suppress(OSError):
-            _write(file, _Answer(answer=found))
+        with suppress(DiskError):
+            publish_text(file, _Answer(answer=found).model_dump_json())
         return found
 
     return answer
-
-
-def _write(file: Path, answer: _Answer) -> None:
-    """The file is whole or not there, whoever else writes it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    part.write_text(answer.model_dump_json())
-    part.replace(file)
 
 
 @cache
