@@ -35,6 +35,11 @@ class PlacementPlan:
     trainers: tuple[ActorPlace, ...]
     scorer: ActorPlace = ActorPlace(OUTSIDE, 0.0, 0.0)
 
+    @property
+    def ranks_beside(self) -> bool:
+        """Whether every generator shares its bundle with a trainer rank."""
+        return {place.bundle for place in self.generators} <= {place.bundle for place in self.trainers}
+
     def required(self) -> dict[str, float]:
         """Totals over all bundles and a scorer outside of them."""
         totals = {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}

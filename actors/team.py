@@ -1,7 +1,7 @@
 """All actors of a run, started from the config and taken down together."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.generator.actor import EngineSpec, GeneratorActor
@@ -26,9 +31,9 @@ from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
 from actors.supervision.watch import watched
 from actors.trainer.actor import TrainerSpec
-from actors.weight_sync.folder import weight_folder
+from actors.weight_sync.nodes import node_folders
 from actors.weight_sync.publish import Canary, WeightPublisher
-from actors.weight_sync.transports import EngineEnd, require_room, weight_transport
+from actors.weight_sync.transports import EngineEnd, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.losses import loss_functions
 from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
@@ -69,6 +74,12 @@ class _Start:
         """The run directory."""
         return (self.config.run.dir / self.config.run.name).absolute()
 
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Ray's ids of the nodes where generators and the ranks are."""
+        of_bundle = placement_group_table(self.group)["bundles_to_node_id"]
+        return [of_bundle[place.bundle] for place in (*self.plan.generators, *self.plan.trainers)]
+
     def supervision(self, role: Role, error: type[RaylignError]) -> Supervision:
         return Supervision(role, error, self.incidents, self.run / STACKS)
 
@@ -106,20 +117,20 @@ def team(
     incidents: Incidents,
 ) -> Iterator[ActorTeam]:
     """Start every role at the same time, wait until all have loaded, yield them, and take them down at the end."""
-    with weight_folder(config.run.name) as directory:
-        transport = weight_transport(config, folder, plan.device, directory)
-        require_room(directory, transport.needed_bytes)
-        with _starting(config, folder, pad_id, plan, incidents) as start:
-            generators = _start_generators(config, start, transport.engine)
-            scorer = _start_scorer(config, start)
-            trainers = _start_trainers(start)
-            sync = config.generators.weight_sync
-            canary = Canary(canary_ids, sync.canary_max_gap)
-            publisher = WeightPublisher(trainers, generators, transport, canary, sync.timeout_s)
-            scorer.wait_ready()
-            generators.wait_ready(publisher.catch_up)
-            with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
-                yield ActorTeam(generators, trainers, scorer, publisher)
+    sync = config.generators.weight_sync
+    with _starting(config, folder, pad_id, plan, incidents) as start:
+        folders = start.stack.enter_context(node_folders(config.run.name, start.nodes, sync.timeout_s))
+        transport = weight_transport(config, folder, plan, folders)
+        folders.require_room(transport.needed_bytes)
+        generators = _start_generators(config, start, transport.engine)
+        scorer = _start_scorer(config, start)
+        trainers = _start_trainers(start)
+        canary = Canary(canary_ids, sync.canary_max_gap)
+        publisher = WeightPublisher(trainers, generators, transport, canary, sync.timeout_s)
+        scorer.wait_ready()
+        generators.wait_ready(publisher.catch_up)
+        with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
+            yield ActorTeam(generators, trainers, scorer, publisher)
 
 
 @contextmanager
@@ -151,7 +162,7 @@ def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineE
         max_num_seqs=block.max_num_seqs,
         gpu_memory_utilization=block.gpu_memory_utilization,
         kv_cache_gb=block.kv_cache_gb,
-        enforce_eager=block.enforce_eager,
+        enforce_eager=start.plan.device == "cpu" if block.enforce_eager is None else block.enforce_eager,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
         threads=config.placement.generator_cpus,

@@ -27,7 +27,7 @@ from raylign.errors import GeneratorError, RaylignError, TrainerError
 from raylign.losses import LossState, preference_loss
 from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
 from raylign.reference.versions import reference_version
-from raylign.roles import Generator, Generators, Publisher, Scorer, TrainerRank, Trainers
+from raylign.roles import DeviceLink, Generator, Generators, NodePath, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
 from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
 from raylign.scoring import Usage, check_unscored, summary
@@ -87,14 +87,14 @@ class FakeEngine:
     async def label(self, version: int) -> None:
         self.label_now = version
 
-    async def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, file: NodePath, version: int) -> None:
         self._events.append("load weights")
-        self.weights = int(load_file(path)[WEIGHT])
+        self.weights = int(load_file(file.path)[WEIGHT])
         await self.label(version)
 
-    async def take_adapter(self, path: str, version: int) -> None:
+    async def take_adapter(self, folder: NodePath, version: int) -> None:
         self._events.append("load adapter")
-        self.weights = int(load_file(Path(path) / "adapter_model.safetensors")[WEIGHT])
+        self.weights = int(load_file(Path(folder.path) / "adapter_model.safetensors")[WEIGHT])
         await self.label(version)
 
     async def ready(self) -> None: ...
@@ -136,6 +136,8 @@ class FakeGenerators:
             on_finished(found)
             advance(1)
         return candidates
+
+    def replace_dead(self) -> None: ...
 
     def call(
         self,
@@ -293,8 +295,10 @@ class FakeRank:
     def free_address(self) -> tuple[str, int]:
         return "127.0.0.1", 0
 
-    def send_nccl(self, handles: Sequence[Any], address: str, port: int, workers: int, timeout_s: float) -> None:
-        self._events.append(f"broadcast to {workers}")
+    def send_weights(
+        self, link: DeviceLink, handles: Sequence[Any], address: str, port: int, workers: int, timeout_s: float
+    ) -> None:
+        self._events.append(f"{link} to {len(handles)} of {workers}")
         for engine in handles:
             engine.weights = self.version
 
@@ -332,7 +336,7 @@ def fake_trainers(rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig) ->
     ) -> list[T]:
         return [getattr(rank, method.__name__)(*args, **kwargs)]
 
-    return SupervisedTrainers(
+    trainers = SupervisedTrainers(
         lambda: [_no_actor()],
         block=config.trainer,
         loss=config.loss,
@@ -341,6 +345,8 @@ def fake_trainers(rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig) ->
         supervision=quiet_supervision("trainer", TrainerError),
         ask_ranks=ask,
     )
+    trainers.replace_dead = lambda: None  # type: ignore[method-assign] # Ray knows of no such actor
+    return trainers
 
 
 class Killed(BaseException):

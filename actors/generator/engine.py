@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import ray
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -26,7 +27,7 @@ from actors.supervision.processes import enable_stack_dumps
 from actors.weight_sync.vllm_worker import WORKER_EXTENSION
 from raylign.errors import GeneratorError
 from raylign.records import Candidate, Prompt
-from raylign.roles import Generator
+from raylign.roles import Generator, NodePath
 from raylign.sampling.decoding import Decoding, policy_versions
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class VllmEngine:
             raise RuntimeError(f"vLLM's engine cannot start: {_said_by_engine() or error}") from error
         self._adapter: LoRARequest | None = None
         self._requests = 0
+        self._transfer_open = self._updating = False
         self._closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -230,7 +232,8 @@ class VllmEngine:
         await self.resume()
 
     @_leaves_with_engine
-    async def take_adapter(self, path: str, version: int) -> None:
+    async def take_adapter(self, folder: NodePath, version: int) -> None:
+        path = _on_this_node(folder)
         request = LoRARequest(_ADAPTER, 1, path, load_inplace=True)
         async with self._paused():
             if not await self._engine.add_lora(request):
@@ -239,18 +242,24 @@ class VllmEngine:
             await self.label(version)
 
     @_leaves_with_engine
-    async def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, file: NodePath, version: int) -> None:
         async with self._paused():
             await self.start_weight_update()
-            await self.update_weights({"path": path})
+            await self.update_weights({"path": _on_this_node(file)})
             await self.finish_weight_update(str(version))
 
     @_leaves_with_engine
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._require_whole()
+        if self._transfer_open:
+            await self._engine.shutdown_weight_transfer_engine()
+        self._transfer_open = True
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
 
     @_leaves_with_engine
     async def start_weight_update(self) -> None:
+        self._require_whole()
+        self._updating = True
         await self._engine.start_weight_update()
 
     @_leaves_with_engine
@@ -260,6 +269,12 @@ class VllmEngine:
     @_leaves_with_engine
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
         await self._engine.finish_weight_update(weight_version)
+        self._updating = False
+
+    def _require_whole(self) -> None:
+        """vLLM has no way out of an update that was cut off: who sends again meets a new engine in this one's place."""
+        if self._updating:
+            _leave(GeneratorError("a weight update was cut off"))
 
     @_leaves_with_engine
     async def version(self) -> int:
@@ -271,6 +286,10 @@ class VllmEngine:
 
 
 _: type[Generator] = VllmEngine
+
+
+def _on_this_node(found: NodePath) -> str:
+    return found.elsewhere.get(ray.get_runtime_context().get_node_id(), found.path) if found.elsewhere else found.path
 
 
 def _require_version(prompt: Prompt, completion: CompletionOutput, version: int) -> None:

@@ -271,6 +271,7 @@ class SupervisedGenerators:
             "generators.count, then run the same command again: it goes on where it stopped"
         )
 
+    @guarded
     def replace_dead(self) -> None:
         """Replace dead generators while nobody asks anything of them."""
         for slot in self._ready():

@@ -178,6 +178,7 @@ class SupervisedTrainers(TrainerGroup):
                         raise  # to `train_round`, which knows where a new group goes on from
                     self._replace(self._slot.diagnosed(loss_of(lost)))
 
+    @guarded
     def replace_dead(self) -> None:
         """New ranks when one is dead; between rounds the newest checkpoint is what they hold."""
         if loss := self._slot.loss():

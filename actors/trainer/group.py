@@ -14,7 +14,7 @@ from raylign.errors import TrainerError
 from raylign.evaluation.held_out import HeldOut
 from raylign.records import Completions, Preference, ReferenceLogps
 from raylign.reference.versions import sampler_logps
-from raylign.roles import Generator, TrainerRank
+from raylign.roles import DeviceLink, Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 
 P = ParamSpec("P")
@@ -178,10 +178,12 @@ class TrainerGroup:
         """Write a PEFT adapter into a folder on rank 0's node."""
         self._call("gathering the adapter", 1, TrainerRank.save_adapter, folder)
 
-    def send_nccl(self, handles: Sequence[ActorHandle[Generator]], workers: int, timeout_s: float) -> None:
-        """Broadcast the merged weights to the engines behind `handles`, `workers` processes in all."""
+    def send_weights(
+        self, link: DeviceLink, handles: Sequence[ActorHandle[Generator]], workers: int, timeout_s: float
+    ) -> None:
+        """Send the merged weights to the engines of exactly the generators `handles`, `workers` processes each."""
         address, port = self._call("finding a port", 1, TrainerRank.free_address)[0]
-        self._call("sending weights", 1, TrainerRank.send_nccl, handles, address, port, workers, timeout_s)
+        self._call("sending weights", 1, TrainerRank.send_weights, link, handles, address, port, workers, timeout_s)
 
     def _call(
         self, what: str, steps: int, method: Callable[Concatenate[TrainerRank, P], T], *args: P.args, **kwargs: P.kwargs

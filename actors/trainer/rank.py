@@ -42,7 +42,7 @@ from raylign.losses import LossState
 from raylign.models.load import load_policy
 from raylign.records import Completions, Preference, ReferenceLogps
 from raylign.reference.versions import is_new_reference, reference_version
-from raylign.roles import Generator, TrainerRank
+from raylign.roles import DeviceLink, Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.run.sources import take_code
 from raylign.training.batches import BatchShape, MicroBatch, Passes, Step, plan_steps
@@ -64,7 +64,8 @@ from raylign.training.sequences import Layout, token_batch
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
+
+    from actors.weight_sync.device import WeightSender
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class DeepSpeedRank:
         self._steps_done = 0
         self._round = _Round(0, (), [], [])
         self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
-        self._sender: TrainerWeightTransferEngine[Any] | None = None
+        self._sender: WeightSender | None = None
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         take_code(spec.code, "loss.function", TrainerError)
         if not spec.on_gpu:
@@ -382,17 +383,21 @@ class DeepSpeedRank:
     def free_address(self) -> tuple[str, int]:
         return free_address()
 
-    def send_nccl(
-        self, handles: Sequence[ActorHandle[Generator]], address: str, port: int, workers: int, timeout_s: float
+    def send_weights(
+        self,
+        link: DeviceLink,
+        handles: Sequence[ActorHandle[Generator]],
+        address: str,
+        port: int,
+        workers: int,
+        timeout_s: float,
     ) -> None:
-        from actors.weight_sync.nccl import PolicySource, open_sender  # noqa: PLC0415 - vLLM, for this transport alone
+        from actors.weight_sync.device import PolicySource, WeightSender  # noqa: PLC0415 - vLLM, for GPUs alone
 
         if self._sender is None:
             source = PolicySource(self._model, self._sharding.gather, self._sharding.shape_of)
-            self._sender = open_sender(
-                source, handles, rank=self._rank, address=address, port=port, workers=workers, timeout_s=timeout_s
-            )
-        self._sender.send_weights()
+            self._sender = WeightSender(source, self._rank, timeout_s)
+        self._sender.send(link, handles, address, port, workers)
 
 
 _: type[TrainerRank] = DeepSpeedRank

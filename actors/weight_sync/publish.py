@@ -1,6 +1,8 @@
 """New weights into every generator, and the proof that what vLLM serves is what the trainer holds."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -10,9 +12,10 @@ from ray.actor import ActorHandle
 from actors.calls import ask_all
 from actors.supervision.watch import get_together
 from actors.weight_sync.transports import WeightTransport
-from raylign.errors import GeneratorError, TrainerError, WeightSyncError
+from raylign.errors import ActorsLost, GeneratorError, TrainerError, WeightSyncError
 from raylign.roles import Engines, Generator, Generators, Trainers
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -80,29 +83,39 @@ class WeightPublisher:
     def publish(self, version: int) -> Mapping[str, float]:
         self.generators.served = version
         self.generators.pushed = True
-        try:
-            self._push(self.generators, version)
-        except (GeneratorError, TrainerError) as cause:
-            raise WeightSyncError(f"publishing version {version} failed: {cause}") from cause
-        return self.verify()
+        began = time.monotonic()
+        nbytes = self._push_until_whole(version)
+        seconds = time.monotonic() - began
+        return {"bytes": nbytes, "seconds": seconds, "gb_per_s": nbytes / 1e9 / seconds} | dict(self.verify())
 
-    def _push(self, engines: Engines, version: int) -> None:
-        self.transport.push(self.trainers, engines, version, self.timeout_s)
+    def _push_until_whole(self, version: int) -> int:
+        """Once more where someone was lost and replaced meanwhile; the cap of restarts is the cap of this, too."""
+        while True:
+            before = self._members()
+            try:
+                return self._push(self.generators, version)
+            except (GeneratorError, TrainerError, WeightSyncError, ActorsLost) as cause:
+                self.trainers.replace_dead()
+                self.generators.replace_dead()
+                if self._members() == before:
+                    raise WeightSyncError(f"publishing version {version} failed: {cause}") from cause
+                log.warning("publishing version %d once more: %s", version, cause)
+
+    def _members(self) -> Sequence[Any]:
+        return [*self.trainers.handles, *self.generators.handles]
+
+    def _push(self, engines: Engines, version: int) -> int:
+        nbytes = self.transport.push(self.trainers, engines, version, self.timeout_s)
         served = engines.call("reading the served version", self.timeout_s, Generator.version)
         if any(found != version for found in served):
             raise WeightSyncError(f"generators serve versions {served} after version {version} was pushed")
+        return nbytes
 
     def catch_up(self, handle: ActorHandle[Generator]) -> None:
         """Bring one generator that has just started to the version that the others serve, and prove it.
 
         Raises ActorsLost when it dies, WeightSyncError when it does not serve the trainer's weights.
         """
-        if not self.transport.takes_newcomers:
-            raise WeightSyncError(
-                f"generators.weight_sync.transport={self.transport.engine.name} cannot reach a generator that starts "
-                "later than the others; run the same command again: it goes on at "
-                "the first stage that is not finished"
-            )
         alone = _OneEngine([handle])
         if self.generators.pushed:
             self._push(alone, self.generators.served)

@@ -1,21 +1,20 @@
 """How weights travel. A transport moves them; `publish` decides when and verifies."""
 
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
-from actors.weight_sync.folder import BACKEND
-from actors.weight_sync.manifest import Manifest, checkpoint_manifest, file_manifest, require_same
+from actors.placement import PlacementPlan
+from actors.weight_sync.folder import BACKEND, NodeFolders
+from actors.weight_sync.manifest import Manifest, checkpoint_manifest, require_same
 from raylign.config import OnlineDpoConfig
-from raylign.errors import PlacementError, WeightSyncError
-from raylign.roles import Engines, Generator, Trainers
+from raylign.errors import PlacementError
+from raylign.roles import DeviceLink, Engines, Generator, Trainers
 
-Name = Literal["lora", "shm", "nccl"]
+Name = Literal["lora", "shm", "nccl", "ipc"]
+_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +22,32 @@ class EngineEnd:
     """A transport's part in an engine.
 
     `backend` is that of vLLM's weight transfer, None where the engine takes adapters and so can answer without one.
-    With `opens_itself` the engine needs nobody to open its end.
+    With `opens_itself` the engine needs nobody to open its end. `environment` is what its processes need to be told.
     """
 
     name: Name
     backend: str | None
     opens_itself: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class WeightTransport(Protocol):
     """Moves the trainer's weights to idle generators, which then serve them as `version`."""
 
-    engine: ClassVar[EngineEnd]
-    takes_newcomers: ClassVar[bool]
-    """Whether a push can go to one generator alone, which has started later than the others."""
+    @property
+    def engine(self) -> EngineEnd: ...
 
     @property
     def needed_bytes(self) -> int:
-        """Room in shared memory that a push takes; 0 where that does not count."""
+        """Room in shared memory that a push takes on every node; 0 where that does not count."""
         ...
 
-    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
-        """Raises WeightSyncError, TrainerError or GeneratorError; after any of them the engines are not to be used."""
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> int:
+        """Returns the bytes that each generator got.
+
+        Raises WeightSyncError, TrainerError, GeneratorError or ActorsLost; after any of them the engines are not to be
+        used before a push has succeeded.
+        """
         ...
 
 
@@ -54,21 +57,28 @@ def choose_transport(
     device: Literal["cpu", "gpu"],
     adapter: bool,
     own_devices: bool,
+    ranks_beside: bool = True,
     keeps_base: bool = False,
 ) -> Name:
     """`adapter` says whether the generators' checkpoint under an adapter is the policy.
 
+    `ranks_beside`: every generator that shares GPUs has a trainer rank on its own.
     `keeps_base`: the generators must answer without that adapter too, so that it cannot be merged. Otherwise
     `auto`: on CPU merged weights through shared memory, because vLLM decodes adapters several times slower there; on
-    GPU the adapter alone, else NCCL between separate GPUs, else shared memory.
+    GPU the adapter alone, else NCCL between separate GPUs, CUDA's memory handles on the same ones, or shared memory.
     """
-    if named == "nccl" and device == "cpu":
+    if named in ("nccl", "ipc") and device == "cpu":
         raise PlacementError(
-            "generators.weight_sync.transport=nccl needs GPUs, and this run is on CPU; use auto or shm"
+            f"generators.weight_sync.transport={named} needs GPUs, and this run is on CPU; use auto or shm"
         )
     if named == "nccl" and not own_devices:
         raise PlacementError(
             "generators.weight_sync.transport=nccl needs a GPU of its own per actor; set placement.mode=disaggregated"
+        )
+    if named == "ipc" and (own_devices or not ranks_beside):
+        raise PlacementError(
+            "generators.weight_sync.transport=ipc needs a trainer rank on the GPU of every generator; set "
+            "placement.mode=colocated and trainer.ranks to generators.count or more, or use auto"
         )
     if named != "auto":
         return named
@@ -76,106 +86,105 @@ def choose_transport(
         return "shm"
     if adapter:
         return "lora"
-    return "nccl" if own_devices else "shm"
+    if own_devices:
+        return "nccl"
+    return "ipc" if ranks_beside else "shm"
 
 
 @dataclass(frozen=True, slots=True)
 class ShmTransport:
-    """Merged weights as one safetensors file in shared memory, checked against `manifest`, mapped by each engine."""
+    """Merged weights as one safetensors file in the shared memory of every node, checked against `manifest`.
+
+    Each engine maps the one of its node.
+    """
 
     engine: ClassVar[EngineEnd] = EngineEnd("shm", BACKEND, opens_itself=True)
-    takes_newcomers: ClassVar[bool] = True
-    directory: Path
+    folders: NodeFolders
     manifest: Manifest
     bytes_per_weight: int
 
     @property
     def needed_bytes(self) -> int:
         """Room that a push takes."""
-        return self.bytes_per_weight * sum(math.prod(shape) for shape in self.manifest.values())
+        return weights_in(self.manifest) * self.bytes_per_weight
 
-    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
-        require_room(self.directory, self.needed_bytes)
-        with _own_folder(self.directory) as folder:
-            path = folder / "model.safetensors"
-            trainers.save_weights(str(path))
-            load_file(generators, path, self.manifest, version, timeout_s)
-
-
-def load_file(generators: Engines, path: Path, manifest: Manifest, version: int, timeout_s: float) -> None:
-    """Serve the weights in `path` as `version`. A file that does not fit `manifest` is refused before any change."""
-    require_same(manifest, file_manifest(path))
-    generators.call("loading weights", timeout_s, Generator.take_weights, str(path), version)
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> int:
+        self.folders.require_room(self.needed_bytes)
+        with self.folders.push(trainers.handles[0]) as folder:
+            trainers.save_weights(f"{folder.path}/{_WEIGHTS}")
+            require_same(self.manifest, folder.shapes(_WEIGHTS))
+            file = folder.spread(generators.handles).inside(_WEIGHTS)
+            generators.call("loading weights", timeout_s, Generator.take_weights, file, version)
+            return folder.nbytes()
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTransport:
-    """The adapter alone as a PEFT folder in shared memory, swapped in place."""
+    """The adapter alone as a PEFT folder in the shared memory of every node, swapped in place."""
 
     engine: ClassVar[EngineEnd] = EngineEnd("lora", None)
-    takes_newcomers: ClassVar[bool] = True
     needed_bytes: ClassVar[int] = 0
-    directory: Path
+    folders: NodeFolders
 
-    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
-        with _own_folder(self.directory) as folder:
-            trainers.save_adapter(str(folder))
-            generators.call("loading the adapter", timeout_s, Generator.take_adapter, str(folder), version)
-
-
-@contextmanager
-def _own_folder(directory: Path) -> Iterator[Path]:
-    """For one push: a generator that is replaced meanwhile gets a push of its own."""
-    folder = Path(tempfile.mkdtemp(dir=directory))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> int:
+        with self.folders.push(trainers.handles[0]) as folder:
+            trainers.save_adapter(folder.path)
+            here = folder.spread(generators.handles)
+            generators.call("loading the adapter", timeout_s, Generator.take_adapter, here, version)
+            return folder.nbytes()
 
 
 @dataclass(frozen=True, slots=True)
-class NcclTransport:
-    """Merged weights broadcast from trainer rank 0 to every engine worker with vLLM's packed NCCL engine."""
+class DeviceTransport:
+    """Merged weights from GPU to GPU, by one of vLLM's packed engines. `workers` are those of one generator."""
 
-    engine: ClassVar[EngineEnd] = EngineEnd("nccl", "nccl")
-    takes_newcomers: ClassVar[bool] = False
-    needed_bytes: ClassVar[int] = 0
+    engine: EngineEnd
+    link: DeviceLink
     workers: int
+    manifest: Manifest
+    bytes_per_weight: int
+    needed_bytes: ClassVar[int] = 0
 
-    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> None:
+    def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> int:
         generators.call("pausing the generators", timeout_s, Generator.pause)
-        trainers.send_nccl(generators.handles, self.workers, timeout_s)
+        trainers.send_weights(self.link, generators.handles, self.workers, timeout_s)
         generators.call("labelling the version", timeout_s, Generator.label, version)
         generators.call("resuming the generators", timeout_s, Generator.resume)
+        return weights_in(self.manifest) * self.bytes_per_weight
+
+
+NCCL = EngineEnd("nccl", "nccl")
+IPC = EngineEnd("ipc", "ipc", environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
+"""vLLM hands CUDA's memory handles to its workers as pickles; they come from this run's trainers."""
 
 
 def weight_transport(
-    config: OnlineDpoConfig, folder: str, device: Literal["cpu", "gpu"], directory: Path
+    config: OnlineDpoConfig, folder: str, plan: PlacementPlan, folders: NodeFolders
 ) -> WeightTransport:
-    """The transport of a run whose model is in `folder`; what passes through shared memory does so in `directory`.
+    """The transport of a run whose model is in `folder`; what passes through shared memory does so in `folders`.
 
     Raises PlacementError when it cannot be, WeightSyncError when `folder` has no weights.
     """
-    match choose_transport(
+    name = choose_transport(
         config.generators.weight_sync.transport,
-        device=device,
+        device=plan.device,
         adapter=config.model.adapter_fits_checkpoint,
         own_devices=config.placement.mode == "disaggregated",
+        ranks_beside=plan.ranks_beside,
         keeps_base=config.sampling.reference_generations > 0,
-    ):
+    )
+    workers, itemsize = config.generators.tensor_parallel_size, config.model.itemsize
+    match name:
         case "shm":
-            return ShmTransport(directory, checkpoint_manifest(Path(folder)), config.model.itemsize)
+            return ShmTransport(folders, checkpoint_manifest(Path(folder)), itemsize)
         case "lora":
-            return LoraTransport(directory)
+            return LoraTransport(folders)
         case "nccl":
-            return NcclTransport(config.generators.count * config.generators.tensor_parallel_size)
+            return DeviceTransport(NCCL, "nccl", workers, checkpoint_manifest(Path(folder)), itemsize)
+        case "ipc":
+            return DeviceTransport(IPC, "ipc", workers, checkpoint_manifest(Path(folder)), itemsize)
 
 
-def require_room(directory: Path, needed: int) -> None:
-    """Raises WeightSyncError when `directory` has less than `needed` bytes free."""
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise WeightSyncError(
-            f"{directory}: {free / 1e6:.0f} MB free, a weight push needs {needed / 1e6:.0f} MB; enlarge /dev/shm "
-            "(docker --shm-size, or an emptyDir with medium: Memory on Kubernetes)"
-        )
+def weights_in(manifest: Manifest) -> int:
+    """How many numbers the tensors have."""
+    return sum(math.prod(shape) for shape in manifest.values())

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
     from raylign.evaluation.held_out import HeldOut
@@ -22,6 +22,22 @@ if TYPE_CHECKING:  # processes that only name a role load neither torch nor the 
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class NodePath:
+    """A file or folder that several nodes have: at `path`, or where `elsewhere` says for Ray's id of a node."""
+
+    path: str
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, name: str) -> NodePath:
+        """The file `name` in the folder."""
+        return NodePath(f"{self.path}/{name}", {node: f"{path}/{name}" for node, path in self.elsewhere.items()})
+
+
+DeviceLink = Literal["nccl", "ipc"]
+"""How weights go from GPU to GPU: broadcast over NCCL to other GPUs, or by CUDA's memory handles on the same ones."""
 
 
 class Generator(Protocol):
@@ -50,14 +66,14 @@ class Generator(Protocol):
     async def resume(self) -> None:
         """Forget prefixes computed with older weights, then serve again."""
 
-    async def take_adapter(self, path: str, version: int) -> None:
-        """Serve the PEFT adapter in folder `path` as `version`, replacing the one before."""
+    async def take_adapter(self, folder: NodePath, version: int) -> None:
+        """Serve the PEFT adapter in `folder` as `version`, replacing the one before."""
 
-    async def take_weights(self, path: str, version: int) -> None:
-        """Serve the weights in the safetensors file `path` as `version`."""
+    async def take_weights(self, file: NodePath, version: int) -> None:
+        """Serve the weights in the safetensors `file` as `version`."""
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """vLLM's weight transfer, step by step: open it, begin, receive, end."""
+        """vLLM's weight transfer, step by step: open it (anew, if it is open), begin, receive, end."""
 
     async def start_weight_update(self) -> None: ...
 
@@ -166,10 +182,12 @@ class TrainerRank(Protocol):
         """This rank's node, and a port there that nobody listens on."""
         ...
 
-    def send_nccl(self, handles: Sequence[Any], address: str, port: int, workers: int, timeout_s: float) -> None:
-        """Broadcast the merged weights to the engines behind `handles`; the first call opens the group at address:port.
+    def send_weights(
+        self, link: DeviceLink, handles: Sequence[Any], address: str, port: int, workers: int, timeout_s: float
+    ) -> None:
+        """Send the merged weights to the engines of exactly the generators `handles` (Ray's), `workers` processes each.
 
-        `handles` are Ray's, of generators with `workers` processes in all.
+        The group of senders and engines is kept for the next call, and opened anew, at address:port, for others.
         """
 
 
@@ -221,6 +239,9 @@ class Generators(Engines, Protocol):
     pushed: bool
     """Whether weights were ever sent; until then every generator serves what it has loaded."""
 
+    def replace_dead(self) -> None:
+        """Replace generators that are dead, while nobody asks anything of them."""
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -253,6 +274,14 @@ class RoundRecord(Protocol):
 
 class Trainers(Protocol):
     """All ranks as one."""
+
+    @property
+    def handles(self) -> Sequence[Any]:
+        """Ray's handles of the ranks, in order."""
+        ...
+
+    def replace_dead(self) -> None:
+        """Replace ranks that are dead, while nobody asks anything of them."""
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Go on from the checkpoint, now and whenever ranks are lost; None is the model as it was loaded."""
@@ -295,8 +324,8 @@ class Trainers(Protocol):
     def save_adapter(self, folder: str) -> None:
         """Write a PEFT adapter into a folder on rank 0's node."""
 
-    def send_nccl(self, handles: Sequence[Any], workers: int, timeout_s: float) -> None:
-        """Broadcast the merged weights to the engines behind `handles`, `workers` processes in all."""
+    def send_weights(self, link: DeviceLink, handles: Sequence[Any], workers: int, timeout_s: float) -> None:
+        """Send the merged weights to the engines of exactly the generators `handles`, `workers` processes each."""
 
 
 class Scorer(Protocol):

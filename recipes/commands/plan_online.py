@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.placement import PlacementPlan, plan_team
-from actors.weight_sync.folder import shared_folder
-from actors.weight_sync.transports import Name, require_room, weight_transport
+from actors.weight_sync.folder import OneNode, shared_folder
+from actors.weight_sync.transports import Name, weight_transport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
@@ -103,10 +103,11 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     prompts = find_prompts(config, models, quarantine=False)
     where, available = present_resources()
     placement = plan_team(config, available)
-    transport = weight_transport(config, str(model.folder), placement.device, shared_folder())
+    here = OneNode(shared_folder())
+    transport = weight_transport(config, str(model.folder), placement, here)
     is_here = where == THIS_MACHINE
     if is_here:
-        require_room(shared_folder(), transport.needed_bytes)
+        here.require_room(transport.needed_bytes)
     return RunPlan(
         config=config,
         model=model,

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.placement import plan_team
 from actors.team import ActorTeam, team
-from actors.weight_sync.manifest import checkpoint_manifest
-from actors.weight_sync.transports import load_file as push_file
+from actors.weight_sync.manifest import checkpoint_manifest, file_manifest, require_same
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.records import Candidate, Preference, Prompt
+from raylign.roles import Generator, NodePath
 from raylign.sampling.decoding import Decoding
 from tests.fakes import quiet_incidents
 
@@ -84,7 +84,9 @@ def _greedy(roles: ActorTeam, prompts: list[Prompt]) -> list[Candidate]:
 def _push(roles: ActorTeam, weights: Mapping[str, Tensor], folder: Path, served_llama: str) -> None:
     path = folder / "pushed.safetensors"
     save_file(dict(weights), path, {"format": "pt"})
-    push_file(roles.generators, path, checkpoint_manifest(Path(served_llama)), _Version.current + 1, 120)
+    require_same(checkpoint_manifest(Path(served_llama)), file_manifest(path))
+    version = _Version.current + 1
+    roles.generators.call("loading weights", 120, Generator.take_weights, NodePath(str(path)), version)
     _Version.current += 1
 
 
@@ -218,5 +220,5 @@ def test_training_reaches_the_generators(
     path = tmp_path / "trained.safetensors"
     roles.trainers.save_weights(str(path))
     _assert_serves(roles, served_llama, load_file(path), prompts)
-    folders = [path for path in roles.publisher.transport.directory.iterdir() if path.is_dir()]  # type: ignore[attr-defined]
+    folders = [path for path in roles.publisher.transport.folders.directory.iterdir() if path.is_dir()]  # type: ignore[attr-defined]
     assert folders == []

@@ -171,33 +171,39 @@ TRANSPORT = Patch(
     edits=[
         (
             "platform/raylign/config/blocks.py",
-            'transport: Literal["auto", "lora", "shm", "nccl"]',
-            'transport: Literal["auto", "lora", "shm", "nccl", "disk"]',
+            'transport: Literal["auto", "lora", "shm", "nccl", "ipc"]',
+            'transport: Literal["auto", "lora", "shm", "nccl", "ipc", "disk"]',
         ),
         (
             "actors/weight_sync/transports.py",
-            'Name = Literal["lora", "shm", "nccl"]',
-            'Name = Literal["lora", "shm", "nccl", "disk"]',
+            'Name = Literal["lora", "shm", "nccl", "ipc"]',
+            'Name = Literal["lora", "shm", "nccl", "ipc", "disk"]',
         ),
         (
             "actors/weight_sync/transports.py",
-            "@dataclass(frozen=True, slots=True)\nclass NcclTransport:",
+            "import DeviceLink, Engines, Generator, Trainers",
+            "import DeviceLink, Engines, Generator, NodePath, Trainers",
+        ),
+        (
+            "actors/weight_sync/transports.py",
+            "@dataclass(frozen=True, slots=True)\nclass DeviceTransport:",
             '''@dataclass(frozen=True, slots=True)
 class DiskTransport:
     """Merged weights through a folder on a disk that all nodes see."""
 
     engine: ClassVar[EngineEnd] = EngineEnd("disk", BACKEND, opens_itself=True)
-    takes_newcomers: ClassVar[bool] = True
     needed_bytes: ClassVar[int] = 0
     folder: Path
 
     def push(self, trainers, generators, version, timeout_s):
-        trainers.save_weights(str(self.folder / "model.safetensors"))
-        generators.call("loading", timeout_s, Generator.take_weights, str(self.folder / "model.safetensors"), version)
+        file = NodePath(str(self.folder / "model.safetensors"))
+        trainers.save_weights(file.path)
+        generators.call("loading", timeout_s, Generator.take_weights, file, version)
+        return Path(file.path).stat().st_size
 
 
 @dataclass(frozen=True, slots=True)
-class NcclTransport:''',
+class DeviceTransport:''',
         ),
         (
             "actors/weight_sync/transports.py",
@@ -208,13 +214,16 @@ class NcclTransport:''',
     run="""
 import sys
 from pathlib import Path
+from actors.placement import PlacementPlan
+from actors.weight_sync.folder import OneNode
 from actors.weight_sync.publish import Canary
 from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import weight_transport
 from raylign.config import parse_config
 from tests.fakes import FakeEngine, FakeGenerators, FakeRank, fake_trainers
 config = parse_config({}, ["generators.weight_sync.transport=disk", f"run.dir={sys.argv[1]}"])
-transport = weight_transport(config, "unused", "cpu", Path("unused"))
+plan = PlacementPlan("cpu", (), (), ())
+transport = weight_transport(config, "unused", plan, OneNode(Path("unused")))
 rank, engine = FakeRank([], config), FakeEngine([])
 rank.version = 1
 trainers, canary = fake_trainers(rank, config), Canary(((1, 2),), 0.1)

@@ -228,8 +228,9 @@ class TrainerBlock(Block):
 class WeightSyncBlock(Block):
     """How new weights reach the generators, and how that is verified."""
 
-    transport: Literal["auto", "lora", "shm", "nccl"] = "auto"
-    """`auto`: shm on CPU; on GPU lora for adapters, else nccl. Only lora can serve `sampling.reference_generations`."""
+    transport: Literal["auto", "lora", "shm", "nccl", "ipc"] = "auto"
+    """`auto`: shm on CPU; on GPU lora for adapters, else nccl between GPUs and ipc on shared ones. Only lora can serve
+    `sampling.reference_generations`."""
     canary_max_gap: PositiveFloat = 0.25
     """Refuse a push when vLLM's mean absolute log-prob gap to the trainer on fixed tokens exceeds this (nats)."""
     timeout_s: PositiveFloat = 300.0
@@ -251,8 +252,8 @@ class GeneratorsBlock(Block):
     """Share of a GPU that vLLM may take."""
     kv_cache_gb: PositiveFloat = 2.0
     """KV cache per engine on CPU, in GiB."""
-    enforce_eager: bool = True
-    """Skip graph capture: starts faster, decodes slower on GPU."""
+    enforce_eager: bool | None = None
+    """Skip compilation and graph capture: starts faster, decodes two to three times slower on GPU. null: on CPU."""
     start_timeout_s: PositiveFloat = 600.0
     """Deadline for an engine to start, in seconds."""
     request_timeout_s: PositiveFloat = 600.0

@@ -198,9 +198,7 @@ class OnlineDpoConfig(RunConfig):
     @model_validator(mode="after")
     def lora_transport_needs_an_adapter(self) -> Self:
         if self.generators.weight_sync.transport == "lora" and self.model.lora is None:
-            raise ValueError(
-                "generators.weight_sync.transport=lora needs model.lora; add that block or use shm or nccl"
-            )
+            raise ValueError("generators.weight_sync.transport=lora needs model.lora; add that block or use auto")
         return self
 
     @model_validator(mode="after")

@@ -187,7 +187,7 @@ def test_a_value_out_of_range_is_named_with_its_limit(wrong: str, message: str) 
         ),
         (
             ("generators.weight_sync.transport=lora",),
-            "generators.weight_sync.transport=lora needs model.lora; add that block or use shm or nccl",
+            "generators.weight_sync.transport=lora needs model.lora; add that block or use auto",
         ),
         (
             ("trainer.offload.param=true", "trainer.zero_stage=2"),

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from actors.weight_sync.folder import OneNode
 from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
@@ -21,6 +22,7 @@ from raylign.pairing.usable import Dropped
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
 from raylign.report.tables import STAGES, Sample, sampled
+from raylign.roles import NodePath
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import continue_or_create
 from raylign.run.rounds import RoundLog
@@ -117,7 +119,7 @@ def open_desk(tmp_path: Path) -> Iterator[Open]:
         one_rank, one = rank(events, config), engine(events)
         group = fake_trainers(one_rank, config)
         generators = FakeGenerators([one])
-        transport = ShmTransport(tmp_path, {WEIGHT: (1,)}, 1)
+        transport = ShmTransport(OneNode(tmp_path), {WEIGHT: (1,)}, 1)
         publisher = WeightPublisher(group, generators, transport, Canary(((1, 2, 3),), 0.25), 1.0)
         team = FakeTeam(generators, group, FakeScorer(events, config.scoring, value), publisher)
         return Desk(config, run, team, one_rank, one, events, output)
@@ -150,7 +152,9 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
     assert dict(report.counts) == counted | dropped
     # The policy still is the reference: every loss is ln 2.
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log(2)] * 2)
-    assert report.sync == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    gaps = {name: value for name, value in report.sync.items() if name.startswith("logprob_gap")}
+    assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert report.sync["bytes"] > 0 and report.sync["gb_per_s"] > 0
     assert report.evaluation == Evaluation(
         score=1.0,
         score_low=1.0,
@@ -347,7 +351,7 @@ def test_too_many_unscored_candidates_stop_the_round(open_desk: Open) -> None:
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    async def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, file: NodePath, version: int) -> None:
         await self.label(version)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from actors.weight_sync.folder import require_room
 from actors.weight_sync.manifest import checkpoint_manifest, file_manifest, require_same
-from actors.weight_sync.transports import Name, choose_transport, require_room
+from actors.weight_sync.transports import Name, choose_transport
 from raylign.errors import PlacementError, WeightSyncError
 
 Device = Literal["cpu", "gpu"]
@@ -72,7 +73,7 @@ def test_long_lists_are_cut_with_their_count() -> None:
         ("gpu", True, True, "lora"),
         ("gpu", True, False, "lora"),
         ("gpu", False, True, "nccl"),
-        ("gpu", False, False, "shm"),
+        ("gpu", False, False, "ipc"),
     ],
 )
 def test_auto_chooses_by_device_adapter_and_placement(
@@ -98,6 +99,16 @@ def test_nccl_is_taken_between_separate_gpus_only() -> None:
         choose_transport("nccl", device="cpu", adapter=False, own_devices=True)
     with pytest.raises(PlacementError, match="placement.mode=disaggregated"):
         choose_transport("nccl", device="gpu", adapter=False, own_devices=False)
+
+
+def test_handles_of_cuda_need_a_rank_on_every_generators_gpu() -> None:
+    assert choose_transport("ipc", device="gpu", adapter=False, own_devices=False) == "ipc"
+    assert choose_transport("auto", device="gpu", adapter=False, own_devices=False, ranks_beside=False) == "shm"
+    for own_devices, ranks_beside in ((True, True), (False, False)):
+        with pytest.raises(PlacementError, match="trainer rank on the GPU of every generator"):
+            choose_transport("ipc", device="gpu", adapter=False, own_devices=own_devices, ranks_beside=ranks_beside)
+    with pytest.raises(PlacementError, match="needs GPUs"):
+        choose_transport("ipc", device="cpu", adapter=False, own_devices=False)
 
 
 def test_room_is_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,26 @@
 """The publish sequence, the canary and the transports, between fake trainers and fake engines."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from actors.weight_sync.folder import OneNode
 from actors.weight_sync.publish import Canary, WeightPublisher
-from actors.weight_sync.transports import LoraTransport, NcclTransport, ShmTransport, WeightTransport
+from actors.weight_sync.transports import (
+    IPC,
+    NCCL,
+    DeviceTransport,
+    EngineEnd,
+    LoraTransport,
+    ShmTransport,
+    WeightTransport,
+)
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
+from raylign.roles import DeviceLink, NodePath
 from recipes.opening import serve_newest
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeRank, fake_trainers
 from tests.faults import record
@@ -34,18 +44,24 @@ class Setting:
 
 
 def shm(directory: Path, shape: tuple[int, ...] = (1,), needed: int = 1) -> ShmTransport:
-    return ShmTransport(directory, {WEIGHT: shape}, needed)
+    return ShmTransport(OneNode(directory), {WEIGHT: shape}, needed)
+
+
+def gaps(published: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in published.items() if name.startswith("logprob_gap")}
 
 
 def test_shared_memory_in_order(tmp_path: Path) -> None:
     setting = Setting(shm(tmp_path))
-    assert setting.publisher.publish(1) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    published = setting.publisher.publish(1)
+    assert gaps(published) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert published["bytes"] > 8 and published["gb_per_s"] == published["bytes"] / 1e9 / published["seconds"]
     assert setting.events == ["save weights", "load weights", "load weights"]
     assert setting.weights() == [1, 1] and list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_in_order(tmp_path: Path) -> None:
-    setting = Setting(LoraTransport(tmp_path), engines=(FakeEngine,))
+    setting = Setting(LoraTransport(OneNode(tmp_path)), engines=(FakeEngine,))
     setting.publisher.publish(1)
     assert setting.events == ["save adapter", "load adapter"]
     assert setting.weights() == [1] and list(tmp_path.iterdir()) == []
@@ -56,15 +72,17 @@ def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_pat
     """All others were loaded from the checkpoint that the generators serve."""
     setting = Setting(shm(tmp_path), engines=(FakeEngine,))
     setting.rank.version = 0
-    gaps = serve_newest(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
-    assert gaps == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    found = serve_newest(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
+    assert gaps(found) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
     assert setting.events == (["save weights", "load weights"] if four_bits else [])
 
 
-def test_a_broadcast_in_order() -> None:
-    setting = Setting(NcclTransport(workers=4))
-    setting.publisher.publish(1)
-    assert setting.events == ["pause", "pause", "broadcast to 4", "resume", "resume"]
+@pytest.mark.parametrize("end", [NCCL, IPC])
+def test_from_device_to_device_in_order(end: EngineEnd) -> None:
+    link: DeviceLink = "nccl" if end is NCCL else "ipc"
+    setting = Setting(DeviceTransport(end, link, workers=4, manifest={WEIGHT: (3, 5)}, bytes_per_weight=2))
+    assert setting.publisher.publish(1)["bytes"] == 30
+    assert setting.events == ["pause", "pause", f"{link} to 2 of 4", "resume", "resume"]
     assert [engine.label_now for engine in setting.generators.engines] == [1, 1] == setting.weights()
 
 
@@ -88,19 +106,33 @@ def test_without_room_nothing_is_written(tmp_path: Path) -> None:
 class Broken(FakeEngine):
     """Fails in the middle of an update."""
 
-    async def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, file: NodePath, version: int) -> None:
         raise GeneratorError("the engine died")
 
-    async def take_adapter(self, path: str, version: int) -> None:
+    async def take_adapter(self, folder: NodePath, version: int) -> None:
         raise GeneratorError("the engine died")
 
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_a_failed_update_is_a_weight_sync_error_and_leaves_no_file(adapter: bool, tmp_path: Path) -> None:
-    setting = Setting(LoraTransport(tmp_path) if adapter else shm(tmp_path), engines=(FakeEngine, Broken))
+    setting = Setting(LoraTransport(OneNode(tmp_path)) if adapter else shm(tmp_path), engines=(FakeEngine, Broken))
     with pytest.raises(WeightSyncError, match="publishing version 1 failed: the engine died"):
         setting.publisher.publish(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_lost_and_replaced_in_the_middle_of_a_push_gets_another(tmp_path: Path) -> None:
+    """A push that fails without a loss is not tried again: `test_a_failed_update_...` has that."""
+    setting = Setting(shm(tmp_path), engines=(FakeEngine, Broken))
+
+    def replace_dead() -> None:
+        engines = setting.generators.engines
+        setting.generators.engines = setting.generators.handles = (engines[0], FakeEngine(setting.events))
+
+    setting.generators.replace_dead = replace_dead  # type: ignore[method-assign]
+    setting.publisher.publish(1)
+    assert setting.events == ["save weights", "load weights"] * 2 + ["load weights"]
+    assert setting.weights() == [1, 1] and list(tmp_path.iterdir()) == []
 
 
 class Forgetful(FakeEngine):
@@ -118,7 +150,7 @@ def test_an_engine_that_serves_another_version_is_noticed(tmp_path: Path) -> Non
 class Stale(FakeEngine):
     """Says it took the weights and keeps the old ones."""
 
-    async def take_weights(self, path: str, version: int) -> None:
+    async def take_weights(self, file: NodePath, version: int) -> None:
         await self.label(version)
 
 
@@ -143,8 +175,8 @@ class Off(FakeEngine):
 
 def test_the_gaps_by_hand(tmp_path: Path) -> None:
     """Tokens (2 + 1) on two engines: 0, 0, 0 and 0.01, 0.04, 0.01."""
-    gaps = Setting(shm(tmp_path), engines=(FakeEngine, Off)).publisher.publish(1)
-    assert gaps == pytest.approx({"logprob_gap_mean": 0.06 / 6, "logprob_gap_max": 0.04})
+    found = gaps(Setting(shm(tmp_path), engines=(FakeEngine, Off)).publisher.publish(1))
+    assert found == pytest.approx({"logprob_gap_mean": 0.06 / 6, "logprob_gap_max": 0.04})
 
 
 def test_a_gap_at_the_limit_passes(tmp_path: Path) -> None:
