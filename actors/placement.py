@@ -40,6 +40,12 @@ class PlacementPlan:
         """Whether every generator shares its bundle with a trainer rank."""
         return {place.bundle for place in self.generators} <= {place.bundle for place in self.trainers}
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a generator and a trainer rank have one GPU between them."""
+        shared = {place.bundle for place in self.generators} & {place.bundle for place in self.trainers}
+        return self.device == "gpu" and bool(shared)
+
     def required(self) -> dict[str, float]:
         """Totals over all bundles and a scorer outside of them."""
         totals = {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in ("CPU", "GPU")}

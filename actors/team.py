@@ -29,11 +29,12 @@ from actors.supervision.processes import FOLDER as STACKS
 from actors.supervision.processes import kill, remove_empty
 from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
-from actors.supervision.watch import watched
+from actors.supervision.turns import OwnDevices, SharedDevices, Turns
+from actors.supervision.watch import Replaceable, watched
 from actors.trainer.actor import TrainerSpec
 from actors.weight_sync.nodes import node_folders
 from actors.weight_sync.publish import Canary, WeightPublisher
-from actors.weight_sync.transports import EngineEnd, weight_transport
+from actors.weight_sync.transports import EngineEnd, WeightTransport, weight_transport
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.losses import loss_functions
 from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
@@ -122,14 +123,24 @@ def team(
         folders = start.stack.enter_context(node_folders(config.run.name, start.nodes, sync.timeout_s))
         transport = weight_transport(config, folder, plan, folders)
         folders.require_room(transport.needed_bytes)
-        generators = _start_generators(config, start, transport.engine)
+        turns = _turns(config, plan, transport)
+        generators = _start_generators(config, start, transport.engine, turns)
         scorer = _start_scorer(config, start)
-        trainers = _start_trainers(start)
+        if isinstance(turns, SharedDevices):
+            # vLLM measures what is free, and takes its share: trainers would be counted as its own, or be in its way.
+            generators.wait_ready()
+            turns.engines_started(generators)
+        trainers = _start_trainers(start, turns)
+        if isinstance(turns, SharedDevices):
+            turns.movers = trainers
         canary = Canary(canary_ids, sync.canary_max_gap)
-        publisher = WeightPublisher(trainers, generators, transport, canary, sync.timeout_s)
+        publisher = WeightPublisher(trainers, generators, transport, canary, sync.timeout_s, turns)
         scorer.wait_ready()
-        generators.wait_ready(publisher.catch_up)
-        with watched((generators, trainers, scorer), config.recovery.heartbeat_s):
+        generators.wait_ready()
+        generators.bring_newcomers_up_to_date(publisher.catch_up)
+        # Who takes turns is replaced when its turn comes: between them its GPU is another one's.
+        idle: Sequence[Replaceable] = (scorer,) if turns.shared else (generators, trainers, scorer)
+        with watched(idle, config.recovery.heartbeat_s):
             yield ActorTeam(generators, trainers, scorer, publisher)
 
 
@@ -144,12 +155,20 @@ def trainer_team(
 ) -> Iterator[SupervisedTrainers]:
     """The same with trainers alone, for recipes that train on a data set."""
     with _starting(config, folder, pad_id, plan, incidents) as start:
-        trainers = _start_trainers(start)
+        trainers = _start_trainers(start, OwnDevices())
         with watched((trainers,), config.recovery.heartbeat_s):
             yield trainers
 
 
-def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineEnd) -> SupervisedGenerators:
+def _turns(config: OnlineDpoConfig, plan: PlacementPlan, transport: WeightTransport) -> Turns:
+    if plan.takes_turns and config.generators.enable_sleep_mode:
+        return SharedDevices(replaces=transport.engine.backend is not None)
+    return OwnDevices()
+
+
+def _start_generators(
+    config: OnlineDpoConfig, start: _Start, transport: EngineEnd, turns: Turns
+) -> SupervisedGenerators:
     block = config.generators
     spec = EngineSpec(
         model=start.folder,
@@ -163,6 +182,7 @@ def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineE
         gpu_memory_utilization=block.gpu_memory_utilization,
         kv_cache_gb=block.kv_cache_gb,
         enforce_eager=start.plan.device == "cpu" if block.enforce_eager is None else block.enforce_eager,
+        sleeps=turns.shared,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
         threads=config.placement.generator_cpus,
@@ -178,7 +198,9 @@ def _start_generators(config: OnlineDpoConfig, start: _Start, transport: EngineE
         return handle
 
     supervision = start.supervision("generator", GeneratorError)
-    generators = SupervisedGenerators(spawn, block=block, recovery=config.recovery, supervision=supervision)
+    generators = SupervisedGenerators(
+        spawn, block=block, recovery=config.recovery, supervision=supervision, turns=turns
+    )
     start.stack.callback(lambda: kill(generators.handles))
     start.stack.callback(generators.shut_down, _SHUTDOWN_S)
     return generators
@@ -202,7 +224,7 @@ def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
     return scorer
 
 
-def _start_trainers(start: _Start) -> SupervisedTrainers:
+def _start_trainers(start: _Start, turns: Turns) -> SupervisedTrainers:
     config, plan = start.config, start.plan
     loss, reference = config.objective, config.measured_against
     spec = TrainerSpec(
@@ -228,6 +250,7 @@ def _start_trainers(start: _Start) -> SupervisedTrainers:
         reference=reference,
         adapter=config.model.lora is not None,
         supervision=start.supervision("trainer", TrainerError),
+        turns=turns,
     )
     start.stack.callback(lambda: kill(trainers.handles))
     return trainers

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from actors.supervision.cures import Role
 from actors.supervision.incidents import Incidents
 from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers
+from actors.supervision.turns import OwnDevices, Turns
 from actors.trainer.group import Rank
 from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.blocks import RecoveryBlock
@@ -99,6 +100,10 @@ class FakeEngine:
 
     async def ready(self) -> None: ...
 
+    async def sleep(self, level: Literal[1, 2]) -> None: ...
+
+    async def wake_up(self, tags: Sequence[str]) -> None: ...
+
     async def shutdown(self) -> None: ...
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
@@ -113,8 +118,9 @@ class FakeEngine:
 class FakeGenerators:
     """Engines in turn, called directly."""
 
-    def __init__(self, engines: Sequence[FakeEngine]) -> None:
+    def __init__(self, engines: Sequence[FakeEngine], turns: Turns | None = None) -> None:
         self.engines = self.handles = tuple(engines)
+        self._turns = turns or OwnDevices()
         self.served, self.pushed = 0, False
 
     def sample(
@@ -128,6 +134,7 @@ class FakeGenerators:
         advance: Callable[[int], None],
         on_finished: Callable[[Sequence[Candidate]], None] = lambda candidates: None,
     ) -> list[Candidate]:
+        self._turns.engines(Generator.sample)
         candidates = []
         for row, prompt in enumerate(prompts):
             engine = self.engines[row % len(self.engines)]
@@ -147,7 +154,18 @@ class FakeGenerators:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> list[T]:
-        return [asyncio.run(getattr(engine, method.__name__)(*args, **kwargs)) for engine in self.engines]
+        self._turns.engines(method)
+        answers = [asyncio.run(getattr(engine, method.__name__)(*args, **kwargs)) for engine in self.engines]
+        self._turns.engines_done(method)
+        return answers
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        for engine in self.engines:
+            asyncio.run(engine.sleep(level))
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        for engine in self.engines:
+            asyncio.run(engine.wake_up(tags))
 
 
 def count_good(prompt: Prompt, completion: str) -> float | None:
@@ -292,6 +310,10 @@ class FakeRank:
     def load_state(self, folder: str) -> None:
         self.version = int(load_file(Path(folder) / "state.safetensors")[WEIGHT])
 
+    def offload(self, *, keep_weights: bool) -> None: ...
+
+    def reload(self, *, weights_only: bool) -> None: ...
+
     def free_address(self) -> tuple[str, int]:
         return "127.0.0.1", 0
 
@@ -323,7 +345,9 @@ _engine: type[Generator] = FakeEngine
 _rank: type[TrainerRank] = FakeRank
 
 
-def fake_trainers(rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig) -> SupervisedTrainers:
+def fake_trainers(
+    rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig, turns: Turns | None = None
+) -> SupervisedTrainers:
     """The trainers that runs have, around one rank that is called directly."""
 
     def ask(
@@ -343,6 +367,7 @@ def fake_trainers(rank: FakeRank, config: OnlineDpoConfig | OfflineDpoConfig) ->
         reference=config.reference,
         adapter=config.model.lora is not None,
         supervision=quiet_supervision("trainer", TrainerError),
+        turns=turns,
         ask_ranks=ask,
     )
     trainers.replace_dead = lambda: None  # type: ignore[method-assign] # Ray knows of no such actor

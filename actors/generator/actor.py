@@ -24,6 +24,8 @@ class EngineSpec:
     gpu_memory_utilization: float
     kv_cache_gb: float
     enforce_eager: bool
+    sleeps: bool
+    """Whether trainers need its GPU between samplings."""
     trust_remote_code: bool
     seed: int
     threads: int

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar
 
 import ray
 from vllm import SamplingParams
@@ -55,7 +55,7 @@ def engine_args(spec: EngineSpec) -> AsyncEngineArgs:
         options |= {"block_size": _CPU_BLOCK}
         options |= {"distributed_executor_backend": "uni"} if spec.one_process else {}
     else:
-        options |= {"gpu_memory_utilization": spec.gpu_memory_utilization}
+        options |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": spec.sleeps}
     if spec.transport.backend is None:
         options |= {"enable_lora": True, "max_loras": _slots(spec), "max_lora_rank": _supported_rank(spec.lora_rank)}
     else:
@@ -275,6 +275,14 @@ class VllmEngine:
         """vLLM has no way out of an update that was cut off: who sends again meets a new engine in this one's place."""
         if self._updating:
             _leave(GeneratorError("a weight update was cut off"))
+
+    @_leaves_with_engine
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        await self._engine.sleep(level, mode="wait")
+
+    @_leaves_with_engine
+    async def wake_up(self, tags: Sequence[str]) -> None:
+        await self._engine.wake_up(list(tags))
 
     @_leaves_with_engine
     async def version(self) -> int:

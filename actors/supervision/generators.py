@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from actors.calls import ask
 from actors.supervision.endings import Loss, loss_of
 from actors.supervision.slot import Slot, Starting, Supervision
+from actors.supervision.turns import OwnDevices, Turns
 from actors.supervision.watch import Guard, cured, get_together, guarded
 from raylign.config.blocks import GeneratorsBlock, RecoveryBlock
 from raylign.errors import ActorsLost, GeneratorError, RaylignError
@@ -95,8 +96,15 @@ class SupervisedGenerators:
     """
 
     def __init__(
-        self, spawn: Spawn, *, block: GeneratorsBlock, recovery: RecoveryBlock, supervision: Supervision
+        self,
+        spawn: Spawn,
+        *,
+        block: GeneratorsBlock,
+        recovery: RecoveryBlock,
+        supervision: Supervision,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns or OwnDevices()
         self._spawn, self._block, self._heartbeat_s = spawn, block, recovery.heartbeat_s
         self.guard = Guard()
         self.served = 0
@@ -116,11 +124,8 @@ class SupervisedGenerators:
         handle = self._spawn(self._slots.index(slot))
         slot.fill([handle], Starting(ask(handle, Generator.ready), time.monotonic() + self._block.start_timeout_s))
 
-    def wait_ready(self, catch_up: CatchUp) -> None:
-        """Wait until the first generators have loaded, or their replacements. Raises GeneratorError when one cannot.
-
-        Whoever starts after that is given `catch_up`: the first ones serve what they have loaded.
-        """
+    def wait_ready(self) -> None:
+        """Wait until the first generators have loaded, or their replacements. Raises GeneratorError when one cannot."""
         for slot, starting in [(slot, slot.starting) for slot in self._slots if slot.starting]:
             try:
                 left = max(0.0, starting.deadline - time.monotonic())
@@ -137,7 +142,31 @@ class SupervisedGenerators:
         self.settle()
         if missing := len(self._slots) - len(self._ready()):
             raise self._late(f"{missing} of {len(self._slots)} generators have not started")
+
+    def bring_newcomers_up_to_date(self, catch_up: CatchUp) -> None:
+        """From now on by `catch_up`: the first generators serve what they have loaded."""
         self._catch_up = catch_up
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """Leave the GPUs. Asked by `Turns`, as `wake_up` is."""
+        self._ask_ready("going to sleep", Generator.sleep, level)
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """Take the GPUs' memory for `tags` again."""
+        self._ask_ready("waking up", Generator.wake_up, tuple(tags))
+
+    def _ask_ready(
+        self,
+        what: str,
+        method: Callable[Concatenate[Generator, P], Coroutine[Any, Any, T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        """Who is lost meanwhile is found, and replaced, by the call that this one makes way for."""
+        refs = [ask(slot.handles[0], method, *args, **kwargs) for slot in self._ready()]
+        for ref in refs:
+            with contextlib.suppress(ActorsLost):
+                get_together([ref], self._block.start_timeout_s, what, GeneratorError)
 
     def shut_down(self, timeout_s: float) -> None:
         """Let engines that have started end their processes themselves: killed ones leave their shared memory behind.
@@ -165,6 +194,7 @@ class SupervisedGenerators:
         The prompts of a generator that dies, or finishes none within `generators.request_timeout_s`, go to others with
         the same seeds. Raises GeneratorError for what a generator raised, and past the cap of restarts.
         """
+        self._turns.engines(Generator.sample)
         work = InFlight(prompts, decoding, self._block.max_num_seqs)
         finished: dict[str, list[Candidate]] = {}
         while work:
@@ -172,7 +202,7 @@ class SupervisedGenerators:
                 request_seed = prompt_seed(seed, round_index, prompt.id)
                 handle = self._slots[number].handles[0]
                 work.sent(ask(handle, Generator.sample, prompt, decoding, request_seed, version), prompt, number)
-            for ref in self._wait([*work.refs, *self._starting()]):
+            for ref in self._wait([*work.refs, *(self._starting() if self._may_join(work) else ())]):
                 if (asked := work.slot_of(ref)) is None:
                     continue
                 try:
@@ -186,7 +216,9 @@ class SupervisedGenerators:
             for number in work.silent(self._block.request_timeout_s):
                 limit = f"{self._block.request_timeout_s:g} s (generators.request_timeout_s)"
                 self._take_from(number, Loss("silent", f"no prompt finished within {limit}"), work)
-            self.look_after_starting()
+            if self._may_join(work):
+                self.look_after_starting()
+                self._turns.engines(Generator.sample)
             self._require_one()
         return [candidate for prompt in prompts for candidate in finished[prompt.id]]
 
@@ -216,6 +248,7 @@ class SupervisedGenerators:
     ) -> list[T]:
         answers: dict[str, T] = {}
         self.settle()
+        self._turns.engines(method)
         while missing := [slot for slot in self._ready() if slot.name not in answers]:
             refs = [ask(slot.handles[0], method, *args, **kwargs) for slot in missing]
             ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
@@ -228,6 +261,8 @@ class SupervisedGenerators:
                         loss = Loss("silent", f"{lost} within {timeout_s:g} s")
                     self._replace(slot, loss)
             self.settle()
+            self._turns.engines(method)
+        self._turns.engines_done(method)
         return [answers[slot.name] for slot in self._slots if slot.name in answers]
 
     @guarded
@@ -239,11 +274,24 @@ class SupervisedGenerators:
             self.look_after_starting()
         self._require_one()
 
+    def _may_join(self, work: InFlight) -> bool:
+        """Whether a newcomer may be given weights: for that, trainers need the GPUs that engines at work are on."""
+        return not (self._turns.shared and work.refs)
+
     def _awaited(self) -> bool:
         """Whether a replacement is still waited for; for memory only where no other generator could do the work."""
         on_time = any(slot.starting.on_time for slot in self._slots if slot.starting)
         needed = self._catch_up is None or not self._ready()
         return on_time or (needed and any(not slot.pause.expired for slot in self._slots if slot.pause))
+
+    def _join(self, slot: Slot[Generator]) -> None:
+        """Let one that has started hold of its GPU what the others hold of theirs."""
+        level, tags = self._turns.engine_joins()
+        handle, limit, what = slot.handles[0], self._block.start_timeout_s, "joining the others"
+        if level is not None:
+            get_together([ask(handle, Generator.sleep, level)], limit, what, GeneratorError)
+        if tags:
+            get_together([ask(handle, Generator.wake_up, tags)], limit, what, GeneratorError)
 
     def _starting(self) -> list[ObjectRef[Any]]:
         return [slot.starting.ready for slot in self._slots if slot.starting]
@@ -293,6 +341,7 @@ class SupervisedGenerators:
     def _start_paused(self) -> None:
         for slot in self._slots:
             if slot.pause and slot.pause.over():
+                self._turns.engine_starts()
                 self._start(slot)
 
     def look_after_starting(self) -> None:
@@ -305,6 +354,7 @@ class SupervisedGenerators:
                 continue
             try:
                 get_together([slot.starting.ready], 0.0, "starting it", GeneratorError)
+                self._join(slot)
                 slot.starting = None
                 if self._catch_up is not None:
                     self._catch_up(slot.handles[0])

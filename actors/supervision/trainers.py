@@ -10,6 +10,7 @@ from actors.calls import ask_all
 from actors.supervision.endings import Loss, loss_of
 from actors.supervision.processes import kill
 from actors.supervision.slot import Slot, Supervision
+from actors.supervision.turns import OwnDevices, Turns
 from actors.supervision.watch import Guard, cured, get_all, get_together, guarded
 from actors.trainer.actor import TrainerActor, TrainerSpec, free_address
 from actors.trainer.group import AskRanks, Rank, TrainerGroup, ask_ranks
@@ -55,9 +56,11 @@ class SupervisedTrainers(TrainerGroup):
         reference: ReferenceBlock,
         adapter: bool,
         supervision: Supervision,
+        turns: Turns | None = None,
         ask_ranks: AskRanks = ask_ranks,
     ) -> None:
         super().__init__((), loss=loss, reference=reference, step_timeout_s=block.step_timeout_s, ask_ranks=ask_ranks)
+        self._turns = turns or OwnDevices()
         self._start, self._block, self._adapter = start, block, adapter
         self._slot: Slot[TrainerRank] = Slot(supervision, _NAME, [f"trainer-{rank}" for rank in range(block.ranks)])
         self._newest: Checkpoint | None = None
@@ -76,6 +79,7 @@ class SupervisedTrainers(TrainerGroup):
             self._replace(loss)
 
     def _fill(self) -> None:
+        self._turns.trainers_start()
         self.handles = tuple(self._start())
         self._slot.fill(self.handles)
 
@@ -163,6 +167,7 @@ class SupervisedTrainers(TrainerGroup):
     def once(self, method: Callable[Concatenate[TrainerRank, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Rank 0's answer, or ActorsLost: for calls that a replaced group must not simply repeat."""
         with self.guard.in_use():
+            self._turns.trainers(method)
             return super()._call(method.__name__.replace("_", " "), 1, method, *args, **kwargs)[0]
 
     def _call(
@@ -172,11 +177,20 @@ class SupervisedTrainers(TrainerGroup):
         with self.guard.in_use():
             while True:
                 try:
+                    self._turns.trainers(method)
                     return super()._call(what, steps, method, *args, **kwargs)
                 except ActorsLost as lost:
                     if self._in_round:
                         raise  # to `train_round`, which knows where a new group goes on from
                     self._replace(self._slot.diagnosed(loss_of(lost)))
+
+    def offload(self, *, keep_weights: bool) -> None:
+        """Leave the GPUs, but for the policy's weights where they are kept. Asked by `Turns`."""
+        super()._call("leaving the GPU", 1, TrainerRank.offload, keep_weights=keep_weights)
+
+    def reload(self, *, weights_only: bool) -> None:
+        """Come back to the GPUs."""
+        super()._call("coming back to the GPU", 1, TrainerRank.reload, weights_only=weights_only)
 
     @guarded
     def replace_dead(self) -> None:

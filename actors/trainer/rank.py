@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from actors.supervision.processes import enable_stack_dumps
 from actors.trainer.actor import TrainerSpec, free_address
 from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, frozen_engine, reference_config
+from actors.trainer.device_memory import DeviceMemory, module_tensors
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
 from actors.trainer.process_group import Sharding, join_group
@@ -93,6 +94,7 @@ class DeepSpeedRank:
         self._round = _Round(0, (), [], [])
         self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._sender: WeightSender | None = None
+        self._memory = DeviceMemory(self._device)
         enable_stack_dumps(spec.stacks, f"trainer-{rank}")
         take_code(spec.code, "loss.function", TrainerError)
         if not spec.on_gpu:
@@ -379,6 +381,13 @@ class DeepSpeedRank:
         self._steps_done = state.steps_done
         self._state, self._schedule.warm_at = state.loss, state.warm_at
         self._engine.set_loss_scaler(state.loss_scaler)
+
+    def offload(self, *, keep_weights: bool) -> None:
+        self._memory.offload(module_tensors(self._engine.module) if keep_weights else ())
+
+    def reload(self, *, weights_only: bool) -> None:
+        with memory_errors(f"coming back to the GPU of rank {self._rank}"):
+            self._memory.reload(module_tensors(self._engine.module) if weights_only else None)
 
     def free_address(self) -> tuple[str, int]:
         return free_address()

@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from ray.actor import ActorHandle
 
 from actors.calls import ask_all
+from actors.supervision.turns import OwnDevices, Turns
 from actors.supervision.watch import get_together
 from actors.weight_sync.transports import WeightTransport
 from raylign.errors import ActorsLost, GeneratorError, TrainerError, WeightSyncError
@@ -58,6 +59,7 @@ class _OneEngine:
     """A generator that has just started, while the others work on."""
 
     handles: Sequence[ActorHandle[Generator]]
+    turns: Turns
 
     def call(
         self,
@@ -67,7 +69,10 @@ class _OneEngine:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> list[T]:
-        return get_together(ask_all(self.handles, method, *args, **kwargs), timeout_s, what, GeneratorError)
+        self.turns.engines(method)
+        answers = get_together(ask_all(self.handles, method, *args, **kwargs), timeout_s, what, GeneratorError)
+        self.turns.engines_done(method)
+        return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class WeightPublisher:
     transport: WeightTransport
     canary: Canary
     timeout_s: float
+    turns: Turns = OwnDevices()
 
     def publish(self, version: int) -> Mapping[str, float]:
         self.generators.served = version
@@ -116,7 +122,7 @@ class WeightPublisher:
 
         Raises ActorsLost when it dies, WeightSyncError when it does not serve the trainer's weights.
         """
-        alone = _OneEngine([handle])
+        alone = _OneEngine([handle], self.turns)
         if self.generators.pushed:
             self._push(alone, self.generators.served)
         self.canary.check(self.trainers, alone, self.timeout_s)

@@ -81,6 +81,12 @@ class Generator(Protocol):
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        """Leave the GPU; at level 1 the weights are kept in main memory, at level 2 they are gone."""
+
+    async def wake_up(self, tags: Sequence[str]) -> None:
+        """Take the GPU's memory for `weights`, `kv_cache` or both again."""
+
     async def version(self) -> int:
         """The policy version the engine serves."""
         ...
@@ -177,6 +183,12 @@ class TrainerRank(Protocol):
 
     def load_state(self, folder: str) -> None:
         """Take what `save_state` wrote, on any number of ranks and ZeRO stage. TrainerError when it does not fit."""
+
+    def offload(self, *, keep_weights: bool) -> None:
+        """Move what this rank holds on its GPU to main memory, but for the policy's weights where they are kept."""
+
+    def reload(self, *, weights_only: bool) -> None:
+        """Move it back, or the policy's weights alone."""
 
     def free_address(self) -> tuple[str, int]:
         """This rank's node, and a port there that nobody listens on."""

@@ -60,7 +60,7 @@ def start_generators(model: str, folder: Path) -> None:
         block=GeneratorsBlock(count=1),
         recovery=RecoveryBlock(),
         supervision=quiet_supervision("generator", GeneratorError, folder),
-    ).wait_ready(lambda handle: None)
+    ).wait_ready()
 
 
 def start_trainers(model: str, folder: Path) -> None:

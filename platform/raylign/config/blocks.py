@@ -250,6 +250,9 @@ class GeneratorsBlock(Block):
     """Sequences an engine decodes at once."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
     """Share of a GPU that vLLM may take."""
+    enable_sleep_mode: bool = True
+    """Where generators and trainers share GPUs: engines leave them while trainers work, and trainers while engines
+    sample. Without it both stay, so that `gpu_memory_utilization` must leave the trainers their part."""
     kv_cache_gb: PositiveFloat = 2.0
     """KV cache per engine on CPU, in GiB."""
     enforce_eager: bool | None = None

@@ -144,7 +144,8 @@ def generators(desk: Desk, *handles: Handle, count: int = 1) -> SupervisedGenera
 
 
 def ready(pool: SupervisedGenerators) -> None:
-    pool.wait_ready(lambda handle: None)
+    pool.wait_ready()
+    pool.bring_newcomers_up_to_date(lambda handle: None)
 
 
 def sample(pool: SupervisedGenerators) -> list[str]:

@@ -1,0 +1,103 @@
+"""What a trainer rank holds on its GPU, moved to main memory while somebody else needs the GPU, and back."""
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+
+@dataclass(slots=True)
+class _Moved:
+    """A storage, and where its bytes are while it is empty. The host's room is kept for the next time."""
+
+    storage: UntypedStorage
+    host: Tensor
+    away: bool
+
+
+class DeviceMemory:
+    """All tensors of this process on `device`.
+
+    Their storages are emptied and filled again in place, so that every view stays what it is: the flat buffers of
+    DeepSpeed with the parameters that lie in them, AdamW's moments, quantised weights. DeepSpeed's own `offload_states`
+    would leave stages 0 and 1 out, and what is not its optimizer's: references, gradients, the weights themselves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._moved: dict[int, _Moved] = {}
+
+    def offload(self, keep: Iterable[Tensor] = ()) -> int:
+        """Move all but `keep` to main memory; returns the bytes moved."""
+        kept, moved = {key for key, _ in _storages(keep)}, 0
+        for key, storage in list(_storages(self._held())):
+            if key in kept or not storage.nbytes():
+                continue
+            self._to_host(key, storage)
+            moved += self._moved[key].host.nbytes
+        # Storages that nobody uses any more are not to be filled again.
+        self._moved = {key: one for key, one in self._moved.items() if one.away}
+        self._return_cache()
+        return moved
+
+    def reload(self, only: Iterable[Tensor] | None = None) -> None:
+        """Move back everything, or `only` these."""
+        wanted = None if only is None else {key for key, _ in _storages(only)}
+        for key, one in self._moved.items():
+            if one.away and (wanted is None or key in wanted):
+                one.storage.resize_(one.host.nbytes)
+                _bytes_of(one.storage).copy_(one.host, non_blocking=True)
+                one.away = False
+        self._synchronize()
+
+    def _to_host(self, key: int, storage: UntypedStorage) -> None:
+        known = self._moved.get(key)
+        if known is None or known.host.nbytes != storage.nbytes():
+            pinned = self._device.type == "cuda"
+            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+            known = self._moved[key] = _Moved(storage, host, away=False)
+        known.host.copy_(_bytes_of(storage))
+        storage.resize_(0)
+        known.away = True
+
+    def _held(self) -> Iterator[Tensor]:
+        hosts = {id(one.host) for one in self._moved.values()}
+        for found in gc.get_objects():
+            if issubclass(type(found), Tensor) and id(found) not in hosts and found.device == self._device:
+                yield found
+                if found.is_leaf and found.grad is not None:
+                    yield found.grad
+
+    def _return_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def module_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters and buffers, or this rank's parts of them under ZeRO-3."""
+    for parameter in module.parameters():
+        yield getattr(parameter, "ds_tensor", parameter)
+    yield from module.buffers()
+
+
+def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, UntypedStorage]]:
+    """Each storage once that can be emptied, by its address."""
+    seen: set[int] = set()
+    for tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            continue
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen and storage.resizable():
+            seen.add(storage._cdata)
+            yield storage._cdata, storage
+
+
+def _bytes_of(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
