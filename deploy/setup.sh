@@ -191,6 +191,18 @@ failed_to_load() {
   say "warning: not everything imports, and no GPU answers here; see ${1} and try raylign doctor where one does"
 }
 
+# CUDA's compiler comes as a wheel, where PyTorch and DeepSpeed do not look for it. DeepSpeed compiles nothing when it is
+# installed, but where it sees a GPU its build asks for that compiler, and ends where it finds none.
+find_cuda() {
+  local home
+  [[ $device == gpu ]] || return 0
+  export DS_IGNORE_CUDA_DETECTION=1
+  home=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
+  if [[ -z ${CUDA_HOME:-} && -e $home/bin/nvcc ]] && ! command -v nvcc >/dev/null; then
+    export CUDA_HOME=$home
+  fi
+}
+
 install_all() {
   local wheels=$venv/setup-wheels.txt count
   grep '^[^#]*==' "$requirements" | grep -v -e '^uv==' -e '^deepspeed==' >"$wheels"
@@ -199,6 +211,7 @@ install_all() {
   or_pip install_torch || stop_with_log "$(version torch)"
   or_pip install "installing $count packages of deploy/${requirements##*/}" "$count" \
     --only-binary :all: --require-hashes -r "$wheels" || stop_with_log "deploy/${requirements##*/}"
+  find_cuda
   # While DeepSpeed is built the largest libraries are loaded; each of the two finds what the other has compiled.
   load ray mlflow trl >"$venv/setup-libraries.log" 2>&1 &
   libraries=$!

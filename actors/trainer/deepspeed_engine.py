@@ -28,6 +28,9 @@ def deepspeed_config(block: TrainerBlock, dtype: Dtype) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if block.offload.param:
         zero["offload_param"] = {"device": "cpu"}
+    if stage == 2:
+        # Stage 3 does so by itself, stage 1 adds gradients up in an optimizer that cannot.
+        zero["overlap_comm"] = get_accelerator().device_name() != "cpu"
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {

@@ -1,7 +1,7 @@
 """Objectives side by side on the demo's task: DPO of best against worst, Plackett-Luce over six, GRPO and GSPO."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -56,6 +56,12 @@ def main(
     held_out: Annotated[int, typer.Option(help="Held-out prompts.")] = 32,
     completions: Annotated[int, typer.Option(help="Completions of a held-out prompt.")] = 4,
     folder: Annotated[Path | None, typer.Option(help="Go on where an earlier run in this folder stopped.")] = None,
+    timed: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of runs of one seed of this benchmark on a quiet machine: rounds take what they took."
+        ),
+    ] = None,
 ) -> None:
     """Every objective gets the same prompts, candidates a prompt, steps and learning rate; each must learn."""
     folder = folder or results_folder("objectives")
@@ -75,10 +81,14 @@ def main(
     with measured("objectives"):
         for seed in range(seeds):
             for name, (recipe, options) in OBJECTIVES.items():
-                own = f"{''.join(letter for letter in name.lower() if letter.isalnum())}-{seed}"
+                own = f"{own_name(name)}-{seed}"
                 settings = (f"run.name={own}", f"run.seed={seed}", *shared, *options)
                 raylign(stage.console, folder / f"{own}.log", "run", str(recipe), *settings)
                 runs[name].append(versions(RunDirectory(folder / own), rounds))
+    if timed is not None:
+        runs = {
+            name: [as_timed(of_seed, round_s(timed / f"{own_name(name)}-0")) for of_seed in runs[name]] for name in runs
+        }
     budget = min(of_seed[-1].seconds for of_all in runs.values() for of_seed in of_all)
     record = {
         "machine": facts,
@@ -98,6 +108,22 @@ def main(
         ends_table(f"after at most {budget:.0f} s of training", runs, within(runs, budget)),
     ]
     finish(stage.console, folder, tables, checks(runs), record)
+
+
+def own_name(objective: str) -> str:
+    return "".join(letter for letter in objective.lower() if letter.isalnum())
+
+
+def round_s(folder: Path) -> float:
+    """Seconds of a round of the run in `folder`, the mean of all of them."""
+    directory = RunDirectory(folder)
+    found = versions(directory, len(directory.reports()))
+    return found[-1].seconds / (len(found) - 1)
+
+
+def as_timed(of_seed: Sequence[Version], seconds: float) -> list[Version]:
+    """Versions that took `seconds` each."""
+    return [replace(one, seconds=index * seconds) for index, one in enumerate(of_seed)]
 
 
 def versions(directory: RunDirectory, rounds: int) -> list[Version]:

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[3]
 UV = "0.13.9"
 BACKEND = """\
-import pathlib, shutil, torch
+import os, pathlib, shutil, torch
+
+if getattr(torch, "sees_a_gpu", False) and "deepspeed" in WHEEL:
+    assert os.environ["DS_IGNORE_CUDA_DETECTION"] == "1"
+    assert pathlib.Path(os.environ["CUDA_HOME"], "bin", "nvcc").is_file()
 
 
 def build_wheel(directory, *_):
@@ -99,7 +103,7 @@ def checkout(folder: Path, links: Path, uv: str) -> Path:
     return folder / "deploy" / "setup.sh"
 
 
-def set_up(script: Path, links: Path) -> subprocess.CompletedProcess[str]:
+def set_up(script: Path, links: Path, device: str = "cpu") -> subprocess.CompletedProcess[str]:
     """Runs the script with the folder as pip's only source of packages."""
     settings = {
         "PYTHON": sys.executable,
@@ -112,7 +116,7 @@ def set_up(script: Path, links: Path) -> subprocess.CompletedProcess[str]:
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "PYTHON"))}
     return subprocess.run(
-        [str(script), "--device", "cpu"], env=kept | settings, capture_output=True, text=True, timeout=550
+        [str(script), "--device", device], env=kept | settings, capture_output=True, text=True, timeout=550
     )
 
 
@@ -173,6 +177,28 @@ def test_pip_installs_everything_where_uv_cannot_be_had(tmp_path: Path) -> None:
     assert "not to be had from this machine's package sources: pip installs the rest" in done.stdout
     assert installed(clone) == ALL
     assert not (clone / ".venv" / "bin" / "uv").exists()
+
+
+def test_deepspeed_finds_the_compiler_that_is_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a CUDA toolkit, whose torch sees a GPU."""
+    if shutil.disk_usage(tmp_path).free < 20 << 30:
+        pytest.skip("a set-up for GPUs asks for 20 GiB of disk")
+    links = packages(tmp_path)
+    wheel(links, "torch", {"torch.py": "sees_a_gpu = True"}, "1.0+cpu")
+    wheel(links, "nvcc", {"nvidia/cu13/bin/nvcc": ""})
+    clone, tools = tmp_path / "clone", tmp_path / "tools"
+    script = checkout(clone, links, f"uv=={UV} --hash=sha256:{'0' * 64}\n" + pin(links, "nvcc"))
+    (clone / "deploy" / "requirements-cpu.txt").rename(clone / "deploy" / "requirements-gpu.txt")
+    tools.mkdir()
+    for folder in map(Path, ("/usr/bin", "/bin")):
+        for tool in folder.iterdir():
+            if not tool.name.startswith("nv") and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    done = set_up(script, links, "gpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert installed(clone) == ALL
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

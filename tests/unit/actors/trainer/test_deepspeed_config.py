@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from actors.trainer import deepspeed_engine
 from actors.trainer.deepspeed_engine import deepspeed_config, reference_config
 from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
 
@@ -20,7 +21,7 @@ def test_the_whole_configuration_by_hand() -> None:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 2, "overlap_comm": False},
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False, "hysteresis": 1, "min_loss_scale": 1},
@@ -49,6 +50,12 @@ def test_the_whole_configuration_by_hand() -> None:
 )
 def test_zero_stage_and_offload(stage: Any, offload: OffloadBlock, zero: dict[str, Any]) -> None:
     assert deepspeed_config(TrainerBlock(zero_stage=stage, offload=offload), "float32")["zero_optimization"] == zero
+
+
+def test_on_gpus_stage_2_adds_gradients_up_while_it_goes_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_engine.get_accelerator(), "device_name", lambda: "cuda")
+    zero = deepspeed_config(TrainerBlock(zero_stage=2), "bfloat16")["zero_optimization"]
+    assert zero == {"stage": 2, "overlap_comm": True}
 
 
 @pytest.mark.parametrize(("dtype", "on"), [("float32", []), ("bfloat16", ["bf16"]), ("float16", ["fp16"])])
