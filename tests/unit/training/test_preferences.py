@@ -211,10 +211,15 @@ def test_kl_samples_stand_behind_their_preferences_and_change_nothing_else(layou
     plain = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0)
     batch = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0, with_kl=True)
     assert plain.kl_samples is None and batch.kl_samples is not None
-    assert batch.kl_samples.tolist() == [False, False, False, True, False, False, True]
+    assert [places.tolist() for places in batch.kl_samples] == [
+        [3, 6],
+        [0, 1, 2, 4, 5],
+        [0, 1, 2, 3, 4, 5, 8, 9, 10],
+        [0, 0, 0, 1, 2, 2, 3, 4, 4],
+    ]
     assert batch.kl_reference.tolist() == plain.kl_reference.tolist() == [-4.0, -0.25]
     assert batch.tokens.labels.tolist() == [7, 8, 9, 4, 3, 2, 8, 8, 2, 3, 4, 7]
-    for name in ("places", "reference", "lengths", "scores", "mask", "weights", "num_tokens"):
+    for name in ("places", "reference", "lengths", "scores", "mask", "weights", "sizes", "num_tokens"):
         one, other = getattr(plain, name), getattr(batch, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     # Shared, the sample to the preference's own prompt costs its tokens alone, the other one its prompt too.
