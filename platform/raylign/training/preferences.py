@@ -16,7 +16,7 @@ from raylign.losses import LossInput, LossState, TokenLogps, ld_weights
 from raylign.records import Completions, Preference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
-from raylign.training.sequences import Layout, TokenBatch, token_batch, token_cost
+from raylign.training.sequences import Layout, TokenBatch, on_device, token_batch, token_cost
 
 _FILL = "fill them by with_reference"
 _SAME_BATCH = (
@@ -38,7 +38,7 @@ class KlPlaces(NamedTuple):
     owners: Tensor
 
     def to(self, device: torch.device) -> "KlPlaces":
-        return KlPlaces(*(part.to(device) for part in self))
+        return KlPlaces(*(on_device(part, device) for part in self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +205,12 @@ def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The same batch on `device`."""
     values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
-    moved: dict[str, Any] = {
-        name: value.to(device) for name, value in values if isinstance(value, Tensor | TokenBatch | KlPlaces)
-    }
+    moved: dict[str, Any] = {}
+    for name, value in values:
+        if isinstance(value, TokenBatch | KlPlaces):
+            moved[name] = value.to(device)
+        elif isinstance(value, Tensor):
+            moved[name] = on_device(value, device)
     return replace(batch, **moved)
 
 
