@@ -153,7 +153,7 @@ def test_a_batch_moves_as_a_whole() -> None:
 
 
 def test_every_copy_to_a_gpu_is_from_pinned_memory_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a batch with KL samples has: 7 tensors of tokens, 4 of places, and 8 of its own, token weights aside."""
+    """All that a batch with KL samples has, its tokens and its places among it."""
     gpu, pinned, copies = torch.device("cuda", 0), [], []
 
     def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ def test_every_copy_to_a_gpu_is_from_pinned_memory_and_waits_for_nothing(monkeyp
     of_batch = [value for name in PreferenceBatch.__slots__ if isinstance(value := getattr(moved, name), torch.Tensor)]
     assert moved.kl_samples is not None
     held = [*of_batch, *moved.kl_samples, *moved.tokens[:7]]
-    assert len(of_batch) >= 8 and len(copies) == len(held)
+    assert len(of_batch) > 7 and len(copies) == len(held)
     assert {id(tensor) for tensor in held} == {id(tensor) for tensor in copies}
     assert torch.equal(moved.tokens.labels, batch.tokens.labels)
 
