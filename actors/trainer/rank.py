@@ -210,7 +210,7 @@ class DeepSpeedRank:
     ) -> Sequence[float | None]:
         """Of the KL samples of a micro-batch, where the loss asks for them."""
         if batch.kl_samples is not None:
-            return list(scores.logps[batch.kl_samples].tolist())
+            return list(scores.logps[batch.kl_samples.samples].tolist())
         if self._spec.loss.needs_kl_baseline:
             return list(self._passes.kl_logps(module, mine).tolist())
         return [None] * len(mine)
@@ -264,16 +264,18 @@ class DeepSpeedRank:
         self, preferences: Sequence[Preference], steps: Sequence[Step], state: LossState
     ) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
         """What `evaluate` returns, of the preferences of `steps`."""
-        found: dict[int, tuple[float, float, float]] = {}
+        columns: list[Tensor] = []
         totals: list[Totals] = []
+        mine = [micro for step in steps for micro in self._mine(step)]
         with self._without_training() as module:
-            for micro in (micro for step in steps for micro in self._mine(step)):
+            for micro in mine:
                 batch = self._batch([preferences[index] for index in micro.indices], micro)
                 loss, own = self._learner.measure(module, batch, state)
                 totals.append(own)
-                columns = (loss.losses.tolist(), loss.chosen_rewards.tolist(), loss.rejected_rewards.tolist())
-                for index, weight, *values in zip(micro.indices, micro.weights, *columns, strict=True):
-                    found |= {index: (values[0], values[1], values[2])} if weight else {}
+                columns.append(torch.stack([loss.losses, loss.chosen_rewards, loss.rejected_rewards]))
+        places = [pair for micro in mine for pair in zip(micro.indices, micro.weights, strict=True)]
+        of_each = zip(places, torch.cat(columns, 1).T.tolist(), strict=True)
+        found = {index: (values[0], values[1], values[2]) for (index, weight), values in of_each if weight}
         return self._metrics(totals, tuple(loss.metrics)), found
 
     def _with_kl(self, state: LossState, preferences: Sequence[Preference], steps: Sequence[Step]) -> LossState:
@@ -291,12 +293,11 @@ class DeepSpeedRank:
 
     def _metrics(self, totals: Sequence[Totals], own: Sequence[str]) -> dict[str, float]:
         """Of all ranks; `own` are the names of what the loss logs itself."""
-        sums = torch.stack([total.sums for total in totals]).sum(0).to(self._device)
-        highest = torch.stack([total.highest for total in totals]).amax(0).to(self._device)
-        dist.all_reduce(sums)
-        if highest.numel():
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-        return dict(self._learner.metrics(Totals(sums.cpu(), highest.cpu()), own))
+        mine = Totals.of_all(totals)
+        dist.all_reduce(mine.sums)
+        if mine.highest.numel():
+            dist.all_reduce(mine.highest, dist.ReduceOp.MAX)
+        return dict(self._learner.metrics(mine.on_host(), own))
 
     def train_step(self) -> Metrics:
         number = len(self._round.reports)

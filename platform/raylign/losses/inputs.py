@@ -1,7 +1,7 @@
 """What losses read and return, and what a loss is."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -73,6 +73,8 @@ class LossInput:
     """[G, K] bool: True is a sample of the reference."""
     kl_logratios: Tensor
     """[G] fp32: log pi - log pi_ref of the preferences' KL samples, with gradients; zeros when no loss asks for it."""
+    has_fillers: bool = True
+    """Whether a group may be without any real candidate. The trainer says no: a GPU is not asked for its mask."""
 
     @cached_property
     def policy(self) -> Tensor:
@@ -134,22 +136,36 @@ class LossOutput:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def real_groups(logps: LossInput, real: Tensor) -> LossInput:
-    """The groups where `real` [G] is True, with harmless values in the place of fillers."""
-    mask, size = logps.mask[real], logps.mask.shape[1]
+def real_groups(logps: LossInput) -> tuple[LossInput, Callable[[Tensor], Tensor]]:
+    """The groups with a real candidate, with harmless values in the place of fillers.
+
+    The function puts a value of each of them back among all groups, where the others get 0.
+    """
+    if not logps.has_fillers:
+        return _harmless(logps), lambda values: values
+    real, groups, size = logps.mask.any(1), *logps.mask.shape
     group, rank = logps.tokens.owners // size, logps.tokens.owners % size
-
-    def filled(values: Tensor, filler: float) -> Tensor:
-        return values[real].masked_fill(~mask, filler)
-
-    return LossInput(
+    some = LossInput(
         tokens=logps.tokens.select(real[group], (real.cumsum(0) - 1)[group] * size + rank),
-        reference=filled(logps.reference, 0.0),
-        lengths=filled(logps.lengths, 1),
-        scores=filled(logps.scores, 0.0),
-        mask=mask,
-        from_reference=filled(logps.from_reference, False),
+        reference=logps.reference[real],
+        lengths=logps.lengths[real],
+        scores=logps.scores[real],
+        mask=logps.mask[real],
+        from_reference=logps.from_reference[real],
         kl_logratios=logps.kl_logratios[real],
+        has_fillers=False,
+    )
+    return _harmless(some), lambda values: values.new_zeros(groups).masked_scatter(real, values)
+
+
+def _harmless(logps: LossInput) -> LossInput:
+    filler = ~logps.mask
+    return replace(
+        logps,
+        reference=logps.reference.masked_fill(filler, 0.0),
+        lengths=logps.lengths.masked_fill(filler, 1),
+        scores=logps.scores.masked_fill(filler, 0.0),
+        from_reference=logps.from_reference.masked_fill(filler, False),
     )
 
 

@@ -36,21 +36,16 @@ LOSSES = table(pairwise.LOSSES, reference_free.LOSSES, listwise.LOSSES, grpo.LOS
 
 def preference_loss(logps: LossInput, block: LossBlock, state: LossState) -> LossOutput:
     """The loss that `block` names, per preference."""
-    groups, size = logps.mask.shape
+    size = logps.mask.shape[1]
     if block.pairs_only and size != 2:
         raise ValueError(
             f"{block.loss_type} compares 2 candidates, not {size}; build pairs, or use a listwise loss_type such as "
             "plackett_luce"
         )
-    real = logps.mask.any(1)
-    some = real_groups(logps, real)
+    some, everywhere = real_groups(logps)
     losses, metrics = _losses_and_metrics(some, block, state)
     first = block.losses[0] if isinstance(block, MixLossBlock) else block
     chosen, rejected = ends(LOSSES[type(first)].rewards(some, first).detach(), some.mask)
-
-    def everywhere(values: Tensor) -> Tensor:
-        return values.new_zeros(groups).masked_scatter(real, values)
-
     return LossOutput(
         everywhere(losses),
         everywhere(chosen),

@@ -1,5 +1,6 @@
 """Losses that train a scalar reward model on preferences: rewards in, unreduced losses out."""
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
@@ -16,17 +17,19 @@ from raylign.losses import listwise, pairwise
 from raylign.losses.inputs import LossOutput, ends, list_mean
 
 
+def require_pairs(sizes: Sequence[int], block: RewardLossBlock) -> None:
+    """Raises ValueError when a loss of pairs gets preferences of other `sizes`."""
+    if block.pairs_only and any(size != 2 for size in sizes):
+        raise ValueError(
+            f"{block.loss_type} compares 2 candidates, not {list(sizes)}; build pairs, or use loss_type=plackett_luce"
+        )
+
+
 def reward_loss(rewards: Tensor, scores: Tensor, mask: Tensor, block: RewardLossBlock) -> LossOutput:
     """The loss that `block` names, per preference: `rewards` and `scores` [G, K], best first, `mask` True on real ones.
 
-    Every preference has a real candidate; values beside the mask are never read. Raises ValueError when a loss of pairs
-    gets lists.
+    Every preference has a real candidate, and as many as `require_pairs` says; values beside the mask are never read.
     """
-    if block.pairs_only and not (mask.sum(1) == 2).all():
-        raise ValueError(
-            f"{block.loss_type} compares 2 candidates, not {mask.sum(1).tolist()}; build pairs, or use "
-            "loss_type=plackett_luce"
-        )
     real = rewards.masked_fill(~mask, 0.0)
     losses = _losses(real, scores, mask, block)
     if block.center_rewards_coefficient is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raylign.chunks import chunks
 from raylign.records import Completions, Preference
 from raylign.training.preferences import kl_completions, kl_reference_logps
-from raylign.training.sequences import Layout, token_batch
+from raylign.training.sequences import Layout, on_device, token_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,9 @@ class Passes:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in micro_batches:
             mine = [preferences[index] for index in micro.indices]
-            weights = torch.tensor(micro.weights, dtype=torch.float64, device=self.device)
-            logratios = (self.kl_logps(module, mine) - kl_reference_logps(mine).to(self.device)).double()
+            weights = on_device(torch.tensor(micro.weights, dtype=torch.float64), self.device)
+            reference = on_device(kl_reference_logps(mine), self.device)
+            logratios = (self.kl_logps(module, mine) - reference).double()
             totals += torch.stack([(logratios * weights).sum(), weights.sum()])
         return totals
 

@@ -12,7 +12,7 @@ from raylign.config.blocks import ModelBlock
 from raylign.config.losses import LossBlock, RewardLossBlock, TrainerLoss
 from raylign.config.losses.reward_model import RewardLossBase
 from raylign.losses import LossOutput, LossState, next_state, preference_loss, under_new_reference
-from raylign.losses.reward_model import reward_loss
+from raylign.losses.reward_model import require_pairs, reward_loss
 from raylign.models.load import load_policy, require_fit
 from raylign.models.reward_model import load_reward_model, require_reward_fit
 from raylign.training import metrics, reward_metrics
@@ -31,6 +31,18 @@ class Totals:
 
     sums: Tensor
     highest: Tensor
+
+    @classmethod
+    def of_all(cls, parts: "Sequence[Totals]") -> "Totals":
+        """Those of several micro-batches, still where these are."""
+        return cls(
+            torch.stack([part.sums for part in parts]).sum(0), torch.stack([part.highest for part in parts]).amax(0)
+        )
+
+    def on_host(self) -> "Totals":
+        """In one copy: the only time that metrics wait for a GPU."""
+        sums, highest = torch.cat([self.sums, self.highest]).cpu().split([len(self.sums), len(self.highest)])
+        return Totals(sums, highest)
 
 
 class Learner(Protocol):
@@ -87,7 +99,8 @@ class PolicyLearner:
     def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         scores, kl_logratios = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
         loss = preference_loss(loss_input(batch, scores, kl_logratios), self._loss, state)
-        return loss, Totals(metrics.sums(loss, scores, batch), torch.empty(0, dtype=torch.float64))
+        sums = metrics.sums(loss, scores, batch)
+        return loss, Totals(sums, sums.new_empty(0))
 
     def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
         return metrics.finish(totals.sums, own)
@@ -112,6 +125,7 @@ class RewardLearner:
 
     def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         rewards = module(batch.tokens)
+        require_pairs(batch.sizes, self._loss)
         loss = reward_loss(placed(batch, rewards), batch.scores, batch.mask, self._loss)
         return loss, Totals(reward_metrics.sums(loss, rewards, batch), reward_metrics.extremes(rewards, batch))
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from raylign.losses import LossOutput
+from raylign.losses.inputs import ends
 from raylign.training.logprobs import CompletionScores
-from raylign.training.preferences import PreferenceBatch
+from raylign.training.preferences import PreferenceBatch, placed
 
 _PER_PREFERENCE = ("loss", "logps/chosen")
 _PER_PAIR = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/rejected")
@@ -18,8 +19,9 @@ _COUNTS = ("preferences", "pairs", "tokens", "chosen_tokens", "rejected_tokens")
 
 
 def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> Tensor:
-    """One micro-batch's totals, fp64; fillers (weight 0) add nothing. Add them up, then `finish`.
+    """One micro-batch's totals, fp64, where the batch is; fillers (weight 0) add nothing. Add them up, then `finish`.
 
+    Nothing here asks a GPU for a value or for a size: that would wait for all the work before it.
     "chosen" is the best candidate of a preference and "rejected" the worst. A preference of one candidate has neither
     "rejected" nor "rewards". The loss's own metrics come last, by name. Weights of preferences count in the loss alone.
     """
@@ -28,24 +30,24 @@ def sums(loss: LossOutput, scores: CompletionScores, batch: PreferenceBatch) -> 
     group, rank = batch.places // size, batch.places % size
     chosen, rejected = rank == 0, rank == (batch.mask.sum(1) - 1)[group]
     pairs = real * (batch.mask.sum(1) > 1)
-    logps = scores.logps.detach()
+    chosen_logps, rejected_logps = ends(placed(batch, scores.logps.detach()), batch.mask)
     per_pair = [
         loss.chosen_rewards,
         loss.rejected_rewards,
         loss.chosen_rewards - loss.rejected_rewards,
         (loss.chosen_rewards > loss.rejected_rewards).float(),
-        logps[rejected],
+        rejected_logps,
     ]
     of_tokens = real[group][scores.owners]
     of_chosen, of_rejected = of_tokens * chosen[scores.owners], (pairs[group] * rejected)[scores.owners]
-    totals = [(loss.losses.detach() * batch.weights).sum(), (logps[chosen] * real).sum()]
+    totals = [(loss.losses.detach() * batch.weights).sum(), (chosen_logps * real).sum()]
     totals += [(value * pairs).sum() for value in per_pair]
     totals += [(tokens.entropies.detach() * of_tokens).sum(), (tokens.correct * of_tokens).sum()]
     totals += [(tokens.mean_logits * of_chosen).sum(), (tokens.mean_logits * of_rejected).sum()]
-    totals += [torch.tensor(batch.num_tokens), real.sum(), pairs.sum()]
+    totals += [torch.full_like(real.sum(), batch.num_tokens, dtype=torch.float64), real.sum(), pairs.sum()]
     totals += [of_tokens.sum(), of_chosen.sum(), of_rejected.sum()]
     totals += [(loss.metrics[name] * real).sum() for name in sorted(loss.metrics)]
-    return torch.stack([total.double().cpu() for total in totals])
+    return torch.stack([total.double() for total in totals])
 
 
 def finish(totals: Tensor, own: Sequence[str] = ()) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from raylign.losses import LossInput, LossState, TokenLogps, ld_weights
 from raylign.records import Completions, Preference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
-from raylign.training.sequences import Layout, TokenBatch, token_batch, token_cost
+from raylign.training.sequences import Layout, TokenBatch, on_device, token_batch, token_cost
 
 _FILL = "fill them by with_reference"
 _SAME_BATCH = (
@@ -25,15 +25,31 @@ _SAME_BATCH = (
 )
 
 
+class KlPlaces(NamedTuple):
+    """Where candidates and KL samples stand in a pass over both, int64; known from the lengths, so no mask is asked.
+
+    `samples` [G] and `candidates` [C] are their numbers among the completions of the pass, `tokens` [N] the numbers of
+    the candidates' tokens, `owners` [N] the candidate of each.
+    """
+
+    samples: Tensor
+    candidates: Tensor
+    tokens: Tensor
+    owners: Tensor
+
+    def to(self, device: torch.device) -> "KlPlaces":
+        return KlPlaces(*(on_device(part, device) for part in self))
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceBatch:
     """G preferences of up to K candidates. Made by `preference_batch`, read by the trainer.
 
     `tokens` holds the candidates group by group, best first; `places` [C] is the flat place of each in [G, K].
     `reference`, `scores` and `lengths` (in tokens, at least 1) [G, K] are fp32, `mask` [G, K] True on real candidates,
-    `from_reference` [G, K] on samples of the reference. `kl_samples` [C] is True on the completions of `tokens` that
-    are KL samples (one of each preference, behind its candidates), None where they are left out; `kl_reference` [G]
-    fp32 are their reference log-probs.
+    `from_reference` [G, K] on samples of the reference. `sizes` are the candidates of each preference. `kl_samples`
+    says which completions of `tokens` are KL samples (one of each preference, behind its candidates), None where they
+    are left out; `kl_reference` [G] fp32 are their reference log-probs.
     `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
     [N] scale tokens, 1 when None. `sampler`, `old` and `reference_tokens` [N] are those of `raylign.losses.TokenLogps`.
     `num_tokens` counts prompts once per candidate, as TRL does, fillers and KL samples not at all.
@@ -46,7 +62,8 @@ class PreferenceBatch:
     scores: Tensor
     mask: Tensor
     from_reference: Tensor
-    kl_samples: Tensor | None
+    sizes: tuple[int, ...]
+    kl_samples: KlPlaces | None
     kl_reference: Tensor
     weights: Tensor
     token_weights: Tensor | None
@@ -109,9 +126,8 @@ def preference_batch(
         from_reference=_grid(
             [[c.policy_version == reference_version for c in p.candidates] for p in preferences], size
         ).bool(),
-        kl_samples=torch.tensor([k == len(p.candidates) for p in preferences for k in range(len(p.candidates) + 1)])
-        if with_kl
-        else None,
+        sizes=tuple(len(p.candidates) for p in preferences),
+        kl_samples=_kl_places(preferences) if with_kl else None,
         kl_reference=kl_reference_logps(preferences),
         weights=torch.tensor(
             [weight * fmean(p.weights) for weight, p in zip(weights, preferences, strict=True)], dtype=torch.float32
@@ -122,6 +138,23 @@ def preference_batch(
         reference_tokens=_by_token([p.reference_logprobs for p in preferences], groups),
         num_tokens=sum(token_cost(g, "packed") for g, weight in zip(groups, weights, strict=True) if weight),
     )
+
+
+def _kl_places(preferences: Sequence[Preference]) -> KlPlaces:
+    samples: list[int] = []
+    candidates: list[int] = []
+    tokens: list[int] = []
+    owners: list[int] = []
+    start = 0
+    for preference in preferences:
+        for completion in completions_of(preference).completions:
+            owners += [len(candidates)] * len(completion)
+            candidates.append(len(candidates) + len(samples))
+            tokens += range(start, start + len(completion))
+            start += len(completion)
+        samples.append(len(candidates) + len(samples))
+        start += sum(map(len, kl_completions(preference).completions))
+    return KlPlaces(*(torch.tensor(places, dtype=torch.int64) for places in (samples, candidates, tokens, owners)))
 
 
 def _by_token(values: Sequence[Sequence[Sequence[float]]], groups: Sequence[Completions]) -> Tensor | None:
@@ -172,19 +205,23 @@ def _tail_weights(preference: Preference, tail_weight: float) -> Tensor:
 def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
     """The same batch on `device`."""
     values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values if isinstance(value, Tensor | TokenBatch)}
+    moved: dict[str, Any] = {}
+    for name, value in values:
+        if isinstance(value, TokenBatch | KlPlaces):
+            moved[name] = value.to(device)
+        elif isinstance(value, Tensor):
+            moved[name] = on_device(value, device)
     return replace(batch, **moved)
 
 
 def without_kl_samples(batch: PreferenceBatch, scores: CompletionScores) -> tuple[CompletionScores, Tensor]:
     """The scores of the candidates alone, and the log-ratios [G] of the KL samples: zeros where they are left out."""
-    if batch.kl_samples is None:
+    places = batch.kl_samples
+    if places is None:
         return scores, torch.zeros_like(batch.kl_reference)
-    own = ~batch.kl_samples
-    tokens = own[scores.owners]
-    owners = (own.cumsum(0) - 1)[scores.owners[tokens]]
-    of_candidates = CompletionScores(scores.logps[own], TokenScores(*(one[tokens] for one in scores.tokens)), owners)
-    return of_candidates, scores.logps[batch.kl_samples] - batch.kl_reference
+    tokens = TokenScores(*(one[places.tokens] for one in scores.tokens))
+    of_candidates = CompletionScores(scores.logps[places.candidates], tokens, places.owners)
+    return of_candidates, scores.logps[places.samples] - batch.kl_reference
 
 
 def loss_input(batch: PreferenceBatch, scores: CompletionScores, kl_logratios: Tensor | None = None) -> LossInput:
@@ -207,6 +244,7 @@ def loss_input(batch: PreferenceBatch, scores: CompletionScores, kl_logratios: T
         mask=batch.mask,
         from_reference=batch.from_reference,
         kl_logratios=torch.zeros_like(batch.kl_reference) if kl_logratios is None else kl_logratios,
+        has_fillers=False,
     )
 
 

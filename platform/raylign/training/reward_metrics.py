@@ -13,7 +13,10 @@ NAMES = (*_PER_PREFERENCE, *_TRL, "mean_reward", "min_reward", "max_reward", "nu
 
 
 def sums(loss: LossOutput, rewards: Tensor, batch: PreferenceBatch) -> Tensor:
-    """One micro-batch's totals, fp64, of `rewards` [C]; fillers (weight 0) add nothing. Add them up, then `finish`."""
+    """One micro-batch's totals, fp64, of `rewards` [C]; fillers (weight 0) add nothing. Add them up, then `finish`.
+
+    They stay where the batch is.
+    """
     real = (batch.weights > 0).float()
     of_candidates = _real_candidates(batch)
     totals = [
@@ -22,19 +25,19 @@ def sums(loss: LossOutput, rewards: Tensor, batch: PreferenceBatch) -> Tensor:
         (loss.rejected_rewards * real).sum(),
         ((loss.chosen_rewards - loss.rejected_rewards) * real).sum(),
         ((loss.chosen_rewards > loss.rejected_rewards) * real).sum(),
-        rewards.detach()[of_candidates].sum(),
-        torch.tensor(batch.num_tokens),
+        torch.where(of_candidates, rewards.detach(), 0.0).sum(),
+        torch.full_like(real.sum(), batch.num_tokens, dtype=torch.float64),
         real.sum(),
         of_candidates.sum(),
     ]
-    return torch.stack([total.double().cpu() for total in totals])
+    return torch.stack([total.double() for total in totals])
 
 
 def extremes(rewards: Tensor, batch: PreferenceBatch) -> Tensor:
     """[2] fp64: minus the lowest and the highest reward of real preferences, -inf without any. Take the highest."""
-    real = rewards.detach()[_real_candidates(batch)].double().cpu()
-    both = torch.stack([-real, real])
-    return both.amax(1) if real.numel() else torch.full((2,), -torch.inf, dtype=torch.float64)
+    values = rewards.detach().double()
+    both = torch.stack([-values, values]).masked_fill(~_real_candidates(batch), -torch.inf)
+    return both.amax(1)
 
 
 def finish(totals: Tensor, highest: Tensor) -> dict[str, float]:

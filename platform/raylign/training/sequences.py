@@ -14,6 +14,16 @@ Layout = Literal["shared", "packed", "padded"]
 """`shared`: a prompt once for all its completions; `packed`: once per completion; `padded`: one row per completion."""
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; a copy from the host to a GPU is queued behind the work there, and nobody waits for it.
+
+    Only pinned memory is copied without a wait; PyTorch keeps it until the copy is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Where a prompt [start, start + prompt) and its completions, one after another, stand in a packed row."""
@@ -45,7 +55,7 @@ class TokenBatch(NamedTuple):
     segments: tuple[Segment, ...]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        ids, positions, mask, predictors, labels, owners, ends = (tensor.to(device) for tensor in self[:7])
+        ids, positions, mask, predictors, labels, owners, ends = (on_device(tensor, device) for tensor in self[:7])
         return TokenBatch(ids, positions, mask, predictors, labels, owners, ends, self.completions, self.segments)
 
 

@@ -1,6 +1,7 @@
 """What the blocks of reward models promise, refuse and compute."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from raylign.config.losses import (
     RewardLossBlock,
     RewardLossUnion,
 )
-from raylign.losses.reward_model import reward_loss
+from raylign.losses.reward_model import require_pairs, reward_loss
 
 ADAPTER: TypeAdapter[RewardLossBlock] = TypeAdapter(RewardLossUnion)
 PAIRS = torch.tensor([[1.0, 0.3], [0.2, 0.5]])
@@ -86,7 +87,10 @@ def test_rewards_of_the_ends_and_no_gradient_into_them() -> None:
 
 
 def test_a_loss_of_pairs_refuses_lists() -> None:
-    with pytest.raises(ValueError, match=r"bradley_terry compares 2 candidates, not \[3\]; build pairs, or use"):
-        reward_loss(
-            torch.zeros(1, 3), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool), BradleyTerryRewardLossBlock()
-        )
+    for sizes in ((3,), (2, 1)):
+        with pytest.raises(
+            ValueError, match=rf"bradley_terry compares 2 candidates, not {re.escape(str(list(sizes)))}"
+        ):
+            require_pairs(sizes, BradleyTerryRewardLossBlock())
+    require_pairs((2, 2), BradleyTerryRewardLossBlock())
+    require_pairs((3, 1), PlackettLuceRewardLossBlock())

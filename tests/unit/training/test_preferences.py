@@ -152,6 +152,31 @@ def test_a_batch_moves_as_a_whole() -> None:
         assert (moved.token_weights is None) == (tail_weight == 1.0)
 
 
+def test_every_copy_to_a_gpu_is_from_pinned_memory_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a batch with KL samples has, its tokens and its places among it."""
+    gpu, pinned, copies = torch.device("cuda", 0), [], []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        assert any(tensor is one for one in pinned) and device == gpu and non_blocking
+        copies.append(tensor)
+        return tensor
+
+    batch = preference_batch([OWN, FOREIGN], [1.0, 1.0], "shared", 0, with_kl=True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = to_device(batch, gpu)
+    of_batch = [value for name in PreferenceBatch.__slots__ if isinstance(value := getattr(moved, name), torch.Tensor)]
+    assert moved.kl_samples is not None
+    held = [*of_batch, *moved.kl_samples, *moved.tokens[:7]]
+    assert len(of_batch) > 7 and len(copies) == len(held)
+    assert {id(tensor) for tensor in held} == {id(tensor) for tensor in copies}
+    assert torch.equal(moved.tokens.labels, batch.tokens.labels)
+
+
 def scored(batch: PreferenceBatch) -> CompletionScores:
     """Token n has log p = -(n + 1), entropy n / 2 and log sum p^2 = -n."""
     tokens, count = batch.tokens, len(batch.tokens.labels)
@@ -211,10 +236,15 @@ def test_kl_samples_stand_behind_their_preferences_and_change_nothing_else(layou
     plain = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0)
     batch = preference_batch([OWN, FOREIGN], [1.0, 0.0], layout, pad_id=0, with_kl=True)
     assert plain.kl_samples is None and batch.kl_samples is not None
-    assert batch.kl_samples.tolist() == [False, False, False, True, False, False, True]
+    assert [places.tolist() for places in batch.kl_samples] == [
+        [3, 6],
+        [0, 1, 2, 4, 5],
+        [0, 1, 2, 3, 4, 5, 8, 9, 10],
+        [0, 0, 0, 1, 2, 2, 3, 4, 4],
+    ]
     assert batch.kl_reference.tolist() == plain.kl_reference.tolist() == [-4.0, -0.25]
     assert batch.tokens.labels.tolist() == [7, 8, 9, 4, 3, 2, 8, 8, 2, 3, 4, 7]
-    for name in ("places", "reference", "lengths", "scores", "mask", "weights", "num_tokens"):
+    for name in ("places", "reference", "lengths", "scores", "mask", "weights", "sizes", "num_tokens"):
         one, other = getattr(plain, name), getattr(batch, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     # Shared, the sample to the preference's own prompt costs its tokens alone, the other one its prompt too.

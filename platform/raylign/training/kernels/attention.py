@@ -1,6 +1,6 @@
-"""Attention over a packed row by PyTorch's own kernels, forward and backward; fast on GPUs."""
+"""Attention over a packed row: which kernel takes it, and PyTorch's own piece by piece, which take everything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from raylign.training.kernels.attention_blocked import blocked_attention, causal_attention, pieces_of
+from raylign.training.kernels.attention_varlen import has_varlen, varlen_attention
 from raylign.training.sequences import Segment
+
+Attention = Callable[[Tensor, Tensor, Tensor, Sequence[Segment], float | None, int | None], Tensor]
+"""From query, key, value, segments, scaling and window; see `joined_attention`."""
 
 
 def joined_attention(
@@ -38,6 +42,13 @@ def joined_attention(
             first_keys, first_values = keys, values
         outputs.append(causal_attention(queries, keys, values, scaling, window))
     return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def attention_for(query: Tensor, value: Tensor) -> Attention:
+    """The kernel for such queries [1, H, T, D] and values where they are."""
+    if query.device.type == "cpu":
+        return blocked_attention
+    return varlen_attention if has_varlen(query, value) else joined_attention
 
 
 PACKED = "raylign_packed"
@@ -78,7 +89,7 @@ def packed_attention(
     if unknown or dropout or not is_causal or attention_mask is not None:
         asked = {"dropout": dropout, "is_causal": is_causal, "attention_mask": attention_mask is not None}
         raise TypeError(f"packed rows know no attention with {', '.join(unknown) or asked}")
-    attention = blocked_attention if query.device.type == "cpu" else joined_attention
+    attention = attention_for(query, value)
     return attention(query, key, value, segments, scaling, sliding_window), None
 
 

@@ -1,7 +1,9 @@
 """Sums over a vocabulary whose logits come in tiles; Milakov and Gimelshein (2018), algorithm 3."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +50,11 @@ class LogitSums:
         self.total[rows] += weights.sum(-1)
         self.expected[rows] += shifted.mul_(weights).sum(-1)
         self.squares[rows] += weights.square_().sum(-1)
+
+    def of(self, rows: slice) -> tuple[Tensor, ...]:
+        """Views of all six, in the order of the fields."""
+        sums = (self.highest, self.own, self.total, self.expected, self.squares, self.plain)
+        return tuple(part[rows] for part in sums)
 
     def _raise(self, rows: slice, highest: Tensor) -> None:
         """What was summed relative to the old maximum is rescaled to the new one."""
@@ -118,7 +125,7 @@ class _LinearScores(torch.autograd.Function):
         tile = _TILES[hidden.device.type]
         for columns in _spans(weight.shape[0], tile.entries):
             for rows in _spans(hidden.shape[0], tile.tokens):
-                sums.add(rows, _logits(hidden[rows], weight, bias, columns), labels[rows] - columns.start)
+                _count(sums, rows, _logits(hidden[rows], weight, bias, columns), labels[rows] - columns.start)
         entropies, log_collisions = sums.entropies(), sums.log_collisions()
         correct, mean_logits = (sums.own >= sums.highest).float(), sums.plain / weight.shape[0]
         ctx.save_for_backward(hidden, weight, bias, labels, sums.log_z(), entropies)
@@ -142,9 +149,9 @@ class _LinearScores(torch.autograd.Function):
             for rows in _spans(hidden.shape[0], tile.tokens):
                 logits, own = _logits(hidden[rows], weight, bias, columns), labels[rows] - columns.start
                 slopes = None if of_entropies is None else of_entropies[:, rows]
-                gradient = _logit_gradient(logits, own, log_z[rows], of_logps[rows], slopes)
+                gradient = _gradient(logits, own, log_z[rows], of_logps[rows], slopes)
                 if grad_bias is not None:
-                    grad_bias[columns] += gradient.sum(0)
+                    grad_bias[columns] += gradient.sum(0, dtype=torch.float32)
                 narrow = gradient.to(hidden.dtype)
                 if grad_hidden is not None:
                     grad_hidden[rows] += narrow @ weight[columns]
@@ -165,8 +172,36 @@ def _spans(length: int, size: int) -> Iterator[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice) -> Tensor:
-    """fp32, in memory of their own."""
-    return linear(hidden, weight[columns], None if bias is None else bias[columns]).float()
+    """In memory of their own."""
+    return linear(hidden, weight[columns], None if bias is None else bias[columns])
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _fused(logits: Tensor) -> bool:
+    """Whether one kernel takes the whole of a tile."""
+    return logits.device.type == "cuda" and _has_triton()
+
+
+def _count(sums: LogitSums, rows: slice, logits: Tensor, own: Tensor) -> None:
+    if not _fused(logits):
+        sums.add(rows, logits.float(), own)
+        return
+    from raylign.training.kernels.head_triton import fold  # noqa: PLC0415 - Triton, for GPUs alone
+
+    fold(logits, own, sums.of(rows))
+
+
+def _gradient(logits: Tensor, own: Tensor, log_z: Tensor, of_logps: Tensor, slopes: Tensor | None) -> Tensor:
+    """Of the tile, overwriting it: in fp32 or, by one kernel, in its own dtype."""
+    if not _fused(logits):
+        return _logit_gradient(logits.float(), own, log_z, of_logps, slopes)
+    from raylign.training.kernels.head_triton import logit_gradient  # noqa: PLC0415 - Triton, for GPUs alone
+
+    return logit_gradient(logits, own, log_z, of_logps, slopes)
 
 
 def _logit_gradient(logits: Tensor, own: Tensor, log_z: Tensor, of_logps: Tensor, slopes: Tensor | None) -> Tensor:

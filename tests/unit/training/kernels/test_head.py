@@ -49,7 +49,7 @@ def plain(given: Inputs) -> TokenScores:
 
 def gradients(scores: TokenScores, given: Inputs, of_logps: bool, of_entropies: bool) -> tuple[Tensor, ...]:
     """Of a sum with a different factor for each token."""
-    factors = torch.arange(1.0, TOKENS + 1) - 4.5
+    factors = torch.arange(1.0, len(given.labels) + 1, device=given.labels.device) - 4.5
     total = scores.logps.new_zeros(())
     if of_logps:
         total = total + (scores.logps * factors).sum()
