@@ -31,8 +31,8 @@ class DeviceMemory:
 
     def offload(self, keep: Iterable[Tensor] = ()) -> int:
         """Move all but `keep` to main memory; returns the bytes moved."""
-        kept, moved = {key for key, _ in _storages(keep)}, 0
-        for key, storage in list(_storages(self._held())):
+        kept, moved = {key for key, _ in storages(keep)}, 0
+        for key, storage in list(storages(self.held())):
             if key in kept or not storage.nbytes():
                 continue
             self._to_host(key, storage)
@@ -44,7 +44,7 @@ class DeviceMemory:
 
     def reload(self, only: Iterable[Tensor] | None = None) -> None:
         """Move back everything, or `only` these."""
-        wanted = None if only is None else {key for key, _ in _storages(only)}
+        wanted = None if only is None else {key for key, _ in storages(only)}
         for key, one in self._moved.items():
             if one.away and (wanted is None or key in wanted):
                 one.storage.resize_(one.host.nbytes)
@@ -62,7 +62,8 @@ class DeviceMemory:
         storage.resize_(0)
         known.away = True
 
-    def _held(self) -> Iterator[Tensor]:
+    def held(self) -> Iterator[Tensor]:
+        """Every tensor on the device that Python knows of, gradients included."""
         hosts = {id(one.host) for one in self._moved.values()}
         for found in gc.get_objects():
             if issubclass(type(found), Tensor) and id(found) not in hosts and found.device == self._device:
@@ -87,7 +88,7 @@ def module_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, UntypedStorage]]:
+def storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, UntypedStorage]]:
     """Each storage once that can be emptied, by its address."""
     seen: set[int] = set()
     for tensor in tensors:

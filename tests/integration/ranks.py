@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec, free_address
+from actors.trainer.device_memory import storages
 from actors.trainer.group import TrainerGroup
 from actors.trainer.rank import DeepSpeedRank
 from raylign.config.blocks import ModelBlock, TrainerBlock
@@ -34,6 +35,10 @@ class _Process(DeepSpeedRank):
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
         get_accelerator().is_fp16_supported = lambda: True
         DeepSpeedRank.__init__(self, spec, rank, address, port)
+
+    def held_bytes(self) -> int:
+        """What the tensors of this process take that could be moved away."""
+        return sum(storage.nbytes() for _, storage in storages(self._memory.held()))
 
     def set_loss_scale(self, scale: float) -> None:
         self._engine.set_loss_scaler({"cur_scale": scale})

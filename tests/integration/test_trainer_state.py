@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.trainer.group import TrainerGroup
+from actors.trainer.group import TrainerGroup, ask_ranks
 from actors.trainer.state import StoredTensors
 from raylign.config.losses import BcoPairLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
 from raylign.errors import TrainerError
+from raylign.roles import TrainerRank
 from tests.faults import record
 from tests.integration.ranks import Processes, preferences, spec_of
 
@@ -96,6 +98,44 @@ def test_a_saved_state_goes_on_the_same(
             "2 ranks of ZeRO 3 saved, 1 rank of ZeRO 2 loaded",
             lost="nothing: the next steps are the same",
         )
+
+
+@pytest.mark.parametrize(
+    ("model", "block"),
+    [
+        pytest.param({"dtype": "bfloat16"}, ONE, id="bf16-zero-0"),
+        pytest.param({"dtype": "bfloat16"}, TWO | {"zero_stage": 1}, id="bf16-zero-1"),
+        pytest.param({"dtype": "bfloat16"}, TWO | {"zero_stage": 2}, id="bf16-zero-2"),
+        pytest.param({}, TWO | {"zero_stage": 3}, id="zero-3"),
+        pytest.param({"lora": LORA, "load_in_4bit": True}, ONE, id="qlora"),
+    ],
+)
+def test_who_leaves_the_device_between_steps_takes_the_same(
+    ranks_llama: str, ranks: Processes, model: dict[str, Any], block: dict[str, Any]
+) -> None:
+    """The device is the CPU here: what leaves it is gone from it all the same, and comes back where it was."""
+    ids = [[3, 4, 5, 6], [7, 8, 9]]
+    group = ranks.group(spec_of(ranks_llama, model, block))
+    count = begin(group, [])
+    expected = [dict(group.train_step()) for _ in range(count)]
+    logps = group.token_logps(ids)
+    group = ranks.group(spec_of(ranks_llama, model, block))
+    begin(group, [])
+    found = []
+    for _ in range(count):
+        before = ray.get([handle.held_bytes.remote() for handle in group.handles])
+        ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
+        after = ray.get([handle.held_bytes.remote() for handle in group.handles])
+        assert all(left < 0.01 * held for left, held in zip(after, before, strict=True)), (before, after)
+        ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
+        found.append(dict(group.train_step()))
+    assert found == expected
+    ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
+    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=True)
+    assert group.token_logps(ids) == logps
+    kept, whole = ray.get([group.handles[0].held_bytes.remote()])[0], before[0]
+    assert 0 < kept < whole
+    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

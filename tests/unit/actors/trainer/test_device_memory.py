@@ -18,7 +18,7 @@ class Known(DeviceMemory):
         super().__init__(torch.device("cpu"))
         self._tensors = tensors
 
-    def _held(self) -> Iterator[Tensor]:
+    def held(self) -> Iterator[Tensor]:
         for tensor in self._tensors:
             yield tensor
             if tensor.grad is not None:
@@ -100,7 +100,7 @@ def test_all_tensors_of_a_process_are_found(monkeypatch: pytest.MonkeyPatch) -> 
     model = nn.Linear(3, 3)
     model(torch.ones(3)).sum().backward()
     hidden = {"deep": [(torch.ones(7),)]}
-    found = {tensor.data_ptr() for tensor in memory._held()}
+    found = {tensor.data_ptr() for tensor in memory.held()}
     assert model.weight.grad is not None and hidden["deep"]
     wanted = [model.weight, model.weight.grad, hidden["deep"][0][0]]
     assert {tensor.data_ptr() for tensor in wanted} <= found
