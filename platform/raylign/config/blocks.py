@@ -199,7 +199,7 @@ class TrainerBlock(Block):
     per_device_train_batch_size: PositiveInt = 8
     """Preferences per rank and micro-batch, at most."""
     max_tokens_per_micro_batch: PositiveInt = 8192
-    """Tokens per rank and micro-batch, at most: memory. A longer preference is a micro-batch of its own."""
+    """Tokens per rank and micro-batch, at most: memory. A longer preference is run in pieces of them, twice forward."""
     packing: Literal["shared", "packed", "padded"] = "shared"
     """`shared`: each prompt once for all its candidates; `packed`: once per candidate; `padded`: as rows with padding.
     All three compute the same."""
