@@ -276,6 +276,9 @@ class PlacementBlock(Block):
     scorer_gpus: NonNegativeFloat = 0.0
     """GPUs of the scorer, for scorers that run a model; 0 runs it on CPU. Colocated, a share below 1 is one of the
     first generator's GPU: lower generators.gpu_memory_utilization by what the model takes. Else it is another GPU."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Memory of each GPU, in GiB; null asks nvidia-smi where the command runs. `raylign plan` takes it for GPUs that
+    are not there."""
     ready_timeout_s: PositiveFloat = 60.0
     """How long to wait for a cluster that can grow before refusing, in seconds."""
 
