@@ -76,27 +76,29 @@ class MemoryPlan:
         if self.each is None:
             return
         for phase in self.phases:
-            engine = sum(size for name, size in phase.rows.items() if name in _ENGINE)
-            if engine > int(self.share * self.each):
+            engine = {name: size for name, size in phase.rows.items() if name in _ENGINE}
+            if sum(engine.values()) > int(self.share * self.each):
                 share = f"generators.gpu_memory_utilization={self.share:g} of {gib(self.each)} GiB"
-                more = f"raise generators.gpu_memory_utilization; {_listed(phase.cures[: CURES - 1])}"
+                more = f"raise generators.gpu_memory_utilization; {_listed(phase, CURES - 1)}"
                 raise PlacementError(
-                    f"an engine needs {gib(engine)} GiB for {_largest(phase)}, and {share} is less; what would help: "
-                    f"{more}"
+                    f"an engine needs {gib(sum(engine.values()))} GiB ({_largest(engine)}), and {share} is less; what "
+                    f"would help: {more}"
                 )
             if phase.total > self.each:
                 raise PlacementError(
                     f"{phase.name} needs {gib(phase.total)} GiB of a GPU of the {phase.where}, which has "
-                    f"{gib(self.each)} (GiB: {_largest(phase)}); what would help: {_listed(phase.cures[:CURES])}"
+                    f"{gib(self.each)} (GiB: {_largest(phase.rows)}); what would help: {_listed(phase, CURES)}"
                 )
 
 
-def _largest(phase: Phase) -> str:
-    rows = sorted(phase.rows.items(), key=lambda row: -row[1])[:CURES]
-    return ", ".join(f"{name.rstrip(_ESTIMATED)} {gib(size)}" for name, size in rows)
+def _largest(rows: Mapping[str, int]) -> str:
+    found = sorted(rows.items(), key=lambda row: -row[1])[:CURES]
+    return ", ".join(f"{name.rstrip(_ESTIMATED)} {gib(size)}" for name, size in found)
 
 
-def _listed(cures: Iterable[Cure]) -> str:
+def _listed(phase: Phase, most: int) -> str:
+    """Those that free a hundredth of it."""
+    cures = [cure for cure in phase.cures if 100 * cure.frees > phase.total][:most]
     return "; ".join(map(str, cures)) or "take GPUs with more memory"
 
 
@@ -265,7 +267,7 @@ def memory_table(plan: MemoryPlan) -> Table:
 def memory_notes(plan: MemoryPlan) -> list[str]:
     """What the table does not say by itself."""
     found = ["rows with * are estimates until an engine was measured on a GPU"] if plan.device == "gpu" else []
-    if plan.host:
+    if gib(plan.host) != gib(0):
         found.append(f"offloaded: {gib(plan.host)} GiB of host memory for every trainer rank")
     if plan.device == "gpu" and plan.each is None:
         found.append("how much memory a GPU has is not known here: set placement.gpu_memory_gb to see whether it fits")

@@ -303,7 +303,7 @@ class DeepSpeedRank:
         number = len(self._round.reports)
         # Dropout, where a model has it, draws the same whether or not earlier steps ran in this process.
         torch.manual_seed((self._spec.seed * 1_000_003 + self._steps_done) * self._spec.trainer.ranks + self._rank)
-        with memory_errors(f"step {number + 1} on rank {self._rank}"):
+        with memory_errors(f"step {number + 1} on rank {self._rank}", self._model, self._spec):
             report = self._step(self._round.preferences, self._round.steps[number])
         self._round.reports.append(report)
         return report
