@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from raylign.config.scoring import leaves
 from raylign.config.scoring.blocks import ImplicitScoringBlock, RewardModelScoringBlock
 from raylign.errors import PlacementError
 from raylign.models.open import read_config
+from raylign.records import Preference, Prompt
 from raylign.training.memory import CURES, GIB, Cure, TrainerNeeds, size_of, trainer_cures
 from recipes.commands.plan import reference_facts
 from recipes.model_checks import trained_parameters
@@ -102,11 +103,18 @@ def _listed(phase: Phase, most: int) -> str:
     return "; ".join(map(str, cures)) or "take GPUs with more memory"
 
 
-def memory_plan(
-    config: RunConfig, folder: Path, trained: int, placement: PlacementPlan, each: int | None
-) -> MemoryPlan:
-    """For the model of `folder`, of which `trained` parameters get gradients. `each` is that of `gpu_bytes`."""
-    needs = trainer_needs(config, folder, trained, placement.device)
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model in `folder`, of which `trained` parameters get gradients, and the prompts or preferences for it."""
+
+    folder: Path
+    trained: int
+    rows: Sequence[object]
+
+
+def memory_plan(config: RunConfig, subject: Subject, placement: PlacementPlan, each: int | None) -> MemoryPlan:
+    """`each` is that of `gpu_bytes`."""
+    needs = trainer_needs(config, subject, placement.device)
     memory = each if placement.device == "gpu" else None
     if not isinstance(config, OnlineDpoConfig):
         phases = (_alone(needs),)
@@ -119,23 +127,36 @@ def memory_plan(
     return MemoryPlan(placement.device, phases, memory, needs.host())
 
 
-def trainer_needs(config: RunConfig, folder: Path, trained: int, device: Device) -> TrainerNeeds:
+def trainer_needs(config: RunConfig, subject: Subject, device: Device) -> TrainerNeeds:
+    folder, trained = subject.folder, subject.trained
     size = size_of(checkpoint_manifest(folder), read_config(str(folder), config.model.trust_remote_code))
-    candidates = None
+    reference = reference_facts(config, folder, trained).bytes_per_rank
+    longest = max((_tokens(row, config) for row in subject.rows), default=0)
     if isinstance(config, OnlineDpoConfig):
         candidates = 2 if config.pairing.pairs else config.sampling.max_generations
-    reference = reference_facts(config, folder, trained).bytes_per_rank
-    _, longest = config.longest
+    else:
+        candidates = max((len(row.candidates) for row in subject.rows if isinstance(row, Preference)), default=1)
     return TrainerNeeds(size, trained, config.model, config.trainer, longest, candidates, reference, device)
 
 
-def begin_check(config: RunConfig, folder: str) -> Callable[[PlacementPlan], None]:
+def _tokens(row: object, config: RunConfig) -> int:
+    """Of the longest sequence that comes of it."""
+    match row:
+        case Prompt():
+            return len(row.token_ids) + (config.max_completion_tokens or 0)
+        case Preference():
+            return len(row.prompt.token_ids) + max(len(candidate.token_ids) for candidate in row.candidates)
+        case _:
+            return config.longest[1]
+
+
+def begin_check(config: RunConfig, folder: str, rows: Sequence[object]) -> Callable[[PlacementPlan], None]:
     """Count what torch must; what is returned raises PlacementError where the GPUs' memory is known and too little."""
     each = gpu_bytes(config.placement)
     if each is None or config.placement.device == "cpu":
         return lambda placement: None
-    trained = trained_parameters(folder, config.model)
-    return lambda placement: memory_plan(config, Path(folder), trained, placement, each).require_fit()
+    subject = Subject(Path(folder), trained_parameters(folder, config.model), rows)
+    return lambda placement: memory_plan(config, subject, placement, each).require_fit()
 
 
 def gpu_bytes(block: PlacementBlock) -> int | None:

@@ -196,7 +196,7 @@ def _opened(
     inputs = inputs_of(config, rows, models, recipe, scoring)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
-    require_memory = begin_check(config, models.folder)
+    require_memory = begin_check(config, models.folder, rows.train)
     end_torch_beside()
     load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:

@@ -24,7 +24,7 @@ from recipes.commands.plan import (
     present_resources,
     run_directory,
 )
-from recipes.memory import MemoryPlan, gpu_bytes, memory_notes, memory_plan, memory_table
+from recipes.memory import MemoryPlan, Subject, gpu_bytes, memory_notes, memory_plan, memory_table
 from recipes.opening import find_models, find_rows, what_became_of
 
 
@@ -50,7 +50,9 @@ def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     where, available = present_resources(config.placement)
     steps = total_steps(len(data.train), config.schedule, config.trainer)
     placement = plan_trainer_team(config, available)
-    memory = memory_plan(config, model.folder, model.trained, placement, gpu_bytes(config.placement))
+    memory = memory_plan(
+        config, Subject(model.folder, model.trained, data.train), placement, gpu_bytes(config.placement)
+    )
     memory.require_fit()
     return OfflinePlan(config, model, data, steps, placement, memory, available, where)
 

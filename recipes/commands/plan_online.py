@@ -38,7 +38,7 @@ from recipes.commands.plan import (
     run_directory,
     stored_bytes,
 )
-from recipes.memory import MemoryPlan, gpu_bytes, memory_notes, memory_plan, memory_table
+from recipes.memory import MemoryPlan, Subject, gpu_bytes, memory_notes, memory_plan, memory_table
 from recipes.opening import find_models, find_prompts
 
 
@@ -106,7 +106,9 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     prompts = find_prompts(config, models, quarantine=False)
     where, available = present_resources(config.placement)
     placement = plan_team(config, available)
-    memory = memory_plan(config, model.folder, model.trained, placement, gpu_bytes(config.placement))
+    memory = memory_plan(
+        config, Subject(model.folder, model.trained, prompts.train), placement, gpu_bytes(config.placement)
+    )
     memory.require_fit()
     transport = weight_transport(config, str(model.folder), placement.device, shared_folder())
     is_here = where == THIS_MACHINE

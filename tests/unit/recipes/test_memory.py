@@ -13,16 +13,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from raylign.config import load_config
 from raylign.config.blocks import PlacementBlock
+from raylign.config.offline import OfflineDpoConfig
 from raylign.errors import PlacementError
+from raylign.records import Candidate, Preference, Prompt
 from recipes import memory
 from recipes.commands.plan import ReferenceFacts
 from recipes.commands.plan_online import RunPlan, make_plan, print_plan
-from recipes.memory import GIB, MemoryPlan, begin_check, gpu_bytes, memory_notes, memory_plan
+from recipes.memory import GIB, MemoryPlan, Subject, begin_check, gpu_bytes, memory_notes, memory_plan, trainer_needs
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
 Plan = Callable[..., RunPlan]
 ON_GPUS = ("placement.device=auto", "placement.gpu_memory_gb=24")
 EVERY = ("model.lora=null",)
+PROMPTS = [Prompt("p", (), (1,) * length) for length in (3, 6)]
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def large(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def found(*overrides: str, gpu_gib: float) -> MemoryPlan:
         read = load_config(tmp_path / "tiny.yaml", (*ON_GPUS, *EVERY, *overrides))
-        return memory_plan(read, tmp_path, numel, placement, int(gpu_gib * GIB))
+        return memory_plan(read, Subject(tmp_path, numel, PROMPTS), placement, int(gpu_gib * GIB))
 
     return found
 
@@ -160,9 +163,9 @@ def test_what_a_plan_refuses_a_run_refuses_before_its_actors(plan: Plan, tmp_pat
     config = load_config(tmp_path / "tiny.yaml", ("placement.device=auto", "placement.gpu_memory_gb=2"))
     placement = plan(*ON_GPUS).placement
     with pytest.raises(PlacementError, match="what would help"):
-        begin_check(config, str(tmp_path / "policy"))(placement)
+        begin_check(config, str(tmp_path / "policy"), PROMPTS)(placement)
     for settings in ((), ("placement.gpu_memory_gb=2",)):
-        begin_check(load_config(tmp_path / "tiny.yaml", settings), str(tmp_path / "policy"))(plan().placement)
+        begin_check(load_config(tmp_path / "tiny.yaml", settings), str(tmp_path / "policy"), PROMPTS)(plan().placement)
 
 
 def test_the_page_has_the_table_and_says_what_is_estimated(plan: Plan, tmp_path: Path) -> None:
@@ -204,3 +207,23 @@ def test_the_smallest_gpu_here_counts_unless_the_cluster_is_elsewhere(
     monkeypatch.delenv("RAY_ADDRESS")
     program.write_text("#!/bin/sh\nexit 9\n")
     assert gpu_bytes(PlacementBlock()) is None
+
+
+def test_passes_are_as_long_as_the_rows_make_them(plan: Plan, tmp_path: Path) -> None:
+    """Two pairs of prompts of up to 6 tokens and answers of up to 10; all of a ranking; rows as given."""
+
+    def tokens(*overrides: str) -> int:
+        config = load_config(tmp_path / "tiny.yaml", overrides)
+        return trainer_needs(config, Subject(tmp_path / "policy", 1, PROMPTS), "cpu").tokens
+
+    assert tokens() == 2 * 2 * (6 + 10)
+    assert tokens("loss.loss_type=plackett_luce", "pairing.type=ranking") == 2 * 4 * (6 + 10)
+    assert tokens("trainer.max_tokens_per_micro_batch=20") == 20
+    assert tokens("trainer.max_tokens_per_micro_batch=2") == 6 + 10
+    answers = tuple(Candidate("p", n, (1,) * n, (0.0,) * n, "", "stop", 0, 0) for n in (4, 7, 2))
+    row = Preference(PROMPTS[0], answers, (3.0, 2.0, 1.0), (1.0,) * 3)
+    block = OfflineDpoConfig.model_validate(
+        {"data": {"source": "rows.json"}, "model": {"path": str(tmp_path / "policy")}}
+    )
+    needs = trainer_needs(block, Subject(tmp_path / "policy", 1, [row]), "cpu")
+    assert (needs.longest, needs.candidates) == (10, 3)
