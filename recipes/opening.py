@@ -40,6 +40,7 @@ from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
+from recipes.memory import begin_check
 from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
 
@@ -195,10 +196,12 @@ def _opened(
     inputs = inputs_of(config, rows, models, recipe, scoring)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
+    require_memory = begin_check(config, models.folder, rows.train)
     end_torch_beside()
     load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         placement = plan(config, available)
+        require_memory(placement)
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             keep(directory.path, inputs)

@@ -8,11 +8,14 @@ Role = Literal["generator", "trainer", "scorer", "cluster"]
 """Whose error it is; `cluster` is everything else."""
 
 MEMORY_CURES: Mapping[str, str] = {
-    "generator": "lower generators.kv_cache_gb, generators.max_num_seqs, generators.max_model_len or generators.count",
+    "generator": (
+        "lower generators.kv_cache_gb (on GPUs generators.gpu_memory_utilization), generators.max_num_seqs, "
+        "generators.max_model_len or generators.count"
+    ),
     "trainer": (
         "lower trainer.max_tokens_per_micro_batch or trainer.per_device_train_batch_size (raise "
         "trainer.gradient_accumulation_steps instead), set trainer.gradient_checkpointing=true, raise "
-        "trainer.zero_stage, or train an adapter (model.lora.r=16)"
+        "trainer.zero_stage, or train an adapter (model.lora.r=16); `raylign plan` shows what takes most"
     ),
     "scorer": "lower scoring.batch_size, or take a smaller scoring model",
     "cluster": "lower trainer.ranks or generators.count",

@@ -50,9 +50,12 @@ from raylign.training.batches import BatchShape, MicroBatch, Passes, Step, plan_
 from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
 from raylign.training.logprobs import CompletionLogps, CompletionScores
+from raylign.training.pieces import add_gradients, of_policy, score
 from raylign.training.preferences import (
     PreferenceBatch,
+    in_passes,
     pass_cost,
+    passes_of,
     preference_batch,
     require_logps,
     to_device,
@@ -167,7 +170,7 @@ class DeepSpeedRank:
         with self._references.reference.scoring() as module, torch.no_grad():
             for micro, mine in self._micro_batches(preferences, seed):
                 batch = self._batch([replace(one, reference_logps=()) for one in mine], micro)
-                scores = module(batch.tokens, batch.token_weights)
+                scores = of_policy(score(module, batch))
                 own, _ = without_kl_samples(batch, scores)
                 sums, kl_logps = iter(own.logps.tolist()), self._kl_logps(module, batch, scores, mine)
                 tokens = token_values(own.tokens.logps, mine) if by_token else [()] * len(mine)
@@ -184,7 +187,7 @@ class DeepSpeedRank:
         with self._without_training() as module:
             for micro, mine in self._micro_batches(preferences, seed):
                 batch = self._batch(mine, micro)
-                own, _ = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
+                own, _ = without_kl_samples(batch, of_policy(score(module, batch)))
                 of_each = zip(micro.indices, micro.weights, token_values(own.tokens.logps, mine), strict=True)
                 found |= {index: tokens for index, weight, tokens in of_each if weight}
         return found
@@ -217,16 +220,17 @@ class DeepSpeedRank:
 
     def _batch(self, preferences: Sequence[Preference], micro: MicroBatch) -> PreferenceBatch:
         loss, version = self._spec.loss, reference_version(self._spec.reference, self._references.followed)
-        form = (self._layout, self._spec.pad_id, loss.tail_weight, version, loss.needs_kl_gradient)
-        return to_device(preference_batch(preferences, micro.weights, *form), self._device)
+        form, limit = (self._layout, self._spec.pad_id), self._spec.trainer.max_tokens_per_micro_batch
+        batch = preference_batch(preferences, micro.weights, *form, loss.tail_weight, version, loss.needs_kl_gradient)
+        return to_device(in_passes(batch, preferences, *form, limit, micro.passes), self._device)
 
     def _plan(self, preferences: Sequence[Preference], seed: int, epochs: int) -> list[Step]:
         block = self._spec.trainer
-        costs = [pass_cost(preference, self._layout, self._spec.loss) for preference in preferences]
-        shape = BatchShape(
-            block.ranks, block.train_batch_size, block.per_device_train_batch_size, block.max_tokens_per_micro_batch
-        )
-        return plan_steps(costs, shape, epochs=epochs, seed=seed)
+        layout, limit, loss = self._layout, block.max_tokens_per_micro_batch, self._spec.loss
+        costs = [pass_cost(preference, layout, loss) for preference in preferences]
+        passes = [passes_of(preference, layout, limit, loss) for preference in preferences]
+        shape = BatchShape(block.ranks, block.train_batch_size, block.per_device_train_batch_size, limit)
+        return plan_steps(costs, shape, epochs=epochs, seed=seed, passes=passes)
 
     def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         return self._logps(self._references.reference, rows)
@@ -270,7 +274,7 @@ class DeepSpeedRank:
         with self._without_training() as module:
             for micro in mine:
                 batch = self._batch([preferences[index] for index in micro.indices], micro)
-                loss, own = self._learner.measure(module, batch, state)
+                loss, own = self._learner.measure(score(module, batch), batch, state)
                 totals.append(own)
                 columns.append(torch.stack([loss.losses, loss.chosen_rewards, loss.rejected_rewards]))
         places = [pair for micro in mine for pair in zip(micro.indices, micro.weights, strict=True)]
@@ -303,7 +307,7 @@ class DeepSpeedRank:
         number = len(self._round.reports)
         # Dropout, where a model has it, draws the same whether or not earlier steps ran in this process.
         torch.manual_seed((self._spec.seed * 1_000_003 + self._steps_done) * self._spec.trainer.ranks + self._rank)
-        with memory_errors(f"step {number + 1} on rank {self._rank}"):
+        with memory_errors(f"step {number + 1} on rank {self._rank}", self._model, self._spec):
             report = self._step(self._round.preferences, self._round.steps[number])
         self._round.reports.append(report)
         return report
@@ -332,11 +336,8 @@ class DeepSpeedRank:
         totals: list[Totals] = []
         for number, micro in enumerate(mine):
             batch = self._batch([preferences[index] for index in micro.indices], micro)
-            loss, own = self._learner.measure(self._engine.training_module, batch, self._state)
-            # Engines average over ranks, so world / count makes a preference of weight 1 weigh 1 / count.
-            total = (loss.losses * batch.weights).sum() * self._spec.trainer.ranks / step.count
-            # A loss that is not finite makes every gradient so: all ranks then leave the step out.
-            self._engine.backward(total * (1 + 0 * loss.losses.detach().sum()), last=number == len(mine) - 1)
+            last = number == len(mine) - 1
+            loss, own = add_gradients(self._engine, self._learner, batch, self._state, step, last=last)
             totals.append(own)
         return self._metrics(totals, tuple(loss.metrics))
 

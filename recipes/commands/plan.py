@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.weight_sync.manifest import checkpoint_manifest
-from raylign.config import OnlineDpoConfig, RunConfig
-from raylign.config.blocks import ModelBlock
+from raylign.config import RunConfig
+from raylign.config.blocks import ModelBlock, PlacementBlock
 from raylign.config.losses import TrainerLoss, loss_functions, members
 from raylign.config.reference import (
     EmaReferenceBlock,
@@ -27,6 +27,7 @@ from raylign.models import context_limit
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.text import escape_control
 from raylign.scoring.locate import locate_function
+from raylign.training.memory import frozen_bytes
 from recipes.commands.checks.ray_cluster import require_named_cluster
 from recipes.model_checks import gpus, linear_parameters, trained_parameters
 
@@ -37,10 +38,6 @@ Line = tuple[str, str]
 
 
 _FP32_BYTES = 4
-
-
-_BLOCK, _NESTED_BLOCK = 64, 256
-"""Weights that share a constant in bitsandbytes' 4-bit storage, and constants that share one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +65,9 @@ class ReferenceFacts:
     bytes_per_rank: int
 
 
-def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> ReferenceFacts:
+def reference_facts(config: RunConfig, folder: Path, trained: int) -> ReferenceFacts:
     """`folder` is the policy's and `trained` its parameters with gradients. Raises ModelError as a run would."""
-    reference, adapter = config.reference, config.model.lora is not None
+    reference, adapter = config.measured_against, config.model.lora is not None
     found = resolve_reference(reference, config.model, str(folder))
     whole = stored_bytes(Path(found), config.model)
     shards = config.trainer.ranks if config.trainer.zero_stage == 3 else 1
@@ -98,16 +95,20 @@ def reference_facts(config: OnlineDpoConfig, folder: Path, trained: int) -> Refe
 def stored_bytes(folder: Path, block: ModelBlock) -> int:
     """Bytes of the frozen model of `folder` as a trainer holds it, in `block.dtype` and 4 bits as `block` says."""
     parameters = sum(math.prod(shape) for shape in checkpoint_manifest(folder).values())
-    packed = linear_parameters(str(folder), block) if block.load_in_4bit else 0
-    constant = 8 / _BLOCK + 32 / (_BLOCK * _NESTED_BLOCK) if block.use_bnb_nested_quant else 32 / _BLOCK
-    return math.ceil((parameters - packed) * block.itemsize + packed * (4 + constant) / 8)
+    return frozen_bytes(parameters, linear_parameters(str(folder), block) if block.load_in_4bit else 0, block)
 
 
-def present_resources() -> tuple[str, Mapping[str, float]]:
-    """Whose resources they are, and the CPUs and GPUs: of the cluster at RAY_ADDRESS, else of this machine."""
+def present_resources(block: PlacementBlock) -> tuple[str, Mapping[str, float]]:
+    """Whose resources they are, and the CPUs and GPUs: of the cluster at RAY_ADDRESS, else of this machine.
+
+    With `gpu_memory_gb`, a machine without GPUs stands for a cluster of such GPUs, however many.
+    """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return THIS_MACHINE, {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus())}
+        here = gpus()
+        if not here and block.gpu_memory_gb is not None and block.device != "cpu":
+            return f"a cluster of GPUs of {block.gpu_memory_gb:g} GiB", {"CPU": math.inf, "GPU": math.inf}
+        return THIS_MACHINE, {"CPU": float(os.cpu_count() or 1), "GPU": float(here)}
     from actors.cluster import cluster  # noqa: PLC0415 - Ray, where there is a cluster to ask
 
     require_named_cluster()
@@ -127,6 +128,12 @@ def grid(lines: Iterable[Line]) -> Table:
     for name, value in lines:
         table.add_row(Text(name, style="bold"), Text(escape_control(value)))
     return table
+
+
+def needed(required: Mapping[str, float], available: Mapping[str, float]) -> str:
+    """What is required of each resource, and how much there is where that is known."""
+    parts = [(f"{need:g} {name}", available.get(name, 0.0)) for name, need in required.items()]
+    return ", ".join(part if math.isinf(there) else f"{part} of {there:g}" for part, there in parts)
 
 
 def many(count: int, noun: str) -> str:

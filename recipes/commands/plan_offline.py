@@ -20,9 +20,11 @@ from recipes.commands.plan import (
     loss_lines,
     many,
     model_facts,
+    needed,
     present_resources,
     run_directory,
 )
+from recipes.memory import MemoryPlan, Subject, gpu_bytes, memory_notes, memory_plan, memory_table
 from recipes.opening import find_models, find_rows, what_became_of
 
 
@@ -35,6 +37,7 @@ class OfflinePlan:
     data: PreferenceData
     steps: int
     placement: PlacementPlan
+    memory: MemoryPlan
     available: Mapping[str, float]
     cluster: str
 
@@ -44,9 +47,14 @@ def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     models = find_models(config)
     model = model_facts(Path(models.folder), config.model)
     data = find_rows(config, models)
-    where, available = present_resources()
+    where, available = present_resources(config.placement)
     steps = total_steps(len(data.train), config.schedule, config.trainer)
-    return OfflinePlan(config, model, data, steps, plan_trainer_team(config, available), available, where)
+    placement = plan_trainer_team(config, available)
+    memory = memory_plan(
+        config, Subject(model.folder, model.trained, data.train), placement, gpu_bytes(config.placement)
+    )
+    memory.require_fit()
+    return OfflinePlan(config, model, data, steps, placement, memory, available, where)
 
 
 def show_offline_plan(config: OfflineConfig, console: Console) -> None:
@@ -55,9 +63,13 @@ def show_offline_plan(config: OfflineConfig, console: Console) -> None:
 
 
 def print_offline_plan(plan: OfflinePlan, console: Console) -> None:
-    """`name value` lines, then notes."""
-    console.print(grid([*_inputs(plan), *_work(plan), *_outside(plan)]))
-    notes = [left_out(plan.data.invalid), mixed_scales(plan.data, plan.config.score_options)]
+    """`name value` lines, the table of memory, then notes."""
+    console.print(grid([*_inputs(plan), *_work(plan), *_outside(plan)]), "", memory_table(plan.memory), sep="\n")
+    notes = [
+        *memory_notes(plan.memory),
+        left_out(plan.data.invalid),
+        mixed_scales(plan.data, plan.config.score_options),
+    ]
     if run_directory(plan.config).exists():
         notes.append(f"{run_directory(plan.config)} exists already: `raylign run` goes on with it")
     for note in filter(None, notes):
@@ -93,8 +105,8 @@ def _work(plan: OfflinePlan) -> list[Line]:
 
 
 def _outside(plan: OfflinePlan) -> list[Line]:
-    required, run = plan.placement.required(), run_directory(plan.config)
-    needs = ", ".join(f"{required[name]:g} {name} of {plan.available.get(name, 0.0):g}" for name in required)
+    run = run_directory(plan.config)
+    needs = needed(plan.placement.required(), plan.available)
     tracking = plan.config.tracking
     return [
         ("required", f"{needs} on {plan.cluster}, {plan.placement.device}"),

@@ -32,11 +32,13 @@ from recipes.commands.plan import (
     loss_lines,
     many,
     model_facts,
+    needed,
     present_resources,
     reference_facts,
     run_directory,
     stored_bytes,
 )
+from recipes.memory import MemoryPlan, Subject, gpu_bytes, memory_notes, memory_plan, memory_table
 from recipes.opening import find_models, find_prompts
 
 
@@ -82,6 +84,7 @@ class RunPlan:
     scorer: tuple[str, ...]
     amounts: Amounts
     placement: PlacementPlan
+    memory: MemoryPlan
     available: Mapping[str, float]
     cluster: str
     transport: Name
@@ -101,8 +104,12 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     model = model_facts(Path(models.folder), config.model)
     reference = reference_facts(config, model.folder, model.trained)
     prompts = find_prompts(config, models, quarantine=False)
-    where, available = present_resources()
+    where, available = present_resources(config.placement)
     placement = plan_team(config, available)
+    memory = memory_plan(
+        config, Subject(model.folder, model.trained, prompts.train), placement, gpu_bytes(config.placement)
+    )
+    memory.require_fit()
     here = OneNode(shared_folder())
     transport = weight_transport(config, str(model.folder), placement, here)
     is_here = where == THIS_MACHINE
@@ -116,6 +123,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
         scorer=scorer,
         amounts=amounts(config, len(prompts.held_out)),
         placement=placement,
+        memory=memory,
         available=available,
         cluster=where,
         transport=transport.engine.name,
@@ -179,8 +187,8 @@ def notes(plan: RunPlan) -> list[str]:
 def print_plan(plan: RunPlan, console: Console) -> None:
     """Sections of `name value` lines, the table of roles, then notes."""
     lines = [*_inputs(plan), *_work(plan)]
-    console.print(grid(lines), "", _roles(plan), "", grid(_outside(plan)), sep="\n")
-    for note in notes(plan):
+    console.print(grid(lines), "", _roles(plan), "", memory_table(plan.memory), "", grid(_outside(plan)), sep="\n")
+    for note in (*memory_notes(plan.memory), *notes(plan)):
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
@@ -288,8 +296,7 @@ def _roles(plan: RunPlan) -> Table:
 def _outside(plan: RunPlan) -> list[Line]:
     config = plan.config
     run = run_directory(config)
-    required = plan.placement.required()
-    needs = ", ".join(f"{required[name]:g} {name} of {plan.available.get(name, 0.0):g}" for name in required)
+    needs = needed(plan.placement.required(), plan.available)
     push = f": {megabytes(plan.push_bytes)} each push" if plan.push_bytes else ""
     room = f", {megabytes(plan.free_bytes)} free" if push and plan.free_bytes else ""
     return [

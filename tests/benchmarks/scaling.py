@@ -14,6 +14,8 @@ from tests.benchmarks.harness.scaling import Point, ScalingJob, ScalingResult, S
 MAX_COST_GROWTH = 1.15
 """A timing of a second or two varies by several percent."""
 MAX_LOGITS_SHARE = 0.5
+MAX_GROUP_GROWTH = 1.1
+"""An allocator never fits quite the same."""
 MIB = 2**20
 
 TOKENS = 8192
@@ -27,6 +29,7 @@ COMPLETION = 256
 def main(
     max_length: Annotated[int, typer.Option(help="Longest sequence.")] = 4096,
     max_candidates: Annotated[int, typer.Option(help="Largest K, at most 16.")] = 16,
+    max_group: Annotated[int, typer.Option(help="Largest K of a group that is run in pieces, at most 64.")] = 64,
     max_width: Annotated[int, typer.Option(help="Widest model.")] = 512,
     max_vocabulary: Annotated[int, typer.Option(help="Largest vocabulary.")] = 262144,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each shape; the fastest counts.")] = 3,
@@ -39,6 +42,7 @@ def main(
     series = (
         _over_length([n for n in (128, 256, 512, 1024, 2048, 4096) if n <= max_length]),
         *[_over_candidates(packing, max_candidates) for packing in ("shared", "packed")],
+        _over_groups(max_group),
         *[_of_width(width) for width in (128, 256, 512) if width <= max_width],
         *[_of_vocabulary(size) for size in (8192, 32768, 131072, 262144) if size <= max_vocabulary],
     )
@@ -46,7 +50,7 @@ def main(
     with measured("scaling"):
         points = stage.run("scaling", "scaling_trainer", job, ScalingResult).result.points
     record = {"machine": facts, "job": job.model_dump(), "points": [point.model_dump() for point in points]}
-    finish(stage.console, folder, [_table(points)], [*_cost_checks(points), _vocabulary_check(job, points)], record)
+    finish(stage.console, folder, [_table(points)], _checks(job, points), record)
 
 
 def _over_length(lengths: Sequence[int]) -> Series:
@@ -68,6 +72,14 @@ def _over_candidates(packing: Literal["shared", "packed"], most: int) -> Series:
     return Series(name=f"K-{packing}", axis="K", packing=packing, shapes=shapes)
 
 
+def _over_groups(most: int) -> Series:
+    """One group a step, in pieces as large as a pair: 256 tokens of a prompt and two completions of 128."""
+    shapes = {
+        str(k): Shape(preferences=1, candidates=k, prompt=256, completion=128) for k in (2, 8, 32, 64) if k <= most
+    }
+    return Series(name="K-pieces", axis="K", max_tokens=512, shapes=shapes)
+
+
 def _of_width(width: int) -> Series:
     shapes = {str(width): Shape(preferences=4, candidates=2, prompt=256, completion=256)}
     return Series(name=f"width-{width}", axis="width", width=width, shapes=shapes)
@@ -78,10 +90,13 @@ def _of_vocabulary(size: int) -> Series:
     return Series(name=f"vocabulary-{size}", axis="vocabulary", width=128, layers=2, vocabulary=size, shapes=shapes)
 
 
+_KINDS = {"K-packed": " packed", "K-pieces": " in pieces"}
+
+
 def _table(points: Sequence[Point]) -> Table:
     rows = [
         [
-            f"{point.series.split('-')[0]} {point.at}" + (" packed" if point.series == "K-packed" else ""),
+            f"{point.series.split('-')[0]} {point.at}{_KINDS.get(point.series, '')}",
             point.counted / point.seconds,
             1e6 * point.seconds / point.counted,
             point.gflops,
@@ -103,6 +118,17 @@ def _table(points: Sequence[Point]) -> Table:
     return table(
         "steps of raylign's trainer, reference pass included; tokens count every prompt K times", headers, rows
     )
+
+
+def _checks(job: ScalingJob, points: Sequence[Point]) -> list[Check]:
+    return [*_cost_checks(points), _group_check(points), _vocabulary_check(job, points)]
+
+
+def _group_check(points: Sequence[Point]) -> Check:
+    """Activations of a group in pieces at the largest K over those at the smallest."""
+    found = {int(point.at): point.activation_bytes for point in points if point.series == "K-pieces"}
+    what = f"activations of a group of {max(found)} in pieces, times those of {min(found)}"
+    return Check(what, found[max(found)] / found[min(found)], "at most", MAX_GROUP_GROWTH)
 
 
 def _cost_checks(points: Sequence[Point]) -> list[Check]:

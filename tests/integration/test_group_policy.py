@@ -30,6 +30,13 @@ SAME_STEPS: dict[str, dict[str, Any]] = {
     "padded": {"packing": "padded"},
     "2 ranks, micro-batches of 60 tokens": HALVES | {"max_tokens_per_micro_batch": 60},
     "2 ranks, ZeRO 3": HALVES | {"zero_stage": 3},
+    # Groups of 14 to 26 tokens: ranks have different numbers of pieces.
+    "groups in pieces": {"max_tokens_per_micro_batch": 13},
+    "2 ranks, groups in pieces": HALVES | {"max_tokens_per_micro_batch": 13},
+    "2 ranks, ZeRO 1, groups in pieces": HALVES | {"zero_stage": 1, "max_tokens_per_micro_batch": 13},
+    "2 ranks, ZeRO 2, groups in pieces": HALVES | {"zero_stage": 2, "max_tokens_per_micro_batch": 13},
+    "2 ranks, ZeRO 3, groups in pieces": HALVES
+    | {"zero_stage": 3, "max_tokens_per_micro_batch": 13, "gradient_checkpointing": True},
 }
 LOSSES: dict[str, dict[str, Any]] = {
     "grpo with a KL term": {"loss_type": "grpo", "beta": 0.1, "scale_rewards": "batch"},

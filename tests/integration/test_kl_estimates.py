@@ -91,6 +91,7 @@ def test_every_layout_micro_batch_and_number_of_ranks_takes_the_same_steps(
         {"ranks": 2, "zero_stage": 3, "per_device_train_batch_size": 2},
         # 3 of a batch of 4 in the last step: one rank runs a filler.
         {**ONE, "max_tokens_per_micro_batch": 40},
+        {"ranks": 2, "zero_stage": 2, "per_device_train_batch_size": 2, "max_tokens_per_micro_batch": 10},
     ]
     runs = []
     for shape in shapes:

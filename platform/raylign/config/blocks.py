@@ -199,7 +199,7 @@ class TrainerBlock(Block):
     per_device_train_batch_size: PositiveInt = 8
     """Preferences per rank and micro-batch, at most."""
     max_tokens_per_micro_batch: PositiveInt = 8192
-    """Tokens per rank and micro-batch, at most: memory. A longer preference is a micro-batch of its own."""
+    """Tokens per rank and micro-batch, at most: memory. A longer preference is run in pieces of them, twice forward."""
     packing: Literal["shared", "packed", "padded"] = "shared"
     """`shared`: each prompt once for all its candidates; `packed`: once per candidate; `padded`: as rows with padding.
     All three compute the same."""
@@ -280,6 +280,9 @@ class PlacementBlock(Block):
     scorer_gpus: NonNegativeFloat = 0.0
     """GPUs of the scorer, for scorers that run a model; 0 runs it on CPU. Colocated, a share below 1 is one of the
     first generator's GPU: lower generators.gpu_memory_utilization by what the model takes. Else it is another GPU."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Memory of each GPU, in GiB; null asks nvidia-smi where the command runs. `raylign plan` takes it for GPUs that
+    are not there."""
     ready_timeout_s: PositiveFloat = 60.0
     """How long to wait for a cluster that can grow before refusing, in seconds."""
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from raylign.training.sequences import Layout, on_device, token_batch
 class BatchShape:
     """`batch` preferences a step over `ranks`; a micro-batch has at most `micro_batch` of them and `max_tokens` tokens.
 
-    A single preference longer than `max_tokens` is a micro-batch of its own.
+    A single preference longer than `max_tokens` is a micro-batch of its own, which runs in several passes.
     """
 
     ranks: int
@@ -28,10 +28,14 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Indices into the round's preferences; weight 1 is a real one, 0 a filler that keeps ranks equal."""
+    """Indices into the round's preferences; weight 1 is a real one, 0 a filler that keeps ranks equal.
+
+    Every rank runs its k-th micro-batch in as many `passes` as the others do theirs.
+    """
 
     indices: tuple[int, ...]
     weights: tuple[float, ...]
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +52,34 @@ class Step:
         return tuple(sorted(index for index, weight in pairs if weight))
 
 
-def plan_steps(costs: Sequence[int], shape: BatchShape, *, epochs: int, seed: int) -> list[Step]:
+def plan_steps(
+    costs: Sequence[int], shape: BatchShape, *, epochs: int, seed: int, passes: Sequence[int] | None = None
+) -> list[Step]:
     """Shuffled steps over preferences of `costs` tokens, each epoch in a new order.
 
-    Every rank gets the same number of micro-batches of each step, so collectives line up. Which preferences a step has
-    depends on `shape.batch` and the seed alone, so 1x8 and 8x1 train on the same steps.
+    `passes` is how many forward passes each preference takes by itself, one where it is None. Every rank gets the same
+    number of micro-batches and passes of each step, so collectives line up. Which preferences a step has depends on
+    `shape.batch` and the seed alone, so 1x8 and 8x1 train on the same steps.
     """
+    alone = [1] * len(costs) if passes is None else passes
     steps = []
     for epoch in range(epochs):
         order = list(range(len(costs)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        steps += [_step(indices, costs, shape) for indices in chunks(order, shape.batch)]
+        steps += [_step(indices, costs, alone, shape) for indices in chunks(order, shape.batch)]
     return steps
 
 
-def _step(indices: Sequence[int], costs: Sequence[int], shape: BatchShape) -> Step:
+def _step(indices: Sequence[int], costs: Sequence[int], passes: Sequence[int], shape: BatchShape) -> Step:
     lanes = [_micro_batches(share, costs, shape) for share in _deal(indices, costs, shape.ranks)]
     longest = max(map(len, lanes))
     filler = MicroBatch((min(indices, key=lambda index: costs[index]),), (0.0,))
-    return Step(len(indices), tuple((*lane, *[filler] * (longest - len(lane))) for lane in lanes))
+    filled = [[*lane, *[filler] * (longest - len(lane))] for lane in lanes]
+    most = [
+        max(passes[index] for micro in of_ranks for index in micro.indices) for of_ranks in zip(*filled, strict=True)
+    ]
+    lined_up = (zip(lane, most, strict=True) for lane in filled)
+    return Step(len(indices), tuple(tuple(replace(micro, passes=count) for micro, count in lane) for lane in lined_up))
 
 
 def _deal(indices: Sequence[int], costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from raylign.models.load import load_policy, require_fit
 from raylign.models.reward_model import load_reward_model, require_reward_fit
 from raylign.training import metrics, reward_metrics
 from raylign.training.logprobs import CompletionLogps
+from raylign.training.pieces import Scores, of_policy, of_rewards
 from raylign.training.preferences import PreferenceBatch, loss_input, placed, without_kl_samples
 from raylign.training.rewards import CompletionRewards
 from raylign.training.weights import Gather
@@ -59,8 +60,8 @@ class Learner(Protocol):
     def module(self) -> nn.Module:
         """What DeepSpeed's engine wraps: one call scores the completions of a `TokenBatch`."""
 
-    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
-        """Forward pass and losses of `batch`; `module` is that of `module()`, or the engine around it."""
+    def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        """Losses of `batch`, whose completions got `scores` from what `module()` makes."""
 
     def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
         """Means over all micro-batches and ranks; `own` are the names of what the loss logs itself."""
@@ -96,10 +97,10 @@ class PolicyLearner:
     def module(self) -> nn.Module:
         return CompletionLogps(self.model)
 
-    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
-        scores, kl_logratios = without_kl_samples(batch, module(batch.tokens, batch.token_weights))
-        loss = preference_loss(loss_input(batch, scores, kl_logratios), self._loss, state)
-        sums = metrics.sums(loss, scores, batch)
+    def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        own, kl_logratios = without_kl_samples(batch, of_policy(scores))
+        loss = preference_loss(loss_input(batch, own, kl_logratios), self._loss, state)
+        sums = metrics.sums(loss, own, batch)
         return loss, Totals(sums, sums.new_empty(0))
 
     def metrics(self, totals: Totals, own: Sequence[str]) -> Mapping[str, float]:
@@ -123,8 +124,8 @@ class RewardLearner:
     def module(self) -> nn.Module:
         return CompletionRewards(self.model)
 
-    def measure(self, module: nn.Module, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
-        rewards = module(batch.tokens)
+    def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
+        rewards = of_rewards(scores)
         require_pairs(batch.sizes, self._loss)
         loss = reward_loss(placed(batch, rewards), batch.scores, batch.mask, self._loss)
         return loss, Totals(reward_metrics.sums(loss, rewards, batch), reward_metrics.extremes(rewards, batch))

@@ -16,8 +16,9 @@ from raylign.losses import LossInput, LossState, TokenLogps, ld_weights
 from raylign.records import Completions, Preference
 from raylign.training.kernels.head import TokenScores
 from raylign.training.logprobs import CompletionScores
-from raylign.training.sequences import Layout, TokenBatch, on_device, token_batch, token_cost
+from raylign.training.sequences import Layout, TokenBatch, cut, on_device, token_batch, token_cost
 
+_NOTHING = Completions((0,), ((),))
 _FILL = "fill them by with_reference"
 _SAME_BATCH = (
     "with_reference leaves them out where a round takes one step: finish this round with the batch size and epochs "
@@ -52,7 +53,8 @@ class PreferenceBatch:
     are left out; `kl_reference` [G] fp32 are their reference log-probs.
     `weights` [G] fp32 multiply the losses: a real preference's own weight (above 0), 0 for a filler. `token_weights`
     [N] scale tokens, 1 when None. `sampler`, `old` and `reference_tokens` [N] are those of `raylign.losses.TokenLogps`.
-    `num_tokens` counts prompts once per candidate, as TRL does, fillers and KL samples not at all.
+    `num_tokens` counts prompts once per candidate, as TRL does, fillers and KL samples not at all. `pieces` are the
+    same completions for several forward passes, those of `raylign.training.pieces`; () where one takes them all.
     """
 
     tokens: TokenBatch
@@ -71,6 +73,12 @@ class PreferenceBatch:
     old: Tensor | None
     reference_tokens: Tensor | None
     num_tokens: int
+    pieces: tuple[TokenBatch, ...] = ()
+
+    @property
+    def completions(self) -> int:
+        """C: candidates and KL samples."""
+        return len(self.places) + (0 if self.kl_samples is None else len(self.kl_samples.samples))
 
 
 def completions_of(preference: Preference) -> Completions:
@@ -98,6 +106,26 @@ def pass_cost(preference: Preference, layout: Layout, loss: TrainerLoss) -> int:
     """Tokens of the preference in the largest pass that `loss` makes over it; see `token_cost`."""
     cost = sum(token_cost(group, layout) for group in forward_groups(preference, loss.needs_kl_gradient))
     return max(cost, token_cost(kl_completions(preference), layout)) if loss.needs_kl_baseline else cost
+
+
+def passes_of(preference: Preference, layout: Layout, max_tokens: int, loss: TrainerLoss) -> int:
+    """Forward passes that the preference takes by itself, of at most `max_tokens` tokens each."""
+    return len(cut(forward_groups(preference, loss.needs_kl_gradient), layout, max_tokens))
+
+
+def in_passes(
+    batch: PreferenceBatch, preferences: Sequence[Preference], layout: Layout, pad_id: int, max_tokens: int, passes: int
+) -> PreferenceBatch:
+    """`batch`, made of `preferences`, in `passes` pieces of at most `max_tokens` tokens, the last of them fillers.
+
+    A filler is a token without a completion. One pass leaves `batch` as it is.
+    """
+    if passes == 1:
+        return batch
+    with_kl = batch.kl_samples is not None
+    pieces = cut([group for p in preferences for group in forward_groups(p, with_kl)], layout, max_tokens)
+    pieces += [[_NOTHING]] * (passes - len(pieces))
+    return replace(batch, pieces=tuple(token_batch(piece, layout, pad_id) for piece in pieces))
 
 
 def preference_batch(
@@ -211,7 +239,7 @@ def to_device(batch: PreferenceBatch, device: torch.device) -> PreferenceBatch:
             moved[name] = value.to(device)
         elif isinstance(value, Tensor):
             moved[name] = on_device(value, device)
-    return replace(batch, **moved)
+    return replace(batch, **moved, pieces=tuple(piece.to(device) for piece in batch.pieces))
 
 
 def without_kl_samples(batch: PreferenceBatch, scores: CompletionScores) -> tuple[CompletionScores, Tensor]:

@@ -73,6 +73,30 @@ def token_batch(groups: Sequence[Completions], layout: Layout, pad_id: int) -> T
     return _packed(alone) if layout == "packed" else _padded(alone, pad_id)
 
 
+def cut(groups: Sequence[Completions], layout: Layout, max_tokens: int) -> list[list[Completions]]:
+    """The completions of `groups`, in their order, as pieces of at most `max_tokens` tokens each.
+
+    A prompt is in every piece that has a completion of it. A sequence longer than `max_tokens` is a piece of its own.
+    """
+    pieces: list[list[Completions]] = []
+    cost = max_tokens
+    for group in groups:
+        held = False
+        for completion in group.completions:
+            repeated = held and layout == "shared"
+            more = len(completion) + (0 if repeated else len(group.prompt))
+            if not pieces or cost + more > max_tokens:
+                pieces.append([])
+                held, cost, more = False, 0, len(group.prompt) + len(completion)
+            if held:
+                before = pieces[-1].pop()
+                pieces[-1].append(Completions(group.prompt, [*before.completions, completion]))
+            else:
+                pieces[-1].append(Completions(group.prompt, [completion]))
+            held, cost = True, cost + more
+    return pieces
+
+
 def _packed(groups: Sequence[Completions]) -> TokenBatch:
     input_ids: list[int] = []
     positions: list[int] = []

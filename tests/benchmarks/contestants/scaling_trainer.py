@@ -21,7 +21,6 @@ from tests.benchmarks.harness.scaling import Point, ScalingJob, ScalingResult, S
 from tests.benchmarks.harness.trainers import Place, preference, trainer_group
 
 _SMALLEST = Shape(preferences=1, candidates=2, prompt=2, completion=2)
-_ONE_MICRO_BATCH = 1 << 20
 
 
 def run(job: ScalingJob) -> ScalingResult:
@@ -37,7 +36,7 @@ def _points(series: Series, job: ScalingJob, folder: Path) -> Iterator[Point]:
         lr_scheduler_type="constant",
         packing=series.packing,
         per_device_train_batch_size=max(shape.preferences for shape in series.shapes.values()),
-        max_tokens_per_micro_batch=_ONE_MICRO_BATCH,
+        max_tokens_per_micro_batch=series.max_tokens,
     )
     loss = PlackettLuceLossBlock(beta=0.1)
     with trainer_group(ModelBlock(path=path), block, loss, Place(job.threads), pad_id=2) as (group, pid):

@@ -28,6 +28,8 @@ class Series(Block):
     layers: int = 4
     vocabulary: int = 8192
     packing: Literal["shared", "packed", "padded"] = "shared"
+    max_tokens: int = 1 << 20
+    """Of a micro-batch, or of a piece of a larger preference."""
     shapes: dict[str, Shape]
 
 

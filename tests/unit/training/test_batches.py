@@ -129,3 +129,18 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_no_preferences_give_no_step() -> None:
     assert plan_steps([], SHAPES[0], epochs=3, seed=0) == []
+
+
+def test_every_rank_makes_the_passes_of_the_longest_preference_beside_it() -> None:
+    shape = BatchShape(ranks=2, batch=4, micro_batch=4, max_tokens=10)
+    costs, passes = [35, 12, 9, 1], [4, 2, 1, 1]
+    (step,) = plan_steps(costs, shape, epochs=1, seed=0, passes=passes)
+    found = [[(micro.indices, micro.passes) for micro in lane] for lane in step.micro_batches]
+    assert found == [[((0,), 4), ((3,), 1)], [((1,), 4), ((2, 3), 1)]]
+    assert step.micro_batches[0][1].weights == (0.0,)
+
+
+def test_a_filler_above_the_budget_is_lined_up_too() -> None:
+    shape = BatchShape(ranks=2, batch=1, micro_batch=1, max_tokens=10)
+    (step,) = plan_steps([35], shape, epochs=1, seed=0, passes=[4])
+    assert [[micro.passes for micro in lane] for lane in step.micro_batches] == [[4], [4]]

@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from actors.trainer import deepspeed_engine
 from actors.trainer.deepspeed_engine import deepspeed_config, reference_config
 from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
+from raylign.training import memory
 
 
 def test_the_whole_configuration_by_hand() -> None:
@@ -81,3 +83,10 @@ def test_the_reference_has_no_optimizer_and_is_sharded_by_zero_3_alone(stage: in
         "fp16": {"enabled": False},
         "steps_per_print": 1_000_000_000,
     }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_memory_is_worked_out_with_deepspeeds_own_sizes(stage: int) -> None:
+    """The configuration leaves the size of buckets and what stage 3 keeps gathered as they are."""
+    zero = DeepSpeedZeroConfig(**deepspeed_config(TrainerBlock(zero_stage=stage), "bfloat16")["zero_optimization"])
+    assert (zero.reduce_bucket_size, zero.max_live_parameters) == (memory.BUCKET, memory.LIVE)
