@@ -26,6 +26,7 @@ from raylign.losses.preference import LOSSES
 from raylign.records import Candidate, KlSample, Preference, Prompt
 from raylign.training.kernels import head
 from raylign.training.learners import Learner, PolicyLearner, RewardLearner, Totals
+from raylign.training.pieces import score
 from raylign.training.preferences import preference_batch, to_device, with_means
 from raylign.training.sequences import Layout
 from tests.unit.tiny_models import PACKABLE, build
@@ -75,7 +76,9 @@ def preferences(sizes: Sequence[int]) -> list[Preference]:
     return found
 
 
-def step_on_meta(learner: Learner, of_batches: Sequence[list[Preference]], layout: Layout, with_kl: bool) -> int:
+def step_on_meta(
+    learner: Learner, of_batches: Sequence[list[Preference]], layout: Layout, with_kl: bool, tail_weight: float = 0.5
+) -> int:
     """How often a step of forward and backward passes over `of_batches`, a filler among them, reads the device."""
     module = learner.module()
     everything = [preference for batch in of_batches for preference in batch]
@@ -84,9 +87,9 @@ def step_on_meta(learner: Learner, of_batches: Sequence[list[Preference]], layou
         totals: list[Totals] = []
         for number, mine in enumerate(of_batches):
             weights = [float(number > 0)] * len(mine)
-            form = (layout, 0, 1.0 if with_kl else 0.5, 0, with_kl)
+            form = (layout, 0, 1.0 if with_kl else tail_weight, 0, with_kl)
             batch = to_device(preference_batch(mine, weights, *form), META)
-            loss, own = learner.measure(module, batch, state)
+            loss, own = learner.measure(score(module, batch), batch, state)
             (loss.losses * batch.weights).sum().backward()
             totals.append(own)
         assert reads.count == 0
@@ -121,7 +124,8 @@ def test_a_step_of_a_reward_model_waits_for_its_metrics_once(block: RewardLossBl
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config).to(META)
     sizes = [[2], [2, 2]] if block.pairs_only else [[2], [3, 2]]
     learner = RewardLearner(model, block)
-    assert step_on_meta(learner, [preferences(of_batch) for of_batch in sizes], "shared", with_kl=False) == 1
+    of_batches = [preferences(of_batch) for of_batch in sizes]
+    assert step_on_meta(learner, of_batches, "shared", with_kl=False, tail_weight=1.0) == 1
 
 
 def test_totals_of_micro_batches_add_up_and_the_highest_counts() -> None:
