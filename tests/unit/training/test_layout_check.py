@@ -27,6 +27,7 @@ from transformers import (
 
 from raylign.errors import ModelError
 from raylign.records import Completions
+from raylign.training import layout_check
 from raylign.training.backbone import PaddedAttention, inner_model
 from raylign.training.kernels.attention import packed_attention
 from raylign.training.layout_check import compare, supported_layout
@@ -66,6 +67,28 @@ def test_half_precision_passes(dtype: torch.dtype) -> None:
     """It is compared in float32, whatever the weights are stored in."""
     verdict = compare(nn.Module.to(CompletionLogps(build(PACKABLE["llama"])), dtype), "shared", CPU)
     assert verdict.exact and verdict.gap < 1e-4
+
+
+class WrongInHalf(CompletionLogps):
+    """Right in float32, as a kernel for bf16 alone would be that reads the wrong keys."""
+
+    def forward(self, batch: TokenBatch, weights: Tensor | None = None) -> Any:
+        found = super().forward(batch, weights)
+        embedded = inner_model(self.model).get_input_embeddings()(batch.input_ids)
+        off = 0.0 if embedded.dtype == torch.float32 else 0.5
+        return found._replace(tokens=found.tokens._replace(logps=found.tokens.logps - off))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_where_a_dtype_has_kernels_of_its_own_it_is_compared_too(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong = (nn.Module.to(kind(build(PACKABLE["qwen3"])), dtype) for kind in (CompletionLogps, WrongInHalf))
+    assert supported_layout([right, wrong], "shared", CPU) == "shared"
+    monkeypatch.setattr(layout_check, "has_kernels_of_its_own", lambda device, dtype: dtype != torch.float32)
+    assert supported_layout([right], "shared", CPU) == "shared"
+    with pytest.raises(ModelError, match="rows differ from transformers' own by 0[.]"):
+        supported_layout([wrong], "shared", CPU)
 
 
 @pytest.mark.parametrize("training", [False, True])
