@@ -197,6 +197,10 @@ def _on_gpus(
 
     of_trainer = _sorted(*trainer_cures(needs), apart(asleep[_CONTEXT]), *_scorer_cures(scorer))
     of_both = _sorted(apart(weights + _TRAINER_CONTEXT), *_scorer_cures(scorer))
+    if not config.generators.enable_sleep_mode:
+        awake = Cure("generators.enable_sleep_mode=true", min(sum(needs.rows().values()), sum(engine.values())))
+        everything = engine | needs.rows() | context | scorer
+        return (Phase(where, "all of a round", everything, _sorted(awake, *cures, *of_trainer)),)
     return (
         Phase(where, "sampling", engine | context | scorer, cures),
         Phase(where, "training", {**asleep, **needs.rows(), **context, **scorer}, of_trainer),

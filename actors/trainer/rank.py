@@ -388,7 +388,7 @@ class DeepSpeedRank:
         self._memory.offload(module_tensors(self._engine.module) if keep_weights else ())
 
     def reload(self, *, weights_only: bool) -> None:
-        with memory_errors(f"coming back to the GPU of rank {self._rank}"):
+        with memory_errors(f"coming back to the GPU of rank {self._rank}", self._model, self._spec):
             self._memory.reload(module_tensors(self._engine.module) if weights_only else None)
 
     def free_address(self) -> tuple[str, int]:

@@ -82,6 +82,16 @@ def test_a_laptop_plans_for_gpus_that_take_turns(plan: Plan) -> None:
     }
 
 
+def test_without_sleep_everything_is_there_at_once(plan: Plan) -> None:
+    turns = plan(*ON_GPUS, *EVERY).memory
+    found = plan(*ON_GPUS, *EVERY, "generators.enable_sleep_mode=false", "generators.gpu_memory_utilization=0.5").memory
+    (phase,) = found.phases
+    training = rows_of(turns, "training")
+    assert {name: phase.rows[name] for name in training} == training
+    assert phase.rows["KV cache*"] > 8 * GIB
+    assert "generators.enable_sleep_mode=true" in [cure.setting for cure in phase.cures]
+
+
 def test_disaggregated_gpus_keep_what_they_have(plan: Plan) -> None:
     sizes = ("generators.tensor_parallel_size=2", "trainer.ranks=2", "trainer.zero_stage=2")
     found = plan(*ON_GPUS, *EVERY, "placement.mode=disaggregated", *sizes).memory
