@@ -1,0 +1,140 @@
+"""Every ZeRO stage in every dtype, in full, LoRA, NF4, with checkpointing and with the optimizer in main memory.
+
+The first step's loss is ln 2, because the policy is the reference; the second step's is lower on the same pairs; and
+what is saved after it goes on from there as the trainer itself did.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from actors.trainer.rank import DeepSpeedRank
+from raylign.records import Preference
+from raylign.run.checkpoints import Metrics
+from tests.gpu.ranks import spec_of, trainer_rank, with_reference
+from tests.gpu.stage import (
+    Stage,
+    preference,
+    random_ids,
+    tiny_folder,
+)
+
+Way = Literal["full", "LoRA", "NF4", "checkpointing", "offload"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+_LN2 = math.log(2)
+_OFF = {"float32": 1e-4, "bfloat16": 0.01, "float16": 0.01}
+"""Of the first loss: two passes of one model may take different kernels, with gradients and without."""
+_APART = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
+"""Nats of a token's log-prob after one more step from what was saved; additions on a GPU come in any order."""
+_LORA = {"r": 8, "lora_alpha": 16}
+_MODELS: Mapping[Way, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"lora": _LORA},
+    "NF4": {"lora": _LORA, "load_in_4bit": True},
+    "checkpointing": {},
+    "offload": {},
+}
+_TRAINERS: Mapping[Way, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {},
+    "NF4": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "offload": {"offload": {"optimizer": True}},
+}
+_SEED = 3
+_EPOCHS = 16
+"""Steps of the round, at most: float16 begins by skipping some, until its loss scale fits."""
+_CASE_S = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    stage: int
+    dtype: Dtype
+    way: Way
+
+    def __str__(self) -> str:
+        return f"ZeRO {self.stage} {self.dtype} {self.way}"
+
+
+def cases(stages: Sequence[int], dtypes: Sequence[Dtype], ways: Sequence[Way]) -> list[Case]:
+    """What raylign's configuration takes: 4-bit weights are not sharded, and stage 0 offloads nothing."""
+    found = [Case(stage, dtype, way) for dtype in dtypes for way in ways for stage in stages]
+    return [
+        case
+        for case in found
+        if not (case.way == "NF4" and case.stage == 3) and not (case.way == "offload" and case.stage == 0)
+    ]
+
+
+_ALL = cases((0, 2, 3, 1), ("bfloat16", "float32", "float16"), ("full", "LoRA", "NF4", "checkpointing", "offload"))
+_TINY = [
+    Case(0, "bfloat16", "full"),
+    Case(2, "float32", "LoRA"),
+    Case(3, "float32", "full"),
+    Case(0, "float32", "NF4"),
+    Case(1, "float32", "offload"),
+]
+
+
+def check(stage: Stage) -> None:
+    pairs = _pairs(8)
+    if stage.tiny:
+        stage.sheet.skip("float16", "CPUs are not asked for it")
+    for case in _TINY if stage.tiny else _ALL:
+        if stage.sheet.has_time(str(case), 0 if stage.tiny else _CASE_S):
+            with stage.sheet.trying(str(case)):
+                _check_case(stage, case, pairs)
+
+
+def _pairs(count: int) -> list[Preference]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = [(5 + n % 3, 3 + n % 4, 4 + n % 5) for n in range(count)]
+    drawn = [[random_ids(generator, length, 512) for length in of_pair] for of_pair in lengths]
+    return [preference(n, prompt, completions) for n, (prompt, *completions) in enumerate(drawn)]
+
+
+def _check_case(stage: Stage, case: Case, pairs: Sequence[Preference]) -> None:
+    model = {"dtype": case.dtype, **_MODELS[case.way]}
+    rates = {"zero_stage": case.stage, "learning_rate": 1e-3, "num_train_epochs": _EPOCHS}
+    trainer = {**rates, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **_TRAINERS[case.way]}
+    with trainer_rank(spec_of(stage, tiny_folder(stage), model, trainer)) as rank:
+        losses, apart = _losses_and_resumed(stage, rank, pairs)
+        layout = rank.layout()
+    off, fell = abs(losses[0] - _LN2), losses[0] - losses[1]
+    sheet, limit = stage.sheet, _OFF[case.dtype]
+    sheet.require(f"{case}: first loss from ln 2", off, "at most", limit, "nats", f"{layout} rows")
+    sheet.require(f"{case}: the second loss is lower by", fell, "at least", 1e-6, "nats")
+    sheet.require(f"{case}: resumed from trained on", apart, "at most", _APART[case.dtype], "nats")
+
+
+def _losses_and_resumed(stage: Stage, rank: DeepSpeedRank, pairs: Sequence[Preference]) -> tuple[list[float], float]:
+    """Losses of the first two steps that count, and how far a third one from a checkpoint leads elsewhere."""
+    folder = stage.folder / "state"
+    filled = with_reference(rank, pairs, _SEED)
+    rank.begin_round(filled, _SEED, 0, ())
+    steps = _taken(rank)
+    losses = [float(next(steps)["loss"]) for _ in range(2)]
+    reports = rank.save_state(str(folder), 1)
+    rows = [[*pair.prompt.token_ids, *pair.candidates[0].token_ids] for pair in pairs]
+    next(steps)
+    went_on = rank.token_logps(rows)
+    rank.load_state(str(folder))
+    rank.begin_round(filled, _SEED, 0, reports)
+    next(_taken(rank))
+    resumed = rank.token_logps(rows)
+    shutil.rmtree(folder)
+    flat = [torch.tensor([value for row in found for value in row]) for found in (went_on, resumed)]
+    return losses, float((flat[0] - flat[1]).abs().max())
+
+
+def _taken(rank: DeepSpeedRank) -> Iterator[Metrics]:
+    """The round's steps, without those that float16 skips."""
+    while True:
+        report = rank.train_step()
+        if not report.get("skipped_steps"):
+            yield report
