@@ -1,7 +1,8 @@
 """The packages that `one_gpu.py` needs on a machine without a package index, as a folder that is small enough to carry.
 
-    python tests/gpu/carry.py make wheels              # here, where pip works; fails above 64 MiB
-    python3 tests/gpu/carry.py install wheels /tmp/site    # there; then PYTHONPATH=/tmp/site python3 tests/gpu/one_gpu.py
+    python tests/gpu/carry.py make wheels                  # here, where pip works; fails above 64 MiB
+    python3 tests/gpu/carry.py install wheels /tmp/site    # there
+    PYTHONPATH=/tmp/site python3 tests/gpu/one_gpu.py
 
 What is there already in the version that is needed, or a later one, is not installed again. DeepSpeed travels as source
 and is built there, without its CUDA operations, which raylign calls none of.
@@ -119,18 +120,8 @@ def install(folder: Path, target: Path) -> None:
     missing = [path for path in sorted(folder.iterdir()) if is_missing(path.name)]
     print("\n".join(["installing", *(f"  {path.name}" for path in missing)]))
     if missing:
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-            "--no-cache-dir",
-        ]
-        words = ["--no-build-isolation", "--upgrade", "--target", str(target), *map(str, missing)]
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        words = ["--no-cache-dir", "--no-build-isolation", "--upgrade", "--target", str(target), *map(str, missing)]
         subprocess.run([*pip, *words], check=True, env=os.environ | build_environment())
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[2]
 # Python puts this file's own folder first, whose `kernels` is not the library of that name.
@@ -28,6 +29,9 @@ _OTHERS = [place for place in sys.path if place != str(Path(__file__).resolve().
 sys.path[:] = [str(ROOT), str(ROOT / "platform"), *_OTHERS]
 
 from tests.gpu.rows import Row, Sheet, read_rows, table  # noqa: E402
+
+if TYPE_CHECKING:
+    from tests.gpu.stage import Stage
 
 _STARTED = time.monotonic()
 _END_S = 10.0
@@ -89,7 +93,7 @@ def main() -> int:
             if asked.tiny:
                 run_group(group.name, asked.device, True, folder, end - time.monotonic())
             else:
-                _in_process(group, asked.device, folder, end)
+                in_process(group, asked.device, False, folder, end)
         return _finish(read_rows(folder / "rows.jsonl"), Path(asked.out))
 
 
@@ -123,7 +127,7 @@ def _scratch(tiny: bool) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _in_process(group: Group, device: str, folder: Path, end: float) -> None:
+def in_process(group: Group, device: str, tiny: bool, folder: Path, end: float) -> None:
     """Run `group` in a process of its own, which ends with it."""
     left = end - time.monotonic()
     sheet = Sheet(folder / "rows.jsonl", group.name, left)
@@ -131,6 +135,7 @@ def _in_process(group: Group, device: str, folder: Path, end: float) -> None:
         return
     seconds = min(left, group.most_s)
     arguments = ["--device", device, "--group", group.name, "--folder", str(folder), "--seconds", str(seconds)]
+    arguments += ["--tiny"] if tiny else []
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, __file__, *arguments], cwd=ROOT, start_new_session=True)
     try:
@@ -164,7 +169,7 @@ def run_group(name: str, device: str, tiny: bool, folder: Path, seconds: float) 
         check_group(name, stage)
 
 
-def check_group(name: str, stage: "Stage") -> None:  # type: ignore[name-defined] # noqa: F821
+def check_group(name: str, stage: "Stage") -> None:
     """Its modules are imported here: what one group needs must not stop the others."""
     match name:
         case "kernels":
