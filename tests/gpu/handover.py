@@ -10,7 +10,7 @@ from torch import Tensor, UntypedStorage
 from actors.trainer.device_memory import module_tensors
 from actors.trainer.rank import DeepSpeedRank
 from actors.trainer.state import MOMENTS, WEIGHTS
-from tests.gpu.ranks import spec_of, trainer_rank, with_reference
+from tests.gpu.ranks import spec_of, start_rank, with_reference
 from tests.gpu.stage import GIB, Stage, preference, random_ids, tiny_folder
 
 _LEFT = 0.02
@@ -84,16 +84,16 @@ def _trained(stage: Stage, *, leaves: bool) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     drawn = [[random_ids(generator, length, 512) for length in (9, 12, 12)] for _ in range(4)]
     pairs = [preference(n, prompt, completions) for n, (prompt, *completions) in enumerate(drawn)]
-    with trainer_rank(spec_of(stage, tiny_folder(stage), model, {**trainer, "per_device_train_batch_size": 4})) as rank:
-        rank.begin_round(with_reference(rank, pairs, 0), 0, 0, ())
-        for _ in range(_STEPS):
-            rank.train_step()
-            if leaves and stage.on_gpu:
-                rank.offload(keep_weights=False)
-                rank.reload(weights_only=False)
-        state = rank._engine.state
-        parts = [state.read(name, kind).flatten() for name in state.names() for kind in _KINDS]
-        return torch.cat(parts).to("cpu", torch.float64, copy=True)
+    rank = start_rank(spec_of(stage, tiny_folder(stage), model, {**trainer, "per_device_train_batch_size": 4}))
+    rank.begin_round(with_reference(rank, pairs, 0), 0, 0, ())
+    for _ in range(_STEPS):
+        rank.train_step()
+        if leaves:
+            rank.offload(keep_weights=False)
+            rank.reload(weights_only=False)
+    state = rank._engine.state
+    parts = [state.read(name, kind).flatten() for name in state.names() for kind in _KINDS]
+    return torch.cat(parts).to("cpu", torch.float64, copy=True)
 
 
 def _timed(act: Callable[[], None]) -> Way:

@@ -6,6 +6,7 @@ implementation in bf16 is.
 
 import copy
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ _OURS = ("attention", "attn", "fold_kernel", "gradient_kernel")
 def check(stage: Stage) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    with stage.sheet.trying("varlen_attn"):
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - not in every PyTorch
+
+        stage.sheet.inform("varlen_attn of this PyTorch", note=", ".join(signature(varlen_attn).parameters))
     for name, dtype in _DTYPES.items():
         for kind in _MODELS:
             with stage.sheet.trying(f"{kind} {name}"):

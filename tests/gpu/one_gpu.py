@@ -74,6 +74,8 @@ GROUPS = (
     Group("speed-lora", 30, 60),
     Group("trl-lora", 40, 80),
 )
+_TOLD_AGAIN = ("FAIL", "SKIP")
+"""At the end, behind a table that may be longer than what is kept of the output."""
 _TINY = ("kernels", "trl-full", "speed-full", "zero", "handover", "qlora", "ipc")
 """In one process, TRL before a process group is open."""
 
@@ -88,7 +90,7 @@ def main() -> int:
         return 0
     end = _STARTED + 60 * asked.minutes - _END_S
     with _scratch(asked.tiny) as folder:
-        os.environ |= _QUIET
+        os.environ |= _QUIET | {"CUDA_VISIBLE_DEVICES": _first_gpu() if asked.device == "cuda" else ""}
         for group in _wanted(asked.only, asked.tiny):
             if asked.tiny:
                 run_group(group.name, asked.device, True, folder, end - time.monotonic())
@@ -110,6 +112,11 @@ def _arguments() -> argparse.Namespace:
     if asked.device == "cpu" and not asked.tiny:
         parser.error("--device cpu needs --tiny: the full shapes take hours there")
     return asked
+
+
+def _first_gpu() -> str:
+    """TRL's trainer would spread over all that it sees."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def _wanted(only: list[str] | None, tiny: bool) -> list[Group]:
@@ -215,6 +222,9 @@ def _finish(rows: list[Row], out: Path) -> int:
     out.write_text(text + "\n", encoding="utf-8")
     print(text)
     print(table(rows))
+    print(
+        "\n".join(f"{row.verdict}: {row.group}: {row.what}: {row.note}" for row in rows if row.verdict in _TOLD_AGAIN)
+    )
     print(f"{record['machine']}\n{counts} in {record['seconds']} s; {out}")
     return 1 if counts["FAIL"] else 0
 

@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.trainer.actor import TrainerSpec, free_address
@@ -34,13 +33,10 @@ def spec_of(stage: Stage, folder: str, model: Mapping[str, Any], trainer: Mappin
     )
 
 
-@contextmanager
-def trainer_rank(spec: TrainerSpec) -> Iterator[DeepSpeedRank]:
-    """The one rank of a group; its memory is free again afterwards, as far as DeepSpeed lets it go."""
-    rank = DeepSpeedRank(spec, 0, *free_address())
-    yield rank
-    del rank
+def start_rank(spec: TrainerSpec) -> DeepSpeedRank:
+    """The one rank of a group; one that nobody holds any more has left the GPU by then."""
     free()
+    return DeepSpeedRank(spec, 0, *free_address())
 
 
 def with_reference(rank: DeepSpeedRank, pairs: Sequence[Preference], seed: int) -> list[Preference]:

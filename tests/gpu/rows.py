@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,7 @@ class Sheet:
 
     def _write(self, row: Row) -> None:
         finite = row.value is None or math.isfinite(row.value)
-        told = row if finite else Row(*(*asdict(row).values(),)[:3], None, row.unit, row.required, f"{row.value}")
+        told = row if finite else replace(row, value=None, note=f"{row.value}")
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(told)) + "\n")
         print(_line(told), flush=True)

@@ -22,7 +22,7 @@ from tests.benchmarks.harness.flops import SCORED, TRAINED, matmul_rate, step_fl
 from tests.benchmarks.harness.meter import gpu_bytes_in_use
 from tests.benchmarks.harness.pairs import TokenPair
 from tests.gpu import handover
-from tests.gpu.ranks import spec_of, trainer_rank, with_reference
+from tests.gpu.ranks import spec_of, start_rank, with_reference
 from tests.gpu.stage import (
     GIB,
     Stage,
@@ -94,20 +94,25 @@ def ours(stage: Stage, mode: Mode) -> None:
     wanted = loads(stage, mode)
     for number, load in enumerate(wanted):
         what = f"raylign {mode}, {load.name}"
-        if number and not stage.sheet.has_time(what, 30):
-            continue
-        with stage.sheet.trying(what), trainer_rank(_spec(stage, mode, load)) as rank:
-            stage.sheet.require(f"{what}: rows are shared", rank.layout() == "shared", "at least", 1)
-            pairs = load.pairs(vocabulary_of(stage))
-            seconds = _timed_steps(rank, load, pairs)
-            report(stage, "raylign", mode, load, seconds)
-            if rate:
-                flops = sum(step_flops(config, pairs[load.batch :], each) for each in (TRAINED, SCORED))
-                stage.sheet.inform(f"{what}: of the matmul rate", 100 * flops / seconds / rate, "%")
-            if mode == "full" and load is wanted[-1]:
-                _score_many(stage, rank)
-                if stage.sheet.has_time("what leaves the GPU and comes back", 0 if stage.tiny else 40):
-                    handover.check_large(stage, rank)
+        if not number or stage.sheet.has_time(what, 30):
+            with stage.sheet.trying(what):
+                _measure(stage, mode, load, config, rate, last=load is wanted[-1])
+
+
+def _measure(stage: Stage, mode: Mode, load: Load, config: Any, rate: float, *, last: bool) -> None:
+    """One load on a rank of its own; in full, the last one also scores and leaves the GPU."""
+    rank, what = start_rank(_spec(stage, mode, load)), f"raylign {mode}, {load.name}"
+    stage.sheet.require(f"{what}: rows are shared", rank.layout() == "shared", "at least", 1)
+    pairs = load.pairs(vocabulary_of(stage))
+    seconds = _timed_steps(rank, load, pairs)
+    report(stage, "raylign", mode, load, seconds)
+    if rate:
+        flops = sum(step_flops(config, pairs[load.batch :], each) for each in (TRAINED, SCORED))
+        stage.sheet.inform(f"{what}: of the matmul rate", 100 * flops / seconds / rate, "%")
+    if mode == "full" and last:
+        _score_many(stage, rank)
+        if stage.sheet.has_time("what leaves the GPU and comes back", 0 if stage.tiny else 40):
+            handover.check_large(stage, rank)
 
 
 def _spec(stage: Stage, mode: Mode, load: Load) -> TrainerSpec:
@@ -197,13 +202,13 @@ def qlora(stage: Stage) -> None:
     model = {"dtype": "bfloat16", "lora": _QLORA, "load_in_4bit": True}
     trainer = {"learning_rate": RATE, "per_device_train_batch_size": 1}
     load = Load("QLoRA", prompt=256, completion=768, batch=1, micro_batch=1, steps=2)
-    with trainer_rank(spec_of(stage, large_folder(stage), model, trainer)) as rank:
-        seconds = _timed_steps(rank, load, load.pairs(vocabulary_of(stage)))
-        outside = gpu_bytes_in_use() - in_use - torch.cuda.memory_reserved()
-        peak = torch.cuda.max_memory_reserved() + max(0, outside)
-        note = "all that PyTorch took of the GPU, and CUDA's own"
-        stage.sheet.require("memory of a QLoRA step, r=32", peak / GIB, "at most", _MAX_QLORA_GIB, "GiB", note)
-        stage.sheet.inform("QLoRA, 2 x 1,024 tokens a step", load.real_tokens / seconds, "tokens/s")
+    rank = start_rank(spec_of(stage, large_folder(stage), model, trainer))
+    seconds = _timed_steps(rank, load, load.pairs(vocabulary_of(stage)))
+    outside = gpu_bytes_in_use() - in_use - torch.cuda.memory_reserved()
+    peak = torch.cuda.max_memory_reserved() + max(0, outside)
+    note = "all that PyTorch took of the GPU, and CUDA's own"
+    stage.sheet.require("memory of a QLoRA step, r=32", peak / GIB, "at most", _MAX_QLORA_GIB, "GiB", note)
+    stage.sheet.inform("QLoRA, 2 x 1,024 tokens a step", load.real_tokens / seconds, "tokens/s")
 
 
 def _reset_peak(stage: Stage) -> None:

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 import zipfile
+from ast import literal_eval
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -144,9 +146,9 @@ def test_all_that_the_configuration_takes_is_a_case() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=one_gpu.ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()[-2:]
-    known = {(number, dtype, way): options for number, dtype, way, *options in eval(told[0])}
+    known = {(number, dtype, way): options for number, dtype, way, *options in literal_eval(told[0])}
     by_way = {way: options for (_, _, way), options in known.items()}
-    assert sorted(by_way) == eval(told[1])
+    assert sorted(by_way) == literal_eval(told[1])
     for number, dtype, way in product(range(4), ("bfloat16", "float32", "float16"), by_way):
         model, trainer = by_way[way]
         recipe = {"model": {"dtype": dtype, **model}, "trainer": {"zero_stage": number, **trainer}}
@@ -165,7 +167,7 @@ def test_weights_are_packed_as_vllm_packs_them() -> None:
     assert vllm is not None and vllm.origin is not None
     packing = Path(vllm.origin).parent / "distributed/weight_transfer/packed_tensor.py"
     size = re.search(r"^DEFAULT_PACKED_BUFFER_SIZE_BYTES = ([\d *]+)", packing.read_text(), re.MULTILINE)
-    assert size is not None and eval(size[1]) == ipc._BUFFER
+    assert size is not None and math.prod(map(int, size[1].split(" * "))) == ipc._BUFFER
     weights = {
         name: torch.zeros(length, dtype=torch.bfloat16) for name, length in (("a", 3), ("b", 9), ("c", 2), ("d", 2))
     }
