@@ -37,6 +37,7 @@ RATE = 5e-6
 LORA = LoraBlock(r=16, lora_alpha=32)
 _QLORA = {"r": 32, "lora_alpha": 64}
 _MAX_QLORA_GIB = 16.0
+_MIN_SPEED_UP = 1.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ def _measure(stage: Stage, mode: Mode, load: Load, config: Any, rate: float, *, 
     pairs = load.pairs(vocabulary_of(stage))
     seconds = _timed_steps(rank, load, pairs)
     report(stage, "raylign", mode, load, seconds)
+    if stage.tiny:
+        compare(stage, mode, load)
     if rate:
         flops = sum(step_flops(config, pairs[load.batch :], each) for each in (TRAINED, SCORED))
         stage.sheet.inform(f"{what}: of the matmul rate", 100 * flops / seconds / rate, "%")
@@ -186,6 +189,19 @@ def rate_of(stage: Stage, who: str, mode: Mode, load: Load) -> float | None:
     """Tokens a second that were kept; None where none were."""
     path = _file_of(stage, who, mode, load)
     return float(json.loads(path.read_text())) if path.exists() else None
+
+
+def compare(stage: Stage, mode: Mode, load: Load) -> None:
+    """raylign's rate over TRL's best, of the same pairs; asked by the group that comes second."""
+    what = f"{mode}, {load.name}: real tokens/s, times TRL's best"
+    ours, theirs = (rate_of(stage, who, mode, load) for who in ("raylign", "TRL"))
+    if ours is None or theirs is None:
+        if not stage.tiny:
+            stage.sheet.skip(what, f"{'raylign' if ours is None else 'TRL'} was not measured")
+    elif stage.on_gpu:
+        stage.sheet.require(what, ours / theirs, "at least", _MIN_SPEED_UP)
+    else:
+        stage.sheet.inform(what, ours / theirs, note="says nothing on a CPU")
 
 
 def _file_of(stage: Stage, who: str, mode: Mode, load: Load) -> Path:
