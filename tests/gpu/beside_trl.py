@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from tests.benchmarks.harness.dpo import DpoJob
-from tests.gpu.speed import LORA, RATE, Load, Mode, keep_rate, loads, rate_of, report, vocabulary_of
+from tests.gpu.speed import LORA, RATE, Load, Mode, compare, keep_rate, loads, rate_of, report, vocabulary_of
 from tests.gpu.stage import PAD, Stage, free, large_folder
 
 _NEEDED = ("trl", "datasets", "accelerate", "pyarrow", "pandas")

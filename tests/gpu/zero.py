@@ -6,9 +6,7 @@ what is saved after it goes on from there as the trainer itself did.
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,76 +14,25 @@ from actors.trainer.rank import DeepSpeedRank
 from raylign.records import Preference
 from raylign.run.checkpoints import Metrics
 from tests.gpu.ranks import spec_of, start_rank, with_reference
-from tests.gpu.stage import (
-    Stage,
-    preference,
-    random_ids,
-    tiny_folder,
-)
+from tests.gpu.stage import Stage, preference, random_ids, tiny_folder
+from tests.gpu.zero_cases import ALL, MODELS, TINY, TRAINERS, Case
 
-Way = Literal["full", "LoRA", "NF4", "checkpointing", "offload"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 _LN2 = math.log(2)
 _OFF = {"float32": 1e-4, "bfloat16": 0.01, "float16": 0.01}
 """Of the first loss: two passes of one model may take different kernels, with gradients and without."""
 _APART = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 """Nats of a token's log-prob after one more step from what was saved; additions on a GPU come in any order."""
-_LORA = {"r": 8, "lora_alpha": 16}
-_MODELS: Mapping[Way, dict[str, Any]] = {
-    "full": {},
-    "LoRA": {"lora": _LORA},
-    "NF4": {"lora": _LORA, "load_in_4bit": True},
-    "checkpointing": {},
-    "offload": {},
-}
-_TRAINERS: Mapping[Way, dict[str, Any]] = {
-    "full": {},
-    "LoRA": {},
-    "NF4": {},
-    "checkpointing": {"gradient_checkpointing": True},
-    "offload": {"offload": {"optimizer": True}},
-}
 _SEED = 3
 _EPOCHS = 16
 """Steps of the round, at most: float16 begins by skipping some, until its loss scale fits."""
 _CASE_S = 6.0
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    stage: int
-    dtype: Dtype
-    way: Way
-
-    def __str__(self) -> str:
-        return f"ZeRO {self.stage} {self.dtype} {self.way}"
-
-
-def cases(stages: Sequence[int], dtypes: Sequence[Dtype], ways: Sequence[Way]) -> list[Case]:
-    """What raylign's configuration takes: 4-bit weights are not sharded, and stage 0 offloads nothing."""
-    found = [Case(stage, dtype, way) for dtype in dtypes for way in ways for stage in stages]
-    return [
-        case
-        for case in found
-        if not (case.way == "NF4" and case.stage == 3) and not (case.way == "offload" and case.stage == 0)
-    ]
-
-
-_ALL = cases((0, 2, 3, 1), ("bfloat16", "float32", "float16"), ("full", "LoRA", "NF4", "checkpointing", "offload"))
-_TINY = [
-    Case(0, "bfloat16", "full"),
-    Case(2, "float32", "LoRA"),
-    Case(3, "float32", "full"),
-    Case(0, "float32", "NF4"),
-    Case(1, "float32", "offload"),
-]
-
-
 def check(stage: Stage) -> None:
     pairs = _pairs(8)
     if stage.tiny:
         stage.sheet.skip("float16", "CPUs are not asked for it")
-    for case in _TINY if stage.tiny else _ALL:
+    for case in TINY if stage.tiny else ALL:
         if stage.sheet.has_time(str(case), 0 if stage.tiny else _CASE_S):
             with stage.sheet.trying(str(case)):
                 _check_case(stage, case, pairs)
@@ -99,11 +46,11 @@ def _pairs(count: int) -> list[Preference]:
 
 
 def _check_case(stage: Stage, case: Case, pairs: Sequence[Preference]) -> None:
-    model = {"dtype": case.dtype, **_MODELS[case.way]}
+    model = {"dtype": case.dtype, **MODELS[case.way]}
     # An adapter's second matrix starts at zero, and moves by about the rate.
     rate = 1e-2 if "lora" in model else 1e-3
     rates = {"zero_stage": case.stage, "learning_rate": rate, "num_train_epochs": _EPOCHS}
-    trainer = {**rates, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **_TRAINERS[case.way]}
+    trainer = {**rates, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **TRAINERS[case.way]}
     rank = start_rank(spec_of(stage, tiny_folder(stage), model, trainer))
     losses, apart = _losses_and_resumed(stage, rank, pairs)
     off, fell = abs(losses[0] - _LN2), losses[0] - losses[1]
