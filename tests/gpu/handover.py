@@ -120,7 +120,7 @@ def _sum(storage: UntypedStorage) -> int:
     raw = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     whole = raw[: len(raw) // 8 * 8].view(torch.int64)
     total = int(raw[len(whole) * 8 :].sum(dtype=torch.int64))
-    for number, part in enumerate(whole.split(1 << 24), 1):
+    for number, part in enumerate(torch.split(whole, 1 << 24), 1):
         total += number * int(part.sum())
     return total
 

@@ -78,7 +78,7 @@ def check(stage: "Stage") -> None:
         receiver.kill()
 
 
-def _shapes(stage: "Stage") -> dict[str, tuple[int, ...]]:
+def _shapes(stage: "Stage") -> Shapes:
     """About those of Qwen3-1.7B: 3.4 GB in bf16."""
     if stage.tiny:
         return {"embedding": (64, 8), "layer": (8, 8)}
@@ -101,7 +101,7 @@ def _send_handles(receiver: Connection, weights: Mapping[str, Tensor]) -> None:
     for names in chunks(weights, _BUFFER):
         buffer = torch.cat([weights[name].view(torch.uint8).flatten() for name in names])
         torch.cuda.synchronize()
-        receiver.send(Chunk(reduce_tensor(buffer)[1], names))
+        receiver.send(Chunk(reduce_tensor(buffer)[1], names))  # type: ignore[no-untyped-call]
         _answer(receiver)
 
 
@@ -156,7 +156,7 @@ def take(sent: Chunk | InFile, taken: Mapping[str, Tensor]) -> None:
     arguments[_DEVICE_ARGUMENT] = 0
     buffer: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
     sizes = [taken[name].nbytes for name in sent.names]
-    for name, part in zip(sent.names, buffer.split(sizes), strict=True):
+    for name, part in zip(sent.names, torch.split(buffer, sizes), strict=True):
         taken[name].copy_(part.view(taken[name].dtype).view_as(taken[name]))
 
 

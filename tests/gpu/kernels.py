@@ -61,7 +61,8 @@ def _check_model(stage: Stage, kind: str, name: str, dtype: torch.dtype) -> None
     """One set of weights three times: exact in fp32, plain in `dtype` and eager, and ours."""
     vocabulary = 1009 if stage.tiny else 9001
     width = 64 if stage.tiny else 256
-    model = random_model(kind, vocabulary=vocabulary, width=width).to(stage.device, dtype)
+    model = random_model(kind, vocabulary=vocabulary, width=width)
+    nn.Module.to(model, stage.device, dtype)
     exact, plain = copy.deepcopy(model).float(), copy.deepcopy(model)
     module = CompletionLogps(model)
     generator = torch.Generator().manual_seed(1)
@@ -146,7 +147,7 @@ def _check_head(stage: Stage, name: str, dtype: torch.dtype) -> None:
     def scored(score: Callable[..., Sequence[Tensor]], wide: torch.dtype) -> tuple[list[Tensor], Tensor]:
         inputs = [part.detach().to(wide, copy=True).requires_grad_() for part in given]
         scores = score(*inputs, labels)
-        (scores[0] * of_logps + scores[1] * of_entropies).sum().backward()  # type: ignore[no-untyped-call]
+        (scores[0] * of_logps + scores[1] * of_entropies).sum().backward()
         return [part.detach() for part in scores], torch.cat([_grad(part).flatten().double() for part in inputs])
 
     ways, found = _watched(stage, lambda: scored(linear_scores, dtype))
