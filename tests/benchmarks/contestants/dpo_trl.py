@@ -100,6 +100,7 @@ def _arguments(job: DpoJob, folder: str, steps: int) -> DPOConfig:
         use_cpu=not job.on_gpu,
         gradient_checkpointing=False,
         precompute_ref_log_probs=job.precomputed,
+        use_liger_kernel=job.trl_liger,
         train_sampling_strategy="sequential",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -137,6 +138,7 @@ def _settings(arguments: DPOConfig, job: DpoJob) -> dict[str, str | int | float 
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "precompute_ref_log_probs",
+        "use_liger_kernel",
         "max_grad_norm",
     )
     found = {name: getattr(arguments, name) for name in names}

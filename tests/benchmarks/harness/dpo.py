@@ -20,7 +20,8 @@ class DpoJob(Block):
     """`warm_up` pairs are a first step that is reported apart; `steady` pairs are what the rates are of.
 
     A step has `batch` pairs, `micro_batch` of them at a time. Both contestants compute in `dtype`, on fp32 weights or
-    masters unless `trl_dtype` says otherwise for TRL, whose reference log-probs are made ahead if `precomputed`.
+    masters unless `trl_dtype` says otherwise for TRL, whose reference log-probs are made ahead if `precomputed` and
+    whose layers are Liger's if `trl_liger`.
     What is trained goes into `saved`; with `wide_products`, hosts without bf16 instructions multiply in fp32.
     """
 
@@ -39,6 +40,7 @@ class DpoJob(Block):
     precomputed: bool = False
     trl_dtype: Literal["bfloat16", "float32"] = "float32"
     trl_attention: str = "sdpa"
+    trl_liger: bool = False
     lora: LoraBlock | None = None
     load_in_4bit: bool = False
     saved: str | None = None

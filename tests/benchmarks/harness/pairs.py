@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import _tokenize, common_prefix_length
 
 from raylign.config.base import Block
 
@@ -43,6 +42,8 @@ def read_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, max_l
 
 
 def _token_pair(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenPair | None:
+    from trl.data_utils import common_prefix_length  # noqa: PLC0415 - pairs of token ids do without TRL
+
     turns = [_message(turn) for turn in row["conversations"]]
     prompt = _ids(tokenizer, turns, add_generation_prompt=True)
     wholes = [_ids(tokenizer, [*turns, _message(row[name])]) for name in ("chosen", "rejected")]
@@ -58,5 +59,7 @@ def _message(turn: dict[str, str]) -> dict[str, str]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], **options: Any) -> list[int]:
+    from trl.data_utils import _tokenize  # noqa: PLC0415
+
     ids: list[int] = _tokenize(tokenizer, list(turns), **options)["input_ids"]
     return ids
