@@ -1,5 +1,6 @@
 """One DeepSpeed rank: what a trainer does."""
 
+import functools
 import logging
 import math
 import os
@@ -14,16 +15,15 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from actors.supervision.processes import enable_stack_dumps
 from actors.trainer.actor import TrainerSpec, free_address
-from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config, frozen_engine, reference_config
+from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config
 from actors.trainer.device_memory import DeviceMemory, module_tensors
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
 from actors.trainer.process_group import Sharding, join_group
-from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, references
+from actors.trainer.reference_policy import FrozenCopy, ReferencePolicy, checkpointed, frozen_copy, references
 from actors.trainer.state import (
     StoredTensors,
     TrainerState,
@@ -40,7 +40,6 @@ from actors.trainer.state import (
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
-from raylign.models.load import load_policy
 from raylign.records import Completions, Preference, ReferenceLogps
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import DeviceLink, Generator, TrainerRank
@@ -49,7 +48,7 @@ from raylign.run.sources import take_code
 from raylign.training.batches import BatchShape, MicroBatch, Passes, Step, plan_steps
 from raylign.training.layout_check import supported_layout
 from raylign.training.learners import Totals, learner_of
-from raylign.training.logprobs import CompletionLogps, CompletionScores
+from raylign.training.logprobs import CompletionScores
 from raylign.training.pieces import add_gradients, of_policy, score
 from raylign.training.preferences import (
     PreferenceBatch,
@@ -67,8 +66,6 @@ from raylign.training.schedule import Schedule, steps_per_round
 from raylign.training.sequences import Layout, token_batch
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from actors.weight_sync.device import WeightSender
 
 log = logging.getLogger(__name__)
@@ -106,7 +103,7 @@ class DeepSpeedRank:
         self._sharding = Sharding(spec.trainer.zero_stage == 3)
         self._hf_config = self._sharded_loading() if self._sharding.zero3 else None
         self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
-        self._model = self._checkpointed(self._learner.model)
+        self._model = checkpointed(self._learner.model, spec.trainer)
         self._engine = training_engine(
             self._learner.module(),
             self._trained(),
@@ -117,7 +114,8 @@ class DeepSpeedRank:
         )
         self._engine.module.train()
         block = spec.reference if self._learner.has_reference else NoReferenceBlock()
-        self._references = references(block, self._model, self._engine.module, self._sharding, self._frozen_copy)
+        frozen = functools.partial(frozen_copy, spec)
+        self._references = references(block, self._model, self._engine.module, self._sharding, frozen)
         self._layout = self._supported_layout()
         self._passes = Passes(self._layout, spec.pad_id, self._device)
         torch.set_num_threads(spec.threads)
@@ -131,11 +129,6 @@ class DeepSpeedRank:
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
-    def _checkpointed(self, model: "PreTrainedModel | PeftModel") -> "PreTrainedModel | PeftModel":
-        if self._spec.trainer.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
-
     def _supported_layout(self) -> Layout:
         """Holds for a second model too, which may be of another architecture."""
         policy: Any = self._engine.module
@@ -145,16 +138,6 @@ class DeepSpeedRank:
 
     def layout(self) -> Layout:
         return self._layout
-
-    def _frozen_copy(self) -> nn.Module:
-        """The model of the reference's folder."""
-        whole = self._spec.model.model_copy(update={"lora": None})
-        copy = self._checkpointed(load_policy(self._spec.reference_folder, whole, self._spec.seed))
-        copy.requires_grad_(False)
-        config = reference_config(self._spec.model.dtype, zero_stage=self._spec.trainer.zero_stage)
-        frozen: nn.Module = frozen_engine(CompletionLogps(copy), config, self._spec.model.dtype)
-        frozen.eval()
-        return frozen
 
     def ready(self) -> int:
         return os.getpid()

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.trainer.actor import TrainerSpec
+from actors.trainer.deepspeed_engine import frozen_engine, reference_config
 from actors.trainer.process_group import Sharding
 from actors.trainer.state import own_part, whole
+from raylign.config.blocks import TrainerBlock
 from raylign.config.reference import (
     ModelReferenceBlock,
     NoReferenceBlock,
     ReferenceBlock,
     SamplerReferenceBlock,
 )
-from raylign.models.load import is_adapted
+from raylign.models.load import is_adapted, load_policy
 from raylign.reference.versions import Pace, pace
+from raylign.training.logprobs import CompletionLogps
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -213,6 +217,24 @@ def references(
     if is_adapted(policy) and not isinstance(block, ModelReferenceBlock):
         return References(adapter_reference(block, policy, module, sharding.writable), initial)
     return References(copied_reference(block, copy(), module, sharding.stored), initial)
+
+
+def checkpointed(model: "PreTrainedModel | PeftModel", block: TrainerBlock) -> "PreTrainedModel | PeftModel":
+    """The model, which computes activations again in its backward pass where that is asked for."""
+    if block.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def frozen_copy(spec: TrainerSpec) -> nn.Module:
+    """The model of the reference's folder."""
+    whole = spec.model.model_copy(update={"lora": None})
+    copy = checkpointed(load_policy(spec.reference_folder, whole, spec.seed), spec.trainer)
+    copy.requires_grad_(False)
+    config = reference_config(spec.model.dtype, zero_stage=spec.trainer.zero_stage)
+    frozen: nn.Module = frozen_engine(CompletionLogps(copy), config, spec.model.dtype)
+    frozen.eval()
+    return frozen
 
 
 def adapter_reference(block: ReferenceBlock, policy: "PeftModel", module: nn.Module, access: Access) -> ReferencePolicy:
