@@ -88,6 +88,7 @@ def main(
             threads=stage.threads,
             on_gpu=gpu,
             trl_attention=_best_attention(gpu),
+            trl_liger=gpu and find_spec("liger_kernel") is not None,
         )
         trl = {"micro_batch": trl_micro_batch or batch, "trl_dtype": trl_dtype}
         with measured("dpo_step"):

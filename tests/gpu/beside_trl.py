@@ -8,8 +8,20 @@ from typing import Literal
 import torch
 
 from tests.benchmarks.harness.dpo import DpoJob
-from tests.gpu.speed import LORA, RATE, Load, Mode, compare, keep_rate, loads, rate_of, report, vocabulary_of
-from tests.gpu.stage import PAD, Stage, free, large_folder
+from tests.gpu.speed import (
+    LORA,
+    RATE,
+    Load,
+    Mode,
+    compare,
+    keep_rate,
+    loads,
+    rate_of,
+    report,
+    reset_peak,
+    vocabulary_of,
+)
+from tests.gpu.stage import PAD, Stage, large_folder
 
 _NEEDED = ("trl", "datasets", "accelerate", "pyarrow", "pandas")
 _LOAD_S = 35.0
@@ -32,7 +44,6 @@ def check(stage: Stage, mode: Mode) -> None:
             if stage.sheet.has_time(what, 0 if stage.tiny else _LOAD_S):
                 with stage.sheet.trying(what):
                     _run(stage, mode, load, dtype)
-                free()
         compare(stage, mode, load)
 
 
@@ -70,8 +81,8 @@ def _run(stage: Stage, mode: Mode, load: Load, dtype: TrlDtype) -> None:
         trl_liger=liger,
         lora=LORA if mode == "LoRA" else None,
     )
-    started = time.perf_counter()
+    before, started = reset_peak(stage), time.perf_counter()
     result = run(job)
     note = f"{_MEANT[dtype]}, {attention}, {'Liger' if liger else 'no Liger'}; {time.perf_counter() - started:.0f} s"
-    report(stage, "TRL", mode, load, result.steady_s, note)
+    report(stage, "TRL", mode, load, result.steady_s, before, note)
     keep_rate(stage, f"TRL {dtype}", mode, load, load.real_tokens / result.steady_s)

@@ -1,7 +1,7 @@
 """Speed and memory of a DPO step on Qwen3-1.7B's shape, beside TRL's trainer on the same pairs; QLoRA's memory.
 
-A real token is one of a prompt, counted once for its pair, or of one of its two completions. Padding and repeated
-prompts count for nobody, so that the same pairs have the same number of tokens in both trainers.
+A real token is one of a prompt, counted once a step, or of a completion. Padding and repeated prompts count for nobody,
+so that the same pairs have the same number of tokens in both trainers.
 """
 
 import json
@@ -42,9 +42,13 @@ _MIN_SPEED_UP = 1.8
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Pairs of one shape: `batch` a step, `micro_batch` of them at a time, and `steps` that are timed after a first."""
+    """Pairs of one shape: `batch` a step, `micro_batch` of them at a time, and `steps` that are timed after a first.
+
+    A step has as many different `prompts` of `prompt` tokens.
+    """
 
     name: str
+    prompts: int
     prompt: int
     completion: int
     batch: int
@@ -54,7 +58,7 @@ class Load:
     @property
     def real_tokens(self) -> int:
         """Of the timed steps."""
-        return self.steps * self.batch * (self.prompt + 2 * self.completion)
+        return self.steps * (self.prompts * self.prompt + self.batch * 2 * self.completion)
 
     def pairs(self, vocabulary: int) -> list[TokenPair]:
         """The first `batch` are for the step that is not timed."""
@@ -63,16 +67,18 @@ class Load:
         def drawn(length: int) -> tuple[int, ...]:
             return tuple(random_ids(generator, length, vocabulary))
 
+        steps = [[drawn(self.prompt) for _ in range(self.prompts)] for _ in range(self.steps + 1)]
         return [
-            TokenPair(prompt=drawn(self.prompt), chosen=drawn(self.completion), rejected=drawn(self.completion))
-            for _ in range((self.steps + 1) * self.batch)
+            TokenPair(prompt=prompts[n % self.prompts], chosen=drawn(self.completion), rejected=drawn(self.completion))
+            for prompts in steps
+            for n in range(self.batch)
         ]
 
 
-LONG = Load("8 x 1,024 tokens a step", prompt=256, completion=768, batch=4, micro_batch=4, steps=8)
+LONG = Load("8 x 1,024 tokens a step", prompts=4, prompt=256, completion=768, batch=4, micro_batch=4, steps=8)
 """All sequences of one length: nothing is padded."""
-SHORT = Load("64 answers of 64 tokens a step", prompt=512, completion=64, batch=32, micro_batch=8, steps=4)
-_TINY = Load("tiny", prompt=8, completion=6, batch=2, micro_batch=2, steps=2)
+SHORT = Load("64 answers of 64 tokens a step", prompts=4, prompt=512, completion=64, batch=32, micro_batch=8, steps=4)
+_TINY = Load("tiny", prompts=2, prompt=8, completion=6, batch=2, micro_batch=2, steps=2)
 
 
 def vocabulary_of(stage: Stage) -> int:
@@ -102,11 +108,12 @@ def ours(stage: Stage, mode: Mode) -> None:
 
 def _measure(stage: Stage, mode: Mode, load: Load, config: Any, rate: float, *, last: bool) -> None:
     """One load on a rank of its own; in full, the last one also scores and leaves the GPU."""
+    before = reset_peak(stage)
     rank, what = start_rank(_spec(stage, mode, load)), f"raylign {mode}, {load.name}"
     stage.sheet.require(f"{what}: rows are shared", rank.layout() == "shared", "at least", 1)
     pairs = load.pairs(vocabulary_of(stage))
     seconds = _timed_steps(rank, load, pairs)
-    report(stage, "raylign", mode, load, seconds)
+    report(stage, "raylign", mode, load, seconds, before)
     if stage.tiny:
         compare(stage, mode, load)
     if rate:
@@ -126,7 +133,6 @@ def _spec(stage: Stage, mode: Mode, load: Load) -> TrainerSpec:
         "per_device_train_batch_size": load.micro_batch,
         "gradient_accumulation_steps": load.batch // load.micro_batch,
     }
-    _reset_peak(stage)
     return spec_of(stage, large_folder(stage), model, trainer)
 
 
@@ -169,14 +175,16 @@ def _score_many(stage: Stage, rank: DeepSpeedRank) -> None:
     stage.sheet.inform(what, rate, "tokens/s")
 
 
-def report(stage: Stage, who: str, mode: Mode, load: Load, seconds: float, note: str = "") -> None:
-    """Rows of a trainer's speed and memory; the figures stay for the other trainer's group, which compares."""
+def report(stage: Stage, who: str, mode: Mode, load: Load, seconds: float, before: int, note: str = "") -> None:
+    """Rows of a trainer's speed and memory; the rate stays for the other trainer's group, which compares.
+
+    `before` are the bytes that others held of the GPU.
+    """
     rate = load.real_tokens / seconds
     stage.sheet.inform(f"{who} {mode}, {load.name}", rate, "tokens/s", note)
     if stage.on_gpu:
-        peak = torch.cuda.max_memory_allocated() / GIB
+        peak = (torch.cuda.max_memory_allocated() - before) / GIB
         stage.sheet.inform(f"{who} {mode}, {load.name}: peak memory", peak, "GiB", note)
-        _reset_peak(stage)
     keep_rate(stage, who, mode, load, max(rate, rate_of(stage, who, mode, load) or 0.0))
 
 
@@ -214,10 +222,9 @@ def qlora(stage: Stage) -> None:
         stage.sheet.skip("memory of a QLoRA step", "needs CUDA")
         return
     in_use = gpu_bytes_in_use()
-    _reset_peak(stage)
     model = {"dtype": "bfloat16", "lora": _QLORA, "load_in_4bit": True}
     trainer = {"learning_rate": RATE, "per_device_train_batch_size": 1}
-    load = Load("QLoRA", prompt=256, completion=768, batch=1, micro_batch=1, steps=2)
+    load = Load("QLoRA", prompts=1, prompt=256, completion=768, batch=1, micro_batch=1, steps=2)
     rank = start_rank(spec_of(stage, large_folder(stage), model, trainer))
     seconds = _timed_steps(rank, load, load.pairs(vocabulary_of(stage)))
     outside = gpu_bytes_in_use() - in_use - torch.cuda.memory_reserved()
@@ -227,7 +234,10 @@ def qlora(stage: Stage) -> None:
     stage.sheet.inform("QLoRA, 2 x 1,024 tokens a step", load.real_tokens / seconds, "tokens/s")
 
 
-def _reset_peak(stage: Stage) -> None:
-    if stage.on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak(stage: Stage) -> int:
+    """Forget the peak so far; returns the bytes that are still held."""
+    free()
+    if not stage.on_gpu:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
