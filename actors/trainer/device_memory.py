@@ -23,17 +23,18 @@ class DeviceMemory:
     Their storages are emptied and filled again in place, so that every view stays what it is: the flat buffers of
     DeepSpeed with the parameters that lie in them, AdamW's moments, quantised weights. DeepSpeed's own `offload_states`
     would leave stages 0 and 1 out, and what is not its optimizer's: references, gradients, the weights themselves.
+    What has fewer than `smallest` bytes stays: indices that kernels keep are of no account, and weights alone need them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, smallest: int = 1 << 20) -> None:
+        self._device, self.smallest = device, smallest
         self._moved: dict[int, _Moved] = {}
 
     def offload(self, keep: Iterable[Tensor] = ()) -> int:
         """Move all but `keep` to main memory; returns the bytes moved."""
         kept, moved = {key for key, _ in storages(keep)}, 0
         for key, storage in list(storages(self.held())):
-            if key in kept or not storage.nbytes():
+            if key in kept or storage.nbytes() < max(1, self.smallest):
                 continue
             self._to_host(key, storage)
             moved += self._moved[key].host.nbytes

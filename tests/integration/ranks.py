@@ -23,6 +23,8 @@ from raylign.run.checkpoints import Metrics
 _START_S = 1200.0
 _PORTS = 5
 _STEP_S = 1200.0
+SMALLEST = 4096
+"""Bytes of a tensor that leaves the device; those of tiny models are smaller than others'."""
 
 
 class _Process(DeepSpeedRank):
@@ -35,10 +37,12 @@ class _Process(DeepSpeedRank):
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
         get_accelerator().is_fp16_supported = lambda: True
         DeepSpeedRank.__init__(self, spec, rank, address, port)
+        self._memory.smallest = SMALLEST
 
     def held_bytes(self) -> int:
         """What the tensors of this process take that could be moved away."""
-        return sum(storage.nbytes() for _, storage in storages(self._memory.held()))
+        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
+        return sum(nbytes for nbytes in held if nbytes >= SMALLEST)
 
     def set_loss_scale(self, scale: float) -> None:
         self._engine.set_loss_scaler({"cur_scale": scale})

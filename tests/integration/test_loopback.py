@@ -69,6 +69,7 @@ def engine(
         gpu_memory_utilization=0.5,
         kv_cache_gb=0.1,
         enforce_eager=True,
+        sleeps=False,
         trust_remote_code=False,
         seed=0,
         threads=1,

@@ -41,6 +41,7 @@ def engine(model: str, stacks: Path) -> EngineSpec:
         gpu_memory_utilization=0.5,
         kv_cache_gb=1e-5,
         enforce_eager=True,
+        sleeps=False,
         trust_remote_code=False,
         seed=0,
         threads=1,

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from actors.trainer.device_memory import DeviceMemory, module_tensors
 from raylign.config.blocks import TrainerBlock
-from raylign.training.masters import MasterWeights
+from raylign.training.masters import Kind, MasterWeights
 
 
 class Known(DeviceMemory):
     """Of the CPU only the tensors of this test: pytest has others."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("cpu"), smallest=0)
         self._tensors = tensors
 
     def held(self) -> Iterator[Tensor]:
@@ -47,7 +47,7 @@ class Trained:
         self.masters.step(1e-2)
 
     def tensors(self) -> list[Tensor]:
-        kinds = ("weights", "exp_avg", "exp_avg_sq")
+        kinds: tuple[Kind, ...] = ("weights", "exp_avg", "exp_avg_sq")
         moments = [self.masters.read(name, kind) for name in self.masters.names() for kind in kinds]
         return [*self.model.parameters(), *self.model.buffers(), *moments]
 
@@ -68,7 +68,7 @@ def test_training_goes_on_bit_by_bit() -> None:
         stayed.step()
         for one, other in zip(moved.tensors(), stayed.tensors(), strict=True):
             assert torch.equal(one, other)
-        assert moved.model[0].weight.untyped_storage()._cdata == moved.flat.untyped_storage()._cdata
+        assert next(moved.model.parameters()).untyped_storage()._cdata == moved.flat.untyped_storage()._cdata
 
 
 def test_weights_may_stay_or_come_back_alone() -> None:
@@ -83,6 +83,14 @@ def test_weights_may_stay_or_come_back_alone() -> None:
     assert nbytes(trained.tensors()) == whole
     memory.reload()
     assert all(torch.equal(one, other) for one, other in zip(trained.tensors(), before, strict=True))
+
+
+def test_what_is_small_stays() -> None:
+    large, small = torch.ones(1 << 18), torch.ones((1 << 18) - 1)
+    memory = Known([large, small])
+    memory.smallest = DeviceMemory(torch.device("cpu")).smallest
+    assert memory.offload() == 1 << 20
+    assert small.sum() == small.numel()
 
 
 def test_what_is_gone_meanwhile_is_not_filled_again() -> None:
