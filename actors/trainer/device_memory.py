@@ -23,7 +23,7 @@ class DeviceMemory:
     Their storages are emptied and filled again in place, so that every view stays what it is: the flat buffers of
     DeepSpeed with the parameters that lie in them, AdamW's moments, quantised weights. DeepSpeed's own `offload_states`
     would leave stages 0 and 1 out, and what is not its optimizer's: references, gradients, the weights themselves.
-    What has fewer than `smallest` bytes stays: indices that kernels keep are of no account, and weights alone need them.
+    What has fewer than `smallest` bytes stays: the weights alone need the indices that kernels keep.
     """
 
     def __init__(self, device: torch.device, smallest: int = 1 << 20) -> None:
