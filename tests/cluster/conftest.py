@@ -23,10 +23,11 @@ from tests.cluster.nodes import (
     token_environment,
     why_none,
 )
-from tests.integration.tiny import SMALLEST, command_line, random_llama
+from tests.integration.tiny import SMALLEST, command_line, random_llama, wait_until
 
 SERVICE_PORT = 8000
 WORKER_CPUS = 2
+ENDED_S = 120.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,6 +76,15 @@ class Cluster:
         """Output of a `ray job` command on the outside, which must succeed."""
         command = [BIN / "ray", "job", *arguments]
         return self.nodes.outside.call(command, env=self.environment, timeout_s=timeout_s)
+
+    def assert_memory_is_free(self) -> None:
+        """No weights and no queues of engines are left in the shared memory of a node."""
+
+        def left() -> list[str]:
+            names = [(node.name, name) for node in self.nodes for name in node.call(["ls", "/dev/shm"]).split()]
+            return [f"{node}: {name}" for node, name in names if name.startswith(("raylign-", "psm_", "sem."))]
+
+        wait_until(lambda: not left(), ENDED_S, lambda: f"left in shared memory: {left()}")
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """Three nodes of a cluster on this one machine, in namespaces, with a bridge between them and no way out.
 
-Each node has its own network (one address on the bridge), /dev/shm, /tmp, home folder, host name and process ids; they
-share one folder, as storage on a cluster is shared, and read the checkout and its environment as they are. A fourth
-place, `outside`, is on the bridge too and in no cluster. All of it hangs on pipes that this process holds: whatever
-ends this process ends the nodes, and namespaces without processes are gone, with their interfaces and mounts.
+Each node has its own network (one address on the bridge), /dev/shm, /tmp, home folder, host name and process ids. They
+share one folder, as storage on a cluster is shared, and see the checkout, its environment and compiled kernels as they
+are. A fourth place, `outside`, is on the bridge too and in no cluster. All of it hangs on pipes that this process
+holds: whatever ends this process ends the nodes, and namespaces without processes are gone, with their interfaces and
+mounts.
 """
 
+import getpass
 import json
 import os
 import shutil
@@ -37,6 +39,11 @@ _SHORT_S = 60.0
 START_S = 300.0
 _STARTS = 3
 _ENDED_S = 60.0
+WARM = {
+    "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}",
+    "VLLM_CACHE_ROOT": Path.home() / ".cache/vllm",
+}
+"""Kernels that are compiled once for this machine; each node's own would take a minute more."""
 _RAY = {
     # A silent node is given up after a quarter of a minute.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -130,7 +137,7 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=clean_environment({"HOME": "/tmp/home", "PATH": _path(), **(env or {})}),
+                env=clean_environment({**_environment(), **(env or {})}),
                 start_new_session=True,
             )
         return Program(process, Path(log))
@@ -247,7 +254,8 @@ def token_environment(token: Path | None) -> dict[str, str]:
 def three_nodes(folder: Path) -> Iterator[Nodes]:
     """A head, two workers and an outside, gone at the end whatever happened. Their files stay in `folder`."""
     shared = folder / "shared"
-    shared.mkdir()
+    for path in (shared, *WARM.values()):
+        path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         outside = _node(_OUTSIDE, folder, shared, stack)
         outside.ip("link", "add", _BRIDGE, "type", "bridge", "forward_delay", "0", "stp_state", "0")
@@ -272,7 +280,7 @@ def _node(place: tuple[str, int], folder: Path, shared: Path, stack: ExitStack, 
         "name": name,
         "hosts": f"127.0.0.1 localhost\n{hosts}",
         "folder": str(own),
-        "kept": [str(path) for path in dict.fromkeys((shared, ROOT, Path(sys.prefix), Path(sys.base_prefix)))],
+        "kept": [str(path) for path in (shared, ROOT, Path(sys.prefix), Path(sys.base_prefix), *WARM.values())],
         "shm_bytes": _GIB,
     }
     program = [sys.executable, "-I", str(Path(__file__).with_name("node_init.py")), json.dumps(spec)]
@@ -300,8 +308,9 @@ def _port_of(name: str) -> str:
     return f"to-{name}"
 
 
-def _path() -> str:
-    return f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+def _environment() -> dict[str, str]:
+    path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"HOME": "/tmp/home", "PATH": path, **{name: str(folder) for name, folder in WARM.items()}}
 
 
 def _checked(command: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from raylign.run.directory import RunDirectory, open_run
 from tests.cluster.conftest import Cluster
 from tests.cluster.nodes import Program
-from tests.cluster.sampled import assert_complete
+from tests.cluster.sampled import assert_complete, assert_published
 from tests.integration.tiny import START_S, foreign_lines
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
@@ -83,18 +83,19 @@ def test_every_role_is_on_a_node_of_its_own(ended: Ended) -> None:
 
 
 def test_completions_are_scored_by_a_service_of_another_node(cluster: Cluster, ended: Ended) -> None:
-    assert_complete(ended.directory.round(1), 4, 3)
+    assert_complete(ended.directory, 1, 4, 3)
     asked = [line.split()[2] for line in cluster.service.output.splitlines() if line.startswith("asked by")]
     assert asked and set(asked) <= {node.address for node in cluster.nodes}
 
 
-def test_full_weights_reach_the_generator_of_another_node(ended: Ended) -> None:
+def test_full_weights_reach_the_generator_of_another_node(cluster: Cluster, ended: Ended) -> None:
     assert ended.status == 0, ended.program.output
     assert foreign_lines(ended.program.output) == []
-    assert_complete(ended.directory.round(2), 4, 3)
+    assert_complete(ended.directory, 2, 4, 3)
+    assert_published(ended.directory, cluster.model)
+    cluster.assert_memory_is_free()
 
 
 def test_mlflow_on_the_head_says_that_the_run_is_finished(cluster: Cluster, mlflow: str, ended: Ended) -> None:
     runs = json.loads(cluster.nodes.outside.call([sys.executable, "-c", ASK, mlflow], timeout_s=120))
-    print(json.dumps(runs)[:3000])
-    assert {run["info"]["status"] for run in runs} == {"FINISHED"} and len(runs) == 3
+    assert [run["info"]["status"] for run in runs] == ["FINISHED"] * 3, "the run and its two rounds"
