@@ -31,11 +31,12 @@ _SUBNET = "10.77.0"
 _OUTSIDE, _HEAD, _WORKERS = ("outside", 1), ("head", 10), (("worker-1", 11), ("worker-2", 12))
 _BRIDGE = "nodes"
 _UNSHARED = ("--net", "--mount", "--pid", "--uts", "--ipc")
+_PROBE = "ip link add bridge type bridge && ip link add end type veth peer name other && mount -t tmpfs tmpfs /dev/shm"
 _PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount")
 _GIB = 1 << 30
 _STORE_BYTES = 256 << 20
 HEAD_PORT, DASHBOARD_PORT = 6379, 8265
-_SHORT_S = 60.0
+_SHORT_S = 120.0
 START_S = 300.0
 _STARTS = 3
 _ENDED_S = 60.0
@@ -45,11 +46,12 @@ WARM = {
 }
 """Kernels that are compiled once for this machine; each node's own would take a minute more."""
 _RAY = {
-    # A silent node is given up after a quarter of a minute.
+    # A silent node is given up after half a minute at most.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
     "RAY_DISABLE_DASHBOARD_LOG_INFO": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
@@ -67,13 +69,13 @@ def why_none() -> str:
     if missing := [name for name in _PROGRAMS if shutil.which(name) is None]:
         return f"{', '.join(missing)} not found; Debian, Ubuntu: apt install iproute2 util-linux"
     tried = subprocess.run(
-        ["unshare", *_UNSHARED, "--fork", "--mount-proc", "ip", "link", "add", "probe", "type", "bridge"],
+        ["unshare", *_UNSHARED, "--fork", "--mount-proc", "sh", "-c", _PROBE],
         capture_output=True,
         text=True,
         check=False,
         timeout=_SHORT_S,
     )
-    return f"no namespaces or bridges here: {tried.stderr.strip()}" if tried.returncode else ""
+    return f"no namespaces, bridges or mounts here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Program:
 
 @dataclass
 class Node:
-    """A place with its own network, memory and processes. `folder` is what it has as /tmp, seen from outside."""
+    """A place with its own network, memory and processes. `folder`/tmp is what it has as /tmp; logs are beside it."""
 
     name: str
     address: str
@@ -201,7 +203,7 @@ class Node:
                 self._ray.append(program)
                 return
             assert tries_left and "timed out during startup" in program.output, program.output
-            self.call([BIN / "ray", "stop", "--force"])
+            self.call([BIN / "ray", "stop", "--force"], timeout_s=START_S)
 
     @property
     def ray_ended(self) -> bool:
