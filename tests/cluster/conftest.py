@@ -74,7 +74,7 @@ class Cluster:
 
     def job(self, *arguments: str, timeout_s: float) -> str:
         """Output of a `ray job` command on the outside, which must succeed."""
-        command = [BIN / "ray", "job", *arguments]
+        command = [str(BIN / "ray"), "job", *arguments]
         return self.nodes.outside.call(command, env=self.environment, timeout_s=timeout_s)
 
     def assert_memory_is_free(self) -> None:

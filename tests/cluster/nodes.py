@@ -38,7 +38,7 @@ _STORE_BYTES = 256 << 20
 HEAD_PORT, DASHBOARD_PORT = 6379, 8265
 _SHORT_S = 120.0
 START_S = 300.0
-_STARTS = 3
+_STARTS = 5
 _ENDED_S = 60.0
 WARM = {
     "TORCHINDUCTOR_CACHE_DIR": Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}",
@@ -127,7 +127,7 @@ class Node:
     @property
     def init(self) -> int:
         """Process id, as seen from here, of the node's first process."""
-        return psutil.Process(self._holder.pid).children()[0].pid
+        return int(psutil.Process(self._holder.pid).children()[0].pid)
 
     def run(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Program:
         """Start `command` in the node, in a clean environment with `env`. It ends with the node, and with us."""

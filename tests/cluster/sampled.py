@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from raylign.run.directory import RunDirectory
@@ -37,9 +38,10 @@ def gap(directory: RunDirectory, index: int, model: Path, checkpoint: Path | Non
     """Mean difference, in nats a token, between the log-probs that the sampler of a round gave its candidates and
     transformers' on the weights of `checkpoint`, or of `model` itself.
     """
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    policy: nn.Module = base
     if checkpoint is not None and (checkpoint / "adapter_model.safetensors").is_file():
-        policy = PeftModel.from_pretrained(policy, checkpoint)
+        policy = PeftModel.from_pretrained(base, checkpoint)
     elif checkpoint is not None:
         policy.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)
     candidates, _ = read_candidates(directory.round(index) / "candidates.parquet")

@@ -19,6 +19,8 @@ from tests.integration.tiny import RECIPE, START_S, wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 NAME = "submitted"
+STEPS = 200
+"""Of a round, two an epoch: some are left when the job is stopped, and the second round besides."""
 SETTINGS = (
     "generators.weight_sync.transport=lora",
     "schedule.rounds=2",
@@ -26,7 +28,7 @@ SETTINGS = (
     "trainer.ranks=2",
     "trainer.zero_stage=2",
     "trainer.per_device_train_batch_size=1",
-    "trainer.num_train_epochs=20",
+    f"trainer.num_train_epochs={STEPS // 2}",
     "trainer.learning_rate=0.001",
 )
 STOP_S = 400.0
@@ -68,7 +70,7 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(cluster: Cluster) -> None:
     assert "with status 0" in second.output
     assert (sampled.stat().st_ino, sampled.read_bytes()) == before
     directory = open_run(run)
-    assert [len(report.steps) for report in directory.reports()] == [40, 40]
+    assert [len(report.steps) for report in directory.reports()] == [STEPS, STEPS]
     for index in (1, 2):
         assert_complete(directory, index, 4, 3)
     assert_published(directory, cluster.model)
