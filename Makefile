@@ -6,12 +6,13 @@ WORKERS ?= 2
 MINUTES ?= 60
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-faults fault-table lint bench fuzz clean
+.PHONY: help setup demo test test-cluster test-faults fault-table lint bench fuzz clean
 
 help:
 	@echo 'make setup   install everything into .venv (once; PYTHON=... names the interpreter, 3.11 to 3.13; DEVICE=cpu or gpu)'
 	@echo 'make demo    set up, then run $(RECIPE)'
 	@echo 'make test    set up, then run the tests (ARGS=tests/unit for some of them, WORKERS processes at once)'
+	@echo 'make test-cluster  run the tests that make three nodes on this machine (as root on Linux, with iproute2; 8 minutes)'
 	@echo 'make test-faults   run the tests of faults that take over a minute each; make fault-table writes tests/README.md'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   run the benchmarks of tests/benchmarks in turn, beside TRL (40 minutes on two cores)'
@@ -25,10 +26,13 @@ demo: setup
 	$(BIN)/raylign run $(RECIPE) run.name=demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 -m 'not long_fault' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15 -m 'not long_fault and not cluster' $(ARGS)
+
+test-cluster: setup
+	$(BIN)/python -m pytest --durations 15 -rs -m cluster tests/cluster $(ARGS)
 
 test-faults: setup
-	$(BIN)/python -m pytest --durations 15 -m long_fault $(ARGS)
+	$(BIN)/python -m pytest --durations 15 -m 'long_fault and not cluster' $(ARGS)
 
 fault-table: setup
 	rm -rf .cache/faults

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from actors.cluster import cluster
 from raylign.models import resolve_model
 from tests.integration.ranks import Processes
+from tests.integration.tiny import random_llama
 
 
 @pytest.fixture(scope="session")
@@ -22,40 +20,19 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def ranks_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random 2-layer Llama with tied embeddings for token ids of tests: no tokenizer, and so a small head."""
-    return _random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=12288, width=32, spread=0.2)
+    return random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=12288, width=32, spread=0.2)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> str:
     """The same with SmolLM2's tokenizer and as many rows."""
-    return _random_llama(tmp_path_factory.mktemp("tiny-llama"), smollm2, vocabulary=49152, width=32, spread=0.2)
+    return random_llama(tmp_path_factory.mktemp("tiny-llama"), smollm2, vocabulary=49152, width=32, spread=0.2)
 
 
 @pytest.fixture(scope="session")
 def served_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> str:
     """The same with heads as wide as vLLM asks."""
-    return _random_llama(tmp_path_factory.mktemp("served-llama"), smollm2, vocabulary=49152, width=128, spread=0.1)
-
-
-def _random_llama(folder: Path, tokenizer: str, *, vocabulary: int, width: int, spread: float) -> str:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=spread,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    if tokenizer:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return str(folder)
+    return random_llama(tmp_path_factory.mktemp("served-llama"), smollm2, vocabulary=49152, width=128, spread=0.1)
 
 
 class Shared:

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from rich.console import Console
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipes.commands.sync import sync_run
 
@@ -206,6 +208,28 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
+
+
+def random_llama(folder: Path, tokenizer: str, *, vocabulary: int, width: int, spread: float) -> str:
+    """A random 2-layer Llama with tied embeddings in `folder`, with the tokenizer of another unless that is ""."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=spread,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return str(folder)
 
 
 def weight_folders(run_name: str) -> list[Path]:
