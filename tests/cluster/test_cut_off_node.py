@@ -25,7 +25,7 @@ SETTINGS = (
     "generators.count=2",
     "generators.max_num_seqs=4",
     "trainer.learning_rate=0.001",
-    "trainer.lr_scheduler_type=constant",
+    "trainer.per_device_train_batch_size=1",
 )
 LOST_S = 240.0
 
