@@ -117,7 +117,7 @@ def memory_plan(config: RunConfig, subject: Subject, placement: PlacementPlan, e
     needs = trainer_needs(config, subject, placement.device)
     memory = each if placement.device == "gpu" else None
     if not isinstance(config, OnlineDpoConfig):
-        phases = (_alone(needs),)
+        phases: tuple[Phase, ...] = (_alone(needs),)
     elif placement.device == "cpu":
         rows = _engine_rows(config.generators, needs, None) | {_KV: int(config.generators.kv_cache_gb * GIB)}
         phases = (Phase("generator", "all phases", rows), Phase("trainer rank", "all phases", needs.rows()))

@@ -14,8 +14,8 @@ from tests.benchmarks.harness.scaling import Point, ScalingJob, ScalingResult, S
 MAX_COST_GROWTH = 1.15
 """A timing of a second or two varies by several percent."""
 MAX_LOGITS_SHARE = 0.5
-MAX_GROUP_GROWTH = 1.1
-"""An allocator never fits quite the same."""
+MAX_GROUP_GROWTH = 1.25
+"""A heap's peak creeps up with every piece; one pass over 64 completions keeps over ten times as much."""
 MIB = 2**20
 
 TOKENS = 8192
@@ -73,11 +73,11 @@ def _over_candidates(packing: Literal["shared", "packed"], most: int) -> Series:
 
 
 def _over_groups(most: int) -> Series:
-    """One group a step, in pieces as large as a pair: 256 tokens of a prompt and two completions of 128."""
+    """One group a step, in pieces of one completion of 128 tokens behind its prompt of 256."""
     shapes = {
         str(k): Shape(preferences=1, candidates=k, prompt=256, completion=128) for k in (2, 8, 32, 64) if k <= most
     }
-    return Series(name="K-pieces", axis="K", max_tokens=512, shapes=shapes)
+    return Series(name="K-pieces", axis="K", max_tokens=384, shapes=shapes)
 
 
 def _of_width(width: int) -> Series:

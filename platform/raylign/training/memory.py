@@ -53,7 +53,6 @@ _RANK = 16
 """Of the adapter that is named among them."""
 
 Device = Literal["cpu", "gpu"]
-Row = Literal["weights", "fp32 masters", "moments", "gradients", "activations", "buffers", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ class TrainerNeeds:
             limit = min(limit, block.per_device_train_batch_size * self.candidates * self.longest)
         return max(limit, self.longest)
 
-    def rows(self) -> dict[Row, int]:
+    def rows(self) -> dict[str, int]:
         """Bytes on the device while it trains."""
         stage, ranks = self._stage, self.trainer.ranks
         host = self.trainer.offload.optimizer
@@ -163,8 +162,7 @@ class TrainerNeeds:
         """Bytes in host memory that offloading took off the device."""
         kept = replace(self, trainer=self.trainer.model_copy(update={"offload": OffloadBlock()}))
         with_all, without = kept.rows(), self.rows()
-        offloaded: tuple[Row, ...] = ("weights", "fp32 masters", "moments", "gradients")
-        return sum(with_all[row] - without[row] for row in offloaded)
+        return sum(with_all[row] - without[row] for row in ("weights", "fp32 masters", "moments", "gradients"))
 
     @property
     def total(self) -> int:

@@ -92,13 +92,19 @@ def _backward(trainee: Trainee, batch: PreferenceBatch, slopes: Sequence[Tensor 
     """Adds the gradient of sum_i s_i slope_i; `slopes` are those of `_differentiable`, None is 0."""
     done = [0] * len(slopes)
     for number, (piece, weights) in enumerate(zip(batch.pieces, _token_weights(batch), strict=True)):
-        parts = _differentiable(_of_pass(trainee.training_module, piece, weights))
-        shares = []
-        for place, (part, slope) in enumerate(zip(parts, slopes, strict=True)):
-            if slope is not None:
-                shares.append((part * slope[done[place] : done[place] + len(part)]).sum())
-            done[place] += len(part)
-        trainee.backward(torch.stack(shares).sum(), last=last and number == len(batch.pieces) - 1)
+        total, done = _with_slopes(_of_pass(trainee.training_module, piece, weights), slopes, done)
+        trainee.backward(total, last=last and number == len(batch.pieces) - 1)
+        # Else this graph would live on beside that of the next piece.
+        del total
+
+
+def _with_slopes(scores: Scores, slopes: Sequence[Tensor | None], starts: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The sum over one piece, whose slopes begin at `starts`, and where those of the next one begin."""
+    parts = _differentiable(scores)
+    ends = [start + len(part) for start, part in zip(starts, parts, strict=True)]
+    places = zip(parts, slopes, starts, ends, strict=True)
+    shares = [(part * slope[start:end]).sum() for part, slope, start, end in places if slope is not None]
+    return torch.stack(shares).sum(), ends
 
 
 def _of_pieces(module: nn.Module, batch: PreferenceBatch) -> list[Scores]:

@@ -124,11 +124,11 @@ def gradients(
     return trainee, loss, totals, trainee.gradients()
 
 
-def require_same(one: Learner, many: Learner, whole: PreferenceBatch, cut_up: PreferenceBatch) -> Trainee:
+def require_same(learners: Sequence[Learner], whole: PreferenceBatch, cut_up: PreferenceBatch) -> Trainee:
     """Losses, metrics and gradients of one pass and of several."""
     assert not whole.pieces and len(cut_up.pieces) > 1
-    single, loss, totals, expected = gradients(one, whole)
-    trainee, found, summed, given = gradients(many, cut_up)
+    single, loss, totals, expected = gradients(learners[0], whole)
+    trainee, found, summed, given = gradients(learners[1], cut_up)
     torch.testing.assert_close(found.losses, loss.losses)
     torch.testing.assert_close(summed.sums, totals.sums, rtol=1e-5, atol=1e-5)
     assert found.metrics.keys() == loss.metrics.keys()
@@ -165,7 +165,7 @@ def test_64_candidates_in_pieces_have_the_gradients_of_one_pass(name: str, forei
     model = tiny()
     learners = [PolicyLearner(deepcopy(model), loss) for _ in range(2)]
     whole, cut_up = batch_of(preferences, loss, 1 << 20), batch_of(preferences, loss, 40, more=2)
-    trainee = require_same(*learners, whole, cut_up)
+    trainee = require_same(learners, whole, cut_up)
     assert len(cut_up.pieces) > 6 and trainee.lasts == [False] * (len(cut_up.pieces) - 1) + [True]
 
 
@@ -176,15 +176,17 @@ def test_weights_on_tokens_and_pairs_go_with_their_pieces(layout: Layout) -> Non
     model = tiny(tied=True)
     learners = [PolicyLearner(deepcopy(model), loss) for _ in range(2)]
     whole = batch_of(preferences, loss, 1000, layout=layout)
-    require_same(*learners, whole, batch_of(preferences, loss, 6, layout=layout))
+    require_same(learners, whole, batch_of(preferences, loss, 6, layout=layout))
 
 
 def test_a_reward_model_learns_a_long_ranking_in_pieces() -> None:
     loss, preferences = PlackettLuceRewardLossBlock(), [group(24)]
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(LlamaConfig(**SMALL, **IDS, num_labels=1))
+    config = LlamaConfig(**SMALL, **IDS)
+    config.num_labels = 1
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     learners = [RewardLearner(deepcopy(model), loss) for _ in range(2)]
-    require_same(*learners, batch_of(preferences, loss, 1000), batch_of(preferences, loss, 30, more=1))
+    require_same(learners, batch_of(preferences, loss, 1000), batch_of(preferences, loss, 30, more=1))
 
 
 def test_the_gradients_are_those_of_transformers_logits_in_float64() -> None:

@@ -16,10 +16,11 @@ from raylign.config.blocks import PlacementBlock
 from raylign.config.offline import OfflineDpoConfig
 from raylign.errors import PlacementError
 from raylign.records import Candidate, Preference, Prompt
+from raylign.training.memory import GIB
 from recipes import memory
 from recipes.commands.plan import ReferenceFacts
 from recipes.commands.plan_online import RunPlan, make_plan, print_plan
-from recipes.memory import GIB, MemoryPlan, Subject, begin_check, gpu_bytes, memory_notes, memory_plan, trainer_needs
+from recipes.memory import MemoryPlan, Subject, begin_check, gpu_bytes, memory_notes, memory_plan, trainer_needs
 from tests.unit.tiny_policy import LORA_PARAMETERS, PARAMETERS, save_recipe
 
 Plan = Callable[..., RunPlan]
