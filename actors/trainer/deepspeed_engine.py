@@ -1,18 +1,21 @@
 """DeepSpeed engines: their configuration, and what makes every ZeRO stage take the same steps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from actors.trainer.device_memory import tensors_in
 from actors.trainer.state import Access
 from actors.trainer.zero_state import ZeroState
 from raylign.config.blocks import Dtype, TrainerBlock
 from raylign.errors import TrainerError
 from raylign.training.masters import adamw
 
+BUCKET = 500_000_000
+"""DeepSpeed's own: elements that ranks exchange at a time, at most."""
 MIN_LOSS_SCALE = 1.0
 """float16's loss scale is halved by every overflow, down to this."""
 
@@ -79,6 +82,9 @@ class ZeroEngine:
         block: TrainerBlock,
         writable: Access,
     ) -> None:
+        # DeepSpeed's buckets would have half a billion elements, however few are trained.
+        for name in ("reduce_bucket_size", "allgather_bucket_size"):
+            config["zero_optimization"][name] = min(BUCKET, max(1, sum(map(_numel, parameters.values()))))
         optimizer = adamw([parameter for parameter in module.parameters() if parameter.requires_grad], block)
         self._engine: Any = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
         if self._engine.fp16_enabled():
@@ -104,6 +110,13 @@ class ZeroEngine:
             self._engine.step()
         return None if self._engine.skipped_steps > skipped else float(self._engine.get_global_grad_norm())
 
+    def training_tensors(self) -> Iterator[Tensor]:
+        """Of DeepSpeed's optimizer, and of the one inside it."""
+        outer = self._engine.optimizer
+        yield from tensors_in(vars(outer))
+        yield from tensors_in(dict(outer.optimizer.state))
+        yield from tensors_in([group["params"] for group in outer.optimizer.param_groups])
+
     def loss_scaler(self) -> Mapping[str, float]:
         if not self._engine.fp16_enabled():
             return {}
@@ -112,6 +125,11 @@ class ZeroEngine:
     def set_loss_scaler(self, state: Mapping[str, float]) -> None:
         for name, value in state.items() if self._engine.fp16_enabled() else ():
             setattr(self._engine.optimizer.loss_scaler, name, value)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Whole, also where ZeRO-3 has taken it apart."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def require_dtype(dtype: Dtype) -> None:

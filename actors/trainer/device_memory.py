@@ -30,11 +30,11 @@ class DeviceMemory:
         self._device, self.smallest = device, smallest
         self._moved: dict[int, _Moved] = {}
 
-    def offload(self, keep: Iterable[Tensor] = ()) -> int:
-        """Move all but `keep` to main memory; returns the bytes moved."""
-        kept, moved = {key for key, _ in storages(keep)}, 0
-        for key, storage in list(storages(self.held())):
-            if key in kept or storage.nbytes() < max(1, self.smallest):
+    def offload(self, only: Iterable[Tensor] | None = None) -> int:
+        """Move all, or `only` these, to main memory; returns the bytes moved."""
+        moved = 0
+        for key, storage in list(storages(self.held() if only is None else only)):
+            if storage.nbytes() < max(1, self.smallest):
                 continue
             self._to_host(key, storage)
             moved += self._moved[key].host.nbytes
@@ -43,11 +43,11 @@ class DeviceMemory:
         self._return_cache()
         return moved
 
-    def reload(self, only: Iterable[Tensor] | None = None) -> None:
-        """Move back everything, or `only` these."""
-        wanted = None if only is None else {key for key, _ in storages(only)}
+    def reload(self, but: Iterable[Tensor] = ()) -> None:
+        """Move back everything but these."""
+        left = {key for key, _ in storages(but)}
         for key, one in self._moved.items():
-            if one.away and (wanted is None or key in wanted):
+            if one.away and key not in left:
                 one.storage.resize_(one.host.nbytes)
                 _bytes_of(one.storage).copy_(one.host, non_blocking=True)
                 one.away = False
@@ -83,10 +83,31 @@ class DeviceMemory:
 
 
 def module_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Its parameters and buffers, or this rank's parts of them under ZeRO-3."""
+    """Its parameters and buffers, and this rank's parts of them under ZeRO-3."""
     for parameter in module.parameters():
-        yield getattr(parameter, "ds_tensor", parameter)
+        yield parameter
+        if (part := getattr(parameter, "ds_tensor", None)) is not None:
+            yield part
     yield from module.buffers()
+
+
+def apart_from(weights: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of `tensors` that share no storage with `weights`."""
+    kept = {key for key, _ in storages(weights)}
+    return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in kept]
+
+
+def tensors_in(found: object) -> Iterator[Tensor]:
+    """Those in containers of containers, with their gradients."""
+    match found:
+        case Tensor():
+            yield found
+            if found.is_leaf and found.grad is not None:
+                yield found.grad
+        case dict():
+            yield from (tensor for part in found.values() for tensor in tensors_in(part))
+        case list() | tuple() | set():
+            yield from (tensor for part in found for tensor in tensors_in(part))
 
 
 def storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, UntypedStorage]]:

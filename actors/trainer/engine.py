@@ -44,6 +44,9 @@ class TrainingEngine(Protocol):
         Returns their global norm before clipping; None when they are not finite, and no weight changes.
         """
 
+    def training_tensors(self) -> Iterator[Tensor]:
+        """What lies on the device for training alone: masters, moments, gradients; weights may be among them."""
+
     def loss_scaler(self) -> Mapping[str, float]:
         """What the loss scale goes on from; {} where there is none."""
 
@@ -70,6 +73,9 @@ class ReplicatedEngine:
             for bucket in _buckets(self.state.gradients()):
                 _average(bucket)
         return self.state.step(rate)
+
+    def training_tensors(self) -> Iterator[Tensor]:
+        return self.state.tensors()
 
     def loss_scaler(self) -> Mapping[str, float]:
         return {}

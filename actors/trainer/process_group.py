@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 from torch import Tensor, nn
@@ -44,6 +45,14 @@ class Sharding:
     """Whether ranks hold parts of parameters (`zero3`); if so, every rank must make every call."""
 
     zero3: bool
+
+    def loading(self, config: dict[str, Any]) -> object:
+        """transformers shards while it loads a model as long as what is returned lives."""
+        if not self.zero3:
+            return None
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: PLC0415 - for ZeRO-3 alone
+
+        return HfDeepSpeedConfig(config)
 
     def gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Parameters made whole, to read."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actors.supervision.processes import enable_stack_dumps
 from actors.trainer.actor import TrainerSpec, free_address
 from actors.trainer.deepspeed_engine import MIN_LOSS_SCALE, deepspeed_config
-from actors.trainer.device_memory import DeviceMemory, module_tensors
+from actors.trainer.device_memory import DeviceMemory, apart_from, module_tensors
 from actors.trainer.engine import training_engine
 from actors.trainer.host_memory import keep_freed_memory, memory_errors
 from actors.trainer.process_group import Sharding, join_group
@@ -101,7 +101,7 @@ class DeepSpeedRank:
             keep_freed_memory()
         join_group(spec.trainer, rank, address, port, on_gpu=spec.on_gpu)
         self._sharding = Sharding(spec.trainer.zero_stage == 3)
-        self._hf_config = self._sharded_loading() if self._sharding.zero3 else None
+        self._loading = self._sharding.loading(deepspeed_config(spec.trainer, spec.model.dtype))
         self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
         self._model = checkpointed(self._learner.model, spec.trainer)
         self._engine = training_engine(
@@ -119,12 +119,6 @@ class DeepSpeedRank:
         self._layout = self._supported_layout()
         self._passes = Passes(self._layout, spec.pad_id, self._device)
         torch.set_num_threads(spec.threads)
-
-    def _sharded_loading(self) -> Any:
-        """transformers shards while loading as long as this object lives."""
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig  # noqa: PLC0415 - for ZeRO-3 alone
-
-        return HfDeepSpeedConfig(deepspeed_config(self._spec.trainer, self._spec.model.dtype))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -368,11 +362,17 @@ class DeepSpeedRank:
         self._engine.set_loss_scaler(state.loss_scaler)
 
     def offload(self, *, keep_weights: bool) -> None:
-        self._memory.offload(module_tensors(self._engine.module) if keep_weights else ())
+        self._memory.offload(self._without_weights() if keep_weights else None)
 
     def reload(self, *, weights_only: bool) -> None:
         with memory_errors(f"coming back to the GPU of rank {self._rank}", self._model, self._spec):
-            self._memory.reload(module_tensors(self._engine.module) if weights_only else None)
+            self._memory.reload(but=self._without_weights() if weights_only else ())
+
+    def _without_weights(self) -> list[Tensor]:
+        """What only training needs, and the reference's weights: the policy scores without them."""
+        reference = self._references.reference
+        copy = module_tensors(reference.scored) if isinstance(reference, FrozenCopy) else ()
+        return apart_from(module_tensors(self._engine.module), (*self._engine.training_tensors(), *copy))
 
     def free_address(self) -> tuple[str, int]:
         return free_address()

@@ -134,7 +134,7 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
     ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=True)
     assert group.token_logps(ids) == logps
     kept, whole = ray.get([group.handles[0].held_bytes.remote()])[0], before[0]
-    assert 0 < kept < whole
+    assert kept > 0 and (kept < whole or "lora" in model), "adapters of tiny models are too small to be moved"
     ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
 
 

@@ -7,7 +7,7 @@ et al. 2020, arXiv 2010.06192).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from typing import Literal
 
@@ -119,6 +119,15 @@ class MasterWeights:
                 elif parameter is not self._masters[name]:
                     parameter.copy_(self._masters[name])
                 start += parameter.numel()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Masters, moments and gradients. A parameter in fp32 is its own master."""
+        for master in self._masters.values():
+            yield master
+            if master.grad is not None:
+                yield master.grad
+        for state in self._adamw.state.values():
+            yield from state.values()
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._parameters)

@@ -38,7 +38,7 @@ _MOMENTS = 2
 _BLOCK, _NESTED_BLOCK = 64, 256
 """Weights that share a constant in bitsandbytes' 4-bit storage, and constants that share one of their own."""
 BUCKET = 500_000_000
-"""Elements of DeepSpeed's `reduce_bucket_size`."""
+"""Elements of DeepSpeed's `reduce_bucket_size`, where so many are trained."""
 LIVE = 1_000_000_000
 """Elements of DeepSpeed's `stage3_max_live_parameters`."""
 _TILES = {"cpu": 512 * 4096, "gpu": 2048 * 8192}
@@ -203,7 +203,8 @@ class TrainerNeeds:
             return found + (min(_AVERAGED, _FP32 * self.trained) if self.trainer.ranks > 1 else 0)
         if stage == 1 and self.model.dtype == "bfloat16" and not self.trainer.offload.optimizer:
             return found
-        bucket = BUCKET * (_FP32 if stage == 1 else itemsize)
+        buckets = 2 if stage == 2 and self.device == "gpu" else 1  # one is on its way while the other fills
+        bucket = buckets * min(BUCKET, self.trained) * (_FP32 if stage == 1 else itemsize)
         return found + bucket + (min(self.size.parameters, LIVE) * itemsize if stage == 3 else 0)
 
 

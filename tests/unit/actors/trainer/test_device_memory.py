@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.trainer.device_memory import DeviceMemory, module_tensors
+from actors.trainer.device_memory import DeviceMemory, module_tensors, tensors_in
 from raylign.config.blocks import TrainerBlock
 from raylign.training.masters import Kind, MasterWeights
 
@@ -75,14 +75,23 @@ def test_weights_may_stay_or_come_back_alone() -> None:
     trained = Trained()
     memory, weights = Known(trained.tensors()), list(module_tensors(trained.model))
     before, whole = [tensor.clone() for tensor in trained.tensors()], nbytes(weights)
-    memory.offload(keep=weights)
+    training = list(trained.masters.tensors())
+    memory.offload(only=training)
     assert nbytes(trained.tensors()) == nbytes(weights) == whole
     memory.offload()
     assert nbytes(trained.tensors()) == 0
-    memory.reload(only=module_tensors(trained.model))
+    memory.reload(but=training)
     assert nbytes(trained.tensors()) == whole
     memory.reload()
     assert all(torch.equal(one, other) for one, other in zip(trained.tensors(), before, strict=True))
+
+
+def test_tensors_are_found_in_containers_of_containers() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    leaf.sum().backward()
+    other = torch.ones(3)
+    found = list(tensors_in({"a": [leaf, ({1: other}, None, "text")]}))
+    assert leaf.grad is not None and [id(t) for t in found] == [id(leaf), id(leaf.grad), id(other)]
 
 
 def test_what_is_small_stays() -> None:
