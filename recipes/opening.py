@@ -252,10 +252,12 @@ def take_up(run: Run, team: Team, block: ModelBlock) -> Mapping[str, float]:
 def serve_newest(publisher: Publisher, block: ModelBlock, newest: Checkpoint | None) -> Mapping[str, float]:
     """The canary's gaps of the version to go on from.
 
-    Of version 0 both sides loaded the same checkpoint, unless the trainer's base has 4 bits.
+    Before the first checkpoint both sides have loaded the same files, unless the trainer's base has 4 bits. One in the
+    middle of a round is pushed too: the trainers hold it, and nobody samples before the round's end.
     """
-    version = newest.rounds_done if newest else 0
-    return publisher.publish(version) if version or block.load_in_4bit else publisher.verify()
+    if newest or block.load_in_4bit:
+        return publisher.publish(newest.rounds_done if newest else 0)
+    return publisher.verify()
 
 
 def _canary(prompts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 from actors.placement import PlacementPlan
-from actors.weight_sync.folder import BACKEND, NodeFolders
+from actors.weight_sync.folder import BACKEND, NodeFolders, PushFolder
 from actors.weight_sync.manifest import Manifest, checkpoint_manifest, require_same
 from raylign.config import OnlineDpoConfig
 from raylign.errors import PlacementError
-from raylign.roles import DeviceLink, Engines, Generator, Trainers
+from raylign.roles import DeviceLink, Engines, Generator, NodePath, Trainers
 
 Name = Literal["lora", "shm", "nccl", "ipc"]
 _WEIGHTS = "model.safetensors"
@@ -113,9 +113,15 @@ class ShmTransport:
         with self.folders.push(trainers.handles[0]) as folder:
             trainers.save_weights(f"{folder.path}/{_WEIGHTS}")
             require_same(self.manifest, folder.shapes(_WEIGHTS))
-            file = folder.spread(generators.handles).inside(_WEIGHTS)
+            file = _spread(folder, generators, timeout_s).inside(_WEIGHTS)
             generators.call("loading weights", timeout_s, Generator.take_weights, file, version)
             return folder.nbytes()
+
+
+def _spread(folder: PushFolder, generators: Engines, timeout_s: float) -> NodePath:
+    """Whoever is being replaced is waited for: before it has started nobody knows its node."""
+    generators.call("finding the generators", timeout_s, Generator.version)
+    return folder.spread(generators.handles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +135,8 @@ class LoraTransport:
     def push(self, trainers: Trainers, generators: Engines, version: int, timeout_s: float) -> int:
         with self.folders.push(trainers.handles[0]) as folder:
             trainers.save_adapter(folder.path)
-            here = folder.spread(generators.handles)
-            generators.call("loading the adapter", timeout_s, Generator.take_adapter, here, version)
+            files = _spread(folder, generators, timeout_s)
+            generators.call("loading the adapter", timeout_s, Generator.take_adapter, files, version)
             return folder.nbytes()
 
 

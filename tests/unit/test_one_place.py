@@ -181,11 +181,6 @@ TRANSPORT = Patch(
         ),
         (
             "actors/weight_sync/transports.py",
-            "import DeviceLink, Engines, Generator, Trainers",
-            "import DeviceLink, Engines, Generator, NodePath, Trainers",
-        ),
-        (
-            "actors/weight_sync/transports.py",
             "@dataclass(frozen=True, slots=True)\nclass DeviceTransport:",
             '''@dataclass(frozen=True, slots=True)
 class DiskTransport:

@@ -87,6 +87,6 @@ def test_the_reference_has_no_optimizer_and_is_sharded_by_zero_3_alone(stage: in
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_memory_is_worked_out_with_deepspeeds_own_sizes(stage: int) -> None:
-    """The configuration leaves the size of buckets and what stage 3 keeps gathered as they are."""
+    """The configuration leaves them as they are; engines of fewer weights take smaller buckets."""
     zero = DeepSpeedZeroConfig(**deepspeed_config(TrainerBlock(zero_stage=stage), "bfloat16")["zero_optimization"])
     assert (zero.reduce_bucket_size, zero.max_live_parameters) == (memory.BUCKET, memory.LIVE)

@@ -21,6 +21,7 @@ from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import LoraBlock, ModelBlock
 from raylign.errors import GeneratorError, WeightSyncError
 from raylign.roles import DeviceLink, NodePath
+from raylign.run.checkpoints import Checkpoint
 from recipes.opening import serve_newest
 from tests.fakes import WEIGHT, FakeEngine, FakeGenerators, FakeRank, fake_trainers
 from tests.faults import record
@@ -75,6 +76,15 @@ def test_only_a_base_in_4_bits_is_pushed_before_round_1(four_bits: bool, tmp_pat
     found = serve_newest(setting.publisher, ModelBlock(lora=LoraBlock(), load_in_4bit=four_bits), None)
     assert gaps(found) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
     assert setting.events == (["save weights", "load weights"] if four_bits else [])
+
+
+@pytest.mark.parametrize(("complete", "version"), [(False, 0), (True, 1)])
+def test_what_a_checkpoint_holds_is_pushed(complete: bool, version: int, tmp_path: Path) -> None:
+    """In the middle of round 1 the trainers are no version that was ever served."""
+    setting = Setting(shm(tmp_path), engines=(FakeEngine,))
+    found = serve_newest(setting.publisher, ModelBlock(lora=LoraBlock()), Checkpoint(tmp_path, 1, complete, ()))
+    assert gaps(found) == {"logprob_gap_mean": 0.0, "logprob_gap_max": 0.0}
+    assert setting.weights() == [1] and setting.generators.engines[0].label_now == version
 
 
 @pytest.mark.parametrize("end", [NCCL, IPC])
