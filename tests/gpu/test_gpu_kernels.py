@@ -20,13 +20,15 @@ LENGTH = 1949
 
 def mask_of(segments: tuple[Segment, ...], window: int | None) -> Tensor:
     """[T, T]: a token sees itself, its own before it and its prompt, no further back than the window."""
-    owner, prompt_of, position = [], {}, []
+    owner: list[int] = []
+    prompt_of: dict[int, int] = {}
+    position: list[int] = []
     for segment in segments:
-        mine = prompt_of[len(prompt_of)] = len(prompt_of)
-        owner += [mine] * segment.prompt
+        prompt = prompt_of[len(prompt_of)] = len(prompt_of)
+        owner += [prompt] * segment.prompt
         position += range(segment.prompt)
         for length in segment.completions:
-            prompt_of[number := len(prompt_of)] = mine
+            prompt_of[number := len(prompt_of)] = prompt
             owner += [number] * length
             position += range(segment.prompt, segment.prompt + length)
     owners, places = torch.tensor(owner), torch.tensor(position)

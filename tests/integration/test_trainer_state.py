@@ -33,6 +33,12 @@ def begin(group: TrainerGroup, done: list[dict[str, float]]) -> int:
     return group.begin_round(filled, 4, 1, done)
 
 
+def held_bytes(group: TrainerGroup) -> list[int]:
+    handles: list[Any] = list(group.handles)
+    found: list[int] = ray.get([handle.held_bytes.remote() for handle in handles])
+    return found
+
+
 def go_on(
     ranks: Processes, spec: tuple[str, dict[str, Any], dict[str, Any]], folder: Path, **kinds: Any
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -123,9 +129,9 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
     begin(group, [])
     found = []
     for _ in range(count):
-        before = ray.get([handle.held_bytes.remote() for handle in group.handles])
+        before = held_bytes(group)
         ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
-        after = ray.get([handle.held_bytes.remote() for handle in group.handles])
+        after = held_bytes(group)
         assert all(left < 0.01 * held for left, held in zip(after, before, strict=True)), (before, after)
         ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
         found.append(dict(group.train_step()))
@@ -133,7 +139,7 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
     ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
     ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=True)
     assert group.token_logps(ids) == logps
-    kept, whole = ray.get([group.handles[0].held_bytes.remote()])[0], before[0]
+    kept, whole = held_bytes(group)[0], before[0]
     assert kept > 0 and (kept < whole or "lora" in model), "adapters of tiny models are too small to be moved"
     ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
 

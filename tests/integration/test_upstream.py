@@ -28,7 +28,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu_worker import Worker
 
-from actors.weight_sync import device
 from actors.weight_sync.device import GeneratorClient, PolicySource, WeightSender
 
 pytestmark = pytest.mark.slow
@@ -147,7 +146,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Opened]:
         found.append(Opened(info, client))
         return found[-1]
 
-    monkeypatch.setattr(device.WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
     return found
 
 

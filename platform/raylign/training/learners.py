@@ -42,7 +42,7 @@ class Totals:
 
     def on_host(self) -> "Totals":
         """In one copy: the only time that metrics wait for a GPU."""
-        sums, highest = torch.cat([self.sums, self.highest]).cpu().split([len(self.sums), len(self.highest)])
+        sums, highest = torch.split(torch.cat([self.sums, self.highest]).cpu(), [len(self.sums), len(self.highest)])
         return Totals(sums, highest)
 
 

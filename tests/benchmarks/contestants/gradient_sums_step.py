@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,15 @@ class SummedAsTheyAre(MasterWeights):
 def run(job: SumsJob) -> SumsResult:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     config = LlamaConfig(vocab_size=8192, num_hidden_layers=job.layers, tie_word_embeddings=True, **shape)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, torch.bfloat16)
     parameters = dict(model.named_parameters())
     masters = (MasterWeights if job.sums == "float32" else SummedAsTheyAre)(parameters, TrainerBlock())
     seconds = []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -40,12 +40,12 @@ REWARD_BLOCKS: list[RewardLossBlock] = [
 ]
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts copies from the device to the host, which are all ones; PyTorch refuses every other question."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -90,11 +90,16 @@ def step_on_meta(
             form = (layout, 0, 1.0 if with_kl else tail_weight, 0, with_kl)
             batch = to_device(preference_batch(mine, weights, *form), META)
             loss, own = learner.measure(score(module, batch), batch, state)
-            (loss.losses * batch.weights).sum().backward()
+            torch.autograd.backward((loss.losses * batch.weights).sum())
             totals.append(own)
         assert reads.count == 0
         learner.metrics(Totals.of_all(totals).on_host(), tuple(loss.metrics))
-    return reads.count
+    return int(reads.count)
+
+
+def on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    nn.Module.to(model, META)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -105,14 +110,14 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: str(block.loss_type))
 def test_a_step_of_a_policy_waits_for_its_metrics_once(block: LossBlock) -> None:
     sizes = [[2], [2, 2]] if block.pairs_only else [[2], [3, 1]]
-    learner = PolicyLearner(build(PACKABLE["qwen3"]).to(META), block)
+    learner = PolicyLearner(on_meta(build(PACKABLE["qwen3"])), block)
     batches = [preferences(of_batch) for of_batch in sizes]
     assert step_on_meta(learner, batches, "shared", block.needs_kl_gradient) == 1
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "llama"])
 def test_no_window_or_adapter_reads_the_device(name: str) -> None:
-    model = build(PACKABLE[name]).to(META)
+    model = on_meta(build(PACKABLE[name]))
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     learner = PolicyLearner(adapted, SftLossBlock())
     assert step_on_meta(learner, [preferences([2]), preferences([3, 1])], "packed", with_kl=False) == 1

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from actors.trainer import deepspeed_engine
 from actors.trainer.deepspeed_engine import deepspeed_config, reference_config
 from raylign.config.blocks import Dtype, OffloadBlock, TrainerBlock
 from raylign.training import memory
@@ -55,7 +55,7 @@ def test_zero_stage_and_offload(stage: Any, offload: OffloadBlock, zero: dict[st
 
 
 def test_on_gpus_stage_2_adds_gradients_up_while_it_goes_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_engine.get_accelerator(), "device_name", lambda: "cuda")
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: "cuda")
     zero = deepspeed_config(TrainerBlock(zero_stage=2), "bfloat16")["zero_optimization"]
     assert zero == {"stage": 2, "overlap_comm": True}
 

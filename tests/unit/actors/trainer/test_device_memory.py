@@ -88,7 +88,7 @@ def test_weights_may_stay_or_come_back_alone() -> None:
 
 def test_tensors_are_found_in_containers_of_containers() -> None:
     leaf = torch.ones(2, requires_grad=True)
-    leaf.sum().backward()
+    torch.autograd.backward(leaf.sum())
     other = torch.ones(3)
     found = list(tensors_in({"a": [leaf, ({1: other}, None, "text")]}))
     assert leaf.grad is not None and [id(t) for t in found] == [id(leaf), id(leaf.grad), id(other)]

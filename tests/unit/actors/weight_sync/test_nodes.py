@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
+from ray.exceptions import RayError
 from safetensors.torch import load_file, save_file
 
 from actors.weight_sync import folder as folders
@@ -21,7 +23,7 @@ WRITER, NEAR, FAR = "0" * 56, "1" * 56, "2" * 56
 @pytest.fixture
 def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(folders, "shared_folder", lambda: tmp_path)
-    monkeypatch.setattr(nodes.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     return tmp_path
 
 
@@ -83,7 +85,7 @@ def many(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InPro
         try:
             return Ref(getattr(store, method.__name__)(*given))
         except OSError as error:
-            return Ref(nodes.RayError(str(error)))
+            return Ref(RayError(str(error)))
 
     def get(ref: Ref, timeout: float) -> Any:
         if isinstance(ref.answer, Exception):
@@ -95,8 +97,8 @@ def many(shared_memory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InPro
     monkeypatch.setattr(nodes, "process_of", lambda reader: reader)
     monkeypatch.setattr(nodes, "_alive", lambda: alive)
     monkeypatch.setattr(nodes, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(nodes.ray, "wait", lambda refs, timeout: (refs[:1], refs[1:]))
-    monkeypatch.setattr(nodes.ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs[:1], refs[1:]))
+    monkeypatch.setattr(ray, "get", get)
     made = InProcess()
     made.alive = alive  # type: ignore[attr-defined]
     yield made
@@ -165,7 +167,7 @@ def test_a_run_on_the_drivers_node_alone_starts_no_store(shared_memory: Path, mo
         def get_node_id(self) -> str:
             return WRITER
 
-    monkeypatch.setattr(nodes.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
     with node_folders("run", [WRITER, WRITER], 1.0) as found:
         assert isinstance(found, folders.OneNode)
         assert found.directory.parent == shared_memory
