@@ -86,10 +86,14 @@ def _wait_for(owner: psutil.Process) -> None:
         time.sleep(_POLL_S)
 
 
-def _queue_names() -> set[str]:
+def _queues() -> list[os.DirEntry[str]]:
     if not _SHARED_MEMORY.is_dir():
-        return set()
-    return {entry.name for entry in os.scandir(_SHARED_MEMORY) if entry.name.startswith(_QUEUES)}
+        return []
+    return [entry for entry in os.scandir(_SHARED_MEMORY) if entry.name.startswith(_QUEUES)]
+
+
+def _queue_names() -> set[str]:
+    return {entry.name for entry in _queues()}
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -108,13 +112,18 @@ def _descendants(family: set[psutil.Process]) -> set[psutil.Process]:
 
 
 def _mapped(family: set[psutil.Process]) -> set[Path]:
-    """Queues and semaphores in shared memory that the family has mapped."""
+    """Queues and semaphores in shared memory that the family has mapped.
+
+    By inode: whoever makes a semaphore has it mapped under a name that is gone.
+    """
+    present = {entry.inode(): Path(entry.path) for entry in _queues()}
     found: set[Path] = set()
     for process in family:
         # psutil reads smaps, for which the kernel walks all pages of a process.
         with contextlib.suppress(OSError), open(f"/proc/{process.pid}/maps", errors="surrogateescape") as maps:
-            found |= {Path(line.split(maxsplit=5)[5].rstrip("\n")) for line in maps if f" {_SHARED_MEMORY}/" in line}
-    return {path for path in found if path.name.startswith(_QUEUES)}
+            inodes = {int(line.split(maxsplit=5)[4]) for line in maps if f" {_SHARED_MEMORY}/" in line}
+            found |= {present[inode] for inode in inodes & present.keys()}
+    return found
 
 
 def _named_after(family: set[psutil.Process]) -> set[Path]:

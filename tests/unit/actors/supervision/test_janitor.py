@@ -20,8 +20,9 @@ def child(ready):
     memory = shared_memory.SharedMemory(create=True, size=4096)
     resource_tracker.unregister(memory._name, "shared_memory")  # as if the tracker had been killed
     lock = multiprocessing.get_context("spawn").Lock()
+    resource_tracker.unregister(lock._semlock.name, "semaphore")
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ready.send((os.getpid(), memory.name))
+    ready.send((os.getpid(), memory.name, lock._semlock.name))
     time.sleep(600)
 
 if __name__ == "__main__":
@@ -52,15 +53,15 @@ def test_children_and_shared_memory_of_a_killed_process_are_removed(tmp_path: Pa
         folder.mkdir()
         clean_up_family(owner.pid, folder)
         assert owner.stdout is not None
-        child, name = owner.stdout.readline().split()
-        segment = Path("/dev/shm") / name.strip("/")
-        assert segment.exists()
+        child, name, lock = owner.stdout.readline().split()
+        segment, semaphore = Path("/dev/shm") / name.strip("/"), Path("/dev/shm") / f"sem.{lock.strip('/')}"
+        assert segment.exists() and semaphore.exists()
         (janitor,) = janitors(owner.pid)
         looks = janitor.num_ctx_switches().voluntary
         assert eventually(lambda: janitor.num_ctx_switches().voluntary > looks + 3), "the janitor looks and sleeps"
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
-        assert eventually(lambda: not segment.exists())
+        assert eventually(lambda: not segment.exists() and not semaphore.exists())
         assert eventually(lambda: not psutil.pid_exists(int(child)))
         assert eventually(lambda: not folder.exists())
         assert eventually(lambda: not janitors(owner.pid))
