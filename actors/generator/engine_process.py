@@ -25,7 +25,6 @@ def start_engine(spec: EngineSpec, name: str) -> Generator:
     its import and the engine's start, so that the engine's process begins then.
     """
     sockets = _own_sockets()
-    os.environ |= spec.transport.environment
     if spec.device == "cpu":
         _use_cores(spec)
     if spec.one_process:

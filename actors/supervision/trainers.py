@@ -188,9 +188,9 @@ class SupervisedTrainers(TrainerGroup):
         """Leave the GPUs, but for the policy's weights where they are kept. Asked by `Turns`."""
         super()._call("leaving the GPU", 1, TrainerRank.offload, keep_weights=keep_weights)
 
-    def reload(self, *, weights_only: bool) -> None:
+    def reload(self, *, weights_alone: bool) -> None:
         """Come back to the GPUs."""
-        super()._call("coming back to the GPU", 1, TrainerRank.reload, weights_only=weights_only)
+        super()._call("coming back to the GPU", 1, TrainerRank.reload, weights_alone=weights_alone)
 
     @guarded
     def replace_dead(self) -> None:

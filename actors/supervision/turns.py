@@ -62,7 +62,7 @@ class Movers(Protocol):
     def offload(self, *, keep_weights: bool) -> None:
         """Leave the GPUs, but for the model's weights where they are kept."""
 
-    def reload(self, *, weights_only: bool) -> None:
+    def reload(self, *, weights_alone: bool) -> None:
         """Come back to the GPUs."""
 
 
@@ -165,11 +165,11 @@ class SharedDevices:
             case "weights" if self._trainers == "nothing":
                 if self._engines == "all":
                     self._sleep(1)
-                self._reload(weights_only=True)
+                self._reload(weights_alone=True)
                 self._trainers = "weights"
             case "all" if self._trainers != "all":
                 self._engines_leave(2 if self._replaces and method in _BEFORE_A_PUBLISH else 1)
-                self._reload(weights_only=False)
+                self._reload(weights_alone=False)
                 self._trainers = "all"
 
     def trainers_start(self) -> None:
@@ -196,6 +196,6 @@ class SharedDevices:
             self.movers.offload(keep_weights=keep_weights)
             self._trainers = held
 
-    def _reload(self, *, weights_only: bool) -> None:
+    def _reload(self, *, weights_alone: bool) -> None:
         if self.movers is not None:
-            self.movers.reload(weights_only=weights_only)
+            self.movers.reload(weights_alone=weights_alone)

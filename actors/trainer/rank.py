@@ -364,9 +364,9 @@ class DeepSpeedRank:
     def offload(self, *, keep_weights: bool) -> None:
         self._memory.offload(self._without_weights() if keep_weights else None)
 
-    def reload(self, *, weights_only: bool) -> None:
+    def reload(self, *, weights_alone: bool) -> None:
         with memory_errors(f"coming back to the GPU of rank {self._rank}", self._model, self._spec):
-            self._memory.reload(but=self._without_weights() if weights_only else ())
+            self._memory.reload(but=self._without_weights() if weights_alone else ())
 
     def _without_weights(self) -> list[Tensor]:
         """What only training needs, and the reference's weights: the policy scores without them."""

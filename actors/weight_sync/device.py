@@ -13,6 +13,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from actors.calls import ask, ask_all
 from actors.supervision.watch import get_all
+from actors.weight_sync.cuda_handles import to_plain
 from raylign.errors import WeightSyncError
 from raylign.roles import DeviceLink, Generator
 from raylign.training.weights import Gather, ShapeOf, checkpoint_shapes, checkpoint_weights
@@ -43,6 +44,8 @@ class GeneratorClient:
         get_all(refs, self.timeout_s, "beginning a weight update", WeightSyncError)
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        if isinstance(update_info, dict) and (handles := update_info.get("ipc_handles")):
+            update_info = update_info | {"ipc_handles": {gpu: to_plain(handle) for gpu, handle in handles.items()}}
         refs = ask_all(self.handles, Generator.update_weights, update_info)
         get_all(refs, self.timeout_s, "updating weights", WeightSyncError)
 

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 BACKEND = "raylign_shm"
 """Name of our own backend of vLLM's weight transfer: it reads a file of this folder."""
+IPC_BACKEND = "raylign_ipc"
+"""Of another one, which opens CUDA's handles."""
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX, _LOCK = "raylign-", ".lock"
 

@@ -1,13 +1,12 @@
 """How weights travel. A transport moves them; `publish` decides when and verifies."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 from actors.placement import PlacementPlan
-from actors.weight_sync.folder import BACKEND, NodeFolders, PushFolder
+from actors.weight_sync.folder import BACKEND, IPC_BACKEND, NodeFolders, PushFolder
 from actors.weight_sync.manifest import Manifest, checkpoint_manifest, require_same
 from raylign.config import OnlineDpoConfig
 from raylign.errors import PlacementError
@@ -22,13 +21,12 @@ class EngineEnd:
     """A transport's part in an engine.
 
     `backend` is that of vLLM's weight transfer, None where the engine takes adapters and so can answer without one.
-    With `opens_itself` the engine needs nobody to open its end. `environment` is what its processes need to be told.
+    With `opens_itself` the engine needs nobody to open its end.
     """
 
     name: Name
     backend: str | None
     opens_itself: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class WeightTransport(Protocol):
@@ -160,8 +158,7 @@ class DeviceTransport:
 
 
 NCCL = EngineEnd("nccl", "nccl")
-IPC = EngineEnd("ipc", "ipc", environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"})
-"""vLLM hands CUDA's memory handles to its workers as pickles; they come from this run's trainers."""
+IPC = EngineEnd("ipc", IPC_BACKEND)
 
 
 def weight_transport(

@@ -1,12 +1,13 @@
 """The part of weight sync that runs inside vLLM's worker processes.
 
 vLLM imports this module in every worker because `WorkerExtension` is named as its `worker_extension_cls`; the import
-registers the `shm` engine before the model loads, and keeps the workers' process group on its own address. That needs
+registers our engines before the model loads, and keeps the workers' process group on its own address. That needs
 raylign on PYTHONPATH only, not installed.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,11 +17,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.trainer.bound_store import listen_on_own_address
-from actors.weight_sync.folder import BACKEND
+from actors.weight_sync.cuda_handles import from_plain
+from actors.weight_sync.folder import BACKEND, IPC_BACKEND
 
 WORKER_EXTENSION = f"{__name__}.WorkerExtension"
 
@@ -70,6 +73,15 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
         return
 
 
+class PlainIpcEngine(IPCWeightTransferEngine):
+    """vLLM's engine for CUDA's handles, which come in plain values: vLLM itself would have to unpickle them."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
+        handles = {gpu: from_plain(handle) for gpu, handle in update_dict["ipc_handles"].items()}
+        info: IPCWeightTransferUpdateInfo = super().parse_update_info(update_dict | {"ipc_handles": handles})
+        return info
+
+
 def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -81,4 +93,5 @@ class WorkerExtension:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ShmEngine)
+WeightTransferEngineFactory.register_engine(IPC_BACKEND, PlainIpcEngine)
 listen_on_own_address()

@@ -187,7 +187,7 @@ class TrainerRank(Protocol):
     def offload(self, *, keep_weights: bool) -> None:
         """Move what this rank holds on its GPU to main memory, but for the policy's weights where they are kept."""
 
-    def reload(self, *, weights_only: bool) -> None:
+    def reload(self, *, weights_alone: bool) -> None:
         """Move it back, or the policy's weights alone."""
 
     def free_address(self) -> tuple[str, int]:

@@ -47,9 +47,9 @@ def check_large(stage: Stage, rank: DeepSpeedRank) -> None:
         return
     before = _sums(rank)
     first = _timed(lambda: rank.offload(keep_weights=False))
-    rank.reload(weights_only=False)
+    rank.reload(weights_alone=False)
     out = _timed(lambda: rank.offload(keep_weights=False))
-    back = _timed(lambda: rank.reload(weights_only=False))
+    back = _timed(lambda: rank.reload(weights_alone=False))
     sheet = stage.sheet
     sheet.require("still held after leaving", out.after / out.before, "at most", _LEFT, "of it")
     sheet.inform("left the GPU", (out.before - out.after) / GIB, "GiB")
@@ -64,7 +64,7 @@ def check_large(stage: Stage, rank: DeepSpeedRank) -> None:
     weights = sum(storage.nbytes() for storage in _storages([*module_tensors(rank._engine.module)]).values())
     kept = torch.cuda.memory_allocated()
     sheet.require("held beside the weights that stay", abs(kept - weights) / held, "at most", _LEFT, "of all")
-    rank.reload(weights_only=False)
+    rank.reload(weights_alone=False)
 
 
 def check_steps(stage: Stage) -> None:
@@ -90,7 +90,7 @@ def _trained(stage: Stage, *, leaves: bool) -> Tensor:
         rank.train_step()
         if leaves:
             rank.offload(keep_weights=False)
-            rank.reload(weights_only=False)
+            rank.reload(weights_alone=False)
     state = rank._engine.state
     parts = [state.read(name, kind).flatten() for name in state.names() for kind in _KINDS]
     return torch.cat(parts).to("cpu", torch.float64, copy=True)

@@ -53,7 +53,7 @@ OUTPUTS = (
 )
 TELL = '\nimport sys\n\nprint(f"imported {__name__} from {__file__}", file=sys.stderr)\n'
 PACKAGES = {"raylign": "platform/raylign", "actors": "actors", "recipes": "recipes"}
-SMALL_MB = 4.0
+SMALL_MB = 5.0
 STOP_S = 400.0
 
 

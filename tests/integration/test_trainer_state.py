@@ -133,15 +133,15 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
         ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
         after = held_bytes(group)
         assert all(left < 0.01 * held for left, held in zip(after, before, strict=True)), (before, after)
-        ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
+        ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_alone=False)
         found.append(dict(group.train_step()))
     assert found == expected
     ask_ranks(group.handles, 60, "leaving", TrainerRank.offload, keep_weights=False)
-    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=True)
+    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_alone=True)
     assert group.token_logps(ids) == logps
     kept, whole = held_bytes(group)[0], before[0]
     assert kept > 0 and (kept < whole or "lora" in model), "adapters of tiny models are too small to be moved"
-    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_only=False)
+    ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_alone=False)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

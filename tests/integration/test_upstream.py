@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import msgspec
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from torch.storage import TypedStorage
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     TrainerWeightTransferEngine,
@@ -28,7 +31,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu_worker import Worker
 
+from actors.weight_sync.cuda_handles import from_plain, to_plain
 from actors.weight_sync.device import GeneratorClient, PolicySource, WeightSender
+from actors.weight_sync.transports import IPC
+from actors.weight_sync.vllm_worker import PlainIpcEngine
 
 pytestmark = pytest.mark.slow
 
@@ -84,17 +90,34 @@ def test_vllm_knows_the_backends_and_the_depths_of_sleep() -> None:
     assert '"weights"' in tags and '"kv_cache"' in tags
 
 
-def test_cudas_handles_travel_as_pickles_that_must_be_allowed() -> None:
-    """vLLM's encoder refuses the tuples of `reduce_tensor` unless told otherwise."""
-    from vllm import envs  # noqa: PLC0415 - beside what it is about
+HANDLE = (
+    *(torch.Tensor, torch.Size([6]), (1,), 0, TypedStorage, torch.uint8, 0, b"memory", 6, 0, False),
+    *(b"counter", 64, b"event", True),
+)
+"""What PyTorch gives for six bytes on a GPU."""
 
-    from actors.weight_sync.transports import IPC  # noqa: PLC0415
 
-    assert set(IPC.environment) <= set(envs.environment_variables)
-    assert "ipc_handles" in inspect.getsource(IPCTrainerWeightTransferEngine._do_send)
-    assert "packed" in inspect.signature(IPCWeightTransferEngine.init_transfer_engine).parameters or (
-        "init_info.packed" in inspect.getsource(IPCWeightTransferEngine.init_transfer_engine)
-    )
+def test_cudas_handles_are_plain_on_their_way() -> None:
+    names = [
+        *("tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device"),
+        *("storage_handle", "storage_size_bytes", "storage_offset_bytes", "requires_grad", "ref_counter_handle"),
+        *("ref_counter_offset", "event_handle", "event_sync_required"),
+    ]
+    assert list(inspect.signature(rebuild_cuda_tensor).parameters) == names
+    plain = to_plain(HANDLE)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plain)) == plain, "vLLM sends it without a pickle"
+    assert from_plain(plain) == HANDLE
+    with pytest.raises(KeyError):
+        from_plain([*plain[:5], "torch.float64", *plain[6:]])
+
+
+def test_vllms_engine_gets_the_handles_as_they_were() -> None:
+    engine = object.__new__(PlainIpcEngine)
+    shape: dict[str, Any] = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[3]], "tensor_sizes": [6]}
+    info = engine.parse_update_info(shape | {"ipc_handles": {"GPU-1": to_plain(HANDLE)}})
+    assert info.ipc_handles == {"GPU-1": HANDLE} and WeightTransferEngineFactory._registry.keys() >= {IPC.backend}
+    assert '"ipc_handles": ipc_handles' in inspect.getsource(IPCTrainerWeightTransferEngine._do_send)
+    assert "update_info.ipc_handles" in inspect.getsource(IPCWeightTransferEngine.receive_weights)
 
 
 def test_an_nccl_group_numbers_the_sender_first() -> None:

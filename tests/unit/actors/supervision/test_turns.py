@@ -119,9 +119,9 @@ class LedgerRank(FakeRank):
         for part in ("states",) if keep_weights else ("states", "weights"):
             self._ledger.leave("rank", part)
 
-    def reload(self, *, weights_only: bool) -> None:
-        self._events.append(f"reload{' weights' if weights_only else ''}")
-        for part in ("weights",) if weights_only else ("weights", "states"):
+    def reload(self, *, weights_alone: bool) -> None:
+        self._events.append(f"reload{' weights' if weights_alone else ''}")
+        for part in ("weights",) if weights_alone else ("weights", "states"):
             self._ledger.take("rank", part, RANK[part])
 
     def _compute(self, *parts: str) -> None:
