@@ -38,10 +38,6 @@ _CLOSE_S = 10.0
 class NodeStore(Protocol):
     """A process that keeps its node's folder for weight files, and exchanges them with those of other nodes."""
 
-    def free_bytes(self) -> int:
-        """Room in the folder."""
-        ...
-
     def require_room(self, needed: int) -> None:
         """Raises WeightSyncError when the folder has less than `needed` bytes."""
 
@@ -77,9 +73,6 @@ class SharedMemoryStore:
     def __init__(self, run_name: str) -> None:
         self._stack = ExitStack()
         self._directory = self._stack.enter_context(weight_folder(run_name))
-
-    def free_bytes(self) -> int:
-        return shutil.disk_usage(self._directory).free
 
     def require_room(self, needed: int) -> None:
         require_room(self._directory, needed, ray.util.get_node_ip_address())
@@ -122,7 +115,7 @@ class ManyNodes:
 
     def start(self, nodes: Sequence[str]) -> None:
         """Make the folders of all these nodes at the same time."""
-        refs = [ask(self.store(node), NodeStore.free_bytes) for node in nodes]
+        refs = [ask(self.store(node), NodeStore.require_room, 0) for node in nodes]
         get_together(refs, self.timeout_s, "making folders for weights", WeightSyncError)
 
     def require_room(self, needed: int) -> None:

@@ -46,14 +46,10 @@ def _sees(query: int, key: int, window: int | None) -> bool:
     return mine and back >= 0 and (window is None or back < window)
 
 
-@pytest.mark.parametrize("scaling", [None, 0.3])
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("attention", [joined_attention, blocked_attention])
-def test_a_packed_row_is_attention_under_a_dense_mask(
+def assert_attends_under_a_dense_mask(
     attention: Attention, key_heads: int, window: int | None, scaling: float | None
 ) -> None:
-    """Gradients too: those of a prompt's keys and values add up over its completions."""
+    """`attention` over `SEGMENTS` is PyTorch's under that mask, gradients included."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, 15, 8), (1, key_heads, 15, 8), (1, key_heads, 15, 8)]
     query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
@@ -65,6 +61,17 @@ def test_a_packed_row_is_attention_under_a_dense_mask(
     factors = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     gradients = [torch.autograd.grad((output * factors).sum(), (query, key, value)) for output in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("attention", [joined_attention, blocked_attention])
+def test_a_packed_row_is_attention_under_a_dense_mask(
+    attention: Attention, key_heads: int, window: int | None, scaling: float | None
+) -> None:
+    """Gradients too: those of a prompt's keys and values add up over its completions."""
+    assert_attends_under_a_dense_mask(attention, key_heads, window, scaling)
 
 
 @pytest.mark.parametrize("window", [None, 100, 300])

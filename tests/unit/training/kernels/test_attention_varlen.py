@@ -17,7 +17,12 @@ from raylign.training.kernels.attention_varlen import gathered, has_varlen, varl
 from raylign.training.logprobs import CompletionLogps
 from raylign.training.sequences import Segment
 from tests.unit.tiny_models import PACKABLE, build
-from tests.unit.training.kernels.test_attention import PACKED, SEGMENTS, assert_same, dense_mask
+from tests.unit.training.kernels.test_attention import (
+    PACKED,
+    SEGMENTS,
+    assert_attends_under_a_dense_mask,
+    assert_same,
+)
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -94,17 +99,7 @@ def test_one_call_is_attention_under_a_dense_mask(
 ) -> None:
     """Gradients too, with keys repeated where PyTorch has no groups."""
     monkeypatch.setattr(attention_varlen, "_HAS_GROUPS", groups)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 4, 15, 8), (1, key_heads, 15, 8), (1, key_heads, 15, 8)]
-    query, key, value = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
-    found = varlen_attention(query, key, value, SEGMENTS, scaling, window)
-    expected = scaled_dot_product_attention(
-        query, key, value, attn_mask=dense_mask(window), scale=scaling, enable_gqa=True
-    ).transpose(1, 2)
-    torch.testing.assert_close(found, expected)
-    factors = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    gradients = [torch.autograd.grad((output * factors).sum(), (query, key, value)) for output in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    assert_attends_under_a_dense_mask(varlen_attention, key_heads, window, scaling)
 
 
 @pytest.mark.usefixtures("plain")
