@@ -206,14 +206,17 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shared]:
     made.journal.close()
 
 
+@pytest.mark.parametrize("scorer", [0.0, 14.0], ids=["alone", "beside a scorer"])
 @pytest.mark.parametrize("shared", TRANSPORTS, indirect=True)
-def test_three_rounds_fit_where_both_at_once_would_not(shared: Shared) -> None:
+def test_three_rounds_fit_where_both_at_once_would_not(shared: Shared, scorer: float) -> None:
+    """A scorer that shares the GPU never leaves it: the others have the rest."""
     assert sum(ENGINE.values()) + sum(RANK.values()) > GPU
+    shared.ledger.take("scorer", "model", scorer)
     shared.publisher.verify()
     for index in (1, 2, 3):
         shared.round(index)
         assert shared.engine.weights == index
-    assert 64 < shared.ledger.highest <= GPU
+    assert shared.ledger.highest == 66 + scorer <= GPU
 
 
 @pytest.mark.parametrize("shared", ["shm"], indirect=True)
