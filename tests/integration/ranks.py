@@ -34,14 +34,17 @@ class _Process(DeepSpeedRank):
         """Empty until `become`."""
 
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
+        # Kept, so that none of them goes and another tensor takes its address.
+        self._left = list(self._memory.held()) if hasattr(self, "_memory") else []
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
         get_accelerator().is_fp16_supported = lambda: True
         DeepSpeedRank.__init__(self, spec, rank, address, port)
         self._memory.smallest = SMALLEST
 
     def held_bytes(self) -> int:
-        """What the tensors of this process take that could be moved away."""
-        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
+        """What the tensors of this rank take that could be moved away; DeepSpeed has some of those before it still."""
+        left = {key for key, _ in storages(self._left)}
+        held = (storage.nbytes() for key, storage in storages(self._memory.held()) if key not in left)
         return sum(nbytes for nbytes in held if nbytes >= SMALLEST)
 
     def set_loss_scale(self, scale: float) -> None:

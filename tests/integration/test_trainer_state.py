@@ -1,5 +1,6 @@
 """What a trainer saves is all it needs: other ranks, under another ZeRO stage, go on as if nothing had happened."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from actors.trainer.group import TrainerGroup, ask_ranks
 from actors.trainer.state import StoredTensors
@@ -14,6 +16,7 @@ from raylign.config.losses import BcoPairLossBlock
 from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
 from raylign.errors import TrainerError
 from raylign.roles import TrainerRank
+from raylign.training.memory import TrainerNeeds, size_of
 from tests.faults import record
 from tests.integration.ranks import Processes, preferences, spec_of
 
@@ -24,6 +27,8 @@ ONE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
 TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
 PAIRS = 24
 DONE = 2
+PERSISTENT = 100_000
+"""Weights of a tensor that DeepSpeed's stage 3 leaves whole, at most."""
 METRICS = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "learning_rate")
 
 
@@ -113,7 +118,7 @@ def test_a_saved_state_goes_on_the_same(
         pytest.param({"dtype": "bfloat16"}, TWO | {"zero_stage": 1}, id="bf16-zero-1"),
         pytest.param({"dtype": "bfloat16"}, TWO | {"zero_stage": 2}, id="bf16-zero-2"),
         pytest.param({}, TWO | {"zero_stage": 3}, id="zero-3"),
-        pytest.param({"lora": LORA, "load_in_4bit": True}, ONE, id="qlora"),
+        pytest.param({"dtype": "bfloat16", "lora": LORA, "load_in_4bit": True}, ONE, id="qlora"),
     ],
 )
 def test_who_leaves_the_device_between_steps_takes_the_same(
@@ -142,6 +147,42 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
     kept, whole = held_bytes(group)[0], before[0]
     assert kept > 0 and (kept < whole or "lora" in model), "adapters of tiny models are too small to be moved"
     ask_ranks(group.handles, 60, "coming back", TrainerRank.reload, weights_alone=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "kept"),
+    [
+        pytest.param({"dtype": "bfloat16"}, 0, 0, id="bf16-zero-0"),
+        pytest.param({"dtype": "bfloat16"}, 1, 4, id="bf16-zero-1"),
+        pytest.param({"dtype": "bfloat16"}, 2, 0, id="bf16-zero-2"),
+        pytest.param({"dtype": "bfloat16"}, 3, 2, id="bf16-zero-3"),
+        pytest.param({"dtype": "bfloat16", "lora": LORA | {"r": 64}}, 2, 0, id="lora-zero-2"),
+    ],
+)
+def test_ranks_hold_what_a_plan_says(
+    ranks_llama: str, ranks: Processes, model: dict[str, Any], stage: int, kept: int
+) -> None:
+    """Between two steps. Of the gradients `kept` bytes a trained weight are there then; the others come and go.
+
+    At stage 3 DeepSpeed also keeps its bucket, and small weights of policy and reference whole: buffers, in the plan.
+    """
+    spec = spec_of(ranks_llama, model, TWO | {"zero_stage": stage})
+    policy = AutoModelForCausalLM.from_pretrained(ranks_llama)
+    config, shapes = policy.config, {name: tuple(weight.shape) for name, weight in policy.named_parameters()}
+    size = size_of(shapes, config)
+    trained = size.parameters if spec.model.lora is None else spec.model.lora.r * size.sides
+    reference = 0 if spec.model.lora else size.parameters * spec.model.itemsize // (2 if stage == 3 else 1)
+    rows = TrainerNeeds(size, trained, spec.model, spec.trainer, 16, 2, reference, "cpu").rows()
+    group = ranks.group(spec)
+    begin(group, [])
+    group.train_step()
+    held = held_bytes(group)
+    expected = sum(rows[name] for name in ("weights", "fp32 masters", "moments", "reference")) + kept * trained
+    if stage == 3:
+        small = sum(math.prod(shape) for shape in shapes.values() if math.prod(shape) <= PERSISTENT)
+        expected += (trained + 2 * small) * spec.model.itemsize
+    assert held == [pytest.approx(expected, rel=0.05)] * 2
+    assert rows["gradients"] >= kept * trained
 
 
 @pytest.mark.parametrize("stage", [0, 3])

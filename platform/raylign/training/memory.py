@@ -18,8 +18,9 @@ stage shares it out, else 1:
 
 T is trainer.max_tokens_per_micro_batch, or what all preferences of a micro-batch have at most, or one longest sequence:
 larger preferences run in pieces. With offload.optimizer masters, moments and gradient sums are in host memory, with
-offload.param the weights. All rows but buffers are held within 20 % of what tensors and autograd say, at stage 0 on
-CPUs (tests/unit/training/test_memory.py). An engine holds P b / tensor_parallel_size, its context, and a KV cache of
+offload.param the weights. All rows but buffers are held within 20 % of what tensors and autograd say, on CPUs: at
+stage 0 (tests/unit/training/test_memory.py), and what stays between two steps within 5 % at every stage
+(tests/integration/test_trainer_state.py). An engine holds P b / tensor_parallel_size, its context, and a KV cache of
 2 layers x keys x b bytes a token.
 """
 
