@@ -92,16 +92,22 @@ class SupervisedTrainers(TrainerGroup):
 
     @guarded
     def train_round(
-        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
+        self,
+        preferences: Sequence[Preference],
+        seed: int,
+        record: RoundRecord,
+        advance: Callable[[int], None],
+        loss: TrainerLoss,
     ) -> list[Metrics]:
         """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
 
         What a checkpoint in the middle of the round has done is not done again. Interrupted, it saves such a one.
-        `advance` gets the number of further steps done; it may call `evaluate`.
+        `advance` gets the number of further steps done; it may call `evaluate`. `loss` is that of the round.
         Raises TrainerError after `trainer.max_skipped_steps` steps in a row that are not finite.
         """
         self._in_round = True
         try:
+            self._loss = loss
             return self._train_round(preferences, seed, record, advance)
         finally:
             self._in_round = False
@@ -133,7 +139,7 @@ class SupervisedTrainers(TrainerGroup):
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
     ) -> Iterator[tuple[int, Metrics]]:
         """Yields the number (from 1) and metrics of each further step."""
-        count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done))
+        count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done), self._loss)
         bad_in_a_row = 0
         for number in range(len(done) + 1, count + 1):
             metrics = self.once(TrainerRank.train_step)

@@ -37,6 +37,7 @@ from actors.trainer.state import (
     write_state,
     write_weights,
 )
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
@@ -224,8 +225,14 @@ class DeepSpeedRank:
             return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
 
     def begin_round(
-        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+        self,
+        preferences: Sequence[Preference],
+        seed: int,
+        rounds_done: int,
+        steps: Sequence[Metrics],
+        loss: TrainerLoss,
     ) -> int:
+        self._learner.take_loss(loss)
         plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
         require_logps(preferences, self._spec.loss, len(plan))
         self._references.follow(rounds_done)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
+    from raylign.config.losses import TrainerLoss
     from raylign.evaluation.held_out import HeldOut
     from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
     from raylign.run.checkpoints import Checkpoint, Metrics
@@ -136,9 +137,17 @@ class TrainerRank(Protocol):
         ...
 
     def begin_round(
-        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+        self,
+        preferences: Sequence[Preference],
+        seed: int,
+        rounds_done: int,
+        steps: Sequence[Metrics],
+        loss: TrainerLoss,
     ) -> int:
-        """Plan the optimizer steps of a round and return their number; a checkpoint has done `steps` of them."""
+        """Plan the optimizer steps of a round and return their number; a checkpoint has done `steps` of them.
+
+        `loss` is that of the round: the one that the rank started with, but for its beta and weights.
+        """
         ...
 
     def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
@@ -220,6 +229,10 @@ class ScorerProcess(Protocol):
 
     def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
         """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
+        ...
+
+    def gold(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
+        """The same by the gold scorer. Raises ScorerError where there is none."""
         ...
 
 
@@ -317,9 +330,17 @@ class Trainers(Protocol):
         ...
 
     def train_round(
-        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
+        self,
+        preferences: Sequence[Preference],
+        seed: int,
+        record: RoundRecord,
+        advance: Callable[[int], None],
+        loss: TrainerLoss,
     ) -> list[Metrics]:
-        """Train round `record.index` and save its checkpoint; returns the metrics of all its steps."""
+        """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
+
+        `loss` is that of the round: the config's, but for a beta or weights that the guard has raised.
+        """
         ...
 
     def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:
@@ -350,6 +371,10 @@ class Scorer(Protocol):
         advance: Callable[[int], None] = ...,
     ) -> list[Score]:
         """One score per candidate, in order; `advance(n)` is called when n more have one."""
+        ...
+
+    def gold(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+        """The same by the gold scorer, for evaluations alone; empty where there is none."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

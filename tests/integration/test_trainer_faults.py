@@ -66,6 +66,7 @@ class Trainers:
 
     def __init__(self, spec: TrainerSpec, stacks: Path) -> None:
         self.entries: list[tuple[float, str, Mapping[str, Any]]] = []
+        self._loss = spec.loss
         self.group = SupervisedTrainers(
             lambda: start_ranks(spec, [{"num_cpus": 0}] * spec.trainer.ranks),
             block=spec.trainer,
@@ -86,7 +87,7 @@ class Trainers:
 
     def train(self, round_: Round) -> list[Metrics]:
         ready = self.group.with_reference(PAIRS, seed=5, rounds_done=0)
-        return self.group.train_round(ready, 5, round_, lambda finished: None)
+        return self.group.train_round(ready, 5, round_, lambda finished: None, self._loss)
 
 
 def _trainers(ranks_llama: str, stacks: Path) -> Trainers:
