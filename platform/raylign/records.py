@@ -141,7 +141,7 @@ class Evaluation:
     gold: float | None = None
     gold_low: float | None = None
     gold_high: float | None = None
-    gold_unscored: int = 0
+    gold_unscored: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

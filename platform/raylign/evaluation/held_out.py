@@ -67,7 +67,7 @@ def evaluate(
         gold=None if golds is None else float(golds.mean()),
         gold_low=gold_low,
         gold_high=gold_high,
-        gold_unscored=sum(score.value is None for score in gold),
+        gold_unscored=sum(score.value is None for score in gold) if gold else None,
     )
 
 
