@@ -62,10 +62,8 @@ def run_round(
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
     scoring, health = log.read_scoring(), round_health(steps, config.loss)
-    round_ = RoundReport(
-        log.index, log.index, pairing.counts, tuple(steps), sync, evaluation, log.seconds, scoring, health
-    )
-    return round_, samples
+    done = (pairing.counts, tuple(steps), sync, evaluation, log.seconds, scoring, health)
+    return RoundReport(log.index, log.index, *done), samples
 
 
 def sample(

@@ -24,7 +24,7 @@ from raylign.evaluation.guard import (
     over_optimisation,
 )
 from raylign.prompts import InvalidRows, set_aside
-from raylign.records import AnyEvaluation, Evaluation, Preference, RoundReport
+from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.report.console import keep_library_log
 from raylign.report.summary import headline, rounds_table, rounds_warnings
 from raylign.report.tables import Sample, report_console, samples_block
@@ -132,7 +132,7 @@ class Run:
 
     def _judge(self) -> None:
         """What the newest round's report leads to: decisions of the guard, once, and the version that is kept."""
-        if not self._reports:
+        if not self._reports or not self._evaluations:
             return
         index, measured = self._reports[-1].index, self._measures()
         if self._config.rules and self.directory.decisions(index) is None:
@@ -206,9 +206,8 @@ class Run:
             f"round {report.index}: {headline(report.evaluation)}, {report.counts['preferences']} preferences, "
             f"{sum(report.seconds.values()):.0f} s"
         )
-        if isinstance(baseline := self._evaluations[0], Evaluation):
-            for note in over_optimisation(baseline, self._reports):
-                self.say(f"round {report.index}: {note}")
+        for note in over_optimisation([*self._evaluations, *(own.evaluation for own in self._reports)]):
+            self.say(f"round {report.index}: {note}")
         self._judge()
 
     def summary(self) -> None:

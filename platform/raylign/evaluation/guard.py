@@ -124,12 +124,11 @@ def ended_early(
     )
 
 
-def over_optimisation(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
-    """That the newest version scores higher than the one with the best gold score, and its gold score is below.
+def over_optimisation(versions: Sequence[AnyEvaluation]) -> list[str]:
+    """Of all versions, from the one before training on: the score rose since the best gold score, which has fallen.
 
     Below means beneath the lower bound of that one's interval: less may be chance. Nothing without a gold scorer.
     """
-    versions = [baseline, *(report.evaluation for report in reports)]
     known = [(version, own) for version, own in enumerate(versions) if isinstance(own, Evaluation)]
     golds = [(version, own, own.gold) for version, own in known if own.gold is not None]
     if not golds:

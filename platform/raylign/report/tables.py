@@ -110,7 +110,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
         )
     return [
         *notes,
-        *over_optimisation(baseline, reports),
+        *over_optimisation([baseline, *(report.evaluation for report in reports)]),
         *_displacement_notes(reports),
         *_accuracy_notes(reports),
         *_skipped_notes(reports),

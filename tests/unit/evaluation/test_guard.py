@@ -187,10 +187,14 @@ def test_versions_that_were_not_measured_are_passed_over() -> None:
 
 def test_over_optimisation_is_a_score_that_rose_while_gold_fell() -> None:
     """Version 1 has gold 0.8 in [0.7, 0.9]."""
-    risen = [*golds(0.8), *(replace(report, index=2) for report in golds(0.6, score=2.0))]
-    (note,) = over_optimisation(BASELINE, risen)
+
+    def versions(gold: float, score: float) -> list[Evaluation]:
+        later = [*golds(0.8), *golds(gold, score=score)]
+        return [BASELINE, *(report.evaluation for report in later if isinstance(report.evaluation, Evaluation))]
+
+    (note,) = over_optimisation(versions(0.6, 2.0))
     assert note.startswith("over-optimisation: since round 1 the score rose from 1.000 to 2.000 while the gold score")
     assert "from 0.800 [0.700, 0.900] to 0.600" in note
-    assert over_optimisation(BASELINE, [*golds(0.8), *golds(0.6, score=0.9)]) == [], "the score fell too"
-    assert over_optimisation(BASELINE, [*golds(0.8), *golds(0.75, score=2.0)]) == [], "within the interval"
-    assert over_optimisation(replace(BASELINE, gold=None), [after(1, gold=None)]) == []
+    assert over_optimisation(versions(0.6, 0.9)) == [], "the score fell too"
+    assert over_optimisation(versions(0.75, 2.0)) == [], "within the interval"
+    assert over_optimisation([replace(BASELINE, gold=None)] * 2) == []
