@@ -143,7 +143,7 @@ class Run:
         self._journal_decisions(index)
         if choice := self._config.choice:
             best = best_version(choice, measured)
-            self._checkpoints.best = best and best.version
+            self._checkpoints.best = None if best is None else best.version
 
     def _journal_decisions(self, index: int) -> None:
         if ("guard", index) not in self._journaled and (made := self.directory.decisions(index)):

@@ -241,8 +241,10 @@ def doctor(
 
 def _wanted(version: str | None) -> int | Literal["best"] | None:
     """The version that was asked for."""
-    if version is None or version == "best":
-        return version
+    if version is None:
+        return None
+    if version == "best":
+        return "best"
     if not version.isdecimal():
         raise typer.BadParameter(f"{version!r} is neither a number nor best", param_hint="--version")
     return int(version)

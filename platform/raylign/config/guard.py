@@ -1,14 +1,17 @@
 """Rules that watch the policy from round to round: what is measured, how far it may go, and what is done then."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, model_validator
 
 from raylign.config.base import Block
 from raylign.config.evaluation import DISPLACEMENT, EvaluationBlock, Measure
 from raylign.config.losses import GrpoLossBlock, KlLossBlock, LossBlock, Member, MixLossBlock
+from raylign.config.losses.base import LossBase
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
+
+Loss = TypeVar("Loss", bound=LossBase)
 
 
 class RuleBase(Block):
@@ -78,25 +81,25 @@ def raised(loss: LossBlock, rule: RaiseRule) -> LossBlock:
     return loss.model_copy(update=changed)
 
 
-def _with_beta(member: Member, rule: RaiseRule) -> Member:
+def _with_beta(member: Loss, rule: RaiseRule) -> Loss:
     raises = is_tied(member) if rule.action == "raise_beta" else has_kl_weight(member)
     beta = beta_of(member)
     return member.model_copy(update={"beta": beta * rule.factor}) if raises and beta is not None else member
 
 
-def beta_of(loss: LossBlock | Member) -> float | None:
+def beta_of(loss: LossBase | MixLossBlock) -> float | None:
     """The beta of a loss, of a mix that of its first member; None where it has none."""
     first = loss.losses[0] if isinstance(loss, MixLossBlock) else loss
     found = first.model_dump(include={"beta"}).get("beta")
     return None if found is None else float(found)
 
 
-def is_tied(member: Member) -> bool:
+def is_tied(member: LossBase) -> bool:
     """Whether its beta is the strength that ties the policy to a reference."""
     return member.needs_reference and beta_of(member) is not None and not isinstance(member, GrpoLossBlock)
 
 
-def has_kl_weight(member: Member) -> bool:
+def has_kl_weight(member: LossBase) -> bool:
     """Whether its beta is the weight of a KL term."""
     return isinstance(member, GrpoLossBlock) and member.beta > 0
 

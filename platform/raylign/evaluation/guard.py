@@ -54,9 +54,11 @@ def measures(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> list[Me
     """
     if not isinstance(baseline, Evaluation):
         return [{} for _ in range(len(reports) + 1)]
+    of_rounds = [(report.evaluation, report.health) for report in reports]
+    versions: list[tuple[AnyEvaluation, Measures]] = [(baseline, {}), *of_rounds]
     found: list[Measures] = []
     best_gold = baseline.gold
-    for evaluation, health in [(baseline, {}), *((report.evaluation, report.health) for report in reports)]:
+    for evaluation, health in versions:
         assert isinstance(evaluation, Evaluation)
         own: dict[str, float | None] = asdict(evaluation)
         if baseline.length:
@@ -127,7 +129,7 @@ def ended_early(
 def over_optimisation(versions: Sequence[AnyEvaluation]) -> list[str]:
     """Of all versions, from the one before training on: the score rose since the best gold score, which has fallen.
 
-    Below means beneath the lower bound of that one's interval: less may be chance. Nothing without a gold scorer.
+    Fallen means below the lower bound of that best one: less may be chance. Nothing is said without a gold scorer.
     """
     known = [(version, own) for version, own in enumerate(versions) if isinstance(own, Evaluation)]
     golds = [(version, own, own.gold) for version, own in known if own.gold is not None]

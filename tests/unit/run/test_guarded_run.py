@@ -1,7 +1,7 @@
 """Whole runs whose scorer is made to be hacked: what each rule of the guard does, also when the run is killed."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.guard import beta_of
-from raylign.config.losses import MixLossBlock, TrainerLoss
+from raylign.config.losses import GrpoLossBlock, MixLossBlock, SigmoidLossBlock, TrainerLoss
 from raylign.errors import ConfigError, RecordError
 from raylign.prompts import PromptSet
 from raylign.records import Preference, Prompt
@@ -73,10 +73,10 @@ class Telling(CountingRank):
 
     def begin_round(
         self,
-        preferences: list[Preference] | Any,
+        preferences: Sequence[Preference],
         seed: int,
         rounds_done: int,
-        steps: Any,
+        steps: Sequence[Metrics],
         loss: TrainerLoss,
     ) -> int:
         count = super().begin_round(preferences, seed, rounds_done, steps, loss)
@@ -133,8 +133,10 @@ class Played:
         self.output += file.getvalue()
         return events
 
-    def betas(self) -> list[float | None]:
-        return [None if isinstance(loss, MixLossBlock) else beta_of(loss) for _, loss in sorted(self.losses.items())]  # type: ignore[arg-type]
+    def betas(self) -> list[float]:
+        """Of the rounds, in order."""
+        losses = [loss for _, loss in sorted(self.losses.items())]
+        return [loss.beta for loss in losses if isinstance(loss, SigmoidLossBlock | GrpoLossBlock)]
 
 
 def directory_of(config: OnlineDpoConfig) -> RunDirectory:
