@@ -237,10 +237,11 @@ class Run:
 def train_steps(
     log: RoundLog, preferences: Sequence[Preference], trainers: Trainers, config: RunConfig
 ) -> list[Metrics]:
-    """Every optimizer step of the round, then its checkpoint."""
+    """Every optimizer step of the round by `config.objective`, then its checkpoint."""
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
         if stage.done:
             return list(log.trained.steps)
+        trainers.take_loss(config.objective)
         return trainers.train_round(preferences, config.run.seed + log.index, log, stage.advance)
 
 

@@ -265,15 +265,12 @@ class FakeRank:
             found[index] = (self._loss_of(preference), chosen, rejected)
         return {"loss": sum(loss for loss, _, _ in found.values()) / len(found)}, found
 
-    def begin_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        rounds_done: int,
-        steps: Sequence[Metrics],
-        loss: TrainerLoss,
-    ) -> int:
+    def take_loss(self, loss: TrainerLoss) -> None:
         self._loss = loss
+
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
         self._events.append(f"train {len(preferences)} seed {seed}" + (f" from step {len(steps)}" if steps else ""))
         block = self._config.trainer
         costs = [token_cost(completions_of(preference), block.packing) for preference in preferences]

@@ -90,24 +90,22 @@ class SupervisedTrainers(TrainerGroup):
         if checkpoint:
             self.load_state(str(checkpoint.folder / STATE))
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on; ranks are told when that begins, new ones in the middle of it too."""
+        self._loss = loss
+
     @guarded
     def train_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        record: RoundRecord,
-        advance: Callable[[int], None],
-        loss: TrainerLoss,
+        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
     ) -> list[Metrics]:
         """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
 
         What a checkpoint in the middle of the round has done is not done again. Interrupted, it saves such a one.
-        `advance` gets the number of further steps done; it may call `evaluate`. `loss` is that of the round.
+        `advance` gets the number of further steps done; it may call `evaluate`.
         Raises TrainerError after `trainer.max_skipped_steps` steps in a row that are not finite.
         """
         self._in_round = True
         try:
-            self._loss = loss
             return self._train_round(preferences, seed, record, advance)
         finally:
             self._in_round = False
@@ -139,7 +137,8 @@ class SupervisedTrainers(TrainerGroup):
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
     ) -> Iterator[tuple[int, Metrics]]:
         """Yields the number (from 1) and metrics of each further step."""
-        count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done), self._loss)
+        self.once(TrainerRank.take_loss, self._loss)
+        count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done))
         bad_in_a_row = 0
         for number in range(len(done) + 1, count + 1):
             metrics = self.once(TrainerRank.train_step)

@@ -144,8 +144,7 @@ class TrainerGroup:
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
         """Get ready for the round after `rounds_done` and return its number of steps; `steps` of them are done."""
-        done = (preferences, seed, rounds_done, steps)
-        return self._call("planning a round", 1, TrainerRank.begin_round, *done, self._loss)[0]
+        return self._call("planning a round", 1, TrainerRank.begin_round, preferences, seed, rounds_done, steps)[0]
 
     def train_step(self) -> Metrics:
         """The next optimizer step of the round."""

@@ -91,8 +91,7 @@ class DeepSpeedRank:
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         self._spec, self._rank = spec, rank
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
-        self._steps_done = 0
-        self._round = _Round(0, (), [], [])
+        self._steps_done, self._round = 0, _Round(0, (), [], [])
         self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._sender: WeightSender | None = None
         self._memory = DeviceMemory(self._device)
@@ -224,15 +223,12 @@ class DeepSpeedRank:
             mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
             return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
 
-    def begin_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        rounds_done: int,
-        steps: Sequence[Metrics],
-        loss: TrainerLoss,
-    ) -> int:
+    def take_loss(self, loss: TrainerLoss) -> None:
         self._learner.take_loss(loss)
+
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
         plan = self._plan(preferences, seed, self._spec.trainer.num_train_epochs)
         require_logps(preferences, self._spec.loss, len(plan))
         self._references.follow(rounds_done)

@@ -136,18 +136,13 @@ class TrainerRank(Protocol):
         """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
         ...
 
-    def begin_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        rounds_done: int,
-        steps: Sequence[Metrics],
-        loss: TrainerLoss,
-    ) -> int:
-        """Plan the optimizer steps of a round and return their number; a checkpoint has done `steps` of them.
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on: the one that the rank started with, but for its beta and weights."""
 
-        `loss` is that of the round: the one that the rank started with, but for its beta and weights.
-        """
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
+        """Plan the optimizer steps of a round and return their number; a checkpoint has done `steps` of them."""
         ...
 
     def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
@@ -329,18 +324,13 @@ class Trainers(Protocol):
         """
         ...
 
-    def train_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        record: RoundRecord,
-        advance: Callable[[int], None],
-        loss: TrainerLoss,
-    ) -> list[Metrics]:
-        """Train round `record.index` and save its checkpoint; returns the metrics of all its steps.
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on: the config's, but for a beta or weights that the guard has raised."""
 
-        `loss` is that of the round: the config's, but for a beta or weights that the guard has raised.
-        """
+    def train_round(
+        self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
+    ) -> list[Metrics]:
+        """Train round `record.index` and save its checkpoint; returns the metrics of all its steps."""
         ...
 
     def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:

@@ -10,7 +10,7 @@ from torch import Tensor, UntypedStorage
 from actors.trainer.device_memory import module_tensors
 from actors.trainer.rank import DeepSpeedRank
 from actors.trainer.state import MOMENTS, WEIGHTS
-from tests.gpu.ranks import LOSS, spec_of, start_rank, with_reference
+from tests.gpu.ranks import spec_of, start_rank, with_reference
 from tests.gpu.stage import GIB, Stage, preference, random_ids, tiny_folder
 
 _LEFT = 0.02
@@ -85,7 +85,7 @@ def _trained(stage: Stage, *, leaves: bool) -> Tensor:
     drawn = [[random_ids(generator, length, 512) for length in (9, 12, 12)] for _ in range(4)]
     pairs = [preference(n, prompt, completions) for n, (prompt, *completions) in enumerate(drawn)]
     rank = start_rank(spec_of(stage, tiny_folder(stage), model, {**trainer, "per_device_train_batch_size": 4}))
-    rank.begin_round(with_reference(rank, pairs, 0), 0, 0, (), LOSS)
+    rank.begin_round(with_reference(rank, pairs, 0), 0, 0, ())
     for _ in range(_STEPS):
         rank.train_step()
         if leaves:

@@ -14,8 +14,6 @@ from raylign.config.reference import InitialReferenceBlock
 from raylign.records import Preference
 from tests.gpu.stage import PAD, Stage, free
 
-LOSS = SigmoidLossBlock(beta=0.1)
-
 
 def spec_of(stage: Stage, folder: str, model: Mapping[str, Any], trainer: Mapping[str, Any]) -> TrainerSpec:
     """DPO at beta 0.1 against the initial policy, at a constant learning rate, on one rank."""
@@ -25,7 +23,7 @@ def spec_of(stage: Stage, folder: str, model: Mapping[str, Any], trainer: Mappin
         pad_id=PAD,
         model=ModelBlock.model_validate({"path": folder, **model}),
         trainer=TrainerBlock.model_validate({"lr_scheduler_type": "constant", **trainer}),
-        loss=LOSS,
+        loss=SigmoidLossBlock(beta=0.1),
         reference=InitialReferenceBlock(),
         rounds=10,
         seed=0,

@@ -22,7 +22,7 @@ from tests.benchmarks.harness.flops import SCORED, TRAINED, matmul_rate, step_fl
 from tests.benchmarks.harness.meter import gpu_bytes_in_use
 from tests.benchmarks.harness.pairs import TokenPair
 from tests.gpu import handover
-from tests.gpu.ranks import LOSS, spec_of, start_rank, with_reference
+from tests.gpu.ranks import spec_of, start_rank, with_reference
 from tests.gpu.stage import (
     GIB,
     Stage,
@@ -149,7 +149,7 @@ def _timed_steps(rank: DeepSpeedRank, load: Load, pairs: Sequence[TokenPair]) ->
     taken = 0.0
     for seed, part in enumerate((given[: load.batch], given[load.batch :])):
         started = time.perf_counter()
-        for _ in range(rank.begin_round(with_reference(rank, part, seed), seed, 0, (), LOSS)):
+        for _ in range(rank.begin_round(with_reference(rank, part, seed), seed, 0, ())):
             rank.train_step()
         taken = time.perf_counter() - started
     return taken

@@ -13,7 +13,7 @@ import torch
 from actors.trainer.rank import DeepSpeedRank
 from raylign.records import Preference
 from raylign.run.checkpoints import Metrics
-from tests.gpu.ranks import LOSS, spec_of, start_rank, with_reference
+from tests.gpu.ranks import spec_of, start_rank, with_reference
 from tests.gpu.stage import Stage, preference, random_ids, tiny_folder
 from tests.gpu.zero_cases import ALL, MODELS, TINY, TRAINERS, Case
 
@@ -63,7 +63,7 @@ def _losses_and_resumed(stage: Stage, rank: DeepSpeedRank, pairs: Sequence[Prefe
     """Losses of the first two steps that count, and how far a third one from a checkpoint leads elsewhere."""
     folder = stage.folder / "state"
     filled = with_reference(rank, pairs, _SEED)
-    rank.begin_round(filled, _SEED, 0, (), LOSS)
+    rank.begin_round(filled, _SEED, 0, ())
     steps = _taken(rank)
     losses = [float(next(steps)["loss"]) for _ in range(2)]
     reports = rank.save_state(str(folder), 1)
@@ -71,7 +71,7 @@ def _losses_and_resumed(stage: Stage, rank: DeepSpeedRank, pairs: Sequence[Prefe
     next(steps)
     went_on = rank.token_logps(rows)
     rank.load_state(str(folder))
-    rank.begin_round(filled, _SEED, 0, reports, LOSS)
+    rank.begin_round(filled, _SEED, 0, reports)
     next(_taken(rank))
     resumed = rank.token_logps(rows)
     shutil.rmtree(folder)

@@ -66,7 +66,6 @@ class Trainers:
 
     def __init__(self, spec: TrainerSpec, stacks: Path) -> None:
         self.entries: list[tuple[float, str, Mapping[str, Any]]] = []
-        self._loss = spec.loss
         self.group = SupervisedTrainers(
             lambda: start_ranks(spec, [{"num_cpus": 0}] * spec.trainer.ranks),
             block=spec.trainer,
@@ -87,7 +86,7 @@ class Trainers:
 
     def train(self, round_: Round) -> list[Metrics]:
         ready = self.group.with_reference(PAIRS, seed=5, rounds_done=0)
-        return self.group.train_round(ready, 5, round_, lambda finished: None, self._loss)
+        return self.group.train_round(ready, 5, round_, lambda finished: None)
 
 
 def _trainers(ranks_llama: str, stacks: Path) -> Trainers:

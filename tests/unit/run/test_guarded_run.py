@@ -72,16 +72,10 @@ class Telling(CountingRank):
     begun: dict[int, TrainerLoss]
 
     def begin_round(
-        self,
-        preferences: Sequence[Preference],
-        seed: int,
-        rounds_done: int,
-        steps: Sequence[Metrics],
-        loss: TrainerLoss,
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
-        count = super().begin_round(preferences, seed, rounds_done, steps, loss)
-        self.begun[rounds_done + 1] = loss
-        return count
+        self.begun[rounds_done + 1] = self._loss
+        return super().begin_round(preferences, seed, rounds_done, steps)
 
 
 class KlOf(Telling):

@@ -240,7 +240,7 @@ def test_ranks_that_the_monitor_ends_go_on_when_their_node_has_room(no_ray: list
     desk = Desk(Node(full=1))
     group = trainers(desk, [rank(train_step=[{"loss": 1.0}, OOM])], [rank()])
     record = Round(tmp_path)
-    assert len(group.train_round([], 0, record, lambda n: None, SftLossBlock())) == 3
+    assert len(group.train_round([], 0, record, lambda n: None)) == 3
     assert record.steps == [1, 1, 2, 3] and desk.seen == [("lost", "memory"), ("recovered", "")]
     assert no_ray[0] == 3, "1 s, then 2"
 
@@ -250,7 +250,7 @@ def test_ranks_that_outgrow_their_node_three_times_end_the_run(tmp_path: Path) -
     desk.node._at_start = {"0ffe48f1": MemoryUsage(3.05 * GB, 25 * GB, 0)}
     group = trainers(desk, *[[rank(train_step=[OOM])] for _ in range(3)])
     with pytest.raises(TrainerError, match="trainers outgrew the memory of its node 3 times") as caught:
-        group.train_round([], 0, Round(tmp_path), lambda n: None, SftLossBlock())
+        group.train_round([], 0, Round(tmp_path), lambda n: None)
     assert caught.value.cure.startswith("lower trainer.max_tokens_per_micro_batch")
     assert desk.seen == [("lost", "memory"), ("recovered", "")] * 2 + [("lost", "memory")]
 

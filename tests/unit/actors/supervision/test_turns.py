@@ -240,7 +240,7 @@ def test_the_base_under_an_adapter_is_kept(shared: Shared) -> None:
 @pytest.mark.parametrize("shared", ["ipc"], indirect=True)
 def test_engines_that_slept_without_weights_sample_nothing_before_a_publish(shared: Shared) -> None:
     shared.publisher.verify()
-    shared.trainers.once(TrainerRank.begin_round, (), 0, 0, (), shared.config.loss)
+    shared.trainers.once(TrainerRank.begin_round, (), 0, 0, ())
     with pytest.raises(GeneratorError, match="goes on from the newest checkpoint"):
         shared.generators.call("sampling", 1.0, Generator.token_logps, (1, 2))
     shared.publisher.publish(0)
