@@ -89,8 +89,8 @@ class MlflowWriter:
             case "incident":
                 self._incident(event)
             case "guard":
-                told = "; ".join(event.get("decisions", _NAMES))
-                tag = RunTag(f"guard.round_{event.get('round', _INDEX)}", told[:_MAX_TAG])
+                told: list[str] = event.get("decisions", _NAMES)
+                tag = RunTag(f"guard.round_{event.get('round', _INDEX)}", "; ".join(told)[:_MAX_TAG])
                 self._store.log_tags(self._parent(event), [tag])
             case "artifact":
                 self._artifact(event)
