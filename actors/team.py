@@ -207,19 +207,21 @@ def _start_generators(
 
 
 def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
-    cache, code = start.run / CACHE_NAME, kept_code(functions_of(config.scoring), start.run / CODE)
+    gold = config.evaluation.gold
+    functions = functions_of(config.scoring) | (set() if gold is None else functions_of(gold))
+    cache, code = start.run / CACHE_NAME, kept_code(functions, start.run / CODE)
     place = start.plan.scorer
     compute = Compute(max(1, int(place.num_cpus)), place.num_gpus > 0)
 
     def spawn() -> ActorHandle[ScorerProcess]:
         handle: ActorHandle[ScorerProcess] = ScorerActor.options(**start.options(place)).remote(
-            config.scoring, str(cache), str(start.run / STACKS), SCORER_NAME, compute, code
+            config.scoring, str(cache), str(start.run / STACKS), SCORER_NAME, compute, code, gold
         )
         return handle
 
     supervision = start.supervision("scorer", ScorerError)
     timeout_s = config.generators.start_timeout_s
-    scorer = ScorerClient(spawn, config.scoring, supervision, start_timeout_s=timeout_s)
+    scorer = ScorerClient(spawn, config.scoring, supervision, start_timeout_s=timeout_s, gold=gold)
     start.stack.callback(lambda: kill(scorer.handles))
     return scorer
 

@@ -23,7 +23,6 @@ from actors.placement import OUTSIDE, Device, PlacementPlan
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import OnlineDpoConfig, RunConfig
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock
-from raylign.config.scoring import leaves
 from raylign.config.scoring.blocks import ImplicitScoringBlock, RewardModelScoringBlock
 from raylign.errors import PlacementError
 from raylign.models.open import read_config
@@ -258,7 +257,7 @@ def _scorer_cures(scorer: Mapping[str, int]) -> tuple[Cure, ...]:
 
 def _scorer_bytes(config: OnlineDpoConfig, memory: int | None) -> int:
     """Of the files of its models that are here, else its share of the GPU."""
-    folders = [Path(path) for leaf in leaves(config.scoring) for path in _paths(leaf)]
+    folders = [Path(path) for leaf in config.scorers for path in _paths(leaf)]
     if folders and all(folder.is_dir() for folder in folders):
         return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
     return int(config.placement.scorer_gpus * (memory or 0))

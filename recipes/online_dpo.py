@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
-from raylign.evaluation.held_out import evaluate
+from raylign.evaluation.guard import loss_after
+from raylign.evaluation.health import round_health
+from raylign.evaluation.held_out import evaluate, with_gold
 from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,
@@ -59,8 +61,9 @@ def run_round(
     steps = train_steps(log, preferences, team.trainers, config)
     sync = publish(log, team)
     evaluation, samples = evaluate_policy(log, held_out, team, config)
-    counts, scoring = pairing.counts, log.read_scoring()
-    return RoundReport(log.index, log.index, counts, tuple(steps), sync, evaluation, log.seconds, scoring), samples
+    scoring, health = log.read_scoring(), round_health(steps, config.loss)
+    done = (pairing.counts, tuple(steps), sync, evaluation, log.seconds, scoring, health)
+    return RoundReport(log.index, log.index, *done), samples
 
 
 def sample(
@@ -176,7 +179,7 @@ def publish(log: RoundLog, team: Team) -> Mapping[str, float]:
 def evaluate_policy(
     log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
 ) -> tuple[AnyEvaluation, list[Sample]]:
-    """Held-out score, KL and shape of the policy version that the generators serve, with its completions."""
+    """Held-out scores, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
     by_id = {prompt.id: prompt for prompt in held_out}
     with log.stage("evaluate", len(held_out), "prompts") as stage:
@@ -187,13 +190,14 @@ def evaluate_policy(
             candidates = team.generators.sample(
                 held_out, decoding, seed=config.run.seed, round_index=0, version=log.index, advance=stage.advance
             )
-            scores = team.scorer.score(held_out, candidates)
+            scores, gold = team.scorer.score(held_out, candidates), team.scorer.gold(held_out, candidates)
             rows = [Completions(by_id[c.prompt_id].token_ids, (c.token_ids,)) for c in candidates]
             logps = [row[0] for row in team.trainers.reference_logps(rows)]
             same = bool(logps) and is_initial_reference(config.reference, max(0, log.index - 1))
             initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
-            log.save_held_out(stage, held_out, candidates, scores)
-            evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed, initial)
+            log.save_held_out(stage, held_out, candidates, with_gold(scores, gold))
+            block, seed = config.evaluation, config.run.seed
+            evaluation = evaluate(held_out, candidates, scores, logps, block, seed, initial, gold)
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
@@ -218,7 +222,8 @@ def train(run: Run, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> 
     history = History(run.directory)
     for index in run.rounds_to_do():
         batch = draw_prompts(run, history, prompts.train, index, config)
-        report, after = run_round(run.round_log(index), batch, prompts.held_out, team, config)
+        guarded = config.model_copy(update={"loss": loss_after(config.loss, run.decisions(before=index))})
+        report, after = run_round(run.round_log(index), batch, prompts.held_out, team, guarded)
         run.finish_round(report, after)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import TypeVar, TypeVarTuple
 
 from rich.text import Text
@@ -34,6 +35,7 @@ from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
+from raylign.scoring.composition import of_gold
 from raylign.scoring.load import describe_scorer, scorer_inputs
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
@@ -92,6 +94,9 @@ def find_prompts(config: OnlineDpoConfig, models: Models, *, quarantine: bool = 
     )
     draw(prompts.train, 1, config.schedule.prompts_per_round, config.run.seed)
     require_references((*prompts.train, *prompts.held_out), config.scoring)
+    if (gold := config.evaluation.gold) is not None:
+        with of_gold():
+            require_references(prompts.held_out, gold)
     return prompts
 
 
@@ -121,11 +126,11 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     from actors.team import team  # noqa: PLC0415 - Ray, which `raylign plan` does without
 
     # Functions are imported in a process of their own, judges answer in their own time.
-    described = _meanwhile(describe_scorer, config.scoring)
+    described = _meanwhile(_describe_scorers, config)
     models = find_models(config)
     prompts = find_prompts(config, models)
     described()
-    with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, config.scoring) as (run, plan):
+    with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, scorers_of(config)) as (run, plan):
         started = time.monotonic()
         with team(
             config,
@@ -139,6 +144,20 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
             ready = f"team ready in {time.monotonic() - started:.0f} s"
             run.say(f"{ready}; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
             yield run, prompts, roles
+
+
+def scorers_of(config: OnlineDpoConfig) -> dict[str, ScoringBlock]:
+    """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
+    gold = config.evaluation.gold
+    return {"scoring": config.scoring} | ({} if gold is None else {"evaluation.gold": gold})
+
+
+def _describe_scorers(config: OnlineDpoConfig) -> None:
+    """Raises ScorerError when one cannot be loaded, or does not answer."""
+    describe_scorer(config.scoring)
+    if (gold := config.evaluation.gold) is not None:
+        with of_gold():
+            describe_scorer(gold)
 
 
 def _meanwhile(function: Callable[[*Ts], T], *args: *Ts) -> Callable[[], T]:
@@ -186,14 +205,14 @@ def _opened(
     split: str,
     recipe: str | None,
     plan: Callable[[C, Mapping[str, float]], PlacementPlan],
-    scoring: ScoringBlock | None = None,
+    scorers: Mapping[str, ScoringBlock] = MappingProxyType({}),
 ) -> Iterator[tuple[Run, PlacementPlan]]:
     """Check what is left to check, then open directory and record; leaves nothing behind but the run directory."""
     from actors.cluster import cluster, log_folder  # noqa: PLC0415 - Ray, which `raylign plan` does without
 
     default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
-    inputs = inputs_of(config, rows, models, recipe, scoring)
+    inputs = inputs_of(config, rows, models, recipe, scorers)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
     require_memory = begin_check(config, models.folder, rows.train)
@@ -213,12 +232,16 @@ def _opened(
 
 
 def inputs_of(
-    config: RunConfig, rows: Rows, models: Models, recipe: str | None, scoring: ScoringBlock | None = None
+    config: RunConfig,
+    rows: Rows,
+    models: Models,
+    recipe: str | None,
+    scorers: Mapping[str, ScoringBlock] = MappingProxyType({}),
 ) -> dict[str, Input]:
     """What a run reads, by its contents: it goes on only with the same.
 
     By name: the rows, the folders of the models, the template, the file `recipe` with the loop (None: unknown), and
-    what the scorer reads.
+    what the `scorers` read, each by the option that describes it.
     """
     found = {
         "model.path": Input(
@@ -237,7 +260,7 @@ def inputs_of(
         found[f"loss.function={function}"] = Input(module_sources(function).digest, what, fixed=False)
     if recipe is not None:
         found["recipe"] = Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)
-    return found | (dict(scorer_inputs(scoring)) if scoring else {})
+    return found | {name: one for option, block in scorers.items() for name, one in scorer_inputs(block, option)}
 
 
 def take_up(run: Run, team: Team, block: ModelBlock) -> Mapping[str, float]:

@@ -14,6 +14,15 @@ from rich.text import Text
 
 from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
+from raylign.evaluation.guard import (
+    Decision,
+    Measures,
+    best_version,
+    decide,
+    ended_early,
+    measures,
+    over_optimisation,
+)
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.report.console import keep_library_log
@@ -101,9 +110,44 @@ class Run:
         if ("round_finished", report.index) not in self._journaled:
             self._tracker.round_finished(report)
 
-    def rounds_to_do(self) -> range:
-        """Rounds that are not finished, in order."""
-        return range(len(self._reports) + 1, self._config.rounds + 1)
+    def rounds_to_do(self) -> Iterator[int]:
+        """Rounds that are not finished, in order, until one ends the run early."""
+        for index in range(len(self._reports) + 1, self._config.rounds + 1):
+            if self._ended_early():
+                return
+            yield index
+
+    def decisions(self, before: int) -> list[Decision]:
+        """What the guard did after all rounds before that one, in order."""
+        return [made for index in range(1, before) for made in self.directory.decisions(index) or ()]
+
+    def _measures(self) -> list[Measures]:
+        return measures(self._evaluations[0], self._reports)
+
+    def _ended_early(self) -> str | None:
+        if not self._reports:
+            return None
+        newest = self.directory.decisions(self._reports[-1].index) or ()
+        return ended_early(self._config.rules, self._config.choice, newest, self._measures())
+
+    def _judge(self) -> None:
+        """What the newest round's report leads to: decisions of the guard, once, and the version that is kept."""
+        if not self._reports or not self._evaluations:
+            return
+        index, measured = self._reports[-1].index, self._measures()
+        if self._config.rules and self.directory.decisions(index) is None:
+            made = decide(self._config.rules, measured[-1], index)
+            self.directory.write_decisions(index, made)
+            for decision in made:
+                self.say(f"round {index}: guard: {decision.told}")
+        self._journal_decisions(index)
+        if choice := self._config.choice:
+            best = best_version(choice, measured)
+            self._checkpoints.best = None if best is None else best.version
+
+    def _journal_decisions(self, index: int) -> None:
+        if ("guard", index) not in self._journaled and (made := self.directory.decisions(index)):
+            self._tracker.guard(index, [decision.told for decision in made])
 
     def round_log(self, index: int) -> RoundLog:
         """The log of round `index`; 0 is the evaluation before training.
@@ -150,6 +194,7 @@ class Run:
         if ("evaluation", 0) not in self._journaled:
             self._tracker.baseline(evaluation)
         self.say(f"round 0: {headline(evaluation)}")
+        self._judge()
 
     def finish_round(self, report: RoundReport, samples: Sequence[Sample] = ()) -> None:
         """Record the round; a round without this call has not happened."""
@@ -161,6 +206,9 @@ class Run:
             f"round {report.index}: {headline(report.evaluation)}, {report.counts['preferences']} preferences, "
             f"{sum(report.seconds.values()):.0f} s"
         )
+        for note in over_optimisation([*self._evaluations, *(own.evaluation for own in self._reports)]):
+            self.say(f"round {report.index}: {note}")
+        self._judge()
 
     def summary(self) -> None:
         """The table of rounds, samples before and after, and what may be wrong."""
@@ -172,6 +220,12 @@ class Run:
         self._console.print(rounds_table(baseline, self._reports))
         for warning in rounds_warnings(baseline, self._reports):
             self.say(f"note: {warning}")
+        for decision in self.decisions(before=self._reports[-1].index + 1):
+            self.say(f"guard: {decision.told}")
+        if reason := self._ended_early():
+            self.say(f"ended after round {self._reports[-1].index}: {reason}")
+        if (choice := self._config.choice) and (best := best_version(choice, self._measures())):
+            self.say(f"best by {choice.metric_for_best_model}: version {best.version} ({best.value:.4g})")
         self.say(f"results: {self.directory.path}")
         self.say(f"MLflow:  mlflow ui --backend-store-uri {default_uri(self._config.tracking, self.directory.path)}")
         self.say(f"export:  raylign export {self.directory.path} --to DIR")
@@ -183,10 +237,11 @@ class Run:
 def train_steps(
     log: RoundLog, preferences: Sequence[Preference], trainers: Trainers, config: RunConfig
 ) -> list[Metrics]:
-    """Every optimizer step of the round, then its checkpoint."""
+    """Every optimizer step of the round by `config.objective`, then its checkpoint."""
     with log.stage("train", steps_per_round(len(preferences), config.trainer), "steps") as stage:
         if stage.done:
             return list(log.trained.steps)
+        trainers.take_loss(config.objective)
         return trainers.train_round(preferences, config.run.seed + log.index, log, stage.advance)
 
 
@@ -194,11 +249,13 @@ def finished_before(config: RunConfig) -> RunDirectory | None:
     """The run directory of `config` if all its rounds are done, which it says; None when there is something to do."""
     require_continuable(config)
     directory = RunDirectory(run_path(config.run))
-    if directory.rounds_finished() < config.rounds:
+    early = None
+    if directory.rounds_finished() < config.rounds and not (early := directory.ended_early(config)):
         return None
     console = report_console()
     console.print(rounds_table(directory.baseline(), directory.reports()))
-    console.print(Text(f"all {config.rounds} rounds are done: {directory.path}"), soft_wrap=True)
+    done = f"all {config.rounds} rounds are done" if early is None else f"the run has ended early, {early}"
+    console.print(Text(f"{done}: {directory.path}"), soft_wrap=True)
     return directory
 
 

@@ -22,6 +22,7 @@ from actors.supervision.turns import OwnDevices, Turns
 from actors.trainer.group import Rank
 from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.blocks import RecoveryBlock
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError, RaylignError, TrainerError
@@ -180,8 +181,9 @@ class FakeScorer:
         events: list[str],
         block: ScoringBlock,
         value: Callable[[Prompt, str], float | None] = count_good,
+        gold: Callable[[Prompt, str], float | None] | None = None,
     ) -> None:
-        self._events, self._limit, self._value = events, block.max_unscored, value
+        self._events, self._limit, self._value, self._gold = events, block.max_unscored, value, gold
         self._usages: dict[str, Usage] = {}
 
     def metrics(self) -> Mapping[str, float]:
@@ -202,6 +204,13 @@ class FakeScorer:
         advance(len(scores))
         return scores
 
+    def gold(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+        if self._gold is None:
+            return []
+        by_id = {prompt.id: prompt for prompt in prompts}
+        values = [self._gold(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
+        return [Score(value, reason="late" if value is None else "") for value in values]
+
 
 class FakeRank:
     """A `raylign.roles.TrainerRank` whose weights are a version number; a round of training adds 1.
@@ -212,6 +221,7 @@ class FakeRank:
     def __init__(self, events: list[str], config: OnlineDpoConfig | OfflineDpoConfig) -> None:
         self.version = 0
         self._events, self._config = events, config
+        self._loss: Any = config.loss
         self._pairs: Sequence[Preference] = ()
         self._plan: list[Step] = []
         self._reports: list[Metrics] = []
@@ -255,6 +265,9 @@ class FakeRank:
             found[index] = (self._loss_of(preference), chosen, rejected)
         return {"loss": sum(loss for loss, _, _ in found.values()) / len(found)}, found
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        self._loss = loss
+
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
@@ -285,7 +298,7 @@ class FakeRank:
         summed = torch.zeros(batch.tokens.completions).index_add(0, owners, logps)
         zeros = torch.zeros_like(logps)
         scores = CompletionScores(summed, TokenScores(logps, zeros, zeros, zeros, zeros), owners)
-        return preference_loss(loss_input(batch, scores), self._config.loss, LossState()).losses.item()
+        return preference_loss(loss_input(batch, scores), self._loss, LossState()).losses.item()
 
     def token_logps(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[token_logp(self.version)] * (len(ids) - 1) for ids in token_ids]

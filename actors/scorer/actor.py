@@ -10,6 +10,7 @@ from raylign.errors import ScorerError
 from raylign.roles import ScoredBatch, ScorerProcess
 from raylign.run.sources import KeptSources, take_code
 from raylign.scoring import Compute, ScoringItem
+from raylign.scoring.composition import of_gold
 from raylign.scoring.load import ONE_THREAD, load_scorer
 
 
@@ -24,9 +25,11 @@ class ScorerWorker:
         name: str,
         compute: Compute = ONE_THREAD,
         code: Mapping[str, KeptSources] | None = None,
+        gold: ScoringBlock | None = None,
     ) -> None:
         """`cache` is the run's file of scores; `stacks` the folder for the stacks that the actor writes, under `name`,
         when it is asked to. Models run on `compute`. `code` has the sources of functions by their `module:function`.
+        `gold` is a second scorer, which only `gold` asks.
 
         Raises ScorerError: cannot be loaded, or this node has other code for a function.
         """
@@ -36,12 +39,20 @@ class ScorerWorker:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
         logging.getLogger("raylign").setLevel(logging.INFO)
         self._scorer = load_scorer(block, Path(cache), compute)
+        with of_gold():
+            self._gold = None if gold is None else load_scorer(gold, Path(cache), compute)
 
     def ready(self) -> bool:
         return True
 
     def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
         return ScoredBatch(self._scorer.score(items, allowed), self._scorer.take_usage())
+
+    def gold(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
+        if self._gold is None:
+            raise ScorerError("a gold score is asked, but this run has no gold scorer; set evaluation.gold")
+        with of_gold():
+            return ScoredBatch(self._gold.score(items, allowed), self._gold.take_usage())
 
 
 _: type[ScorerProcess] = ScorerWorker

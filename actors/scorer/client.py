@@ -16,10 +16,12 @@ from actors.supervision.watch import Guard, failure, guarded
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.roles import ScorerProcess
+from raylign.roles import ScoredBatch, ScorerProcess
 from raylign.scoring import ScoringItem, Usage, add_up, batches, longest_s, most_unscored, skipped, summary
 
 T = TypeVar("T")
+Method = Callable[[ScorerProcess, Sequence[ScoringItem], int], ScoredBatch]
+"""Who of the actor's scorers is asked."""
 ACTOR = "scorer-0"
 ScorerActor = actor_class(ScorerProcess, "actors.scorer.actor:ScorerWorker")
 TRIES = 3
@@ -50,12 +52,13 @@ class ScorerClient:
         *,
         start_timeout_s: float,
         restarts_s: float = _RESTARTS_S,
+        gold: ScoringBlock | None = None,
     ) -> None:
-        """Start the first actor with `spawn`, which loads meanwhile.
+        """Start the first actor with `spawn`, which loads meanwhile; `gold` is the actor's second scorer.
 
         A call may take the time that its items have at most, and `restarts_s` for new processes of a function.
         """
-        self._spawn, self._block = spawn, block
+        self._spawn, self._block, self._gold = spawn, block, gold
         self._start_timeout_s, self._restarts_s = start_timeout_s, restarts_s
         self._slot: Slot[ScorerProcess] = Slot(supervision, ACTOR, [ACTOR])
         self._replaced = False
@@ -94,23 +97,41 @@ class ScorerClient:
         Nothing is asked any more once more than `scoring.max_unscored` of all candidates is unscored. Raises
         ScorerError when the function cannot be loaded any more, the judge is refused, or past the cap of restarts.
         """
+        return self._score(ScorerProcess.score, self._block, prompts, candidates, advance)
+
+    @guarded
+    def gold(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+        """The same by the gold scorer; empty where there is none."""
+        if self._gold is None:
+            return []
+        return self._score(ScorerProcess.gold, self._gold, prompts, candidates, lambda finished: None)
+
+    def _score(
+        self,
+        method: Method,
+        block: ScoringBlock,
+        prompts: Sequence[Prompt],
+        candidates: Sequence[Candidate],
+        advance: Callable[[int], None],
+    ) -> list[Score]:
+        """What `method` of the actor says, whose scorer `block` describes."""
         self._usages = {}
         by_id = {prompt.id: prompt for prompt in prompts}
         items = [ScoringItem(by_id[candidate.prompt_id], candidate.text) for candidate in candidates]
-        allowed = most_unscored(len(items), self._block.max_unscored)
+        allowed = most_unscored(len(items), block.max_unscored)
         scores: list[Score] = []
-        for batch in batches(items, self._block):
+        for batch in batches(items, block):
             if allowed < 0:
-                scores += [skipped(self._block.max_unscored)] * len(batch)
+                scores += [skipped(block.max_unscored)] * len(batch)
             else:
-                found = self._score_batch(batch, allowed)
+                found = self._score_batch(method, batch, allowed, self._restarts_s + longest_s(batch, block))
                 allowed -= sum(score.value is None for score in found)
                 scores += found
             advance(len(batch))
         return scores
 
     def metrics(self) -> Mapping[str, float]:
-        """What the last call of `score` took, by scorer: `judge/latency_mean_s`; see `raylign.scoring.summary`.
+        """What the last call took, by scorer: `judge/latency_mean_s`; see `raylign.scoring.summary`.
 
         Of a batch that an actor died with nothing is known.
         """
@@ -128,13 +149,12 @@ class ScorerClient:
         if self._slot.is_ready and (loss := self._slot.loss()):
             self._replace(loss)
 
-    def _score_batch(self, batch: Sequence[ScoringItem], allowed: int) -> list[Score]:
-        deadline = self._restarts_s + longest_s(batch, self._block)
+    def _score_batch(self, method: Method, batch: Sequence[ScoringItem], allowed: int, deadline: float) -> list[Score]:
         losses: list[str] = []
         while len(losses) < TRIES:
             try:
                 self._finish_starting()
-                found = _result(ask(self._slot.handles[0], ScorerProcess.score, batch, allowed), deadline)
+                found = _result(ask(self._slot.handles[0], method, batch, allowed), deadline)
                 add_up(self._usages, found.usage)
                 return found.scores
             except _LostActor as lost:

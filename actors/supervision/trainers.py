@@ -90,6 +90,10 @@ class SupervisedTrainers(TrainerGroup):
         if checkpoint:
             self.load_state(str(checkpoint.folder / STATE))
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on; ranks are told when that begins, new ones in the middle of it too."""
+        self._loss = loss
+
     @guarded
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
@@ -133,6 +137,7 @@ class SupervisedTrainers(TrainerGroup):
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, done: Sequence[Metrics]
     ) -> Iterator[tuple[int, Metrics]]:
         """Yields the number (from 1) and metrics of each further step."""
+        self.once(TrainerRank.take_loss, self._loss)
         count = self.once(TrainerRank.begin_round, tuple(preferences), seed, record.index - 1, tuple(done))
         bad_in_a_row = 0
         for number in range(len(done) + 1, count + 1):

@@ -30,6 +30,7 @@ _TRAINERS_NEED: Mapping[Method, Held] = {
     TrainerRank.free_address: "nothing",
     TrainerRank.state_bytes: "nothing",
     TrainerRank.step_indices: "nothing",
+    TrainerRank.take_loss: "nothing",
     TrainerRank.token_logps: "weights",
     TrainerRank.save_weights: "weights",
     TrainerRank.save_adapter: "weights",

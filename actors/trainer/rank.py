@@ -37,6 +37,7 @@ from actors.trainer.state import (
     write_state,
     write_weights,
 )
+from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
@@ -90,8 +91,7 @@ class DeepSpeedRank:
     def __init__(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         self._spec, self._rank = spec, rank
         self._device = torch.device("cuda", 0) if spec.on_gpu else torch.device("cpu")
-        self._steps_done = 0
-        self._round = _Round(0, (), [], [])
+        self._steps_done, self._round = 0, _Round(0, (), [], [])
         self._state, self._schedule = LossState(), Schedule(spec.trainer, spec.rounds)
         self._sender: WeightSender | None = None
         self._memory = DeviceMemory(self._device)
@@ -222,6 +222,9 @@ class DeepSpeedRank:
         with policy.scoring() as module:
             mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
             return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
+
+    def take_loss(self, loss: TrainerLoss) -> None:
+        self._learner.take_loss(loss)
 
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]

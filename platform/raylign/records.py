@@ -112,8 +112,13 @@ class Evaluation:
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
-    same against the policy before round 1. None where there is no such policy to ask. `length` is in tokens; the rates
-    lie in 0..1.
+    same against the policy before round 1, Schulman's estimator k1, `kl_initial_k3` his k3 of the same sequences and
+    `kl_initial_per_token` k1 over tokens. None where there is no such policy to ask. `length` is in tokens; the rates
+    lie in 0..1. `entropy` is in nats a token, estimated by the tokens that were sampled; `raylign.evaluation.health`
+    has the equations.
+
+    `gold` is the mean of the gold scorer, as `score` is of the scorer, with its bounds and the completions it left
+    unscored; None without one.
     """
 
     score: float
@@ -126,6 +131,17 @@ class Evaluation:
     completions: int
     unscored: int
     kl_initial: float | None = None
+    kl_initial_per_token: float | None = None
+    kl_initial_k3: float | None = None
+    entropy: float | None = None
+    distinct_1: float | None = None
+    distinct_3: float | None = None
+    seq_rep_4: float | None = None
+    truncated_rate: float | None = None
+    gold: float | None = None
+    gold_low: float | None = None
+    gold_high: float | None = None
+    gold_unscored: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +170,7 @@ class RoundReport:
     `counts` has preferences, and of a round with samples what became of the others (`raylign.pairing`).
     `steps` has one mapping of TRL metric names to values per optimizer step. `seconds` is wall time per stage. `sync`
     has the canary's gaps, if weights were published. `scoring` is what scoring the candidates took, as `scorer/metric`.
+    `health` has what training did to the pairs as a whole, by name (`raylign.evaluation.health.round_health`).
     """
 
     index: int
@@ -164,6 +181,7 @@ class RoundReport:
     evaluation: AnyEvaluation
     seconds: Mapping[str, float]
     scoring: Mapping[str, float] = field(default_factory=dict)
+    health: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
+    from raylign.config.losses import TrainerLoss
     from raylign.evaluation.held_out import HeldOut
     from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
     from raylign.run.checkpoints import Checkpoint, Metrics
@@ -135,6 +136,9 @@ class TrainerRank(Protocol):
         """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
         ...
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on: the one that the rank started with, but for its beta and weights."""
+
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
@@ -220,6 +224,10 @@ class ScorerProcess(Protocol):
 
     def score(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
         """One score per item, in order; the rest is skipped once more than `allowed` of them are unscored."""
+        ...
+
+    def gold(self, items: Sequence[ScoringItem], allowed: int) -> ScoredBatch:
+        """The same by the gold scorer. Raises ScorerError where there is none."""
         ...
 
 
@@ -316,6 +324,9 @@ class Trainers(Protocol):
         """
         ...
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on: the config's, but for a beta or weights that the guard has raised."""
+
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]
     ) -> list[Metrics]:
@@ -350,6 +361,10 @@ class Scorer(Protocol):
         advance: Callable[[int], None] = ...,
     ) -> list[Score]:
         """One score per candidate, in order; `advance(n)` is called when n more have one."""
+        ...
+
+    def gold(self, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> list[Score]:
+        """The same by the gold scorer, for evaluations alone; empty where there is none."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -239,6 +239,17 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _wanted(version: str | None) -> int | Literal["best"] | None:
+    """The version that was asked for."""
+    if version is None:
+        return None
+    if version == "best":
+        return "best"
+    if not version.isdecimal():
+        raise typer.BadParameter(f"{version!r} is neither a number nor best", param_hint="--version")
+    return int(version)
+
+
 @app.command()
 @libraries_aside()
 def export(
@@ -246,7 +257,12 @@ def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the model.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model.")] = False,
     version: Annotated[
-        int | None, typer.Option(metavar="N", help="Policy version; the newest by default.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="N|best",
+            help="Policy version, or the best by evaluation.metric_for_best_model; the newest by default.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Write the trained policy as a folder for transformers, vLLM and the hub, with tokenizer and model card.
@@ -255,7 +271,7 @@ def export(
     """
     from recipes.commands.export import export_run  # noqa: PLC0415 - torch and transformers
 
-    exported = export_run(run_directory, to, merge=merge, version=version)
+    exported = export_run(run_directory, to, merge=merge, version=_wanted(version))
     console = Console(file=own_stdout(), soft_wrap=True)
     console.print(Text(f"policy version {exported.version} is in {exported.folder}"))
     console.print(Text(f"use it: {exported.use}"))

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -31,8 +32,10 @@ class Exported:
     use: str
 
 
-def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Exported:
+def export_run(run: Path, to: Path, *, merge: bool, version: int | Literal["best"] | None) -> Exported:
     """Export a policy version of the run directory `run`, by default the newest whose round is finished, to `to`.
+
+    `best` is the one that the run has chosen.
 
     Raises ConfigError when there is no such run or version, RecordError when its checkpoint is damaged, ModelError as
     `export_model` does.
@@ -42,7 +45,7 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | None) -> Expo
         raise ConfigError(f"{to}: inside the run directory {directory.path}; give a folder outside of it")
     require_place(to.absolute())
     config = directory.config()
-    report = finished_round(directory, version)
+    report = finished_round(directory, best_of(directory, config) if version == "best" else version)
     finished = [other.policy_version for other in directory.reports()]
     checkpoint = directory.whole_checkpoint(report.policy_version, finished).folder
     base = resolve_model(config.model.path, config.model.revision)
@@ -81,6 +84,21 @@ def _export_reward_model(
     template, trust = config.model.chat_template, config.model.trust_remote_code
     folder = export_reward_model(checkpoint, base, to, facts, in_4bit, template, trust)
     return Exported(folder, report.policy_version, f"as a scorer: scoring.type=reward_model scoring.path={folder}")
+
+
+def best_of(directory: RunDirectory, config: RunConfig) -> int:
+    """The version that the run has chosen. Raises ConfigError where it chooses none, or none that was trained."""
+    if config.choice is None:
+        raise ConfigError(
+            f"{directory.path}: this run chooses no best version (evaluation.metric_for_best_model is null); give the "
+            "number of a version"
+        )
+    best = directory.best(config)
+    measure = config.choice.metric_for_best_model
+    if best is None or best.version == 0:
+        found = "no finished round has it" if best is None else f"the model before training is best ({best.value:.4g})"
+        raise ConfigError(f"{directory.path}: no trained version is best by {measure}: {found}; give --version N")
+    return best.version
 
 
 def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:

@@ -17,8 +17,9 @@ from actors.weight_sync.transports import Name, weight_transport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
-from raylign.config.scoring import JudgeScoringBlock, leaves
+from raylign.config.scoring import JudgeScoringBlock, ScoringBlock, leaves
 from raylign.prompts import PromptSet, left_out
+from raylign.scoring.composition import of_gold
 from raylign.scoring.load import describe_scorer
 from raylign.tracking.uri import default_uri
 from raylign.training.schedule import steps_per_round
@@ -73,8 +74,9 @@ class Amounts:
 class RunPlan:
     """All that `raylign plan` shows. Made by `make_plan`.
 
-    `scorer` is its name, then facts about it. `push_bytes` is the size of one weight file in shared memory, 0 for
-    transports without one; `free_bytes` is the room for it, 0 when that is on another machine.
+    `scorer` is its name, then facts about it; `gold` the same of the gold scorer, empty without one.
+    `push_bytes` is the size of one weight file in shared memory, 0 for transports without one; `free_bytes` is the
+    room for it, 0 when that is on another machine.
     """
 
     config: OnlineDpoConfig
@@ -82,6 +84,7 @@ class RunPlan:
     reference: ReferenceFacts
     prompts: PromptFacts
     scorer: tuple[str, ...]
+    gold: tuple[str, ...]
     amounts: Amounts
     placement: PlacementPlan
     memory: MemoryPlan
@@ -97,9 +100,17 @@ def show_plan(config: OnlineDpoConfig, console: Console) -> None:
     print_plan(make_plan(config), console)
 
 
+def _describe_gold(block: ScoringBlock | None) -> tuple[str, ...]:
+    if block is None:
+        return ()
+    with of_gold():
+        return describe_scorer(block, load=False)
+
+
 def make_plan(config: OnlineDpoConfig) -> RunPlan:
     """Check what a run would check before and right after its start. Raises RaylignError, naming the cure."""
     scorer = describe_scorer(config.scoring, load=False)
+    gold = _describe_gold(config.evaluation.gold)
     models = find_models(config)
     model = model_facts(Path(models.folder), config.model)
     reference = reference_facts(config, model.folder, model.trained)
@@ -121,6 +132,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
         reference=reference,
         prompts=prompt_facts(prompts),
         scorer=scorer,
+        gold=gold,
         amounts=amounts(config, len(prompts.held_out)),
         placement=placement,
         memory=memory,
@@ -217,9 +229,10 @@ def _scorer(plan: RunPlan) -> list[Line]:
     config, (name, *facts) = plan.config, plan.scorer
     if judges := [leaf for leaf in leaves(config.scoring) if isinstance(leaf, JudgeScoringBlock)]:
         asked = config.schedule.prompts_per_round * sum(_questions(judge, config.sampling) for judge in judges)
-        rated = len(judges) * plan.prompts.held_out
+        rated = sum(isinstance(leaf, JudgeScoringBlock) for leaf in config.scorers) * plan.prompts.held_out
         facts.append(f"at most {asked:,} questions a round, {rated:,} an evaluation, without retries")
-    return [("scorer", name), *(("", fact) for fact in facts)]
+    gold = [("gold scorer" if number == 0 else "", fact) for number, fact in enumerate(plan.gold)]
+    return [("scorer", name), *(("", fact) for fact in facts), *gold]
 
 
 def _questions(judge: JudgeScoringBlock, block: SamplingBlock) -> int:

@@ -30,6 +30,7 @@ FILES = (
     "events.jsonl",
     "rounds/0000/report.json",
     "rounds/0001/report.json",
+    "rounds/0001/guard.json",
     "rounds/0001/stages.json",
     "rounds/0001/sampled.jsonl",
     "rounds/0001/candidates.parquet",
@@ -39,12 +40,14 @@ FILES = (
     "inputs.json",
 )
 
+RULE = {"measure": "score", "above": 0.5, "action": "raise_beta"}
+
 
 @cache
 def finished_run() -> Path:
     """The run directory of two rounds with roles that are fakes."""
     parent = folder_until_exit()
-    run_once(config_in(parent), parent)
+    run_once(config_in(parent, guard=[RULE]), parent)
     (found,) = (path.parent for path in parent.glob("runs/*/config.yaml"))
     if not (found / INPUTS_NAME).exists():
         keep(found, {"prompts.source": Input("0" * 64, "rows of prompts", True)})
@@ -84,6 +87,7 @@ def _read_all(place: Path) -> None:
     accept(place, ())
     directory: RunDirectory = open_run(place)
     directory.reports()
+    directory.decisions(1)
     for index in (1, 2):
         finished_stages(directory.round(index))
     directory.checkpoint_store(None).newest()

@@ -239,3 +239,14 @@ def test_a_finished_round_that_is_trained_again_stays_as_it_is(run_dir: Path, ur
     assert history(client, rounds[1], "loss") == [(1, 0.5), (2, 0.3)]
     assert history(client, rounds[1], "seconds/train") == [(2, 1.5)]
     assert len(datasets(parent)) == len(datasets(rounds[1])) == 1
+
+
+def test_what_the_guard_did_is_a_tag_of_its_round(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    start(tracker, run_dir)
+    play_round(tracker, run_dir, 1)
+    tracker.guard(1, ["kl is 3, above 2: warning", "gold_drop is 1, above 0.5: the run ends here"])
+    assert tracker.close("FINISHED") == 0
+    parent, _ = campaign_and_rounds(MlflowClient(uri))
+    told = "kl is 3, above 2: warning; gold_drop is 1, above 0.5: the run ends here"
+    assert parent.data.tags["guard.round_1"] == told and parent.info.status == "FINISHED"

@@ -340,20 +340,6 @@ class ScheduleBlock(Block):
     """Which prompts are no longer drawn; null draws all. With it, those drawn least often come first."""
 
 
-class EvaluationBlock(Block):
-    """Held-out evaluation before round 1 and after every round."""
-
-    num_generations: PositiveInt = 1
-    """Completions per held-out prompt."""
-    temperature: NonNegativeFloat = 1.0
-    """0 decodes greedily; 1 keeps the KL estimate unbiased."""
-    bootstrap_samples: PositiveInt = 1000
-    """Resamples for the interval of the mean score."""
-    confidence: float = Field(0.95, gt=0.0, lt=1.0)
-    samples: NonNegativeInt = 3
-    """Held-out completions kept per round for people to read."""
-
-
 class TrackingBlock(Block):
     """MLflow. Only the driver talks to it."""
 

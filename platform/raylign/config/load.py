@@ -224,7 +224,7 @@ def _kinds(block: type[BaseModel]) -> set[Any]:
     """What the block's discriminator may be."""
     return {
         kind
-        for name in ("loss_type", "policy", "type")
+        for name in ("loss_type", "policy", "type", "action")
         if name in block.model_fields
         for kind in _members(block.model_fields[name].annotation)
     }

@@ -5,7 +5,6 @@ from typing import Self
 from pydantic import model_validator
 
 from raylign.config.blocks import (
-    EvaluationBlock,
     GeneratorsBlock,
     ModelBlock,
     PromptsBlock,
@@ -13,6 +12,8 @@ from raylign.config.blocks import (
     ScheduleBlock,
     WeightSyncBlock,
 )
+from raylign.config.evaluation import EvaluationBlock
+from raylign.config.guard import GuardRule, GuardUnion, require_measured, require_raisable
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import (
     BestWorstPairingBlock,
@@ -32,6 +33,7 @@ from raylign.config.reference import (
 )
 from raylign.config.scoring import (
     FunctionScoringBlock,
+    LeafBlock,
     MeanStdScoringBlock,
     ScoringUnion,
     leaves,
@@ -148,6 +150,8 @@ class OnlineDpoConfig(RunConfig):
     generators: GeneratorsBlock = GeneratorsBlock()
     schedule: ScheduleBlock = ScheduleBlock()
     evaluation: EvaluationBlock = EvaluationBlock()
+    guard: tuple[GuardUnion, ...] = ()
+    """Rules that are looked at after every round; what they raise holds from the next round on."""
 
     @property
     def rounds(self) -> int:
@@ -183,7 +187,21 @@ class OnlineDpoConfig(RunConfig):
 
     @property
     def scores_by_model(self) -> bool:
-        return any(leaf.is_model for leaf in leaves(self.scoring))
+        return any(leaf.is_model for leaf in self.scorers)
+
+    @property
+    def scorers(self) -> list[LeafBlock]:
+        """Every scorer that is no composition, those of the gold scorer last."""
+        gold = self.evaluation.gold
+        return [*leaves(self.scoring), *([] if gold is None else leaves(gold))]
+
+    @property
+    def rules(self) -> tuple[GuardRule, ...]:
+        return self.guard
+
+    @property
+    def choice(self) -> EvaluationBlock | None:
+        return None if self.evaluation.metric_for_best_model is None else self.evaluation
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:
@@ -250,13 +268,22 @@ class OnlineDpoConfig(RunConfig):
 
     @model_validator(mode="after")
     def a_judge_rates_held_out_completions_alone(self) -> Self:
-        count = self.evaluation.num_generations
-        if count > 1 and self.scoring.compares:
+        count, gold = self.evaluation.num_generations, self.evaluation.gold
+        if count > 1 and (self.scoring.compares or (gold is not None and gold.compares)):
             raise ValueError(
                 f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
                 "compared with each other, and their mean is 1/2 however good they are; "
                 "set evaluation.num_generations=1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def the_guard_finds_what_it_reads_and_raises(self) -> Self:
+        best = self.evaluation.metric_for_best_model
+        names = [*(rule.measure for rule in self.guard), *([] if best is None else [best])]
+        adapter = self.model.lora is not None
+        require_measured(names, self.evaluation, self.reference, self.loss, adapter=adapter)
+        require_raisable(self.guard, self.loss)
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,8 @@ from pydantic import model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import ModelBlock, PlacementBlock, RecoveryBlock, RunBlock, TrackingBlock, TrainerBlock
+from raylign.config.evaluation import EvaluationBlock
+from raylign.config.guard import GuardRule
 from raylign.config.losses import RewardLossBlock, TrainerLoss
 from raylign.config.reference import ReferenceBlock
 
@@ -67,6 +69,16 @@ class RunConfig(Block):
     def scores_by_model(self) -> bool:
         """Whether a scorer is a model that torch computes."""
         return False
+
+    @property
+    def rules(self) -> tuple[GuardRule, ...]:
+        """What watches the policy after every round."""
+        return ()
+
+    @property
+    def choice(self) -> EvaluationBlock | None:
+        """By what the best version is chosen; None where none is."""
+        return None
 
     @property
     def trains_rewards(self) -> bool:

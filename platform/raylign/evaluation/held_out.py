@@ -1,19 +1,21 @@
 """Held-out quality of one policy version: by what it samples, or by preferences that it has not seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
 
-from raylign.config.blocks import EvaluationBlock
+from raylign.config.evaluation import EvaluationBlock
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
+from raylign.evaluation.health import distinct_n, kl_k3, kl_per_token, sampled_entropy, seq_rep_n
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
+GOLD = "evaluation.gold"
+"""The part of a held-out completion's score that is the gold scorer's; no member of a scorer can have that name."""
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -25,13 +27,15 @@ def evaluate(
     block: EvaluationBlock,
     seed: int,
     initial_logps: Sequence[float] = (),
+    gold: Sequence[Score] = (),
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
     `candidates` is prompt-major; `scores`, `reference_logps` and `initial_logps` (summed log-probability, in nats,
-    under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it. The
-    score is the mean over prompts of the mean over their scored completions; unscored ones are counted and left out.
-    Its interval is the percentile bootstrap over prompts, drawn with `seed`.
+    under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it, and
+    so does `gold`, the scores of a gold scorer, empty without one. The score is the mean over prompts of the mean over
+    their scored completions; unscored ones are counted and left out. Its interval is the percentile bootstrap over
+    prompts, drawn with `seed`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
@@ -40,22 +44,37 @@ def evaluate(
     """
     means = _prompt_means(prompts, candidates, scores)
     low, high = mean_interval(means, block, seed)
+    golds = _prompt_means(prompts, candidates, gold, "evaluation.gold") if gold else None
+    gold_low, gold_high = (None, None) if golds is None else mean_interval(golds, block, seed)
     return Evaluation(
         score=float(means.mean()),
         score_low=low,
         score_high=high,
         kl=_kl(candidates, reference_logps),
         length=float(np.mean([len(candidate.token_ids) for candidate in candidates])),
-        distinct_2=_distinct_2(candidates),
+        distinct_2=distinct_n(candidates, 2),
         eos_rate=float(np.mean([candidate.finish_reason == "stop" for candidate in candidates])),
         completions=len(candidates),
         unscored=sum(score.value is None for score in scores),
         kl_initial=_kl(candidates, initial_logps),
+        kl_initial_per_token=kl_per_token(candidates, initial_logps),
+        kl_initial_k3=kl_k3(candidates, initial_logps),
+        entropy=sampled_entropy(candidates),
+        distinct_1=distinct_n(candidates, 1),
+        distinct_3=distinct_n(candidates, 3),
+        seq_rep_4=seq_rep_n(candidates, 4),
+        truncated_rate=float(np.mean([candidate.finish_reason == "length" for candidate in candidates])),
+        gold=None if golds is None else float(golds.mean()),
+        gold_low=gold_low,
+        gold_high=gold_high,
+        gold_unscored=sum(score.value is None for score in gold) if gold else None,
     )
 
 
-def _prompt_means(prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]) -> Values:
-    """[prompts with a scored completion] mean scores."""
+def _prompt_means(
+    prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score], scorer: str = "scoring"
+) -> Values:
+    """[prompts with a scored completion] mean scores by the scorer of that option."""
     groups = group_by_prompt(prompts, candidates, scores)
     values = [[score.value for score in group.scores if score.value is not None] for group in groups]
     means = np.array([np.mean(group) for group in values if group], dtype=np.float64)
@@ -63,9 +82,19 @@ def _prompt_means(prompts: Sequence[Prompt], candidates: Sequence[Candidate], sc
         reasons = sorted({score.reason for score in scores})
         raise ScorerError(
             f"0 of {len(candidates)} held-out completions were scored, at least 1 is needed; reasons: {reasons}. "
-            "Fix the scoring function or raise scoring.timeout_s"
+            f"Fix the function of {scorer} or raise {scorer}.timeout_s"
         )
     return means
+
+
+def with_gold(scores: Sequence[Score], gold: Sequence[Score]) -> list[Score]:
+    """The scores with the gold scorer's value as a part named `evaluation.gold`, where it gave one."""
+    if not gold:
+        return list(scores)
+    return [
+        score if own.value is None else replace(score, parts={**score.parts, GOLD: own.value})
+        for score, own in zip(scores, gold, strict=True)
+    ]
 
 
 def _kl(candidates: Sequence[Candidate], logps: Sequence[float]) -> float | None:
@@ -98,12 +127,6 @@ def mean_interval(values: Values, block: Resampling, seed: int) -> tuple[float, 
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def _distinct_2(candidates: Sequence[Candidate]) -> float:
-    """Distinct token bigrams over all token bigrams of all completions (Li et al. 2016); 0 without any bigram."""
-    bigrams = [pair for candidate in candidates for pair in pairwise(candidate.token_ids)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 @dataclass(frozen=True, slots=True)

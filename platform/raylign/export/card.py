@@ -206,13 +206,14 @@ On {result.rows} held-out rows after the last round:
 
 
 def _sampled_text(result: Evaluation, confidence: float) -> str:
+    gold = "" if result.gold is None else f"\n| Score by another scorer, which trained nothing | {result.gold:.3f} |"
     return f"""\
 On held-out prompts after the last round ({result.completions} completions, {result.unscored} of them unscored):
 
 | Metric | Value |
 |---|---|
 | Score by the scorer above | {result.score:.3f} |
-| {confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |
+| {confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |{gold}
 | KL to the reference, nats per completion | {optional(result.kl)} |
 | KL to the initial policy, nats per completion | {optional(result.kl_initial)} |
 | Mean completion length, tokens | {result.length:.1f} |

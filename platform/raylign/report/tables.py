@@ -11,6 +11,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from raylign.evaluation.guard import over_optimisation
+from raylign.evaluation.health import CHOSEN_CHANGE, DISPLACED, REJECTED_CHANGE
 from raylign.records import AnyEvaluation, Evaluation, Prompt, RoundReport, Score
 from raylign.report.console import own_stdout
 from raylign.report.text import escape_control, optional
@@ -21,6 +23,7 @@ SHOWN_CHARACTERS = 1200
 FALL_LIMIT = 0.5
 LENGTH_CHANGE_LIMIT = 0.5
 KL_LIMIT_NATS = 10.0
+DISPLACEMENT_LIMIT_NATS = 10.0
 ACCURACY_FLOOR = 0.55
 SKIPPED_LIMIT = 0.1
 NOTHING = "-"
@@ -44,13 +47,24 @@ def report_console() -> Console:
 def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
     """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
 
-    KL is that to the reference; that to the policy before round 1 has a column where it is another one.
+    KL is that to the reference; that to the policy before round 1 has a column where it is another one, and so has the
+    gold score where there is one.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
     apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
+    golden = any(evaluation.gold is not None for evaluation in evaluations)
     kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
-    for header in ("round", "score [low, high]", *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate"):
+    gold_headers = ("gold\nscore",) if golden else ()
+    for header in (
+        "round",
+        "score [low, high]",
+        *gold_headers,
+        *kl_headers,
+        "length\ntokens",
+        "distinct\n-2",
+        "EOS\nrate",
+    ):
         table.add_column(Text(header), justify="right", overflow="fold")
     for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
         table.add_column(Text(header), justify="right", overflow="fold")
@@ -58,7 +72,7 @@ def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
         table.add_column(f"{stage}\ns", justify="right", overflow="fold")
     trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
     for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
-        table.add_row(str(index), *_evaluation_cells(evaluation, apart=apart), *cells)
+        table.add_row(str(index), *_evaluation_cells(evaluation, apart=apart, golden=golden), *cells)
     return table
 
 
@@ -94,7 +108,13 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
             f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
             "change may be chance; raise prompts.held_out or evaluation.num_generations to tell"
         )
-    return [*notes, *_accuracy_notes(reports), *_skipped_notes(reports)]
+    return [
+        *notes,
+        *over_optimisation([baseline, *(report.evaluation for report in reports)]),
+        *_displacement_notes(reports),
+        *_accuracy_notes(reports),
+        *_skipped_notes(reports),
+    ]
 
 
 def _fall_note(name: str, before: float, after: float, meaning: str) -> list[str]:
@@ -134,6 +154,18 @@ def _kl_notes(last: Evaluation) -> list[str]:
     ]
 
 
+def _displacement_notes(reports: Sequence[RoundReport]) -> list[str]:
+    health = reports[-1].health
+    if health.get(DISPLACED, 0.0) <= DISPLACEMENT_LIMIT_NATS:
+        return []
+    return [
+        f"log-probs of chosen and rejected answers both fell below the reference's, by {-health[CHOSEN_CHANGE]:.1f} "
+        f"and {-health[REJECTED_CHANGE]:.1f} nats in round {reports[-1].index} (noted above "
+        f"{DISPLACEMENT_LIMIT_NATS:g}): something else got likelier (likelihood displacement); read the samples, raise "
+        "loss.beta or add sft to a mix"
+    ]
+
+
 def _accuracy_notes(reports: Sequence[RoundReport]) -> list[str]:
     """Round 1 starts at the reference, where every implicit reward is 0, so one round says nothing."""
     accuracy = step_mean(reports[-1], "rewards/accuracies")
@@ -162,9 +194,10 @@ def sampled(evaluation: AnyEvaluation) -> Evaluation:
     return evaluation
 
 
-def _evaluation_cells(evaluation: Evaluation, *, apart: bool) -> list[str]:
+def _evaluation_cells(evaluation: Evaluation, *, apart: bool, golden: bool) -> list[str]:
     return [
         _interval_text(evaluation),
+        *([_cell(evaluation.gold, ".3f")] if golden else []),
         optional(evaluation.kl),
         *([optional(evaluation.kl_initial)] if apart else []),
         f"{evaluation.length:.1f}",

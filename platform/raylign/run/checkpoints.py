@@ -65,6 +65,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int | None) -> None:
         """Keep the `keep` newest of the complete ones; None keeps all."""
         self._folder, self._keep = folder, keep
+        self.best: int | None = None
+        """A version whose checkpoint stays however old it gets."""
 
     @contextmanager
     def new(self, round_index: int, steps: Sequence[Metrics], complete: bool, needed_bytes: int) -> Iterator[Path]:
@@ -101,7 +103,8 @@ class Checkpoints:
         _remove(self._folder / f"{round_index:04d}{PARTIAL}")
         if self._keep is not None:
             for old in self.complete()[: -self._keep]:
-                _remove(old)
+                if int(old.name) != self.best:
+                    _remove(old)
 
     def complete(self) -> list[Path]:
         """Folders of the complete checkpoints, oldest first."""

@@ -14,13 +14,14 @@ from pydantic import TypeAdapter
 from raylign.config import RunConfig
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, DiskError, RecordError
+from raylign.evaluation.guard import Best, Decision, best_version, ended_early, measures
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.run.checkpoints import FOLDER_NAME, PARTIAL, Checkpoint, Checkpoints, is_name
 from raylign.run.files import disk_errors, finished_record, publish_text, read_record, say_once
 from raylign.run.settings import CONFIG_NAME, read_settings, settings_text
 from raylign.tracking.facts import flatten
 
-REPORT_NAME = "report.json"
+REPORT_NAME, GUARD_NAME = "report.json", "guard.json"
 LOCK_NAME = "run.lock"
 
 
@@ -32,6 +33,7 @@ class Baseline:
 
 
 _REPORT, _BASELINE = TypeAdapter(RoundReport), TypeAdapter(Baseline)
+_DECISIONS = TypeAdapter(tuple[Decision, ...])
 _BASELINE_CURE = (
     "restore it from a copy; or begin another run from the trained policy: `raylign export RUN --to DIR --merge`, then "
     "run.name=... model.path=DIR"
@@ -117,6 +119,18 @@ class RunDirectory:
         self.require_in_place()
         publish_text(self.round(report.index) / REPORT_NAME, json.dumps(asdict(report), indent=1))
 
+    def write_decisions(self, index: int, decisions: tuple[Decision, ...]) -> None:
+        self.require_in_place()
+        publish_text(self.round(index) / GUARD_NAME, _DECISIONS.dump_json(decisions, indent=1).decode())
+
+    def decisions(self, index: int) -> tuple[Decision, ...] | None:
+        """What the guard did after round `index`; None where it was not asked.
+
+        Raises RecordError when that cannot be read: the rounds after it trained by it.
+        """
+        path = self.round(index) / GUARD_NAME
+        return read_record(path, _DECISIONS) if path.exists() else None
+
     def baseline(self) -> AnyEvaluation:
         """The evaluation before round 1. Raises RecordError when it cannot be read."""
         return read_record(self.round(0) / REPORT_NAME, _BASELINE, _BASELINE_CURE).evaluation
@@ -135,6 +149,21 @@ class RunDirectory:
     def rounds_finished(self) -> int:
         """How many rounds, from the first, have a report."""
         return next(index for index in count() if self._report(index + 1) is None)
+
+    def best(self, config: RunConfig) -> Best | None:
+        """The best version of the finished rounds, as `config` chooses it; None where it chooses none."""
+        reports = self.reports()[: self.rounds_finished()]
+        if config.choice is None or not reports:
+            return None
+        return best_version(config.choice, measures(self.baseline(), reports))
+
+    def ended_early(self, config: RunConfig) -> str | None:
+        """Why the run does not go on after its newest finished round, as `config` has it; None where it does."""
+        reports = self.reports()[: self.rounds_finished()]
+        if not (config.rules or config.choice) or not reports:
+            return None
+        newest = self.decisions(reports[-1].index) or ()
+        return ended_early(config.rules, config.choice, newest, measures(self.baseline(), reports))
 
     def _rounds(self) -> Iterator[int]:
         names = (path.name for path in (self.path / "rounds").glob("[0-9]*"))

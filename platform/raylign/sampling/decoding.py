@@ -3,7 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-from raylign.config.blocks import EvaluationBlock, SamplingBlock
+from raylign.config.blocks import SamplingBlock
+from raylign.config.evaluation import EvaluationBlock
 
 _MAX_SEED = 1 << 31
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean, pstdev
 
 from raylign.config.scoring import (
@@ -167,22 +167,27 @@ def parts_of(scores: Mapping[str, Score]) -> dict[str, float]:
 
 
 class MemberError(ScorerError):
-    """A ScorerError of a member, whose place in the config is below `scoring`."""
+    """A ScorerError of a member, whose place in the config is below `block`."""
 
-    def __init__(self, place: str, cause: str) -> None:
-        super().__init__(place, cause)
-        self.place, self.cause = place, cause
+    def __init__(self, place: str, cause: str, block: str) -> None:
+        super().__init__(place, cause, block)
+        self.place, self.cause, self.block = place, cause, block
 
     def __str__(self) -> str:
-        return f"scoring.{self.place}: {self.cause}"
+        return f"{self.block}.{self.place}: {self.cause}"
 
 
 @contextmanager
-def named(place: str) -> Iterator[None]:
+def named(place: str, block: str = "scoring") -> Iterator[None]:
     """Name the member that a ScorerError comes from. Raises MemberError."""
     try:
         yield
     except MemberError as error:
-        raise MemberError(f"{place}.{error.place}", error.cause) from error
+        raise MemberError(f"{place}.{error.place}", error.cause, block) from error
     except ScorerError as error:
-        raise MemberError(place, str(error)) from error
+        raise MemberError(place, str(error), block) from error
+
+
+def of_gold() -> AbstractContextManager[None]:
+    """Name the gold scorer where a ScorerError comes from it."""
+    return named("gold", "evaluation")

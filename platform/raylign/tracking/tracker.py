@@ -81,13 +81,17 @@ class Tracker:
                 "round": report.index,
                 "policy_version": report.policy_version,
                 "counts": dict(report.counts),
-                "train": step_means(report.steps),
+                "train": {**step_means(report.steps), **report.health},
                 "sync": dict(report.sync),
                 "evaluation": _measured(report.evaluation),
                 "seconds": dict(report.seconds),
                 "scoring": dict(report.scoring),
             },
         )
+
+    def guard(self, index: int, decisions: Sequence[str]) -> None:
+        """What the guard did after round `index`, in words."""
+        self._journal.append("guard", {"round": index, "decisions": list(decisions)})
 
     def incident(self, role: str, happened: Literal["lost", "recovered"], detail: Mapping[str, Any]) -> None:
         """An actor of `role` was lost or replaced; `detail` says which, why and how long it took."""

@@ -88,6 +88,10 @@ class MlflowWriter:
                 self._round_finished(event)
             case "incident":
                 self._incident(event)
+            case "guard":
+                told: list[str] = event.get("decisions", _NAMES)
+                tag = RunTag(f"guard.round_{event.get('round', _INDEX)}", "; ".join(told)[:_MAX_TAG])
+                self._store.log_tags(self._parent(event), [tag])
             case "artifact":
                 self._artifact(event)
             case "campaign_finished":

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from raylign.config.blocks import ModelBlock
 from raylign.config.losses import LossBlock, RewardLossBlock, TrainerLoss
 from raylign.config.losses.reward_model import RewardLossBase
+from raylign.errors import TrainerError
 from raylign.losses import LossOutput, LossState, next_state, preference_loss, under_new_reference
 from raylign.losses.reward_model import require_pairs, reward_loss
 from raylign.models.load import load_policy, require_fit
@@ -60,6 +61,9 @@ class Learner(Protocol):
     def module(self) -> nn.Module:
         """What DeepSpeed's engine wraps: one call scores the completions of a `TokenBatch`."""
 
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """From now on measure by `loss`, which is of the same kind. Raises TrainerError where it is not."""
+
     def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         """Losses of `batch`, whose completions got `scores` from what `module()` makes."""
 
@@ -86,6 +90,13 @@ def require_learnable(loss: TrainerLoss, folder: str, block: ModelBlock) -> None
     require(folder, block.trust_remote_code)
 
 
+def _other_kind(loss: TrainerLoss) -> TrainerError:
+    return TrainerError(
+        f"a round with loss_type={loss.loss_type}, and the model in training learns by another kind of loss; "
+        "begin another run"
+    )
+
+
 class PolicyLearner:
     """A policy in training by a preference loss or on demonstrations."""
 
@@ -96,6 +107,11 @@ class PolicyLearner:
 
     def module(self) -> nn.Module:
         return CompletionLogps(self.model)
+
+    def take_loss(self, loss: TrainerLoss) -> None:
+        if isinstance(loss, RewardLossBase):
+            raise _other_kind(loss)
+        self._loss = loss
 
     def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         own, kl_logratios = without_kl_samples(batch, of_policy(scores))
@@ -123,6 +139,11 @@ class RewardLearner:
 
     def module(self) -> nn.Module:
         return CompletionRewards(self.model)
+
+    def take_loss(self, loss: TrainerLoss) -> None:
+        if not isinstance(loss, RewardLossBase):
+            raise _other_kind(loss)
+        self._loss = loss
 
     def measure(self, scores: Scores, batch: PreferenceBatch, state: LossState) -> tuple[LossOutput, Totals]:
         rewards = of_rewards(scores)

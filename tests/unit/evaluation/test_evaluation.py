@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raylign.config.blocks import EvaluationBlock
+from raylign.config.evaluation import EvaluationBlock
 from raylign.errors import ScorerError
 from raylign.evaluation.held_out import evaluate
 from raylign.records import Candidate, FinishReason, Prompt, Score

@@ -166,7 +166,15 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
         completions=2,
         unscored=0,
         kl_initial=1.0,
+        kl_initial_per_token=0.5,
+        kl_initial_k3=math.expm1(-1.0) + 1.0,
+        entropy=0.5,
+        distinct_1=0.5,
+        distinct_3=0.0,
+        seq_rep_4=0.0,
+        truncated_rate=0.0,
     )
+    assert report.health == {"beta": 0.1}
     assert tuple(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
     assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
 
@@ -377,7 +385,8 @@ def test_every_online_recipe_runs_from_baseline_to_summary(path: Path, open_desk
     assert [folder.name for folder in desk.run.directory.checkpoints()] == ["0002", "0003"]
     baseline = json.loads((desk.folder / "rounds/0000/report.json").read_text())["evaluation"]
     kl = None if isinstance(config.reference, NoReferenceBlock) else 0.0
-    assert baseline == asdict(Evaluation(0.0, 0.0, 0.0, kl, 1.0, 0.0, 1.0, 3, 0, 0.0))
+    of_one_word = Evaluation(0.0, 0.0, 0.0, kl, 1.0, 0.0, 1.0, 3, 0, 0.0, 0.0, 0.0, 1.0, 1 / 3, 0.0, 0.0, 0.0)
+    assert baseline == asdict(of_one_word)
     names = [event.name for event in read_events(desk.folder / JOURNAL_NAME)]
     assert names.index("evaluation") < names.index("round_started") and names.count("round_finished") == 3
     text = desk.output.getvalue()

@@ -1,6 +1,7 @@
 """Decoding options and seeds."""
 
-from raylign.config.blocks import EvaluationBlock, SamplingBlock
+from raylign.config.blocks import SamplingBlock
+from raylign.config.evaluation import EvaluationBlock
 from raylign.sampling.decoding import Decoding, evaluation_decoding, policy_versions, prompt_seed, training_decoding
 
 SAMPLING = SamplingBlock(num_generations=6, max_new_tokens=48, temperature=0.7, top_p=0.9, top_k=40)

@@ -10,7 +10,7 @@ import pytest
 
 from actors.scorer.actor import ScorerWorker
 from raylign.config import parse_config
-from raylign.config.scoring import JudgeScoringBlock
+from raylign.config.scoring import JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
 from raylign.scoring import JudgeScorer
@@ -197,6 +197,24 @@ def test_the_actor_takes_the_scorer_that_the_block_names(judged: Judged, tmp_pat
     block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False)
     actor = ScorerWorker(block, str(tmp_path / "scores.sqlite"), str(tmp_path), "scorer-0")
     assert actor.ready() and values(actor.score(group("good", "bad"), 0).scores) == [1.0, 0.0]
+
+
+def test_the_actor_has_the_gold_scorer_beside_it(judged: Judged, tmp_path: Path) -> None:
+    """Each judges by itself and keeps its own scores, in one file."""
+    _, server = judged(honest)
+    block = JudgeScoringBlock(base_url=server.base_url, model="judge-1", canaries=False)
+    gold = VerifierScoringBlock(method="regex", pattern="bad")
+    cache, stacks = str(tmp_path / "scores.sqlite"), str(tmp_path)
+    actor = ScorerWorker(block, cache, stacks, "scorer-0", gold=gold)
+    for _ in range(2):
+        assert values(actor.score(group("good", "bad"), 0).scores) == [1.0, 0.0]
+        assert values(actor.gold(group("good", "bad"), 0).scores) == [0.0, 1.0]
+    asked = len(server.asked)
+    again = ScorerWorker(block, cache, stacks, "scorer-0", gold=gold)
+    found = again.gold(group("good", "bad"), 0)
+    assert found.usage["verifier"].cache_hits == 2 and len(server.asked) == asked
+    with pytest.raises(ScorerError, match="this run has no gold scorer; set evaluation.gold"):
+        ScorerWorker(block, cache, stacks, "scorer-0").gold(group("good"), 0)
 
 
 def test_batches_keep_the_answers_of_a_prompt_together() -> None:

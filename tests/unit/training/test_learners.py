@@ -21,6 +21,7 @@ from raylign.config.losses import (
     SftLossBlock,
     SigmoidLossBlock,
 )
+from raylign.errors import TrainerError
 from raylign.losses import LossState
 from raylign.losses.preference import LOSSES
 from raylign.records import Candidate, KlSample, Preference, Prompt
@@ -142,3 +143,20 @@ def test_totals_of_micro_batches_add_up_and_the_highest_counts() -> None:
     assert found.sums.tolist() == [5.0, 10.0] and found.highest.tolist() == [5.0]
     none: Tensor = torch.empty(0, dtype=torch.float64)
     assert Totals.of_all([Totals(part.sums, none) for part in parts]).on_host().highest.numel() == 0
+
+
+def test_a_learner_measures_by_the_loss_it_took_last() -> None:
+    """Of the same scores the rewards are beta times the log-ratios, and the loss is ln(1 + e^-margin)."""
+    model = build(PACKABLE["llama"])
+    learner = PolicyLearner(model, SigmoidLossBlock(beta=0.1))
+    batch = preference_batch(preferences([2, 2]), [1.0, 1.0], "shared", 0)
+    with torch.no_grad():
+        scores = score(learner.module(), batch)
+        before, _ = learner.measure(scores, batch, LossState())
+        learner.take_loss(SigmoidLossBlock(beta=0.4))
+        after, _ = learner.measure(scores, batch, LossState())
+    assert torch.allclose(after.chosen_rewards, 4 * before.chosen_rewards)
+    margins = after.chosen_rewards - after.rejected_rewards
+    assert torch.allclose(after.losses, torch.log1p(torch.exp(-margins)), atol=1e-5)
+    with pytest.raises(TrainerError, match="loss_type=bradley_terry, and the model in training learns by another kind"):
+        learner.take_loss(BradleyTerryRewardLossBlock())

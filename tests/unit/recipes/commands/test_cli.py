@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from raylign.config import load_config
+from raylign.config import load_config, parse_config
 from raylign.errors import RaylignError
 from raylign.export.card import public_name
 from raylign.records import Evaluation, RoundReport
@@ -187,6 +187,9 @@ def test_sigterm_leaves_an_ignored_ctrl_c_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+BEST_IS_LOWEST = ("evaluation.metric_for_best_model=score", "evaluation.greater_is_better=false")
+
+
 def evaluation(score: float) -> Evaluation:
     return Evaluation(score, score - 0.1, score + 0.1, 2.0, 8.0, 0.5, 1.0, 3, 0)
 
@@ -246,6 +249,17 @@ def test_a_named_version_is_merged(finished: RunDirectory, tmp_path: Path) -> No
     assert f"use it: vllm serve {to}\n" in result.stdout
 
 
+def test_the_best_version_is_exported(finished: RunDirectory, tmp_path: Path) -> None:
+    """The scores are 0.1 and 0.2, and the lowest is the best here."""
+    finished.write_config(parse_config(finished.config().model_dump(), BEST_IS_LOWEST))
+    finished.write_baseline(evaluation(0.3))
+    result = raylign("export", finished.path, "--to", tmp_path / "out", "--version", "best")
+    assert result.exit_code == 0, result.output
+    assert "policy version 1 is in" in result.stdout
+    wrong = raylign("export", finished.path, "--to", tmp_path / "other", "--version", "bset")
+    assert wrong.exit_code == 2 and "'bset' is neither a number nor best" in wrong.output
+
+
 def test_full_weights_take_the_rest_from_the_base(recipe: Path, tmp_path: Path) -> None:
     config = load_config(recipe, ["model.lora=null"])
     run = create_run(config.run, config)
@@ -269,6 +283,7 @@ def test_what_cannot_be_exported_is_explained(finished: RunDirectory, tmp_path: 
         ([tmp_path, "--to", tmp_path / "out"], "is no run directory: it has no config.yaml"),
         ([finished.path, "--to", tmp_path / "out", "--version", 3], "version 3; there are: 1, 2"),
         ([finished.path, "--to", tmp_path / "full"], "nothing is overwritten"),
+        ([finished.path, "--to", tmp_path / "out", "--version", "best"], "evaluation.metric_for_best_model is null"),
     ):
         result = raylign("export", *arguments)
         assert result.exit_code == 1

@@ -1,0 +1,65 @@
+"""How an online run is evaluated, who scores beside its scorer, and by what its best version is chosen."""
+
+from dataclasses import fields
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from raylign.config.base import Block
+from raylign.config.scoring import ScoringUnion
+from raylign.records import Evaluation
+
+MEASURED = tuple(field.name for field in fields(Evaluation) if field.type in (float, int, float | None))
+"""Measures of one evaluation: its numbers."""
+LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT = "length_growth", "gold_drop", "displacement"
+MEASURES = (*MEASURED, LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT)
+"""What a policy version can be judged by; `raylign.evaluation.guard.measures` says what the last three are."""
+
+
+def _measure(name: str) -> str:
+    if name not in MEASURES:
+        raise ValueError(f"{name!r} is no measure; take one of {', '.join(MEASURES)}")
+    return name
+
+
+Measure = Annotated[str, AfterValidator(_measure)]
+
+
+class EvaluationBlock(Block):
+    """Held-out evaluation before round 1 and after every round."""
+
+    num_generations: PositiveInt = 1
+    """Completions per held-out prompt."""
+    temperature: NonNegativeFloat = 1.0
+    """0 decodes greedily; 1 keeps the KL estimate unbiased."""
+    bootstrap_samples: PositiveInt = 1000
+    """Resamples for the interval of the mean score."""
+    confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    samples: NonNegativeInt = 3
+    """Held-out completions kept per round for people to read."""
+    gold: ScoringUnion | None = None
+    """A second scorer, of held-out completions alone: no round trains on it. Where the score rises and this one falls,
+    the policy exploits its scorer (Gao et al. 2023, arXiv 2210.10760). It runs beside `scoring`, in the same actor."""
+    metric_for_best_model: Measure | None = None
+    """By which measure the best version is chosen, whose checkpoint is kept; null chooses none."""
+    greater_is_better: bool = True
+    """Whether that measure should be high; false for such as kl or seq_rep_4."""
+    early_stopping_patience: PositiveInt | None = None
+    """The run ends after so many rounds in a row without a better version; null never ends it early."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """How much better than the best so far counts as better for that."""
+
+    @model_validator(mode="after")
+    def stopping_early_needs_a_measure(self) -> Self:
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if patience is not None and self.metric_for_best_model is None:
+            raise ValueError(
+                f"early_stopping_patience={patience} needs a measure to wait for; set metric_for_best_model, such as "
+                "score or gold"
+            )
+        if threshold and patience is None:
+            raise ValueError(
+                f"early_stopping_threshold={threshold:g} says nothing without early_stopping_patience; set that, or "
+                "leave the threshold out"
+            )
+        return self
