@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
+from raylign.config.blocks import EvaluationBlock
 from raylign.evaluation.held_out import evaluate
+from raylign.evaluation.win_rate import against_versions
 from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,
@@ -193,10 +195,23 @@ def evaluate_policy(
             same = bool(logps) and is_initial_reference(config.reference, max(0, log.index - 1))
             initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
             log.save_held_out(stage, held_out, candidates, scores)
-            evaluation = evaluate(held_out, candidates, scores, logps, config.evaluation, config.run.seed, initial)
+            rates = win_rates(log, candidates, scores, config.evaluation)
+            evaluation = evaluate(
+                held_out, candidates, scores, logps, config.evaluation, config.run.seed, initial, rates
+            )
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
+
+
+def win_rates(
+    log: RoundLog, candidates: Sequence[Candidate], scores: Sequence[Score], block: EvaluationBlock
+) -> Mapping[str, float]:
+    """This version against earlier ones by the scores of their completions, prompt by prompt."""
+    if not log.index:
+        return {}
+    versions = {name: log.read_held_out_of(0 if name == "initial" else log.index - 1) for name in block.win_rate}
+    return against_versions(candidates, scores, versions, block.confidence)
 
 
 def draw_prompts(

@@ -114,6 +114,10 @@ class Evaluation:
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
     same against the policy before round 1. None where there is no such policy to ask. `length` is in tokens; the rates
     lie in 0..1.
+
+    `win_rate` is the share of wins over the policy before round 1 on the same prompts, a tie being half a win;
+    `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
+    (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for.
     """
 
     score: float
@@ -126,6 +130,15 @@ class Evaluation:
     completions: int
     unscored: int
     kl_initial: float | None = None
+    win_rate: float | None = None
+    win_rate_low: float | None = None
+    win_rate_high: float | None = None
+    win_rate_length_controlled: float | None = None
+    win_rate_length_controlled_low: float | None = None
+    win_rate_length_controlled_high: float | None = None
+    win_rate_previous: float | None = None
+    win_rate_previous_low: float | None = None
+    win_rate_previous_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -352,6 +352,9 @@ class EvaluationBlock(Block):
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     samples: NonNegativeInt = 3
     """Held-out completions kept per round for people to read."""
+    win_rate: tuple[Literal["initial", "previous_round"], ...] = ("initial", "previous_round")
+    """Whom each version is compared with, prompt by prompt, by the scores that its completions have anyway: the policy
+    before round 1, and that of the round before; [] leaves it out."""
 
 
 class TrackingBlock(Block):

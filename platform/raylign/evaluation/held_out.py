@@ -11,6 +11,7 @@ import numpy as np
 from raylign.config.blocks import EvaluationBlock
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
+from raylign.evaluation.intervals import share_interval
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
@@ -25,13 +26,15 @@ def evaluate(
     block: EvaluationBlock,
     seed: int,
     initial_logps: Sequence[float] = (),
+    win_rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
     `candidates` is prompt-major; `scores`, `reference_logps` and `initial_logps` (summed log-probability, in nats,
     under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it. The
     score is the mean over prompts of the mean over their scored completions; unscored ones are counted and left out.
-    Its interval is the percentile bootstrap over prompts, drawn with `seed`.
+    Its interval is the percentile bootstrap over prompts, drawn with `seed`. `win_rates` are those of
+    `raylign.evaluation.win_rate.against_versions`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
@@ -51,6 +54,7 @@ def evaluate(
         completions=len(candidates),
         unscored=sum(score.value is None for score in scores),
         kl_initial=_kl(candidates, initial_logps),
+        **win_rates,
     )
 
 
@@ -145,10 +149,15 @@ def held_out_evaluation(
     `more` are further metrics of the same rows.
 
     Equal rewards are half right: a policy that equals its reference ranks nothing, which is a coin's 1/2. The interval
-    is the percentile bootstrap over rows, drawn with `seed`.
+    of that share is `share_interval`, that of the loss the percentile bootstrap over rows, drawn with `seed`.
     """
-    values = _accuracies(measured) if metric == "rewards/accuracies" else np.asarray(measured.losses)
-    low, high = mean_interval(values, block, seed)
+    values: Values
+    if metric == "rewards/accuracies":
+        values = _accuracies(measured)
+        low, high = map(float, share_interval(values, block.confidence))
+    else:
+        values = np.asarray(measured.losses)
+        low, high = mean_interval(values, block, seed)
     value = float(values.mean())
     return HeldOutEvaluation(metric, value, low, high, len(values), {**measured.metrics, **more, metric: value})
 
