@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from raylign.config.blocks import EvaluationBlock
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
 from raylign.evaluation.intervals import share_interval
@@ -23,7 +22,7 @@ def evaluate(
     candidates: Sequence[Candidate],
     scores: Sequence[Score],
     reference_logps: Sequence[float],
-    block: EvaluationBlock,
+    block: "Resampling",
     seed: int,
     initial_logps: Sequence[float] = (),
     win_rates: Mapping[str, float] = MappingProxyType({}),

@@ -174,7 +174,7 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
 
 
 def test_versions_are_compared_with_the_first_and_the_one_before(open_desk: Open) -> None:
-    """Version v scores v on both held-out prompts, so that each wins over every earlier one; version 0 is of no round."""
+    """Version v scores v on both held-out prompts, so that each wins over every earlier one."""
     desk = open_desk()
     train(desk.run, PromptSet(TRAIN, HELD_OUT, "s", "0"), desk.team, desk.config)
     baseline = sampled(desk.run.directory.baseline())
