@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-IFEVAL = "ifeval"
-"""The column with a row's instructions as JSON, which the verifier's method of that name reads."""
+from raylign.config.scoring.blocks import IFEVAL
+
 _ALPACA_EVAL = frozenset({"instruction", "output", "generator"})
 _IFEVAL = frozenset({"instruction_id_list", "kwargs"})
 

@@ -173,10 +173,11 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
     assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
 
 
-def test_versions_are_compared_with_the_first_and_the_one_before(open_desk: Open) -> None:
+def test_versions_are_compared_with_the_first_and_the_one_before(open_desk: Open, tmp_path: Path) -> None:
     """Version v scores v on both held-out prompts, so that each wins over every earlier one."""
-    desk = open_desk()
-    train(desk.run, PromptSet(TRAIN, HELD_OUT, "s", "0"), desk.team, desk.config)
+    small = [f"run.dir={tmp_path}/runs", "schedule.rounds=3", "schedule.prompts_per_round=2"]
+    desk = open_desk(parse_config(CONFIG, small), value=count_good)
+    train(desk.run, PromptSet(prompts("a", "b"), HELD_OUT, "s", "0"), desk.team, desk.config)
     baseline = sampled(desk.run.directory.baseline())
     assert baseline.win_rate is None and baseline.win_rate_previous is None
     low, high = share_interval(np.ones(2), 0.95)
