@@ -17,7 +17,6 @@ from raylign.records import Candidate
 from raylign.run.directory import open_run
 from raylign.run.fingerprints import model_digest
 from raylign.run.inputs import Input, rows_digest
-from recipes.commands.export import finished_round
 
 POLICY = "policy"
 
@@ -98,7 +97,7 @@ def _of_run(name: str, block: RunSideBlock, config: EvaluateConfig, quarantine: 
     folder = resolve_model(own.model.path, own.model.revision)
     checkpoint, version = None, 0
     if block.version != 0:
-        version = finished_round(directory, block.version).policy_version
+        version = directory.finished_round(block.version).policy_version
         checkpoint = directory.whole_checkpoint(version).folder
         if own.model.load_in_4bit:
             raise ConfigError(

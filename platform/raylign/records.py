@@ -117,7 +117,8 @@ class Evaluation:
 
     `win_rate` is the share of wins over the policy before round 1 on the same prompts, a tie being half a win;
     `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
-    (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for.
+    (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for. Of the recipe
+    `evaluate` it is the rate over the first opponent.
     """
 
     score: float

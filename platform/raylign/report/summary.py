@@ -80,7 +80,7 @@ def headline(evaluation: AnyEvaluation) -> str:
         case Evaluation():
             apart = evaluation.kl_initial not in (None, evaluation.kl)
             initial = f", {optional(evaluation.kl_initial)} to the initial policy" if apart else ""
-            won = f", win rate over the initial policy {rate:.2f}" if (rate := evaluation.win_rate) is not None else ""
+            won = f", win rate {rate:.2f}" if (rate := evaluation.win_rate) is not None else ""
             return f"held-out score {evaluation.score:.3f}, KL {optional(evaluation.kl)} nats{initial}{won}"
         case HeldOutEvaluation():
             loss = "" if evaluation.metric == "loss" else f", loss {evaluation.metrics['loss']:.3f}"

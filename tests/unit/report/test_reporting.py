@@ -127,7 +127,7 @@ def test_win_rates_have_a_column_where_versions_were_compared() -> None:
     assert "win rate" in compared and "win rate" not in plain
     rows = [line.split() for line in compared.splitlines() if line.split()[:1] in (["0"], ["1"])]
     assert [row[4:6] for row in rows] == [["-", "0.00"], ["70", "[60-80]"]]
-    assert headline(WON).endswith(", KL 2.50 nats, win rate over the initial policy 0.70")
+    assert headline(WON).endswith(", KL 2.50 nats, win rate 0.70")
 
 
 def test_a_win_rate_that_length_explains_is_noted() -> None:
