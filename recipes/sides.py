@@ -26,7 +26,7 @@ class Found:
     """One side, checked. `folder` is its model's, with the weights in `checkpoint` if there is one.
 
     `prompts` are in its own template's tokens, their ids the same for all sides; `given` are its answers where nobody
-    samples them, and its `folder` then is that of the tokenizer alone.
+    samples them, and its model is then that of the tokenizer alone: the policy's, or the one of the config.
     """
 
     name: str
@@ -50,7 +50,9 @@ def find_sides(config: EvaluateConfig, *, quarantine: bool = True) -> list[Found
     Bad rows of the prompts are written to the run's quarantine unless told otherwise.
     """
     blocks: Mapping[str, Side] = {POLICY: config.policy, **config.opponents}
-    sides = [_find(name, block, config, quarantine) for name, block in blocks.items()]
+    sides: list[Found] = []
+    for name, block in blocks.items():
+        sides.append(_find(name, block, config, quarantine, sides[0] if sides else None))
     first, *others = sides
     for side in others:
         if side.told == first.told:
@@ -71,7 +73,7 @@ def _asked(side: Found) -> list[str]:
     return [prompt.id for prompt in side.prompts.held_out]
 
 
-def _find(name: str, block: Side, config: EvaluateConfig, quarantine: bool) -> Found:
+def _find(name: str, block: Side, config: EvaluateConfig, quarantine: bool, policy: Found | None) -> Found:
     match block:
         case RunSideBlock():
             return _of_run(name, block, config, quarantine)
@@ -82,11 +84,15 @@ def _find(name: str, block: Side, config: EvaluateConfig, quarantine: bool) -> F
             _, prompts = _read(folder, config.model, config, quarantine)
             return Found(name, told, folder, config.model, None, 0, prompts)
         case AnswersSideBlock():
-            folder = resolve_model(config.model.path)
-            tokenizer, prompts = _read(folder, config.model, config, quarantine)
+            folder = policy.folder if policy else resolve_model(config.model.path)
+            model = policy.model if policy else config.model
+            if policy:
+                tokenizer, prompts = _tokenizer(folder, model), policy.prompts
+            else:
+                tokenizer, prompts = _read(folder, model, config, quarantine)
             given = tuple(given_answers(block, prompts.held_out, tokenizer))
             told = f"answers in column {block.column!r} of {block.source or config.prompts.source}"
-            return Found(name, told, folder, config.model, None, 0, prompts, given)
+            return Found(name, told, folder, model, None, 0, prompts, given)
 
 
 def _of_run(name: str, block: RunSideBlock, config: EvaluateConfig, quarantine: bool) -> Found:
@@ -113,10 +119,14 @@ def _read(
 ) -> tuple[PreTrainedTokenizerBase, PromptSet]:
     """The prompts as the model in `folder` reads them."""
     require_context(*config.longest, folder, model)
-    tokenizer = load_tokenizer(folder, model.trust_remote_code, model.chat_template)
+    tokenizer = _tokenizer(folder, model)
     refused_to = refused_path(config.run) if quarantine else None
     block, most = config.prompts.rows, config.prompts.max_prompts
     return tokenizer, load_all(block, tokenizer, config.max_prompt_tokens, most=most, refused_to=refused_to)
+
+
+def _tokenizer(folder: str, model: ModelBlock) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder, model.trust_remote_code, model.chat_template)
 
 
 def side_inputs(sides: Sequence[Found], option: str) -> dict[str, Input]:
