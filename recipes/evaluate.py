@@ -22,7 +22,7 @@ from raylign.evaluation.held_out import evaluate
 from raylign.evaluation.win_rate import Pair, judged_pairs, scored_pairs, to_compare
 from raylign.export.card import Method
 from raylign.records import Candidate, Prompt, Score
-from raylign.report.tables import Sample, report_console
+from raylign.report.tables import report_console
 from raylign.report.win_rates import win_rate_table
 from raylign.roles import Generators, Scorer
 from raylign.run.directory import REPORT_NAME, require_continuable, run_path
@@ -127,10 +127,7 @@ def compared(run: Run, sides: Sequence[Found], serve: Serve, scoring: Scoring, c
         "win_rate_length_controlled_high": first.controlled_high,
     }
     evaluation = evaluate(prompts, answers[0], scores, [], block, config.run.seed, win_rates=rates)
-    by_id = {prompt.id: prompt for prompt in prompts}
-    shown = zip(answers[0][:: block.num_generations], scores[:: block.num_generations], strict=True)
-    samples = [Sample(by_id[c.prompt_id], c.text, s) for c, s in list(shown)[: block.samples]]
-    run.finish_baseline(evaluation, samples)
+    run.finish_baseline(evaluation)
     return Comparison(policy.told, public_scorer(config.scoring), len(prompts), block.confidence, evaluation, found)
 
 

@@ -81,8 +81,6 @@ class ComparisonBlock(Block):
     bootstrap_samples: PositiveInt = 1000
     """Resamples for the interval of the mean score."""
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
-    samples: NonNegativeInt = 3
-    """Answers that the report shows."""
 
 
 class EvaluateRunBlock(RunBlock):
