@@ -6,11 +6,13 @@ from that of the policy; the controlled rate is what it predicts where answers a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from raylign.evaluation.intervals import Values, quantile
 
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 _WEAK = 0.01
 """Precision of the normal prior of a coefficient of length or difficulty: none without it where length decides all."""
 _STANDARD = 1.0
@@ -129,7 +131,7 @@ def _curvature(features: Values, weights: Values, prior: Values, beta: Values) -
 
 
 def _sandwich(
-    features: Values, targets: Values, weights: Values, prior: Values, beta: Values, clusters: Values
+    features: Values, targets: Values, weights: Values, prior: Values, beta: Values, clusters: Indices
 ) -> Values:
     """Covariance [k, k] of the coefficients, rows of one cluster being one piece of evidence."""
     bread = np.linalg.pinv(_curvature(features, weights, prior, beta))
@@ -137,12 +139,12 @@ def _sandwich(
     scores = np.zeros((int(clusters.max()) + 1, features.shape[1]))
     np.add.at(scores, clusters, residuals)
     count, used = len(scores), features.shape[1]
-    return bread @ (scores.T @ scores) @ bread * (count / max(1, count - used))
+    return np.asarray(bread @ (scores.T @ scores) @ bread * (count / max(1, count - used)))
 
 
 def _centred(values: Values) -> Values:
-    return values - values.mean()
+    return np.asarray(values - values.mean())
 
 
 def _sigmoid(values: Values) -> Values:
-    return np.exp(-np.logaddexp(0.0, -values))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -values)))

@@ -52,7 +52,7 @@ def test_prompts_weigh_the_same_however_many_pairs_they_have() -> None:
     assert (found.wins, found.ties, found.losses) == pytest.approx((1 / 9, 4 / 9, 4 / 9))
     assert (found.prompts, found.missing) == (3, 2)
     low, high = share_interval(np.array([0.5, 0.0, 0.5]), 0.95)
-    assert (found.low, found.high) == (low, high)
+    assert (found.low, found.high) == (float(low), float(high))
 
 
 def test_pairs_of_a_prompt_need_not_stand_together() -> None:
