@@ -8,11 +8,12 @@ import pytest
 
 from raylign.config.blocks import PromptsBlock
 from raylign.config.evaluate import AnswersSideBlock, EvaluatedPromptsBlock
+from raylign.config.scoring.blocks import IFEVAL
 from raylign.errors import PromptError
 from raylign.models import load_tokenizer, resolve_model
 from raylign.prompts import load_all
 from raylign.prompts.answers import given_answers
-from raylign.prompts.published import IFEVAL, as_published
+from raylign.prompts.published import as_published
 from raylign.prompts.sources import read_source
 from raylign.records import Prompt
 
@@ -101,7 +102,7 @@ def test_all_prompts_are_taken_to_evaluate_on_with_what_their_rows_say(tmp_path:
     assert len(load_all(PromptsBlock(source=str(path)), tokenizer, 200, most=1).held_out) == 1
     own = given_answers(AnswersSideBlock(), found.held_out, tokenizer)
     assert [(one.prompt_id, one.text) for one in own] == [("h000000", ALPACA["output"]), ("h000001", "So.")]
-    assert tokenizer.decode(own[1].token_ids) == "So."
+    assert tokenizer.decode(list(own[1].token_ids)) == "So."
     other = written(tmp_path / "other.json", {**ALPACA, "instruction": "Why?", "output": "Why not."})
     with pytest.raises(PromptError, match=r"1 of 2 prompts have no answer in column 'output' of .*first is h000000"):
         given_answers(AnswersSideBlock(source=other), found.held_out, tokenizer)

@@ -180,7 +180,7 @@ def test_versions_are_compared_with_the_first_and_the_one_before(open_desk: Open
     train(desk.run, PromptSet(prompts("a", "b"), HELD_OUT, "s", "0"), desk.team, desk.config)
     baseline = sampled(desk.run.directory.baseline())
     assert baseline.win_rate is None and baseline.win_rate_previous is None
-    low, high = share_interval(np.ones(2), 0.95)
+    low, high = map(float, share_interval(np.ones(2), 0.95))
     for report in desk.run.directory.reports():
         found = sampled(report.evaluation)
         assert (found.win_rate, found.win_rate_low, found.win_rate_high) == (1.0, low, high)

@@ -70,7 +70,11 @@ def test_all_25_are_checked_or_named() -> None:
 
 def test_four_accuracies() -> None:
     """The comma is in the first line, which loose accuracy may leave out; the title is nowhere."""
-    told = [("punctuation:no_comma", {}), ("detectable_format:title", {}), ("startend:quotation", {})]
+    told: list[tuple[str, dict[str, Any]]] = [
+        ("punctuation:no_comma", {}),
+        ("detectable_format:title", {}),
+        ("startend:quotation", {}),
+    ]
     score = follows(told, 'Sure, here it is:\n"text"')
     assert score.value == 0.0 and score.parts == {
         "prompt_strict": 0.0,
