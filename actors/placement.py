@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from raylign.config import OnlineDpoConfig, RunConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
 from raylign.errors import PlacementError
 
@@ -147,3 +147,23 @@ def plan_trainer_team(config: RunConfig, available: Mapping[str, float]) -> Plac
     plan = plan_trainers(config.placement, config.trainer, choose_device(config.placement, available))
     require_resources(plan, available)
     return plan
+
+
+def plan_evaluation(
+    config: EvaluateConfig, available: Mapping[str, float], *, samples: bool
+) -> tuple[PlacementPlan, PlacementPlan]:
+    """Generators that answer (none unless it `samples`), and the scorer, which starts when they are gone.
+
+    Raises PlacementError when `available`, the cluster's totals, is too little.
+    """
+    block, generators = config.placement, config.generators
+    device = choose_device(block, available)
+    cpus, gpus = float(block.generator_cpus), float(generators.tensor_parallel_size) if device == "gpu" else 0.0
+    count = generators.count if samples else 0
+    places = tuple(ActorPlace(index, cpus, gpus) for index in range(count))
+    answering = PlacementPlan(device, tuple(_bundle(cpus, gpus) for _ in places), places, ())
+    scorer = ActorPlace(0, max(1.0, block.scorer_cpus), block.scorer_gpus)
+    scoring = PlacementPlan(device, (_bundle(scorer.num_cpus, scorer.num_gpus),), (), (), scorer)
+    for plan in (answering, scoring):
+        require_resources(plan, available)
+    return answering, scoring

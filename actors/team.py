@@ -33,19 +33,21 @@ from actors.supervision.turns import OwnDevices, SharedDevices, Turns
 from actors.supervision.watch import Replaceable, watched
 from actors.trainer.actor import TrainerSpec
 from actors.weight_sync.nodes import node_folders
-from actors.weight_sync.publish import Canary, WeightPublisher
-from actors.weight_sync.transports import EngineEnd, WeightTransport, weight_transport
-from raylign.config import OnlineDpoConfig, RunConfig
+from actors.weight_sync.publish import Canary, OneEngine, WeightPublisher
+from actors.weight_sync.transports import EngineEnd, LoraTransport, ShmTransport, WeightTransport, weight_transport
+from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
+from raylign.config.blocks import ModelBlock
 from raylign.config.losses import loss_functions
 from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerError, TrainerError
 from raylign.reference.checkpoint import resolve_reference
-from raylign.roles import Generator, ScorerProcess
+from raylign.roles import Engines, Generator, NodePath, ScorerProcess
 from raylign.run.sources import CODE, kept_code
 from raylign.scoring import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.scoring.load import functions_of
 
 _SHUTDOWN_S = 20.0
+CHECKPOINT_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def team(
         transport = weight_transport(config, folder, plan, folders)
         folders.require_room(transport.needed_bytes)
         turns = _turns(config, plan, transport)
-        generators = _start_generators(config, start, transport.engine, turns)
+        generators = _start_generators(config, config.model, start, transport.engine, turns)
         scorer = _start_scorer(config, start)
         if isinstance(turns, SharedDevices):
             # vLLM measures what is free, and takes its share: trainers would be counted as its own, or be in its way.
@@ -160,6 +162,61 @@ def trainer_team(
             yield trainers
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A policy for generators: the model in `folder`, as `model` says, with the weights of a run's checkpoint.
+
+    `checkpoint` holds an adapter where `model.lora` is set, else model.safetensors; None is the model as it is, which
+    is version 0.
+    """
+
+    folder: str
+    model: ModelBlock
+    checkpoint: Path | None
+    version: int
+
+    @property
+    def engine(self) -> EngineEnd:
+        """How its weights come to an engine that has loaded the model."""
+        return LoraTransport.engine if self.checkpoint and self.model.lora else ShmTransport.engine
+
+    def bring(self, engines: Engines, timeout_s: float) -> None:
+        """Let engines serve the checkpoint. Raises GeneratorError."""
+        if self.checkpoint is None:
+            return
+        path = NodePath(str(self.checkpoint))
+        if self.model.lora:
+            engines.call("loading the adapter", timeout_s, Generator.take_adapter, path, self.version)
+        else:
+            file = path.inside(CHECKPOINT_WEIGHTS)
+            engines.call("loading weights", timeout_s, Generator.take_weights, file, self.version)
+
+
+@contextmanager
+def generator_team(
+    config: EvaluateConfig, served: Served, plan: PlacementPlan, incidents: Incidents
+) -> Iterator[SupervisedGenerators]:
+    """Generators alone, which serve a policy that nobody trains; whoever is replaced is brought to it too."""
+    timeout_s = config.generators.weight_sync.timeout_s
+    with _starting(config, served.folder, 0, plan, incidents) as start:
+        generators = _start_generators(config, served.model, start, served.engine, OwnDevices())
+        generators.wait_ready()
+        served.bring(generators, timeout_s)
+        generators.bring_newcomers_up_to_date(lambda handle: served.bring(OneEngine([handle], OwnDevices()), timeout_s))
+        with watched((generators,), config.recovery.heartbeat_s):
+            yield generators
+
+
+@contextmanager
+def scorer_team(config: EvaluateConfig, plan: PlacementPlan, incidents: Incidents) -> Iterator[ScorerClient]:
+    """The scorer alone."""
+    with _starting(config, "", 0, plan, incidents) as start:
+        scorer = _start_scorer(config, start)
+        scorer.wait_ready()
+        with watched((scorer,), config.recovery.heartbeat_s):
+            yield scorer
+
+
 def _turns(config: OnlineDpoConfig, plan: PlacementPlan, transport: WeightTransport) -> Turns:
     if plan.takes_turns and config.generators.enable_sleep_mode:
         return SharedDevices(replaces=transport.engine.backend is not None)
@@ -167,15 +224,15 @@ def _turns(config: OnlineDpoConfig, plan: PlacementPlan, transport: WeightTransp
 
 
 def _start_generators(
-    config: OnlineDpoConfig, start: _Start, transport: EngineEnd, turns: Turns
+    config: OnlineDpoConfig | EvaluateConfig, model: ModelBlock, start: _Start, transport: EngineEnd, turns: Turns
 ) -> SupervisedGenerators:
     block = config.generators
     spec = EngineSpec(
         model=start.folder,
-        dtype=config.model.dtype,
+        dtype=model.dtype,
         device=start.plan.device,
         transport=transport,
-        lora_rank=config.model.lora.r if config.model.lora else 0,
+        lora_rank=model.lora.r if model.lora else 0,
         tensor_parallel_size=block.tensor_parallel_size,
         max_model_len=block.max_model_len,
         max_num_seqs=block.max_num_seqs,
@@ -183,7 +240,7 @@ def _start_generators(
         kv_cache_gb=block.kv_cache_gb,
         enforce_eager=start.plan.device == "cpu" if block.enforce_eager is None else block.enforce_eager,
         sleeps=turns.shared,
-        trust_remote_code=config.model.trust_remote_code,
+        trust_remote_code=model.trust_remote_code,
         seed=config.run.seed,
         threads=config.placement.generator_cpus,
         stacks=str(start.run / STACKS),
@@ -206,8 +263,8 @@ def _start_generators(
     return generators
 
 
-def _start_scorer(config: OnlineDpoConfig, start: _Start) -> ScorerClient:
-    gold = config.evaluation.gold
+def _start_scorer(config: OnlineDpoConfig | EvaluateConfig, start: _Start) -> ScorerClient:
+    gold = config.evaluation.gold if isinstance(config, OnlineDpoConfig) else None
     functions = functions_of(config.scoring) | (set() if gold is None else functions_of(gold))
     cache, code = start.run / CACHE_NAME, kept_code(functions, start.run / CODE)
     place = start.plan.scorer

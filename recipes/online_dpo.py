@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
+from raylign.config.evaluation import EvaluationBlock
 from raylign.evaluation.guard import loss_after
 from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import evaluate, with_gold
+from raylign.evaluation.win_rate import against_versions
 from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,
@@ -197,10 +199,21 @@ def evaluate_policy(
             initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
             log.save_held_out(stage, held_out, candidates, with_gold(scores, gold))
             block, seed = config.evaluation, config.run.seed
-            evaluation = evaluate(held_out, candidates, scores, logps, block, seed, initial, gold)
+            rates = win_rates(log, candidates, scores, block)
+            evaluation = evaluate(held_out, candidates, scores, logps, block, seed, initial, gold, rates)
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
+
+
+def win_rates(
+    log: RoundLog, candidates: Sequence[Candidate], scores: Sequence[Score], block: EvaluationBlock
+) -> Mapping[str, float]:
+    """This version against earlier ones by the scores of their completions, prompt by prompt."""
+    if not log.index:
+        return {}
+    versions = {name: log.read_held_out_of(0 if name == "initial" else log.index - 1) for name in block.win_rate}
+    return against_versions(candidates, scores, versions, block.confidence)
 
 
 def draw_prompts(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -13,9 +13,9 @@ from typing import TypeVar, TypeVarTuple
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from actors.placement import PlacementPlan, plan_team, plan_trainer_team
+from actors.placement import PlacementPlan, plan_evaluation, plan_team, plan_trainer_team
 from raylign.boundary.beside import end_torch_beside
-from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
+from raylign.config import EvaluateConfig, OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
 from raylign.config.losses import loss_functions
 from raylign.config.reference import ModelReferenceBlock
@@ -28,7 +28,7 @@ from raylign.prompts import PromptSet, draw, load_prompts, refused_path
 from raylign.records import Prompt
 from raylign.reference.checkpoint import resolve_reference
 from raylign.report.tables import report_console
-from raylign.roles import Publisher, Team, Trainers
+from raylign.roles import Generators, Publisher, Scorer, Team, Trainers
 from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.fingerprints import fingerprint, model_digest
@@ -45,6 +45,7 @@ from recipes.commands.signals import terminable
 from recipes.memory import begin_check
 from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
+from recipes.sides import Found, find_sides, side_inputs
 
 _CANARY_PROMPTS = 4
 T = TypeVar("T")
@@ -160,6 +161,52 @@ def _describe_scorers(config: OnlineDpoConfig) -> None:
             describe_scorer(gold)
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationRun:
+    """A run that compares, opened: its sides, and who answers and scores, each as long as its context lasts."""
+
+    run: Run
+    sides: Sequence[Found]
+    serve: Callable[[Found], AbstractContextManager[Generators]]
+    scoring: Callable[[], AbstractContextManager[Scorer]]
+
+
+@contextmanager
+def evaluation_run(config: EvaluateConfig, recipe: str | None = None) -> Iterator[EvaluationRun]:
+    """A run that trains nothing; generators and the scorer start one after the other. `recipe` as for `online_run`."""
+    from actors.cluster import cluster, log_folder  # noqa: PLC0415 - Ray, which `raylign plan` does without
+    from actors.team import Served, generator_team, scorer_team  # noqa: PLC0415
+
+    described = _meanwhile(describe_scorer, config.scoring)
+    path = run_path(config.run)
+    default_uri(config.tracking, path)
+    sides = find_sides(config)
+    rows = sides[0].prompts
+    require_references(rows.held_out, config.scoring)
+    described()
+    inputs = side_inputs(sides, config.source[0]) | dict(scorer_inputs(config.scoring))
+    if recipe is not None:
+        inputs |= recipe_input(recipe)
+    require_same(path, rows, inputs)
+    end_torch_beside()
+    load_ahead()
+    with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
+        answering, judging = plan_evaluation(config, available, samples=any(side.given is None for side in sides))
+        directory = continue_or_create(config)
+        with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
+            keep(directory.path, inputs)
+            console = report_console()
+            run = Run(config, directory, tracker, console)
+            run.open_record(rows, config.prompts.split)
+            console.print(Text(starting(directory, log_folder())), soft_wrap=True)
+
+            def serve(side: Found) -> AbstractContextManager[Generators]:
+                served = Served(side.folder, side.model, side.checkpoint, side.version)
+                return generator_team(config, served, answering, run.incidents)
+
+            yield EvaluationRun(run, sides, serve, lambda: scorer_team(config, judging, run.incidents))
+
+
 def _meanwhile(function: Callable[[*Ts], T], *args: *Ts) -> Callable[[], T]:
     """Begin the call; what is returned has its answer, or raises. Nobody who leaves without it waits for it."""
     answer: Future[T] = Future()
@@ -259,8 +306,13 @@ def inputs_of(
         what = "the code of the loss, or of what it imports"
         found[f"loss.function={function}"] = Input(module_sources(function).digest, what, fixed=False)
     if recipe is not None:
-        found["recipe"] = Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)
+        found |= recipe_input(recipe)
     return found | {name: one for option, block in scorers.items() for name, one in scorer_inputs(block, option)}
+
+
+def recipe_input(recipe: str) -> dict[str, Input]:
+    """The file with the loop."""
+    return {"recipe": Input(fingerprint(Path(recipe)).sha256, f"the recipe's own code, {recipe}", fixed=False)}
 
 
 def take_up(run: Run, team: Team, block: ModelBlock) -> Mapping[str, float]:

@@ -31,7 +31,8 @@ from raylign.report.tables import Sample, report_console, samples_block
 from raylign.report.text import escape_control
 from raylign.roles import Trainers
 from raylign.run.checkpoints import Checkpoint, Metrics
-from raylign.run.directory import RunDirectory, require_continuable, run_path
+from raylign.run.directory import REPORT_NAME, RunDirectory, require_continuable, run_path
+from raylign.run.files import publish_text
 from raylign.run.inputs import Rows
 from raylign.run.rounds import RoundLog, Trained, finished_stages
 from raylign.run.settings import CONFIG_NAME
@@ -229,6 +230,12 @@ class Run:
         self.say(f"results: {self.directory.path}")
         self.say(f"MLflow:  mlflow ui --backend-store-uri {default_uri(self._config.tracking, self.directory.path)}")
         self.say(f"export:  raylign export {self.directory.path} --to DIR")
+
+    def keep_report(self, text: str) -> None:
+        """report.json of a run without rounds, written last; also an MLflow artifact."""
+        self.directory.require_in_place()
+        publish_text(self.directory.path / REPORT_NAME, text)
+        self._tracker.artifact(self.directory.path / REPORT_NAME, "report")
 
     def say(self, line: str) -> None:
         self._console.print(Text(escape_control(line)), soft_wrap=True)

@@ -55,7 +55,7 @@ def _gaps(expected: Sequence[float], served: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _OneEngine:
+class OneEngine:
     """A generator that has just started, while the others work on."""
 
     handles: Sequence[ActorHandle[Generator]]
@@ -122,7 +122,7 @@ class WeightPublisher:
 
         Raises ActorsLost when it dies, WeightSyncError when it does not serve the trainer's weights.
         """
-        alone = _OneEngine([handle], self.turns)
+        alone = OneEngine([handle], self.turns)
         if self.generators.pushed:
             self._push(alone, self.generators.served)
         self.canary.check(self.trainers, alone, self.timeout_s)

@@ -119,6 +119,11 @@ class Evaluation:
 
     `gold` is the mean of the gold scorer, as `score` is of the scorer, with its bounds and the completions it left
     unscored; None without one.
+
+    `win_rate` is the share of wins over the policy before round 1 on the same prompts, a tie being half a win;
+    `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
+    (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for. Of the recipe
+    `evaluate` it is the rate over the first opponent.
     """
 
     score: float
@@ -142,6 +147,15 @@ class Evaluation:
     gold_low: float | None = None
     gold_high: float | None = None
     gold_unscored: int | None = None
+    win_rate: float | None = None
+    win_rate_low: float | None = None
+    win_rate_high: float | None = None
+    win_rate_length_controlled: float | None = None
+    win_rate_length_controlled_low: float | None = None
+    win_rate_length_controlled_high: float | None = None
+    win_rate_previous: float | None = None
+    win_rate_previous_low: float | None = None
+    win_rate_previous_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

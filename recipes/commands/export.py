@@ -45,7 +45,7 @@ def export_run(run: Path, to: Path, *, merge: bool, version: int | Literal["best
         raise ConfigError(f"{to}: inside the run directory {directory.path}; give a folder outside of it")
     require_place(to.absolute())
     config = directory.config()
-    report = finished_round(directory, best_of(directory, config) if version == "best" else version)
+    report = directory.finished_round(best_of(directory, config) if version == "best" else version)
     finished = [other.policy_version for other in directory.reports()]
     checkpoint = directory.whole_checkpoint(report.policy_version, finished).folder
     base = resolve_model(config.model.path, config.model.revision)
@@ -99,22 +99,6 @@ def best_of(directory: RunDirectory, config: RunConfig) -> int:
         found = "no finished round has it" if best is None else f"the model before training is best ({best.value:.4g})"
         raise ConfigError(f"{directory.path}: no trained version is best by {measure}: {found}; give --version N")
     return best.version
-
-
-def finished_round(directory: RunDirectory, version: int | None) -> RoundReport:
-    """The report of policy `version`, or of the newest one that still has a checkpoint."""
-    kept = {int(path.name) for path in directory.checkpoints()}
-    reports = {report.policy_version: report for report in directory.reports() if report.policy_version in kept}
-    if not reports:
-        raise ConfigError(f"{directory.path}: no finished round with a checkpoint; let the run finish a round first")
-    wanted = max(reports) if version is None else version
-    if wanted not in reports:
-        known = ", ".join(str(number) for number in sorted(reports))
-        raise ConfigError(
-            f"{directory.path}: no checkpoint of a finished round for version {wanted}; there are: {known} "
-            "(trainer.save_total_limit says how many a run keeps)"
-        )
-    return reports[wanted]
 
 
 def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> PolicyFacts:

@@ -82,6 +82,9 @@ PROMPT_ROWS: list[dict[str, Any]] = [
     {"prompt": "What is a ray?", "answer": "a line"},
     {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
     {"prompt": "Name a fish.", "extra": {"a": [1, 2]}},
+    {"instruction": "Name a fish.", "output": "A trout.", "generator": "g", "dataset": "d"},
+    {"question_id": "q", "cluster": "c", "turns": [{"content": "Name a fish."}]},
+    {"key": 1, "prompt": "Why?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]},
 ]
 DATA_ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a fish.", "chosen": "A trout.", "rejected": "A stone."},

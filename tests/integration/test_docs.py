@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {
     "make fuzz": "tests/unit/test_fuzz.py, fewer inputs",
     "make clean": "below, make -n",
     "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts",
-    "raylign run": "tests/integration/test_interrupts.py, test_offline_recipes.py, test_model_scorers.py",
+    "raylign run": "test_interrupts.py, test_offline_recipes.py, test_model_scorers.py, test_evaluate_recipe.py",
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
     "raylign data prepare": "tests/unit/data/test_prepare_pipeline.py",
     "raylign resume": "tests/integration/test_kills.py; tests/unit/run/test_resume.py with other settings",

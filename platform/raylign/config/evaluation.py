@@ -1,7 +1,7 @@
 """How an online run is evaluated, who scores beside its scorer, and by what its best version is chosen."""
 
 from dataclasses import fields
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -37,6 +37,9 @@ class EvaluationBlock(Block):
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     samples: NonNegativeInt = 3
     """Held-out completions kept per round for people to read."""
+    win_rate: tuple[Literal["initial", "previous_round"], ...] = ("initial", "previous_round")
+    """Whom each version is compared with, prompt by prompt, by the scores that its completions have anyway: the policy
+    before round 1, and that of the round before; [] leaves it out."""
     gold: ScoringUnion | None = None
     """A second scorer, of held-out completions alone: no round trains on it. Where the score rises and this one falls,
     the policy exploits its scorer (Gao et al. 2023, arXiv 2210.10760). It runs beside `scoring`, in the same actor."""

@@ -136,6 +136,11 @@ def require_measured(
     for name in names:
         if name.startswith("gold") and evaluation.gold is None:
             raise ValueError(f"the measure {name} needs a gold scorer; set evaluation.gold, or take another measure")
+        opponent = "previous_round" if name.startswith("win_rate_previous") else "initial"
+        if name.startswith("win_rate") and opponent not in evaluation.win_rate:
+            raise ValueError(
+                f"the measure {name} compares with an opponent that evaluation.win_rate leaves out; add {opponent}"
+            )
         if name == "kl" and isinstance(reference, NoReferenceBlock | SamplerReferenceBlock):
             raise ValueError(
                 f"the measure kl is against the reference, and reference.policy={reference.policy} keeps none to ask; "

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from raylign.boundary.code import NAMED, import_named
 from raylign.config.base import Block
+from raylign.config.evaluate import EvaluateConfig
 from raylign.config.offline import OfflineDpoConfig, RewardModelConfig, SftConfig
 from raylign.config.online import OnlineDpoConfig
 from raylign.config.tree import RunConfig
@@ -25,6 +26,7 @@ RECIPES: Mapping[str, type[RunConfig]] = {
     "offline_dpo": OfflineDpoConfig,
     "sft": SftConfig,
     "reward_model": RewardModelConfig,
+    "evaluate": EvaluateConfig,
 }
 """The tree of each `recipe`, which is the name of its script in `recipes/` too."""
 _DEFAULT = "online_dpo"

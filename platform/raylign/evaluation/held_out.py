@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from raylign.config.evaluation import EvaluationBlock
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
 from raylign.evaluation.health import distinct_n, kl_k3, kl_per_token, sampled_entropy, seq_rep_n
+from raylign.evaluation.intervals import share_interval
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
@@ -24,10 +24,11 @@ def evaluate(
     candidates: Sequence[Candidate],
     scores: Sequence[Score],
     reference_logps: Sequence[float],
-    block: EvaluationBlock,
+    block: "Resampling",
     seed: int,
     initial_logps: Sequence[float] = (),
     gold: Sequence[Score] = (),
+    win_rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
@@ -35,7 +36,7 @@ def evaluate(
     under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it, and
     so does `gold`, the scores of a gold scorer, empty without one. The score is the mean over prompts of the mean over
     their scored completions; unscored ones are counted and left out. Its interval is the percentile bootstrap over
-    prompts, drawn with `seed`.
+    prompts, drawn with `seed`. `win_rates` are those of `raylign.evaluation.win_rate.against_versions`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
@@ -68,6 +69,7 @@ def evaluate(
         gold_low=gold_low,
         gold_high=gold_high,
         gold_unscored=sum(score.value is None for score in gold) if gold else None,
+        **win_rates,
     )
 
 
@@ -168,10 +170,15 @@ def held_out_evaluation(
     `more` are further metrics of the same rows.
 
     Equal rewards are half right: a policy that equals its reference ranks nothing, which is a coin's 1/2. The interval
-    is the percentile bootstrap over rows, drawn with `seed`.
+    of that share is `share_interval`, that of the loss the percentile bootstrap over rows, drawn with `seed`.
     """
-    values = _accuracies(measured) if metric == "rewards/accuracies" else np.asarray(measured.losses)
-    low, high = mean_interval(values, block, seed)
+    values: Values
+    if metric == "rewards/accuracies":
+        values = _accuracies(measured)
+        low, high = map(float, share_interval(values, block.confidence))
+    else:
+        values = np.asarray(measured.losses)
+        low, high = mean_interval(values, block, seed)
     value = float(values.mean())
     return HeldOutEvaluation(metric, value, low, high, len(values), {**measured.metrics, **more, metric: value})
 

@@ -214,13 +214,31 @@ On held-out prompts after the last round ({result.completions} completions, {res
 |---|---|
 | Score by the scorer above | {result.score:.3f} |
 | {confidence:.0%} interval of the score | {result.score_low:.3f} to {result.score_high:.3f} |{gold}
-| KL to the reference, nats per completion | {optional(result.kl)} |
+{_win_rates(result, confidence)}| KL to the reference, nats per completion | {optional(result.kl)} |
 | KL to the initial policy, nats per completion | {optional(result.kl_initial)} |
 | Mean completion length, tokens | {result.length:.1f} |
 | Distinct bigrams | {result.distinct_2:.3f} |
 | Completions that ended by themselves | {result.eos_rate:.0%} |
 
 The score is that of the scorer the model was trained on; a high value may also mean that the scorer was exploited."""
+
+
+def _win_rates(result: Evaluation, confidence: float) -> str:
+    """Rows of the table, for a run that compared its versions."""
+    measured = (
+        ("Win rate", result.win_rate, result.win_rate_low, result.win_rate_high),
+        (
+            "Win rate at equal lengths",
+            result.win_rate_length_controlled,
+            result.win_rate_length_controlled_low,
+            result.win_rate_length_controlled_high,
+        ),
+    )
+    return "".join(
+        f"| {name} over the model before training, {confidence:.0%} interval | {rate:.2f}, {low:.2f} to {high:.2f} |\n"
+        for name, rate, low, high in measured
+        if rate is not None and low is not None and high is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)

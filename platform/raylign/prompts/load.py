@@ -86,6 +86,26 @@ def load_prompts(
     return PromptSet(tuple(train), tuple(held_out), block.source, _digest([*train, *held_out]), invalid, controlled)
 
 
+def load_all(
+    block: PromptsBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    *,
+    most: int | None = None,
+    refused_to: Path | None = None,
+) -> PromptSet:
+    """Every prompt of `block.split`, or the first `most`, as held-out ones: to evaluate on, none to train on.
+
+    Raises PromptError as `load_prompts` does.
+    """
+    table = read_source(block).train
+    table.require(block.column)
+    checked = _checked("h", table, block, tokenizer, max_prompt_tokens, wanted=most)
+    refuse((checked.invalid,), block.max_invalid, refused_to)
+    prompts = tuple(_unique(checked.prompts, table.where))
+    return PromptSet((), prompts, block.source, _digest(prompts), (checked.invalid,), checked.controlled)
+
+
 def _checked(
     prefix: str,
     table: Table,

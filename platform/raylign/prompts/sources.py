@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from raylign.config.blocks import PartBlock, PromptsBlock
 from raylign.errors import PromptError
+from raylign.prompts.published import as_published
 from raylign.prompts.tables import Fault, Row, Table, Unit, closest, flawless, json_lines
 from raylign.reading import Refused
 from raylign.reading.arrow import open_parquet, parquet_rows, require_plain_columns
@@ -145,7 +146,7 @@ def _cells(value: object, column: str) -> Mapping[str, Any]:
         return {column: value}
     if not isinstance(value, dict):
         raise ValueError(f"{type(value).__name__} instead of an object")
-    return value
+    return as_published(value, column)
 
 
 def _columns(rows: list[Row]) -> tuple[str, ...]:

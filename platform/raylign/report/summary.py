@@ -81,7 +81,8 @@ def headline(evaluation: AnyEvaluation) -> str:
             apart = evaluation.kl_initial not in (None, evaluation.kl)
             initial = f", {optional(evaluation.kl_initial)} to the initial policy" if apart else ""
             gold = "" if evaluation.gold is None else f", gold {evaluation.gold:.3f}"
-            return f"held-out score {evaluation.score:.3f}{gold}, KL {optional(evaluation.kl)} nats{initial}"
+            won = f", win rate {rate:.2f}" if (rate := evaluation.win_rate) is not None else ""
+            return f"held-out score {evaluation.score:.3f}{gold}, KL {optional(evaluation.kl)} nats{initial}{won}"
         case HeldOutEvaluation():
             loss = "" if evaluation.metric == "loss" else f", loss {evaluation.metrics['loss']:.3f}"
             return f"held-out {evaluation.metric} {interval(evaluation)}{loss}"

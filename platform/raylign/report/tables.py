@@ -26,6 +26,7 @@ KL_LIMIT_NATS = 10.0
 DISPLACEMENT_LIMIT_NATS = 10.0
 ACCURACY_FLOOR = 0.55
 SKIPPED_LIMIT = 0.1
+EVEN = 0.5
 NOTHING = "-"
 
 
@@ -47,24 +48,18 @@ def report_console() -> Console:
 def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
     """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
 
-    KL is that to the reference; that to the policy before round 1 has a column where it is another one, and so has the
-    gold score where there is one.
+    KL is that to the reference; that to the policy before round 1 has a column where it is another one, and so have the
+    gold score and the win rate over that policy where they were measured.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
     apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
     golden = any(evaluation.gold is not None for evaluation in evaluations)
     kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
-    gold_headers = ("gold\nscore",) if golden else ()
-    for header in (
-        "round",
-        "score [low, high]",
-        *gold_headers,
-        *kl_headers,
-        "length\ntokens",
-        "distinct\n-2",
-        "EOS\nrate",
-    ):
+    compared = any(evaluation.win_rate is not None for evaluation in evaluations)
+    gold_headers, rates = ("gold\nscore",) if golden else (), ("win rate\n%",) if compared else ()
+    measured = ("score [low, high]", *gold_headers, *rates, *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate")
+    for header in ("round", *measured):
         table.add_column(Text(header), justify="right", overflow="fold")
     for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
         table.add_column(Text(header), justify="right", overflow="fold")
@@ -72,7 +67,8 @@ def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
         table.add_column(f"{stage}\ns", justify="right", overflow="fold")
     trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
     for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
-        table.add_row(str(index), *_evaluation_cells(evaluation, apart=apart, golden=golden), *cells)
+        shown = _evaluation_cells(evaluation, apart=apart, golden=golden, compared=compared)
+        table.add_row(str(index), *shown, *cells)
     return table
 
 
@@ -103,6 +99,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
         *_length_notes(baseline.length, last.length),
         *_kl_notes(last),
     ]
+    notes += _win_rate_notes(last)
     if last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
         notes.append(
             f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
@@ -133,6 +130,18 @@ def _length_notes(before: float, after: float) -> list[str]:
     return [
         f"mean length went from {before:.1f} to {after:.1f} tokens{change}: "
         "the scorer may reward length rather than quality"
+    ]
+
+
+def _win_rate_notes(last: Evaluation) -> list[str]:
+    low, rate = last.win_rate_low, last.win_rate_length_controlled
+    controlled_low = last.win_rate_length_controlled_low
+    if low is None or rate is None or controlled_low is None or low <= EVEN or controlled_low > EVEN:
+        return []
+    return [
+        f"the win rate over the initial policy is {last.win_rate:.2f}, and at equal lengths {rate:.2f}, which may be "
+        "chance: the scorer may reward length rather than quality; set pairing.length_penalty, or pairing.type="
+        "length_matched"
     ]
 
 
@@ -194,10 +203,11 @@ def sampled(evaluation: AnyEvaluation) -> Evaluation:
     return evaluation
 
 
-def _evaluation_cells(evaluation: Evaluation, *, apart: bool, golden: bool) -> list[str]:
+def _evaluation_cells(evaluation: Evaluation, *, apart: bool, golden: bool, compared: bool) -> list[str]:
     return [
         _interval_text(evaluation),
         *([_cell(evaluation.gold, ".3f")] if golden else []),
+        *([_percentages(evaluation)] if compared else []),
         optional(evaluation.kl),
         *([optional(evaluation.kl_initial)] if apart else []),
         f"{evaluation.length:.1f}",
@@ -233,6 +243,14 @@ def _seconds_cell(seconds: float | None) -> str:
 
 def _interval_text(evaluation: Evaluation) -> str:
     return f"{evaluation.score:.3f} [{evaluation.score_low:.3f}, {evaluation.score_high:.3f}]"
+
+
+def _percentages(evaluation: Evaluation) -> str:
+    """`62 [51-73]`: a win rate and its interval."""
+    rate, low, high = evaluation.win_rate, evaluation.win_rate_low, evaluation.win_rate_high
+    if rate is None or low is None or high is None:
+        return NOTHING
+    return f"{100 * rate:.0f} [{100 * low:.0f}-{100 * high:.0f}]"
 
 
 def _score_text(score: Score) -> str:

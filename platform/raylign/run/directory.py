@@ -165,6 +165,21 @@ class RunDirectory:
         newest = self.decisions(reports[-1].index) or ()
         return ended_early(config.rules, config.choice, newest, measures(self.baseline(), reports))
 
+    def finished_round(self, version: int | None) -> RoundReport:
+        """The report of policy `version`, or of the newest one that still has a checkpoint. Raises ConfigError."""
+        kept = {int(path.name) for path in self.checkpoints()}
+        reports = {report.policy_version: report for report in self.reports() if report.policy_version in kept}
+        if not reports:
+            raise ConfigError(f"{self.path}: no finished round with a checkpoint; let the run finish a round first")
+        wanted = max(reports) if version is None else version
+        if wanted not in reports:
+            known = ", ".join(str(number) for number in sorted(reports))
+            raise ConfigError(
+                f"{self.path}: no checkpoint of a finished round for version {wanted}; there are: {known} "
+                "(trainer.save_total_limit says how many a run keeps)"
+            )
+        return reports[wanted]
+
     def _rounds(self) -> Iterator[int]:
         names = (path.name for path in (self.path / "rounds").glob("[0-9]*"))
         return (int(name) for name in names if is_name(name) and not name.endswith(PARTIAL) and int(name))

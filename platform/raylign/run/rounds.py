@@ -234,6 +234,11 @@ class RoundLog:
     def read_held_out(self) -> tuple[list[Candidate], list[Score]]:
         return read_candidates(self._folder / HELD_OUT)
 
+    def read_held_out_of(self, index: int) -> tuple[list[Candidate], list[Score]] | None:
+        """What `save_held_out` wrote in an earlier round; None where it wrote nothing."""
+        path = self._directory.round(index) / HELD_OUT
+        return read_candidates(path) if path.is_file() else None
+
     def save_reliability(self, stage: Stage, reliability: Calibration) -> None:
         """reliability.png: how often a reward model's predictions come true, also an MLflow artifact."""
         publish_file(self._folder / RELIABILITY, partial(draw_reliability, reliability))

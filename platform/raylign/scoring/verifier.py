@@ -7,6 +7,7 @@ from raylign.config.scoring import ScoringBlock, VerifierScoringBlock, leaves
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ItemScorer, ScoringItem, most_unscored
+from raylign.scoring.ifeval import read_instructions
 from raylign.scoring.kind import Kind, Near
 from raylign.scoring.process import ProcessScorer
 
@@ -45,18 +46,28 @@ class VerifierScorer:
 
 def reference_of(prompt: Prompt, block: VerifierScoringBlock) -> object:
     """What the prompt's row has as its answer; None without one."""
-    return prompt.meta.get(block.answer_column)
+    return prompt.meta.get(block.reference_column)
 
 
 def missing_reference(prompt: Prompt, block: VerifierScoringBlock) -> str:
     """Why a prompt has nothing to compare with; "" where it has, or needs nothing."""
-    column, answer = block.answer_column, reference_of(prompt, block)
+    column, answer = block.reference_column, reference_of(prompt, block)
+    if block.method == "ifeval" and isinstance(answer, str):
+        return _unreadable(answer, prompt)
     if not block.needs_answer or (_is_answer(answer) and str(answer).strip()):
         return ""
     if answer is None or _is_answer(answer):
         return f"no reference answer in column {column!r} (prompt {prompt.id})"
     kind = type(answer).__name__
     return f"the reference answer in column {column!r} is a {kind}, not a text or number (prompt {prompt.id})"
+
+
+def _unreadable(cell: str, prompt: Prompt) -> str:
+    try:
+        read_instructions(cell)
+    except ValueError as error:
+        return f"{error} (prompt {prompt.id})"
+    return ""
 
 
 def require_references(prompts: Sequence[Prompt], block: ScoringBlock) -> None:
@@ -84,7 +95,8 @@ def _load(block: VerifierScoringBlock, near: Near) -> ItemScorer:
 
 
 def _describe(block: VerifierScoringBlock, load: bool) -> tuple[str, ...]:
-    reference = f"reference answers in column {block.answer_column!r}" if block.needs_answer else "no reference"
+    what = "instructions" if block.method == "ifeval" else "reference answers"
+    reference = f"{what} in column {block.reference_column!r}" if block.needs_answer else "no reference"
     patterns = {"extract": block.extract, "extract_answer": block.extract_answer, "pattern": block.pattern}
     return reference, *(f"{key}: {text}" for key, text in patterns.items() if text is not None)
 
@@ -93,6 +105,6 @@ KIND: Kind[VerifierScoringBlock] = Kind(
     _load,
     _describe,
     longest_s=lambda block, batch: 2 * (block.timeout_s + GRACE_S) * len(batch),
-    code=("verify.py",),
-    packages=("math-verify",),
+    code=("verify.py", "ifeval.py"),
+    packages=("math-verify", "py3langid"),
 )

@@ -12,6 +12,7 @@ from math_verify import parse
 from math_verify import verify as same_maths
 
 from raylign.records import Score
+from raylign.scoring.ifeval import follows, read_instructions
 
 EXTRACTED = "extracted"
 _SHOWN = 80
@@ -44,6 +45,8 @@ def _comparison(rules: Mapping[str, Any]) -> Compare:
             return _Extracted(rules, _SameText(strip=rules["strip"], casefold=rules["casefold"]))
         case "math":
             return _Extracted(rules, _SameMaths(bare=rules["extract"] is not None))
+        case "ifeval":
+            return lambda answer, completion: follows(read_instructions(answer), completion)
         case method:
             raise ValueError(f"method={method!r}")
 

@@ -314,6 +314,7 @@ def test_a_step_trains_on_all_ranks_and_micro_batches() -> None:
 
 def test_the_recipes_are_those_listed_here() -> None:
     assert [path.stem for path in RECIPES] == [
+        "evaluate_smollm2",
         "grpo_smollm2",
         "offline_dpo_smollm2",
         "reward_model_smollm2",

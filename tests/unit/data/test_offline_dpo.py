@@ -109,7 +109,7 @@ def test_the_untrained_policy_ranks_like_a_coin(whole: tuple[Deadly, RunDirector
     directory = whole[1]
     baseline, first = directory.baseline(), directory.reports()[0].evaluation
     assert isinstance(baseline, HeldOutEvaluation) and isinstance(first, HeldOutEvaluation)
-    assert (baseline.value, baseline.low, baseline.high, baseline.rows) == (0.5, 0.5, 0.5, 3)
+    assert (baseline.value, baseline.rows) == (0.5, 3) and 0 < baseline.low < 0.5 < baseline.high < 1
     assert baseline.metrics["loss"] == pytest.approx(0.6931472)
     assert first.value == pytest.approx(2 / 3) and first.low <= first.value <= first.high
 

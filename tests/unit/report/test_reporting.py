@@ -115,6 +115,29 @@ def test_a_kl_to_the_initial_policy_that_cannot_be_had_is_said() -> None:
     assert note.startswith("KL to the reference is 12.0 nats")
 
 
+WON = replace(BETTER, win_rate=0.7, win_rate_low=0.6, win_rate_high=0.8)
+
+
+def controlled(rate: float, low: float) -> Evaluation:
+    return replace(WON, win_rate_length_controlled=rate, win_rate_length_controlled_low=low)
+
+
+def test_win_rates_have_a_column_where_versions_were_compared() -> None:
+    plain, compared = (rendered(round_table(BASELINE, [report(1, one)]), 160) for one in (BETTER, WON))
+    assert "win rate" in compared and "win rate" not in plain
+    rows = [line.split() for line in compared.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    assert [row[4:6] for row in rows] == [["-", "0.00"], ["70", "[60-80]"]]
+    assert headline(WON).endswith(", KL 2.50 nats, win rate 0.70")
+
+
+def test_a_win_rate_that_length_explains_is_noted() -> None:
+    assert warnings(BASELINE, [settled(1), settled(2, controlled(0.65, 0.55))]) == []
+    (note,) = warnings(BASELINE, [settled(1), settled(2, controlled(0.52, 0.41))])
+    assert note.startswith(
+        "the win rate over the initial policy is 0.70, and at equal lengths 0.52, which may be chance"
+    )
+
+
 def sample(completion: str, value: float | None, name: str = "p1") -> Sample:
     messages = ({"role": "system", "content": "sys"}, {"role": "user", "content": "the question"})
     return Sample(Prompt(name, messages, (1,)), completion, Score(value, reason="late" if value is None else ""))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -18,6 +19,7 @@ from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, load_config, load_recipe, parse_config
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import NoPreferencesError, ScorerError, TrainerError, WeightSyncError
+from raylign.evaluation.intervals import share_interval
 from raylign.pairing.usable import Dropped
 from raylign.prompts import PromptSet
 from raylign.records import Evaluation, Prompt, RoundReport
@@ -177,6 +179,31 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
     assert report.health == {"beta": 0.1}
     assert tuple(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
     assert [(sample.prompt.id, sample.completion) for sample in samples] == [("x", "good end"), ("y", "good end")]
+
+
+def test_versions_are_compared_with_the_first_and_the_one_before(open_desk: Open, tmp_path: Path) -> None:
+    """Version v scores v on both held-out prompts, so that each wins over every earlier one."""
+    small = [f"run.dir={tmp_path}/runs", "schedule.rounds=3", "schedule.prompts_per_round=2"]
+    desk = open_desk(parse_config(CONFIG, small), value=count_good)
+    train(desk.run, PromptSet(prompts("a", "b"), HELD_OUT, "s", "0"), desk.team, desk.config)
+    baseline = sampled(desk.run.directory.baseline())
+    assert baseline.win_rate is None and baseline.win_rate_previous is None
+    low, high = map(float, share_interval(np.ones(2), 0.95))
+    for report in desk.run.directory.reports():
+        found = sampled(report.evaluation)
+        assert (found.win_rate, found.win_rate_low, found.win_rate_high) == (1.0, low, high)
+        assert (found.win_rate_previous, found.win_rate_previous_low) == (1.0, low)
+        assert found.win_rate_length_controlled == pytest.approx(3 / 4, abs=0.01)  # two wins, and one and a loss
+    events = [event for event in read_events(desk.folder / JOURNAL_NAME) if event.name == "round_finished"]
+    assert [event.payload["evaluation"]["win_rate_low"] for event in events] == [low] * len(events)
+
+
+def test_win_rates_are_left_out_where_nobody_asks(open_desk: Open, tmp_path: Path) -> None:
+    config = parse_config(CONFIG, [f"run.dir={tmp_path}/runs", "evaluation.win_rate=[previous_round]"])
+    desk = open_desk(config)
+    evaluate_policy(desk.log(0), HELD_OUT, desk.team, config)
+    report, _ = desk.round(1)
+    assert sampled(report.evaluation).win_rate is None and sampled(report.evaluation).win_rate_previous == 1.0
 
 
 def test_round_2_trains_on_what_version_1_sampled(open_desk: Open) -> None:

@@ -190,7 +190,7 @@ def test_describe_says_how_it_compares() -> None:
         ("scoring.extract='('", "'(' is no regular expression (missing ), unterminated subpattern at position 0)"),
         ("scoring.method=regex", "method=regex needs pattern, for example pattern='Answer: {answer}$'"),
         ("scoring.pattern=a", "pattern='a' is for method=regex, not math; use extract to find answers"),
-        ("scoring.method=maths", "Input should be 'math', 'exact_match' or 'regex'"),
+        ("scoring.method=maths", "Input should be 'math', 'exact_match', 'regex' or 'ifeval'"),
     ],
 )
 def test_wrong_options_are_refused(option: str, message: str) -> None:

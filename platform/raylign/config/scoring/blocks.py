@@ -137,6 +137,8 @@ class FunctionScoringBlock(LeafScoringBlock):
 
 
 ANSWER = "{answer}"
+IFEVAL = "ifeval"
+"""The column with a row's instructions as JSON, as `raylign.prompts.published` writes it."""
 
 
 class VerifierScoringBlock(LeafScoringBlock):
@@ -144,12 +146,13 @@ class VerifierScoringBlock(LeafScoringBlock):
 
     `math` compares as mathematics with the Math-Verify library, so that 1/2 is 0.5 and \\frac{1}{2}; it reads the last
     expression of a completion, a boxed one first. Letters and words are no mathematics: take `exact_match` for them,
-    which compares text. `regex` looks for `pattern`.
+    which compares text. `regex` looks for `pattern`. `ifeval` checks the instructions of rows as IFEval publishes them,
+    strictly and all of a prompt; the parts of the score have the looser accuracies (`raylign.scoring.ifeval`).
     """
 
     module: ClassVar[str] = "verifier"
     type: Literal["verifier"] = "verifier"
-    method: Literal["math", "exact_match", "regex"] = "math"
+    method: Literal["math", "exact_match", "regex", "ifeval"] = "math"
     """How a completion is compared with the answer."""
     answer_column: str = Field("answer", min_length=1)
     """Column of the prompt's row with the reference answer; an item without one is unscored."""
@@ -190,6 +193,22 @@ class VerifierScoringBlock(LeafScoringBlock):
                 f"pattern={self.pattern!r} is for method=regex, not {self.method}; use extract to find answers"
             )
         return self
+
+    @model_validator(mode="after")
+    def instructions_have_their_own_column(self) -> Self:
+        patterns = {"extract": self.extract, "extract_answer": self.extract_answer}
+        extra = [name for name, pattern in patterns.items() if pattern is not None]
+        if self.method == "ifeval" and (self.answer_column != "answer" or extra):
+            raise ValueError(
+                f"{' and '.join(extra) or f'answer_column={self.answer_column}'} with method=ifeval, which reads the "
+                "instructions of IFEval's rows and the whole completion; leave it out"
+            )
+        return self
+
+    @property
+    def reference_column(self) -> str:
+        """Where a row has what its completions are compared with."""
+        return IFEVAL if self.method == "ifeval" else self.answer_column
 
     @property
     def needs_answer(self) -> bool:
