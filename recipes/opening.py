@@ -21,6 +21,7 @@ from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.errors import RaylignError
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
 from raylign.pairing import with_mismatched
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
@@ -42,6 +43,7 @@ from recipes.commands.failures import told
 from recipes.commands.signals import terminable
 from recipes.memory import begin_check
 from recipes.model_checks import require_models
+from recipes.capability import find_tasks, task_inputs
 from recipes.run import RowSource, Run, recorded, starting
 
 _CANARY_PROMPTS = 4
@@ -124,8 +126,10 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     described = _meanwhile(describe_scorer, config.scoring)
     models = find_models(config)
     prompts = find_prompts(config, models)
+    tasks = find_tasks(config, models.tokenizer)
     described()
-    with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, config.scoring) as (run, plan):
+    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, config.scoring)
+    with opened as (run, plan):
         started = time.monotonic()
         with team(
             config,
@@ -162,7 +166,8 @@ def offline_run(config: OfflineConfig, recipe: str | None = None) -> Iterator[tu
 
     models = find_models(config)
     data = find_rows(config, models)
-    with _opened(config, models, data, config.data.split, recipe, plan_trainer_team) as (run, plan):
+    tasks = find_tasks(config, models.tokenizer)
+    with _opened(config, models, data, config.data.split, recipe, plan_trainer_team, tasks) as (run, plan):
         run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {what_became_of(data)}")
         if note := mixed_scales(data, config.score_options):
             run.say(f"note: {note}")
@@ -186,6 +191,7 @@ def _opened(
     split: str,
     recipe: str | None,
     plan: Callable[[C, Mapping[str, float]], PlacementPlan],
+    tasks: Sequence[Measured],
     scoring: ScoringBlock | None = None,
 ) -> Iterator[tuple[Run, PlacementPlan]]:
     """Check what is left to check, then open directory and record; leaves nothing behind but the run directory."""
@@ -193,7 +199,7 @@ def _opened(
 
     default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
-    inputs = inputs_of(config, rows, models, recipe, scoring)
+    inputs = inputs_of(config, rows, models, recipe, scoring) | task_inputs(tasks)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
     require_memory = begin_check(config, models.folder, rows.train)
@@ -205,7 +211,7 @@ def _opened(
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             keep(directory.path, inputs)
-            run = Run(config, directory, tracker, console)
+            run = Run(config, directory, tracker, console, tasks)
             run.open_record(rows, split)
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             yield run, placement

@@ -113,7 +113,7 @@ class Evaluation:
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
     same against the policy before round 1. None where there is no such policy to ask. `length` is in tokens; the rates
-    lie in 0..1.
+    lie in 0..1. `capability` has what `raylign.evaluation.capability` measured of this version, if it did.
     """
 
     score: float
@@ -126,6 +126,7 @@ class Evaluation:
     completions: int
     unscored: int
     kl_initial: float | None = None
+    capability: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class HeldOutEvaluation:
     """Held-out rows of a data set under one policy version; nothing is sampled. Made by `raylign.evaluation.held_out`.
 
     `metric` names the value that sums it up, `low`/`high` bound it (bootstrap over rows). `metrics` has TRL's metrics,
-    means over the rows or their tokens.
+    means over the rows or their tokens. `capability` is that of `Evaluation`.
     """
 
     metric: str
@@ -142,6 +143,7 @@ class HeldOutEvaluation:
     high: float
     rows: int
     metrics: Mapping[str, float]
+    capability: Mapping[str, float] = field(default_factory=dict)
 
 
 AnyEvaluation = Evaluation | HeldOutEvaluation

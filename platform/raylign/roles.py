@@ -135,6 +135,10 @@ class TrainerRank(Protocol):
         """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
         ...
 
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy as it is."""
+        ...
+
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
@@ -304,6 +308,10 @@ class Trainers(Protocol):
 
     def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
+        ...
+
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy as it is."""
         ...
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:

@@ -15,6 +15,7 @@ from pydantic import (
 
 from raylign.boundary.secrets import holds_secret
 from raylign.config.base import Block
+from raylign.config.capability import CapabilityBlock
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -352,6 +353,8 @@ class EvaluationBlock(Block):
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     samples: NonNegativeInt = 3
     """Held-out completions kept per round for people to read."""
+    capability: CapabilityBlock | None = None
+    """What the policy still knows beside what it is trained for; null measures none of it."""
 
 
 class TrackingBlock(Block):

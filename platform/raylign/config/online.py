@@ -13,6 +13,7 @@ from raylign.config.blocks import (
     ScheduleBlock,
     WeightSyncBlock,
 )
+from raylign.config.capability import CapabilityBlock
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import (
     BestWorstPairingBlock,
@@ -168,6 +169,10 @@ class OnlineDpoConfig(RunConfig):
     @property
     def longest(self) -> tuple[str, int]:
         return "generators.max_model_len", self.generators.max_model_len
+
+    @property
+    def capability(self) -> CapabilityBlock | None:
+        return self.evaluation.capability
 
     @property
     def confidence(self) -> float:
