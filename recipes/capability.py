@@ -14,7 +14,7 @@ from raylign.run.rounds import RoundLog
 
 
 def find_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Measured, ...]:
-    """The tasks of `evaluation.capability` in tokens. Raises RaylignError, naming the cure, when one cannot be asked."""
+    """The tasks of `evaluation.capability` in tokens. Raises RaylignError when one cannot be asked, with the cure."""
     if config.capability is None:
         return ()
     option, longest = config.longest

@@ -39,11 +39,11 @@ from raylign.scoring.load import describe_scorer, scorer_inputs
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from recipes.capability import find_tasks, task_inputs
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
 from recipes.memory import begin_check
 from recipes.model_checks import require_models
-from recipes.capability import find_tasks, task_inputs
 from recipes.run import RowSource, Run, recorded, starting
 
 _CANARY_PROMPTS = 4
