@@ -115,9 +115,7 @@ def test_a_token_that_straddles_the_boundary_is_the_continuations(begins: bool) 
 def test_choices_without_a_token_or_beyond_the_window_are_refused() -> None:
     encoder = Encoder(tokenizer_of(), WINDOW, "data.max_length")
     long = Task("quiz", (Question("7", "xxxxxxxxxx", ("a", "bef"), 0),))
-    with pytest.raises(
-        DataError, match=r"task quiz, item 7: 14 tokens with choice 'bef', more than data.max_length=12"
-    ):
+    with pytest.raises(DataError, match=r"task quiz, item 7: 14 tokens with choice 'bef', more than data.max"):
         encode(long, encoder)
 
 
