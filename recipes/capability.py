@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from raylign.config import OfflineConfig, OnlineDpoConfig, RunConfig
+from raylign.config.capability import LM_EVAL
 from raylign.evaluation.capability.likelihood import Encoder, Measured, encode
+from raylign.evaluation.capability.lm_eval_tasks import lm_eval_task
 from raylign.evaluation.capability.measures import summary
 from raylign.evaluation.capability.tasks import load_task
 from raylign.roles import Trainers
@@ -19,7 +21,10 @@ def find_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[M
         return ()
     option, longest = config.longest
     encoder = Encoder(tokenizer, longest, option)
-    return tuple(encode(load_task(task), encoder) for task in config.capability.tasks)
+    return tuple(
+        lm_eval_task(task, encoder) if task.startswith(LM_EVAL) else encode(load_task(task), encoder)
+        for task in config.capability.tasks
+    )
 
 
 def task_inputs(tasks: Sequence[Measured]) -> dict[str, Input]:

@@ -17,7 +17,8 @@ class CapabilityBlock(Block):
     tasks: tuple[str, ...] = EMBEDDED_TASKS
     """`perplexity` (texts), `multiple_choice` and `arithmetic` (questions) are raylign's own. A .jsonl, .json or
     .parquet file of yours has rows with `text`, or with `question`, `choices` and `answer` (the place of the right one,
-    from 0). `lm_eval:NAME` is a multiple-choice task of lm-eval, where that is installed."""
+    from 0). `lm_eval:NAME` is a multiple-choice task of lm-eval, `lm_eval:FILE.yaml` one of yours in its format, where
+    it is installed (pip install lm-eval)."""
     every: PositiveInt | None = None
     """Measure after every so many rounds too; null measures before round 1 and after the last round."""
 
@@ -32,7 +33,8 @@ class CapabilityBlock(Block):
             raise ValueError("no task is named; name one, or leave the block out (evaluation.capability=null)")
         for task in tasks:
             is_known = task in EMBEDDED_TASKS or task.endswith(SUFFIXES)
-            if not is_known and (not task.startswith(LM_EVAL) or task == LM_EVAL):
+            is_theirs = task.startswith(LM_EVAL) and task != LM_EVAL
+            if not (is_known or is_theirs):
                 raise ValueError(
                     f"{task!r} is no task; take {', '.join(EMBEDDED_TASKS)}, a {', '.join(SUFFIXES)} file, or "
                     f"{LM_EVAL}NAME"
@@ -45,6 +47,5 @@ class CapabilityBlock(Block):
 
 def task_name(task: str) -> str:
     """What metrics call it: a file by its name without the ending."""
-    if task.startswith(LM_EVAL):
-        return task.removeprefix(LM_EVAL)
-    return Path(task).stem if task.endswith(SUFFIXES) else task
+    name = task.removeprefix(LM_EVAL)
+    return Path(name).stem if name.endswith((*SUFFIXES, ".yaml")) else name
