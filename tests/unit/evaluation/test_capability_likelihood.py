@@ -44,9 +44,10 @@ def model_of() -> LlamaForCausalLM:
         num_key_value_heads=1,
         max_position_embeddings=64,
         initializer_range=0.3,
-        attn_implementation="eager",
     )
-    return LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    return model
 
 
 def eager(ids: Sequence[int], scored: int) -> float:
