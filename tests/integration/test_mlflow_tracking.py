@@ -31,6 +31,7 @@ from tests.integration.played_runs import (
     all_runs,
     assert_recorded_once,
     campaign_and_rounds,
+    evaluation,
     history,
     open_run,
     play_round,
@@ -126,8 +127,7 @@ def test_capability_has_metrics_of_its_own(run_dir: Path, uri: str) -> None:
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)
     parent, rounds = campaign_and_rounds(client)
-    history = client.get_metric_history(parent.info.run_id, "capability/perplexity")
-    assert [(metric.step, metric.value) for metric in history] == [(0, 12.5), (1, 12.0)]
+    assert history(client, parent, "capability/perplexity") == [(0, 12.5), (1, 12.0)]
     assert rounds[0].data.metrics["capability/perplexity_change"] == -0.5
     assert not [name for name in parent.data.metrics if name.startswith("eval/capability")]
 
