@@ -22,6 +22,7 @@ from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.data.preferences import PreferenceData, load_preferences, mixed_scales
 from raylign.errors import RaylignError
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.models import end_ids, load_tokenizer, require_context, resolve_model
 from raylign.pairing import with_mismatched
 from raylign.prompts import PromptSet, draw, load_prompts, refused_path
@@ -40,6 +41,7 @@ from raylign.scoring.load import describe_scorer, scorer_inputs
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri
+from recipes.capability import find_tasks, task_inputs
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
 from recipes.memory import begin_check
@@ -130,8 +132,11 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     described = _meanwhile(_describe_scorers, config)
     models = find_models(config)
     prompts = find_prompts(config, models)
+    tasks = find_tasks(config, models.tokenizer)
     described()
-    with _opened(config, models, prompts, config.prompts.split, recipe, plan_team, scorers_of(config)) as (run, plan):
+    scorers = scorers_of(config)
+    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, scorers)
+    with opened as (run, plan):
         started = time.monotonic()
         with team(
             config,
@@ -228,7 +233,8 @@ def offline_run(config: OfflineConfig, recipe: str | None = None) -> Iterator[tu
 
     models = find_models(config)
     data = find_rows(config, models)
-    with _opened(config, models, data, config.data.split, recipe, plan_trainer_team) as (run, plan):
+    tasks = find_tasks(config, models.tokenizer)
+    with _opened(config, models, data, config.data.split, recipe, plan_trainer_team, tasks) as (run, plan):
         run.say(f"{len(data.train)} rows to train on, {len(data.held_out)} held out; {what_became_of(data)}")
         if note := mixed_scales(data, config.score_options):
             run.say(f"note: {note}")
@@ -252,6 +258,7 @@ def _opened(
     split: str,
     recipe: str | None,
     plan: Callable[[C, Mapping[str, float]], PlacementPlan],
+    tasks: Sequence[Measured],
     scorers: Mapping[str, ScoringBlock] = MappingProxyType({}),
 ) -> Iterator[tuple[Run, PlacementPlan]]:
     """Check what is left to check, then open directory and record; leaves nothing behind but the run directory."""
@@ -259,7 +266,7 @@ def _opened(
 
     default_uri(config.tracking, run_path(config.run))
     require_continuable(config)
-    inputs = inputs_of(config, rows, models, recipe, scorers)
+    inputs = inputs_of(config, rows, models, recipe, scorers) | task_inputs(tasks)
     require_same(run_path(config.run), rows, inputs)
     console = report_console()
     require_memory = begin_check(config, models.folder, rows.train)
@@ -271,7 +278,7 @@ def _opened(
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             keep(directory.path, inputs)
-            run = Run(config, directory, tracker, console)
+            run = Run(config, directory, tracker, console, tasks)
             run.open_record(rows, split)
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)
             yield run, placement

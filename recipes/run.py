@@ -14,6 +14,7 @@ from rich.text import Text
 
 from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.evaluation.guard import (
     Decision,
     Measures,
@@ -26,7 +27,7 @@ from raylign.evaluation.guard import (
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.report.console import keep_library_log
-from raylign.report.summary import headline, rounds_table, rounds_warnings
+from raylign.report.summary import alignment_tax, headline, rounds_table, rounds_warnings
 from raylign.report.tables import Sample, report_console, samples_block
 from raylign.report.text import escape_control
 from raylign.roles import Trainers
@@ -60,10 +61,17 @@ class RowSource(Rows, Protocol):
 class Run:
     """A run as its driver sees it: what is done, every record it writes, and the summary at its end."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, tracker: Tracker, console: Console) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        tracker: Tracker,
+        console: Console,
+        tasks: Sequence[Measured] = (),
+    ) -> None:
         from actors.supervision.incidents import Incidents  # noqa: PLC0415 - Ray, which `raylign plan` does without
 
-        self.directory = directory
+        self.directory, self.tasks = directory, tasks
         self._config, self._tracker, self._console = config, tracker, console
         self.incidents = Incidents(config.recovery, tracker.incident)
         self._checkpoints = directory.checkpoint_store(config.trainer.save_total_limit)
@@ -219,6 +227,8 @@ class Run:
         if self._samples[0] and len(self._samples) > 1:
             self._console.print(samples_block("held-out samples", self._samples[0], self._samples[-1]))
         self._console.print(rounds_table(baseline, self._reports))
+        if tax := alignment_tax(baseline, [report.evaluation for report in self._reports]):
+            self.say(tax)
         for warning in rounds_warnings(baseline, self._reports):
             self.say(f"note: {warning}")
         for decision in self.decisions(before=self._reports[-1].index + 1):

@@ -240,6 +240,10 @@ class FakeRank:
         known = rows if self._config.model.lora is not None else ()
         return [[token_logp(0) * len(tokens) for tokens in row.completions] for row in known]
 
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        self._events.append(f"policy log-probs {len(rows)} of version {self.version}")
+        return [[token_logp(self.version) * len(tokens) for tokens in row.completions] for row in rows]
+
     def reference_candidates(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int
     ) -> dict[int, ReferenceLogps]:

@@ -74,6 +74,10 @@ class TrainerGroup:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
         return self._in_order("log-probs of the initial policy", TrainerRank.initial_logps, rows)
 
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy as it is."""
+        return self._in_order("log-probs of the policy", TrainerRank.policy_logps, rows)
+
     def _in_order(
         self,
         what: str,

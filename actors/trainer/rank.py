@@ -218,10 +218,12 @@ class DeepSpeedRank:
     def _logps(self, policy: ReferencePolicy | None, rows: Sequence[Completions]) -> list[list[float]]:
         if policy is None:
             return []
-        block = self._spec.trainer
         with policy.scoring() as module:
-            mine, count = rows[self._rank :: block.ranks], math.ceil(len(rows) / block.ranks)
-            return self._passes.logps(module, mine, count, block.per_device_train_batch_size)
+            return self._passes.logps(module, rows, self._rank, self._spec.trainer)
+
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        with self._without_training() as module:
+            return self._passes.logps(module, rows, self._rank, self._spec.trainer)
 
     def take_loss(self, loss: TrainerLoss) -> None:
         self._learner.take_loss(loss)

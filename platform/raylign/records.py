@@ -124,6 +124,8 @@ class Evaluation:
     `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
     (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for. Of the recipe
     `evaluate` it is the rate over the first opponent.
+
+    `capability` has what `raylign.evaluation.capability` measured of this version, if it did.
     """
 
     score: float
@@ -156,6 +158,7 @@ class Evaluation:
     win_rate_previous: float | None = None
     win_rate_previous_low: float | None = None
     win_rate_previous_high: float | None = None
+    capability: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,7 @@ class HeldOutEvaluation:
     """Held-out rows of a data set under one policy version; nothing is sampled. Made by `raylign.evaluation.held_out`.
 
     `metric` names the value that sums it up, `low`/`high` bound it (bootstrap over rows). `metrics` has TRL's metrics,
-    means over the rows or their tokens.
+    means over the rows or their tokens. `capability` is that of `Evaluation`.
     """
 
     metric: str
@@ -172,6 +175,7 @@ class HeldOutEvaluation:
     high: float
     rows: int
     metrics: Mapping[str, float]
+    capability: Mapping[str, float] = field(default_factory=dict)
 
 
 AnyEvaluation = Evaluation | HeldOutEvaluation

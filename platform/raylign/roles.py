@@ -139,6 +139,10 @@ class TrainerRank(Protocol):
     def take_loss(self, loss: TrainerLoss) -> None:
         """Train by it from the next round on: the one that the rank started with, but for its beta and weights."""
 
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy as it is."""
+        ...
+
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
     ) -> int:
@@ -312,6 +316,10 @@ class Trainers(Protocol):
 
     def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
+        ...
+
+    def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+        """The same under the policy as it is."""
         ...
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:

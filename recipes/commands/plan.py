@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from actors.weight_sync.manifest import checkpoint_manifest
 from raylign.config import RunConfig
 from raylign.config.blocks import ModelBlock, PlacementBlock
+from raylign.config.capability import CapabilityBlock
 from raylign.config.losses import TrainerLoss, loss_functions, members
 from raylign.config.reference import (
     EmaReferenceBlock,
@@ -22,6 +23,7 @@ from raylign.config.reference import (
     PreviousRoundReferenceBlock,
     SamplerReferenceBlock,
 )
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.export.card import loss_name
 from raylign.models import context_limit
 from raylign.reference.checkpoint import resolve_reference
@@ -139,6 +141,15 @@ def needed(required: Mapping[str, float], available: Mapping[str, float]) -> str
 def many(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def capability_lines(tasks: Sequence[Measured], block: CapabilityBlock | None) -> list[Line]:
+    """What is measured of it, and when; no line where nothing is."""
+    if block is None:
+        return []
+    each = f", every {many(block.every, 'round')}" if block.every else ""
+    named = ", ".join(f"{task.name} ({many(task.items, 'item')})" for task in tasks)
+    return [("", f"capability: {named}, before round 1{each} and after the last round")]
 
 
 def loss_lines(loss: TrainerLoss) -> list[Line]:

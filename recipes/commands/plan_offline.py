@@ -1,6 +1,6 @@
 """What a recipe on a data set would run, found out without starting an actor or loading weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,14 @@ from actors.placement import PlacementPlan, plan_trainer_team
 from raylign.config import OfflineConfig
 from raylign.data.preferences import PreferenceData, mixed_scales
 from raylign.data.split import total_steps
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.prompts import left_out
 from raylign.tracking.uri import default_uri
+from recipes.capability import find_tasks
 from recipes.commands.plan import (
     Line,
     ModelFacts,
+    capability_lines,
     grid,
     loss_lines,
     many,
@@ -35,6 +38,7 @@ class OfflinePlan:
     config: OfflineConfig
     model: ModelFacts
     data: PreferenceData
+    tasks: Sequence[Measured]
     steps: int
     placement: PlacementPlan
     memory: MemoryPlan
@@ -47,6 +51,7 @@ def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
     models = find_models(config)
     model = model_facts(Path(models.folder), config.model)
     data = find_rows(config, models)
+    tasks = find_tasks(config, models.tokenizer)
     where, available = present_resources(config.placement)
     steps = total_steps(len(data.train), config.schedule, config.trainer)
     placement = plan_trainer_team(config, available)
@@ -54,7 +59,7 @@ def make_offline_plan(config: OfflineConfig) -> OfflinePlan:
         config, Subject(model.folder, model.trained, data.train), placement, gpu_bytes(config.placement)
     )
     memory.require_fit()
-    return OfflinePlan(config, model, data, steps, placement, memory, available, where)
+    return OfflinePlan(config, model, data, tasks, steps, placement, memory, available, where)
 
 
 def show_offline_plan(config: OfflineConfig, console: Console) -> None:
@@ -101,6 +106,7 @@ def _work(plan: OfflinePlan) -> list[Line]:
             f"{trainer.gradient_accumulation_steps} accumulated)",
         ),
         ("", f"{plan.config.rounds + 1} evaluations of {many(len(plan.data.held_out), 'row')}"),
+        *capability_lines(plan.tasks, plan.config.capability),
     ]
 
 

@@ -1,7 +1,7 @@
 """What an online recipe would run, and that as people read it."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,17 +18,20 @@ from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
 from raylign.config.scoring import JudgeScoringBlock, ScoringBlock, leaves
+from raylign.evaluation.capability.likelihood import Measured
 from raylign.prompts import PromptSet, left_out
 from raylign.scoring.composition import of_gold
 from raylign.scoring.load import describe_scorer
 from raylign.tracking.uri import default_uri
 from raylign.training.schedule import steps_per_round
+from recipes.capability import find_tasks
 from recipes.commands.checks.machine import megabytes
 from recipes.commands.plan import (
     THIS_MACHINE,
     Line,
     ModelFacts,
     ReferenceFacts,
+    capability_lines,
     grid,
     loss_lines,
     many,
@@ -83,6 +86,7 @@ class RunPlan:
     model: ModelFacts
     reference: ReferenceFacts
     prompts: PromptFacts
+    tasks: Sequence[Measured]
     scorer: tuple[str, ...]
     gold: tuple[str, ...]
     amounts: Amounts
@@ -115,6 +119,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
     model = model_facts(Path(models.folder), config.model)
     reference = reference_facts(config, model.folder, model.trained)
     prompts = find_prompts(config, models, quarantine=False)
+    tasks = find_tasks(config, models.tokenizer)
     where, available = present_resources(config.placement)
     placement = plan_team(config, available)
     memory = memory_plan(
@@ -131,6 +136,7 @@ def make_plan(config: OnlineDpoConfig) -> RunPlan:
         model=model,
         reference=reference,
         prompts=prompt_facts(prompts),
+        tasks=tasks,
         scorer=scorer,
         gold=gold,
         amounts=amounts(config, len(prompts.held_out)),
@@ -280,6 +286,7 @@ def _work(plan: RunPlan) -> list[Line]:
             f"evaluation: {plan.prompts.held_out} prompts x {many(config.evaluation.num_generations, 'completion')} "
             f"= at most {amounts.evaluated_per_round:,} tokens",
         ),
+        *capability_lines(plan.tasks, config.capability),
         (
             f"{many(schedule.rounds, 'round')}",
             f"at most {amounts.sampled:,} sampled tokens, {amounts.evaluated:,} more in "

@@ -20,6 +20,8 @@ from raylign.config.blocks import PromptsBlock
 from raylign.config.data import DataBlock
 from raylign.data.preferences import load_preferences
 from raylign.data.rows import read_examples
+from raylign.evaluation.capability.likelihood import Encoder, encode
+from raylign.evaluation.capability.tasks import load_task
 from raylign.models import context_limit, end_ids, load_tokenizer, resolve_model
 from raylign.models.open import embedding_rows, read_chat_template
 from raylign.prompts import load_prompts
@@ -109,6 +111,12 @@ DATA_ROWS: list[dict[str, Any]] = [
 ]
 
 
+CAPABILITY_ROWS: list[dict[str, Any]] = [
+    {"question": "What is a ray?", "choices": ["a line", "a fish"], "answer": 0},
+    {"text": "A ray is a line. A ray is a fish."},
+]
+
+
 def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Four rows of the same form with other words."""
     text = json.dumps(row)
@@ -183,6 +191,13 @@ def data_as(suffix: str) -> Callable[[bytes], None]:
     return reader
 
 
+def capability_as(suffix: str) -> Callable[[bytes], None]:
+    def reader(data: bytes) -> None:
+        encode(load_task(str(written(f"capability{suffix}", data))), Encoder(tokenizer(), 64, "data.max_length"))
+
+    return reader
+
+
 TEMPLATES = [
     b"{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     b"{% if add_generation_prompt %}assistant: {% endif %}",
@@ -252,7 +267,7 @@ def text_rows(
     inputs: Callable[[list[dict[str, Any]]], st.SearchStrategy[bytes]],
     write: Callable[[list[dict[str, Any]]], bytes],
 ) -> dict[str, Format]:
-    """Prompts and judged text in files of this kind."""
+    """Prompts, judged text and tasks of capability in files of this kind."""
 
     def made(rows: list[dict[str, Any]], reader: Callable[[bytes], None]) -> Format:
         return Format(lambda: inputs(rows), reader, lambda: write(variants(rows[0])))
@@ -260,6 +275,7 @@ def text_rows(
     return {
         f"prompts{suffix}": made(PROMPT_ROWS, prompts_as(suffix)),
         f"data{suffix}": made(DATA_ROWS, data_as(suffix)),
+        f"capability{suffix}": made(CAPABILITY_ROWS, capability_as(suffix)),
     }
 
 

@@ -6,6 +6,7 @@ import math
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlflow.entities import Dataset, Run
 from mlflow.tracking import MlflowClient
 
 from raylign.config import dump_config, parse_config
+from raylign.records import RoundReport
 from raylign.tracking.facts import flatten
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
@@ -29,6 +31,7 @@ from tests.integration.played_runs import (
     all_runs,
     assert_recorded_once,
     campaign_and_rounds,
+    evaluation,
     history,
     open_run,
     play_round,
@@ -112,6 +115,21 @@ def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path, uri: str) -> No
     assert parent.info.start_time == int(events[0].time * 1000)
     assert parent.info.end_time == int(events[-1].time * 1000)
     assert rounds[0].info.end_time <= rounds[1].info.start_time
+
+
+def test_capability_has_metrics_of_its_own(run_dir: Path, uri: str) -> None:
+    tracker = open_tracker(run_dir, CONFIG.tracking)
+    tracker.run_started(CONFIG, {})
+    tracker.baseline(replace(evaluation(0.1), capability={"perplexity": 12.5, "perplexity_low": 11.0}))
+    tracker.round_started(1)
+    after = replace(evaluation(0.2), capability={"perplexity": 12.0, "perplexity_change": -0.5})
+    tracker.round_finished(RoundReport(1, 1, {"preferences": 1}, (), {}, after, {}))
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+    parent, rounds = campaign_and_rounds(client)
+    assert history(client, parent, "capability/perplexity") == [(0, 12.5), (1, 12.0)]
+    assert rounds[0].data.metrics["capability/perplexity_change"] == -0.5
+    assert not [name for name in parent.data.metrics if name.startswith("eval/capability")]
 
 
 def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:

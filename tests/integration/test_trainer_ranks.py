@@ -14,6 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from actors.trainer.state import StoredTensors
 from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import ActorsLost
+from raylign.records import Completions
 from raylign.run.checkpoints import Metrics
 from tests.integration.ranks import Processes, preferences, spec_of, train_round
 
@@ -72,6 +73,20 @@ def test_same_trajectory(
     for step, (left, right) in enumerate(zip(expected, found, strict=True)):
         for metric in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy"):
             assert right[metric] == pytest.approx(left[metric], rel=2e-4, abs=2e-5), (step, metric)
+
+
+@pytest.mark.parametrize("options", [{}, HALVES, HALVES | {"zero_stage": 3}], ids=["1 rank", "2 ranks", "ZeRO 3"])
+def test_log_probs_of_the_policy_as_it_is(ranks_llama: str, ranks: Processes, options: dict[str, Any]) -> None:
+    """Row by row, in order, those that the canary gets token by token; training has moved them off the base's."""
+    group = ranks.group(spec_of(ranks_llama, MODELS["lora"], {"learning_rate": RATE, **BASELINE, **options}))
+    train_round(group, preferences(8))
+    rows = [Completions(p.prompt.token_ids, tuple(c.token_ids for c in p.candidates)) for p in preferences(5)]
+    pairs = [(row.prompt, own) for row in rows for own in row.completions]
+    by_token = group.token_logps([[*prompt, *own] for prompt, own in pairs])
+    expected = [sum(logps[len(prompt) - 1 :]) for (prompt, _), logps in zip(pairs, by_token, strict=True)]
+    found = [logp for row in group.policy_logps(rows) for logp in row]
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found != pytest.approx([logp for row in group.initial_logps(rows) for logp in row], abs=1e-1)
 
 
 def test_an_architecture_without_packed_rows_takes_the_same_steps_sharded(ranks: Processes, tmp_path: Path) -> None:

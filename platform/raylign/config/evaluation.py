@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from raylign.config.base import Block
+from raylign.config.capability import CapabilityBlock
 from raylign.config.scoring import ScoringUnion
 from raylign.records import Evaluation
 
@@ -40,6 +41,8 @@ class EvaluationBlock(Block):
     win_rate: tuple[Literal["initial", "previous_round"], ...] = ("initial", "previous_round")
     """Whom each version is compared with, prompt by prompt, by the scores that its completions have anyway: the policy
     before round 1, and that of the round before; [] leaves it out."""
+    capability: CapabilityBlock | None = None
+    """What the policy still knows beside what it is trained for; null measures none of it."""
     gold: ScoringUnion | None = None
     """A second scorer, of held-out completions alone: no round trains on it. Where the score rises and this one falls,
     the policy exploits its scorer (Gao et al. 2023, arXiv 2210.10760). It runs beside `scoring`, in the same actor."""

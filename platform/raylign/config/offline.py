@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import RunBlock, RunName
+from raylign.config.capability import CapabilityBlock
 from raylign.config.data import DataBlock
 from raylign.config.losses import (
     BradleyTerryRewardLossBlock,
@@ -44,6 +45,8 @@ class HeldOutBlock(Block):
     bootstrap_samples: PositiveInt = 1000
     """Resamples for the interval."""
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
+    capability: CapabilityBlock | None = None
+    """What the policy still knows beside what it is trained for; null measures none of it."""
 
 
 class OfflineConfig(RunConfig):
@@ -78,6 +81,10 @@ class OfflineConfig(RunConfig):
     @property
     def longest(self) -> tuple[str, int]:
         return "data.max_length", self.data.max_length
+
+    @property
+    def capability(self) -> CapabilityBlock | None:
+        return self.evaluation.capability
 
     @property
     def confidence(self) -> float:
@@ -209,3 +216,12 @@ class RewardModelConfig(OfflineConfig):
     @property
     def rows(self) -> Rows:
         return "pairs" if self.loss.pairs_only else "rankings"
+
+    @model_validator(mode="after")
+    def a_reward_model_knows_no_texts(self) -> Self:
+        if self.evaluation.capability is not None:
+            raise ValueError(
+                "evaluation.capability asks a policy for the probability of texts, and a reward model gives none; "
+                "leave the block out"
+            )
+        return self

@@ -12,6 +12,7 @@ from raylign.config.blocks import (
     ScheduleBlock,
     WeightSyncBlock,
 )
+from raylign.config.capability import CapabilityBlock
 from raylign.config.evaluation import EvaluationBlock
 from raylign.config.guard import GuardRule, GuardUnion, require_measured, require_raisable
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock, TrainerLoss
@@ -172,6 +173,10 @@ class OnlineDpoConfig(RunConfig):
     @property
     def longest(self) -> tuple[str, int]:
         return "generators.max_model_len", self.generators.max_model_len
+
+    @property
+    def capability(self) -> CapabilityBlock | None:
+        return self.evaluation.capability
 
     @property
     def confidence(self) -> float:

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import ModelBlock, PlacementBlock, RecoveryBlock, RunBlock, TrackingBlock, TrainerBlock
+from raylign.config.capability import CapabilityBlock
 from raylign.config.evaluation import EvaluationBlock
 from raylign.config.guard import GuardRule
 from raylign.config.losses import RewardLossBlock, TrainerLoss
@@ -54,6 +55,11 @@ class RunConfig(Block):
     @abstractmethod
     def confidence(self) -> float:
         """Of the intervals of its evaluations."""
+
+    @property
+    def capability(self) -> CapabilityBlock | None:
+        """What is measured of the policy beside what it is trained for; None where nothing is."""
+        return None
 
     @property
     def max_completion_tokens(self) -> int | None:

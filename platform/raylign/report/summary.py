@@ -1,6 +1,6 @@
 """A run in a few lines: its table of rounds and notes on what may be wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 from rich import box
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 from raylign.report.tables import NOTHING, round_table, step_mean, warnings
-from raylign.report.text import optional
+from raylign.report.text import escape_control, optional
 
 STAGES = ("reference", "train", "evaluate")
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "mean_token_accuracy")
@@ -76,6 +76,25 @@ def _cells(evaluation: HeldOutEvaluation, shown: Sequence[str]) -> list[str]:
 
 def headline(evaluation: AnyEvaluation) -> str:
     """What a log line says of an evaluation."""
+    return ", ".join([_quality(evaluation), *_capability(evaluation.capability)])
+
+
+def _capability(found: Mapping[str, float]) -> list[str]:
+    """The first measure of each task."""
+    own = (name for name in found if f"{name}_low" in found and not name.endswith("_change"))
+    return [f"{_words(name)} {found[name]:{_form(name, found)}}" for name in own]
+
+
+def _form(name: str, found: Mapping[str, float]) -> str:
+    """How the first measure of a task is written: perplexity, or a share."""
+    return ".2f" if f"{name}_nats_per_token" in found else ".3f"
+
+
+def _words(name: str) -> str:
+    return escape_control(name.replace("_", " "))
+
+
+def _quality(evaluation: AnyEvaluation) -> str:
     match evaluation:
         case Evaluation():
             apart = evaluation.kl_initial not in (None, evaluation.kl)
@@ -88,6 +107,19 @@ def headline(evaluation: AnyEvaluation) -> str:
             return f"held-out {evaluation.metric} {interval(evaluation)}{loss}"
         case _:
             assert_never(evaluation)
+
+
+def alignment_tax(baseline: AnyEvaluation, later: Sequence[AnyEvaluation]) -> str | None:
+    """What training changed of capability, task by task with paired intervals; None where no version after it tells."""
+    last = next((one.capability for one in reversed(later) if one.capability), {})
+    parts = []
+    for name, before in baseline.capability.items():
+        if f"{name}_change" in last:
+            form = _form(name, last)
+            change, low, high = (last[f"{name}_change{bound}"] for bound in ("", "_low", "_high"))
+            change_text = f"{change:+{form}}, {low:+{form}} to {high:+{form}}"
+            parts.append(f"{_words(name)} {before:{form}} -> {last[name]:{form}} ({change_text})")
+    return f"alignment tax: {', '.join(parts)}" if parts else None
 
 
 def rounds_table(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> Table:

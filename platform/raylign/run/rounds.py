@@ -19,6 +19,7 @@ from rich.console import Console
 
 from raylign.errors import RecordError
 from raylign.evaluation.calibration import Calibration, draw_reliability
+from raylign.evaluation.capability.measures import ItemResult, Results
 from raylign.records import AnyEvaluation, Candidate, Preference, Prompt, Score
 from raylign.report.console import Advance, stage_progress
 from raylign.run.checkpoints import Checkpoint, Checkpoints, Metrics
@@ -34,10 +35,13 @@ log = logging.getLogger(__name__)
 STAGES_NAME = "stages.json"
 SAMPLED, CANDIDATES, SCORING = "sampled{}.jsonl", "candidates{}.parquet", "scoring{}.json"
 PREFERENCES, HELD_OUT, EVALUATION = "preferences.parquet", "samples.parquet", "evaluation.json"
-RELIABILITY = "reliability.png"
+RELIABILITY, CAPABILITY = "reliability.png", "capability.json"
+_OF_THE_POLICY = ("train", "capability", "evaluate")
+"""Stages whose results are those of the policy that the round trains."""
 _REDO = f"remove {STAGES_NAME} beside it, and what it stands for is done again"
 _METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
 _EVALUATION: TypeAdapter[AnyEvaluation] = TypeAdapter(AnyEvaluation)
+_RESULTS = TypeAdapter(dict[str, tuple[ItemResult, ...]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +97,7 @@ class RoundLog:
         self._tracker, self._console, self._checkpoints = tracker, console, checkpoints
         self._finished = finished_stages(self._folder)
         if index and not trained.complete:
-            self._finished = {
-                name: entry for name, entry in self._finished.items() if name not in ("train", "evaluate")
-            }
+            self._finished = {name: entry for name, entry in self._finished.items() if name not in _OF_THE_POLICY}
 
     @property
     def _folder(self) -> Path:
@@ -244,6 +246,26 @@ class RoundLog:
         publish_file(self._folder / RELIABILITY, partial(draw_reliability, reliability))
         stage.files.append(RELIABILITY)
         self._tracker.artifact(self._folder / RELIABILITY, "report", self.index)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether stage `name` is, by this attempt or an earlier one."""
+        return name in self._finished
+
+    def save_capability(self, stage: Stage, results: Results) -> None:
+        """capability.json: what the policy says of every item of every task."""
+        found = {task: [asdict(item) for item in items] for task, items in results.items()}
+        publish_text(self._folder / CAPABILITY, json.dumps(found, indent=1))
+        stage.files.append(CAPABILITY)
+
+    def read_capability(self) -> Results:
+        return read_record(self._folder / CAPABILITY, _RESULTS, _REDO)
+
+    def capability_before_training(self) -> Results:
+        """That of round 0; nothing in round 0 itself, and where round 0 measured none."""
+        before = self._directory.round(0)
+        if self.index == 0 or "capability" not in finished_stages(before):
+            return {}
+        return read_record(before / CAPABILITY, _RESULTS, _REDO)
 
     def save_evaluation(self, stage: Stage, evaluation: AnyEvaluation) -> None:
         """evaluation.json: what the held-out rows or completions came to."""

@@ -59,7 +59,8 @@ class Tracker:
 
     def baseline(self, evaluation: AnyEvaluation) -> None:
         """The evaluation before round 1; becomes round 0 of the run's curves."""
-        self._journal.append("evaluation", {"round": 0, "evaluation": _measured(evaluation)})
+        payload = {"round": 0, "evaluation": _measured(evaluation), "capability": dict(evaluation.capability)}
+        self._journal.append("evaluation", payload)
 
     def round_started(self, index: int) -> None:
         """Call at every attempt at round `index` (from 1); in MLflow they share one run, which has everything once."""
@@ -84,6 +85,7 @@ class Tracker:
                 "train": {**step_means(report.steps), **report.health},
                 "sync": dict(report.sync),
                 "evaluation": _measured(report.evaluation),
+                "capability": dict(report.evaluation.capability),
                 "seconds": dict(report.seconds),
                 "scoring": dict(report.scoring),
             },
@@ -130,10 +132,10 @@ def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _measured(evaluation: AnyEvaluation) -> dict[str, float | None]:
-    """Metric names to values."""
+    """Metric names to values, but for those of capability."""
     match evaluation:
         case Evaluation():
-            return asdict(evaluation)
+            return {name: value for name, value in asdict(evaluation).items() if name != "capability"}
         case HeldOutEvaluation():
             bounds = {f"{evaluation.metric}_low": evaluation.low, f"{evaluation.metric}_high": evaluation.high}
             return {**evaluation.metrics, evaluation.metric: evaluation.value, **bounds, "rows": evaluation.rows}

@@ -76,7 +76,7 @@ class MlflowWriter:
             case "prompts":
                 self._prompts(event)
             case "evaluation":
-                measured = _prefixed("eval", event.get("evaluation", _VALUES))
+                measured = {**_prefixed("eval", event.get("evaluation", _VALUES)), **_capability(event)}
                 self._log(self._parent(event), event, event.get("round", _INDEX), measured)
             case "round_started":
                 self._round_started(event)
@@ -198,6 +198,7 @@ class MlflowWriter:
             **_prefixed("counts", event.get("counts", _VALUES)),
             **_prefixed("sync", event.get("sync", _VALUES)),
             **_prefixed("scoring", event.get("scoring", _VALUES) if "scoring" in event.payload else {}),
+            **_capability(event),
             "policy_version": event.get("policy_version", _INDEX),
         }
         train: Mapping[str, float | None] = event.get("train", _VALUES)
@@ -254,6 +255,11 @@ def _milliseconds(seconds: float) -> int:
 
 def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _capability(event: Event) -> dict[str, float | None]:
+    """Journals of earlier versions have none."""
+    return _prefixed("capability", event.get("capability", _VALUES) if "capability" in event.payload else {})
 
 
 def _safe_name(name: str) -> str:

@@ -1,5 +1,6 @@
 """Preferences into optimizer steps: which rank runs which of them together. Forward passes without gradients."""
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raylign.chunks import chunks
+from raylign.config.blocks import TrainerBlock
 from raylign.records import Completions, Preference
 from raylign.training.preferences import kl_completions, kl_reference_logps
 from raylign.training.sequences import Layout, on_device, token_batch
@@ -118,14 +120,18 @@ class Passes:
     pad_id: int
     device: torch.device
 
-    def logps(self, module: nn.Module, rows: Sequence[Completions], count: int, batch: int) -> list[list[float]]:
-        """Summed log-probs of the completions of `rows`.
+    def logps(
+        self, module: nn.Module, rows: Sequence[Completions], rank: int, block: TrainerBlock
+    ) -> list[list[float]]:
+        """Summed log-probs of the completions of the share of `rank`, `rows[rank::world]`.
 
-        Every rank runs `count` rows, `batch` at a time with fillers, so that ZeRO-3 gathers line up.
+        Every rank runs as many rows, a micro-batch at a time with fillers, so that ZeRO-3 gathers line up.
         """
-        filled = [*rows, *[rows[-1] if rows else Completions((0,), ((0,),))] * (count - len(rows))]
-        found = iter([logp for group in chunks(filled, batch) for logp in self._summed(module, group).tolist()])
-        return [[next(found) for _ in row.completions] for row in rows]
+        mine, count = rows[rank :: block.ranks], math.ceil(len(rows) / block.ranks)
+        filled = [*mine, *[mine[-1] if mine else Completions((0,), ((0,),))] * (count - len(mine))]
+        groups = chunks(filled, block.per_device_train_batch_size)
+        found = iter([logp for group in groups for logp in self._summed(module, group).tolist()])
+        return [[next(found) for _ in row.completions] for row in mine]
 
     def kl_logps(self, module: nn.Module, preferences: Sequence[Preference]) -> Tensor:
         """[G] summed log-probs of the KL samples of `preferences`."""

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from raylign.records import Evaluation, Prompt, RoundReport, Score
 from raylign.report.console import stage_progress
-from raylign.report.summary import headline
+from raylign.report.summary import alignment_tax, headline
 from raylign.report.tables import STAGES, Sample, report_console, round_table, samples_block, warnings
 from raylign.report.text import escape_control
 
@@ -83,6 +83,21 @@ def test_a_round_without_steps_or_times_shows_dashes() -> None:
     bare = replace(report(1), steps=(), seconds={})
     (row,) = [line for line in rendered(round_table(BASELINE, [bare])).splitlines() if line.split()[:1] == ["1"]]
     assert row.split()[-11:] == ["47"] + ["-"] * 10
+
+
+def test_the_alignment_tax_is_a_line_with_paired_intervals() -> None:
+    before = replace(BETTER, capability={"multiple_choice": 0.41, "multiple_choice_low": 0.3, "perplexity": 12.1})
+    after = {"multiple_choice": 0.4, "multiple_choice_low": 0.3, "perplexity": 12.4, "perplexity_nats_per_token": 2.5}
+    change = {"_change": -0.01, "_change_low": -0.04, "_change_high": 0.02}
+    after |= {f"multiple_choice{name}": value for name, value in change.items()}
+    after |= {f"perplexity{name}": -30 * value for name, value in change.items()}
+    later = [replace(BETTER, capability=after), BETTER]
+    assert alignment_tax(before, later) == (
+        "alignment tax: multiple choice 0.410 -> 0.400 (-0.010, -0.040 to +0.020), "
+        "perplexity 12.10 -> 12.40 (+0.30, +1.20 to -0.60)"
+    )
+    assert alignment_tax(BETTER, later) is None and alignment_tax(before, [BETTER]) is None
+    assert headline(before).endswith(" nats, multiple choice 0.410")
 
 
 def test_a_kl_that_was_not_measured_is_a_dash_and_no_note() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import ConfigError, DiskError, TrainerError
+from raylign.evaluation.capability.likelihood import EncodedTask
+from raylign.evaluation.capability.tasks import Passage, Question, Task
 from raylign.prompts import InvalidRows, PromptSet
 from raylign.prompts.tables import Fault
-from raylign.records import Prompt
+from raylign.records import Completions, Prompt
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import RunDirectory, continue_or_create, differences, require_continuable
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
@@ -40,6 +43,7 @@ from tests.fakes import (
     Killed,
     NoFeed,
     fake_trainers,
+    token_logp,
 )
 from tests.faults import record
 
@@ -47,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "sampling": {"num_generations": 3, "max_resamples": 1},
     "trainer": {"per_device_train_batch_size": 1, "num_train_epochs": 2},
     "schedule": {"rounds": 2, "prompts_per_round": 2},
+    "evaluation": {"capability": {"tasks": ["multiple_choice", "perplexity"]}},
     "run": {"seed": 7},
 }
 
@@ -55,6 +60,13 @@ def prompts(*names: str) -> tuple[Prompt, ...]:
     return tuple(Prompt(name, ({"role": "user", "content": name},), (1, 2, 3)) for name in names)
 
 
+TASKS = (
+    EncodedTask(
+        Task("multiple_choice", (Question("q", "a", ("b", "c d"), 0), Question("r", "a", ("b c", "d"), 0))),
+        tuple((Completions((1,), own),) for own in (((2,), (3, 4)), ((2, 3), (4,)))),
+    ),
+    EncodedTask(Task("perplexity", (Passage("t", "abcd"),)), ((Completions((1,), ((2, 3),)),),)),
+)
 PROMPTS = PromptSet(prompts("a", "b", "c"), prompts("x", "y"), "here", "00")
 
 
@@ -67,7 +79,7 @@ def run_once(config: OnlineDpoConfig, folder: Path, last: int = 10_000, rank: ty
     events = Deadly(last)
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
-        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()))
+        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=io.StringIO()), TASKS)
         run.open_record(PROMPTS, "train")
         group, engine = fake_trainers(rank(events, config), config), FakeEngine(events)
         generators = FakeGenerators([engine])
@@ -132,6 +144,49 @@ def test_it_ends_as_if_it_had_not_been_killed(last: int, whole: tuple[Deadly, Ru
     once = [event for event in events if event in ("score 6", "sample a", "sample b", "sample c")]
     done = [event for event in [*first, *second] if event in ("score 6", "sample a", "sample b", "sample c")]
     assert sorted(done) == sorted(once)
+
+
+def test_capability_is_measured_first_and_last(whole: tuple[Deadly, RunDirectory]) -> None:
+    """A fake policy of version v gives every token the same log-prob, so that the shorter answer is the likelier."""
+    events, directory = whole
+    asked = [event for event in events if event.startswith("policy log-probs")]
+    assert asked == [f"policy log-probs {rows} of version {version}" for version in (0, 2) for rows in (2, 1)]
+    first, last = directory.baseline().capability, directory.reports()[-1].evaluation.capability
+    assert directory.reports()[0].evaluation.capability == {}
+    assert (first["multiple_choice"], first["perplexity"]) == pytest.approx((0.5, math.exp(-token_logp(0))))
+    assert last["perplexity"] == pytest.approx(math.exp(-token_logp(2)))
+    assert last["perplexity_change"] == pytest.approx(last["perplexity"] - first["perplexity"])
+    assert "perplexity_change" not in first and last["multiple_choice_change"] == 0
+    (evaluated,), finished = happened(directory, "evaluation"), happened(directory, "round_finished")
+    assert evaluated["capability"] == first and "capability" not in evaluated["evaluation"]
+    assert [event["capability"] for event in finished] == [{}, last]
+    assert sorted(json.loads((directory.round(2) / "capability.json").read_text())) == ["multiple_choice", "perplexity"]
+
+
+def test_damaged_capability_of_the_last_round_is_measured_again(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    events = run_once(config, tmp_path)
+    directory = continue_or_create(config)
+    (directory.round(2) / "report.json").unlink()
+    (directory.round(2) / "capability.json").write_text("{}")
+    expected = directory.reports()[:1]
+    again = run_once(config, tmp_path)
+    assert [event for event in again if event.startswith("policy log-probs")] == [
+        event for event in events if event.endswith("of version 2") and event.startswith("policy log-probs")
+    ]
+    assert directory.reports()[:1] == expected and directory.reports()[1].evaluation.capability
+
+
+def test_a_run_that_is_to_measure_it_from_now_on_tells_no_change(tmp_path: Path) -> None:
+    config = config_in(tmp_path, evaluation={}, schedule={"rounds": 1, "prompts_per_round": 2})
+    run_once(config, tmp_path)
+    later = config_in(tmp_path)
+    directory = continue_or_create(config)
+    directory.write_config(later)
+    run_once(later, tmp_path)
+    assert directory.baseline().capability == {}
+    last = directory.reports()[-1].evaluation.capability
+    assert "perplexity" in last and "perplexity_change" not in last
 
 
 GROUPS: dict[str, Any] = {"pairing": {"type": "group"}, "loss": {"loss_type": "grpo", "beta": 0.1}}
