@@ -18,6 +18,7 @@ from raylign.config import load_config, load_recipe
 from raylign.report.console import libraries_aside, log_to_console, own_stdout
 from recipes.commands.checks.ray_cluster import require_named_cluster
 from recipes.commands.failures import complain, say
+from recipes.commands.review import review
 from recipes.commands.signals import INTERRUPTED, STOPPED, terminable
 
 _CHECKS = "raylign.training.learners"
@@ -263,6 +264,7 @@ def export(
 
 data = typer.Typer(name="data", help="Prepare preference data.", no_args_is_help=True)
 app.add_typer(data)
+app.add_typer(review)
 
 
 @data.command("prepare", context_settings=SETTINGS_CONTEXT)
