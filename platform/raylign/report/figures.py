@@ -155,13 +155,13 @@ def _yield(record: RunRecord) -> "Figure | None":
     bars = axes.barh(
         [name.replace("_", " ") for name in names],
         [total.get(name, 0) for name in names],
-        color=[_BLUE if name in kept else _ORANGE for name in names],
+        color=[_BLUE if name in kept else _GREY if name == "truncated" else _ORANGE for name in names],
     )
     axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(visible=False)
-    axes.set_xlabel("blue: kept; orange: of these")
+    axes.set_xlabel("orange: left out")
     return figure
 
 

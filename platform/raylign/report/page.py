@@ -33,7 +33,7 @@ h1{margin:.2em 0}h2{margin:1.8em 0 .5em;border-bottom:1px solid #ddd}
 .verdict{font-size:1.15rem;padding:.7em 1em;border-left:6px solid #777;background:#f5f5f5}
 .better{border-color:#2a8f4d}.worse{border-color:#c0392b}.unclear{border-color:#d9a30d}
 .wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.35em .7em;border-bottom:1px solid #e3e3e3}
-th{text-align:left;font-weight:600}td.number,th.number{text-align:right;white-space:nowrap}
+th{text-align:left;font-weight:600}td.number,th.number{text-align:right}td.number{white-space:nowrap}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0;flex:1 1 28rem;min-width:0}
 figure img{max-width:100%;height:auto}figcaption{font-weight:600}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>div{min-width:0}
@@ -107,8 +107,8 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     rows = [row for row in rows if row not in left_out]
     table = [_cells(head), _cells(["---"] * len(head)), *map(_cells, rows)] if rows else []
     lines = [
-        " · ".join(f"{key} **{_inline(value)}**" for key, value in record.what.items()),
         f"**{_inline(found.sentence)}**",
+        " · ".join(f"{key} **{_inline(value)}**" for key, value in record.what.items()),
         f"{len(record.reports)} of {record.config.rounds} rounds, {status.lower()}.",
         "\n".join(f"- {_inline(note)}" for note in found.notes),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),

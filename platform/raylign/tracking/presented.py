@@ -31,14 +31,16 @@ _OPTIONS = {
 }
 """Tags of a run, and the options that tell them: the first that there is."""
 _FACTS = {MLFLOW_GIT_COMMIT: "git.sha", MLFLOW_SOURCE_NAME: "source", MLFLOW_USER: "user"}
+_SHOWN_BY_MLFLOW = frozenset({"source", "user"})
 logger = logging.getLogger(__name__)
 
 
 def tags_of(params: Mapping[str, str], facts: Mapping[str, str]) -> dict[str, str]:
-    """What a list of runs is filtered by, and where MLflow shows source, commit and user."""
+    """What a list of runs is filtered by, where MLflow shows source, commit and user, and the other facts."""
     found = {tag: next((params[name] for name in names if name in params), "") for tag, names in _OPTIONS.items()}
     own = {tag: facts[name] for tag, name in _FACTS.items() if name in facts}
-    return {MLFLOW_SOURCE_TYPE: "LOCAL", **own, **{tag: value for tag, value in found.items() if value}}
+    others = {name: value for name, value in facts.items() if name not in _SHOWN_BY_MLFLOW}
+    return {**{tag: value for tag, value in found.items() if value}, MLFLOW_SOURCE_TYPE: "LOCAL", **own, **others}
 
 
 def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw: bool) -> None:

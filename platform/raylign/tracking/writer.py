@@ -137,7 +137,7 @@ class MlflowWriter:
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
         run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
         self._store.set_running(run_id)
-        self._log_params(run_id, params, {**facts, "raylign.run_dir": str(self._run_dir), **tags_of(params, facts)})
+        self._log_params(run_id, params, {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)})
         self._page = "RUNNING"
         self.state.campaign, self.state.name = campaign, name
         self.state.run_id = run_id
