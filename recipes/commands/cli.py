@@ -262,6 +262,21 @@ def export(
     console.print(Text(f"use it: {exported.use}"))
 
 
+@app.command()
+@libraries_aside()
+def compare(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Directories of runs.")],
+) -> None:
+    """Put runs side by side: results with paired intervals against the first, and the options that differ.
+
+    Example: raylign compare runs/first runs/second
+    """
+    from raylign.report.tables import report_console  # noqa: PLC0415
+    from recipes.commands.compare import compare_runs  # noqa: PLC0415 - scipy, Arrow
+
+    compare_runs(run_directories, report_console())
+
+
 data = typer.Typer(name="data", help="Prepare preference data.", no_args_is_help=True)
 app.add_typer(data)
 app.add_typer(review)

@@ -80,6 +80,7 @@ class RunRecord:
         lines = {
             "resume": ["raylign", "resume", run],
             "export": ["raylign", "export", run, "--to", "exported"],
+            "compare": ["raylign", "compare", run, "OTHER_RUN"],
             "report": ["raylign", "review", "show", run],
         }
         return {name: shlex.join(words) for name, words in lines.items()}
