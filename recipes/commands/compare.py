@@ -71,12 +71,17 @@ def _sides(paths: Sequence[Path]) -> list[Side]:
 
 def _results(sides: Sequence[Side]) -> Table:
     measures = shown([side.last for side in sides])
-    heads = ["run", "verdict", "rounds", *(measure.title for measure in measures), f"score against {sides[0].name}"]
+    heads = ["run", "verdict", "rounds", *(measure.title for measure in measures), "score against\nthe first"]
     table = _table(*heads)
     for side in sides:
         values, rounds = measured(side.last), f"{len(side.record.reports)} of {side.record.config.rounds}"
-        cells = [side.name, verdict(side.record).word, rounds, *(written(measure, values) for measure in measures)]
-        table.add_row(*(Text(escape_control(cell)) for cell in (*cells, _against(sides[0], side))))
+        cells = [
+            side.name,
+            verdict(side.record).word,
+            rounds,
+            *(_folded(written(measure, values)) for measure in measures),
+        ]
+        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (*cells, _against(sides[0], side))))
     return table
 
 
@@ -87,7 +92,12 @@ def _against(first: Side, side: Side) -> str:
     if not gains or not isinstance(config, OnlineDpoConfig):
         return "-"
     low, high = mean_interval(np.array(gains), config.evaluation, config.run.seed)
-    return f"{fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {len(gains)} prompts"
+    return _folded(f"{fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {len(gains)} prompts")
+
+
+def _folded(cell: str) -> str:
+    """An interval stands below its value: rows of many measures fit a terminal."""
+    return cell.replace(" [", "\n[")
 
 
 def differing_options(records: Sequence[RunRecord]) -> dict[str, list[str]]:
@@ -102,5 +112,7 @@ def differing_options(records: Sequence[RunRecord]) -> dict[str, list[str]]:
 def _table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for number, head in enumerate(heads):
-        table.add_column(Text(escape_control(head)), justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(
+            Text(escape_control(head, keep="\n")), justify="left" if number == 0 else "right", overflow="fold"
+        )
     return table

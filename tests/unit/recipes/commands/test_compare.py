@@ -22,10 +22,12 @@ def compared(*paths: Path) -> str:
 def test_the_difference_is_paired_by_prompt_and_against_the_first(tmp_path: Path) -> None:
     first = save_run(tmp_path, [0.1] * 20, "first")
     second = save_run(tmp_path, [0.3 + 0.01 * (i % 2) for i in range(20)], "second")
-    lines = {line.split()[0]: line for line in compared(first.path, second.path).splitlines() if line.split()}
-    assert lines["first"].rstrip().endswith("-")
-    assert "+0.205 [+0.20" in lines["second"] and lines["second"].rstrip().endswith("20 prompts")
-    assert lines["no"] == "no option differs", "names and folders are no options to compare"
+    lines = [line.rstrip() for line in compared(first.path, second.path).splitlines()]
+    rows = {line.split()[0]: number for number, line in enumerate(lines) if line.split()}
+    assert lines[rows["first"]].endswith("-")
+    assert lines[rows["second"]].endswith("+0.205")
+    assert lines[rows["second"] + 1].endswith("20 prompts") and "[+0.20" in lines[rows["second"] + 1]
+    assert "no option differs" in lines, "names and folders are no options to compare"
 
 
 def test_options_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
