@@ -153,7 +153,7 @@ def _yield(record: RunRecord) -> "Figure | None":
     kept = {"candidates", "prompts", "preferences"}
     figure, (axes,) = _figure()
     bars = axes.barh(
-        [name.replace("_", " ") for name in names],
+        ["of them truncated" if name == "truncated" else name.replace("_", " ") for name in names],
         [total.get(name, 0) for name in names],
         color=[_BLUE if name in kept else _GREY if name == "truncated" else _ORANGE for name in names],
     )
@@ -161,7 +161,8 @@ def _yield(record: RunRecord) -> "Figure | None":
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(visible=False)
-    axes.set_xlabel("orange: left out")
+    if lost or total.get("unscored"):
+        axes.set_xlabel("orange: left out")
     return figure
 
 

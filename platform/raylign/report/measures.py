@@ -30,13 +30,13 @@ class Measure:
 
 MEASURES = (
     Measure("score", "score", low="score_low", high="score_high"),
-    Measure("kl", "KL to reference, nats", ".2f", "eval/drift"),
-    Measure("kl_initial", "KL to initial policy, nats", ".2f", "eval/drift"),
+    Measure("kl", "KL, nats", ".2f", "eval/drift"),
+    Measure("kl_initial", "KL to initial, nats", ".2f", "eval/drift"),
     Measure("length", "length, tokens", ".1f", "eval/text"),
     Measure("distinct_2", "distinct-2", ".3f", "eval/text"),
     Measure("eos_rate", "EOS rate", ".2f", "eval/text"),
 )
-"""Of samples. MLflow sorts sections by name: `eval` stands before `logps` and `rewards`, which are TRL's."""
+"""Of samples; KL is that to the reference where it is not told otherwise. MLflow sorts sections by name: `eval` stands before `logps` and `rewards`, which are TRL's."""
 
 BOOKKEEPING = frozenset({"completions", "unscored", "rows"})
 """How much was measured."""

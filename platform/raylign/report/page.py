@@ -26,6 +26,8 @@ _LONGEST_NOTE = 7500
 """Characters of a description; MLflow takes 8,000."""
 _ROUNDS_IN_NOTE = 16
 _TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": ".3f", "loss": ".3f"}
+_MORE, _SPACE = frozenset({"preferences", "loss", "seconds"}), "\u00a0"
+"""Columns of the report that the narrow description goes without."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem 1.5rem;color:#1c1c1c;background:#fff}
@@ -34,7 +36,7 @@ h1{margin:.2em 0}h2{margin:1.8em 0 .5em;border-bottom:1px solid #ddd}
 .better{border-color:#2a8f4d}.worse{border-color:#c0392b}.unclear{border-color:#d9a30d}
 .wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.35em .7em;border-bottom:1px solid #e3e3e3}
 th{text-align:left;font-weight:600}td.number,th.number{text-align:right}td.number{white-space:nowrap}
-.figures{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0;flex:1 1 28rem;min-width:0}
+.figures{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0;flex:1 1 28rem;max-width:40rem;min-width:0}
 figure img{max-width:100%;height:auto}figcaption{font-weight:600}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>div{min-width:0}
 .text,pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f7f7f7;padding:.6em .8em;margin:.3em 0}
@@ -102,7 +104,7 @@ def _mean(report: RoundReport, name: str, form: str = "g") -> str:
 
 def description(record: RunRecord, found: Verdict, status: str, picture: str | None) -> str:
     """What stands on the run's page in MLflow; `picture` is the address of the first figure there."""
-    head, rows = rounds_rows(record)
+    head, rows = _without(_MORE, *rounds_rows(record))
     left_out = rows[1 : len(rows) - _ROUNDS_IN_NOTE + 1] if len(rows) > _ROUNDS_IN_NOTE else []
     rows = [row for row in rows if row not in left_out]
     table = [_cells(head), _cells(["---"] * len(head)), *map(_cells, rows)] if rows else []
@@ -120,8 +122,15 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}…"
 
 
+def _without(names: frozenset[str], head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    kept = [place for place, name in enumerate(head) if name not in names]
+    return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
 def _cells(row: Iterable[str]) -> str:
-    return f"| {' | '.join(_inline(cell) if cell != '---' else cell for cell in row)} |"
+    """MLflow's tables have no room between columns and break values: spaces that do not break do both."""
+    cells = (cell if cell == "---" else f"{_inline(cell).replace(' ', _SPACE)}{_SPACE * 2}" for cell in row)
+    return f"| {' | '.join(cells)} |"
 
 
 def _inline(text: str) -> str:
@@ -142,7 +151,7 @@ def _section(title: str, body: str) -> str:
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "number") -> str:
     if not rows:
         return ""
-    top = "".join(f'<th class="{kind}">{_shown(cell)}</th>' for cell in head)
+    top = "".join(f'<th class="{kind}">{_shown(cell).replace("/", "/<wbr>")}</th>' for cell in head)
     body = "".join(f"<tr>{''.join(f'<td class={kind}>{_shown(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
