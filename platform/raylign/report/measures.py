@@ -36,7 +36,10 @@ MEASURES = (
     Measure("distinct_2", "distinct-2", ".3f", "eval/text"),
     Measure("eos_rate", "EOS rate", ".2f", "eval/text"),
 )
-"""Of samples; KL is that to the reference where it is not told otherwise. MLflow sorts sections by name: `eval` stands before `logps` and `rewards`, which are TRL's."""
+"""Of samples; KL without more words is that to the reference.
+
+MLflow sorts sections by name: `eval` stands before `logps` and `rewards`, which are TRL's.
+"""
 
 BOOKKEEPING = frozenset({"completions", "unscored", "rows"})
 """How much was measured."""

@@ -20,6 +20,7 @@ from raylign.report.page import description, report_page
 from raylign.report.record import RunRecord, read_run
 from raylign.report.verdict import Verdict, verdict
 from raylign.run.directory import RunDirectory
+from raylign.run.settings import CONFIG_NAME
 from raylign.tracking.mlflow_store import MlflowStore
 
 FIGURES, REPORT = "figures", "report.html"
@@ -49,6 +50,8 @@ def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw
     All of it is made of files of the run directory. One that cannot be read leaves the page as it is, with a warning.
     Raises TrackingError.
     """
+    if not (run_dir / CONFIG_NAME).is_file():
+        return
     try:
         record = read_run(RunDirectory(run_dir))
         found = verdict(record)

@@ -25,6 +25,7 @@ from raylign.tracking.presented import present, tags_of
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
 _LONGEST_UNSAVED_S = 10.0
+_FIGURES_SHARE = 100
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
@@ -57,6 +58,7 @@ class MlflowWriter:
         self._page: str | None = None
         """The run's status that its page must still tell; None when nothing has changed."""
         self._measured = False
+        self._next_figures = 0.0
         self.state = state
 
     @classmethod
@@ -113,12 +115,24 @@ class MlflowWriter:
                 self._store.log_metrics(run_id, chunk)
         self._metrics.clear()
         if self._page is not None:
-            present(self._store, self.state.run_id, self._run_dir, self._page, draw=self._measured)
-            self._page, self._measured = None, False
+            self._present(self._page)
         if self.state.sequence != self._saved:
             save_state(self._run_dir, self._uri, self.state)
             self._saved = self.state.sequence
         self._flushed = time.monotonic()
+
+    def _present(self, status: str) -> None:
+        """The page's text at once; its figures when there are new ones and a hundred times what they cost has passed.
+
+        So they take 1 % of one core at most, however short rounds are; the end of a run has them in any case.
+        """
+        draw = self._measured and (status != "RUNNING" or time.monotonic() >= self._next_figures)
+        began = time.thread_time()
+        present(self._store, self.state.run_id, self._run_dir, status, draw=draw)
+        if draw:
+            self._measured = False
+            self._next_figures = time.monotonic() + _FIGURES_SHARE * (time.thread_time() - began)
+        self._page = None
 
     def _parent(self, event: Event) -> str:
         if not self.state.run_id:
