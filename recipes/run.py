@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.text import Text
 
+from raylign.boundary.secrets import without_credentials
 from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError
 from raylign.evaluation.capability.likelihood import Measured
@@ -38,6 +39,8 @@ from raylign.run.inputs import Rows
 from raylign.run.rounds import RoundLog, Trained, finished_stages
 from raylign.run.settings import CONFIG_NAME
 from raylign.tracking.facts import run_facts
+from raylign.tracking.feed import load_state
+from raylign.tracking.host import host_watched
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 from raylign.tracking.tracker import Status, Tracker
 from raylign.tracking.uri import default_uri
@@ -238,7 +241,8 @@ class Run:
         if (choice := self._config.choice) and (best := best_version(choice, self._measures())):
             self.say(f"best by {choice.metric_for_best_model}: version {best.version} ({best.value:.4g})")
         self.say(f"results: {self.directory.path}")
-        self.say(f"MLflow:  mlflow ui --backend-store-uri {default_uri(self._config.tracking, self.directory.path)}")
+        self._say_where(default_uri(self._config.tracking, self.directory.path))
+        self.say(f"report:  raylign review show {self.directory.path}")
         self.say(f"export:  raylign export {self.directory.path} --to DIR")
 
     def keep_report(self, text: str) -> None:
@@ -246,6 +250,16 @@ class Run:
         self.directory.require_in_place()
         publish_text(self.directory.path / REPORT_NAME, text)
         self._tracker.artifact(self.directory.path / REPORT_NAME, "report")
+
+    def _say_where(self, uri: str) -> None:
+        """The run's page: MLflow opens on its pages for agents where an address does not ask for training runs."""
+        state, served = load_state(self.directory.path, uri), uri.startswith("http")
+        if not served:
+            self.say(f"MLflow:  mlflow ui --backend-store-uri {uri}")
+        if state.run_id:
+            base = without_credentials(uri).rstrip("/") if served else "http://127.0.0.1:5000"
+            place = f"experiments/{state.experiment_id}/runs/{state.run_id}"
+            self.say(f"page:    {base}/#/{place}?workflowType=machine_learning")
 
     def say(self, line: str) -> None:
         self._console.print(Text(escape_control(line)), soft_wrap=True)
@@ -291,7 +305,8 @@ def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
     """
     status: Status = "FAILED"
     try:
-        yield
+        with host_watched(tracker, directory.path):
+            yield
         directory.require_in_place()
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):

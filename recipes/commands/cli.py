@@ -18,6 +18,7 @@ from raylign.config import load_config, load_recipe
 from raylign.report.console import libraries_aside, log_to_console, own_stdout
 from recipes.commands.checks.ray_cluster import require_named_cluster
 from recipes.commands.failures import complain, say
+from recipes.commands.review import review
 from recipes.commands.signals import INTERRUPTED, STOPPED, terminable
 
 _CHECKS = "raylign.training.learners"
@@ -277,8 +278,24 @@ def export(
     console.print(Text(f"use it: {exported.use}"))
 
 
+@app.command()
+@libraries_aside()
+def compare(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Directories of runs.")],
+) -> None:
+    """Put runs side by side: results with paired intervals against the first, and the options that differ.
+
+    Example: raylign compare runs/first runs/second
+    """
+    from raylign.report.tables import report_console  # noqa: PLC0415
+    from recipes.commands.compare import compare_runs  # noqa: PLC0415 - scipy, Arrow
+
+    compare_runs(run_directories, report_console())
+
+
 data = typer.Typer(name="data", help="Prepare preference data.", no_args_is_help=True)
 app.add_typer(data)
+app.add_typer(review)
 
 
 @data.command("prepare", context_settings=SETTINGS_CONTEXT)

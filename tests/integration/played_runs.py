@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from raylign.config import OnlineDpoConfig, dump_config, parse_config
 from raylign.records import Evaluation, RoundReport
+from raylign.run.directory import RunDirectory
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal
 from raylign.tracking.tracker import Tracker
@@ -17,7 +18,7 @@ from raylign.tracking.tracker import Tracker
 CONFIG = parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests"}})
 ATTACK = "<script>alert(1)</script>"
 DIGEST = "0123456789abcdef" * 4
-EVENTS = 21
+EVENTS = 23
 
 
 def evaluation(score: float) -> Evaluation:
@@ -25,10 +26,11 @@ def evaluation(score: float) -> Evaluation:
 
 
 def start(tracker: Tracker, run_dir: Path, config: OnlineDpoConfig = CONFIG) -> None:
-    tracker.run_started(config, {"git.sha": "abc123", "version.torch": "2.13.0"})
+    tracker.run_started(config, {"git.sha": "abc123", "version.torch": "2.13.0", "source": "recipe.yaml"})
     (run_dir / "config.yaml").write_text(dump_config(config))
     tracker.artifact(run_dir / "config.yaml", "config")
     tracker.prompts("embedded:review-topics", "train", DIGEST, {"train": 100, "held_out": 32})
+    RunDirectory(run_dir).write_baseline(evaluation(0.1))
     tracker.baseline(evaluation(0.1))
 
 
@@ -49,9 +51,10 @@ def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
     counts = {"candidates": 8, "preferences": 3}
     gaps = {"logprob_gap_mean": 0.01}
     scoring = {"judge/latency_mean_s": 0.5, "judge/failures_no_answer_within_5_s": index}
-    tracker.round_finished(
-        RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds, scoring)
-    )
+    tracker.system({"cpu_utilization_percentage": 10.0 * index})
+    report = RoundReport(index, index, counts, steps, gaps, evaluation(0.1 + 0.2 * index), seconds, scoring)
+    RunDirectory(run_dir).write_report(report)
+    tracker.round_finished(report)
 
 
 def play_run(tracker: Tracker, run_dir: Path) -> None:
@@ -91,15 +94,16 @@ def assert_recorded_once(client: MlflowClient) -> None:
     assert history(client, parent, "eval/score") == [(0, 0.1), (1, 0.3), (2, 0.5)]
     assert history(client, parent, "eval/score_low") == [(0, 0.0), (1, 0.2), (2, 0.4)]
     assert history(client, parent, "loss") == [(1, 0.55), (2, 0.4)]
-    assert history(client, parent, "seconds/sample") == [(1, 2.5), (2, 2.5)]
-    assert history(client, parent, "counts/preferences") == [(1, 3), (2, 3)]
-    assert history(client, parent, "sync/logprob_gap_mean") == [(1, 0.01), (2, 0.01)]
-    assert history(client, parent, "scoring/judge/latency_mean_s") == [(1, 0.5), (2, 0.5)]
-    assert history(client, parent, "scoring/judge/failures_no_answer_within_5_s") == [(1, 1), (2, 2)]
-    assert history(client, parent, "policy_version") == [(1, 1), (2, 2)]
+    assert history(client, parent, "run/seconds/sample") == [(1, 2.5), (2, 2.5)]
+    assert history(client, parent, "run/counts/preferences") == [(1, 3), (2, 3)]
+    assert history(client, parent, "run/sync/logprob_gap_mean") == [(1, 0.01), (2, 0.01)]
+    assert history(client, parent, "run/scoring/judge/latency_mean_s") == [(1, 0.5), (2, 0.5)]
+    assert history(client, parent, "run/scoring/judge/failures_no_answer_within_5_s") == [(1, 1), (2, 2)]
+    assert history(client, parent, "run/policy_version") == [(1, 1), (2, 2)]
+    assert [value for _, value in history(client, parent, "system/cpu_utilization_percentage")] == [10.0, 20.0]
     for index, run in enumerate(rounds, 1):
         assert history(client, run, "loss") == [(1, round(0.7 - 0.1 * index, 6)), (2, round(0.7 - 0.2 * index, 6))]
         assert history(client, run, "rewards/margins") == [(1, 0.5), (2, 1.0)]
-        assert history(client, run, "seconds/train") == [(index, 1.5)]
-        assert history(client, run, "eval/kl") == [(index, 0.02)]
-        assert history(client, run, "counts/candidates") == [(index, 8)]
+        assert history(client, run, "run/seconds/train") == [(index, 1.5)]
+        assert history(client, run, "eval/drift/kl") == [(index, 0.02)]
+        assert history(client, run, "run/counts/candidates") == [(index, 8)]

@@ -26,6 +26,8 @@ RUN_ELSEWHERE = {
     "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts",
     "raylign run": "test_interrupts.py, test_offline_recipes.py, test_model_scorers.py, test_evaluate_recipe.py",
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
+    "raylign review show": "tests/unit/report/test_page.py; tests/unit/recipes/commands/test_cli.py",
+    "raylign compare": "tests/unit/recipes/commands/test_compare.py",
     "raylign data prepare": "tests/unit/data/test_prepare_pipeline.py",
     "raylign resume": "tests/integration/test_kills.py; tests/unit/run/test_resume.py with other settings",
     "raylign sync": "tests/integration/test_mlflow_faults.py",

@@ -132,6 +132,53 @@ def test_capability_has_metrics_of_its_own(run_dir: Path, uri: str) -> None:
     assert not [name for name in parent.data.metrics if name.startswith("eval/capability")]
 
 
+def test_the_page_of_a_run_tells_what_came_of_it(run_dir: Path, uri: str) -> None:
+    """Description, source and tags as a person finds them, renewed after each round; the figures are artifacts."""
+    tracker = open_run(run_dir, uri)
+    start(tracker, run_dir)
+    play_round(tracker, run_dir, 1)
+    client = MlflowClient(tracking_uri=uri)
+
+    def note() -> str:
+        found = [run for run in all_runs(client) if "raylign.round" not in run.data.tags] if run_dir.exists() else []
+        return found[0].data.tags.get("mlflow.note.content", "") if found else ""
+
+    wait_until(lambda: "1 of 5 rounds, running" in note())
+    play_round(tracker, run_dir, 2)
+    assert tracker.close("KILLED", timeout_s=120) == 0
+    parent, _ = campaign_and_rounds(client)
+    tags = parent.data.tags
+    assert "held-out score went from 0.100 [0.000, 0.200] to 0.500 [0.400, 0.600] in 2 of 5 rounds" in (
+        tags["mlflow.note.content"].replace("\\", "")
+    )
+    assert "2 of 5 rounds, killed." in tags["mlflow.note.content"]
+    assert f"run_uuid={parent.info.run_id}" in tags["mlflow.note.content"]
+    expected = {"recipe": "online_dpo", "loss": "sigmoid", "verdict": "better", "status": "killed", "rounds": "2 of 5"}
+    assert {name: tags[name] for name in expected} == expected
+    assert {"model", "scorer"} <= tags.keys()
+    assert (tags["mlflow.source.type"], tags["mlflow.source.name"]) == ("LOCAL", "recipe.yaml")
+    assert artifact_names(client, parent, "figures") == {
+        f"figures/{name}.png" for name in ("score", "frontier", "margins", "yield", "seconds")
+    }
+    page = Path(client.download_artifacts(parent.info.run_id, "report.html")).read_text()
+    assert page.count("data:image/png;base64,") == 5
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None and "Model training" in experiment.tags["mlflow.note.content"]
+
+
+def test_a_damaged_report_costs_the_page_and_nothing_else(
+    run_dir: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_run(run_dir, uri)
+    play_run(tracker, run_dir)
+    (run_dir / "rounds/0000/report.json").write_text("{")
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    (run_dir / "mlflow.json").unlink()
+    assert MlflowFeed(run_dir, uri, "tests").close(timeout_s=120) == 0
+    assert_recorded_once(MlflowClient(tracking_uri=uri))
+    assert "the run's page in MLflow stays as it is" in caplog.text
+
+
 def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
     play_run(tracker, run_dir)
@@ -237,7 +284,7 @@ def test_a_killed_campaign_resumes_in_the_same_run(run_dir: Path, uri: str) -> N
     assert history(client, rounds[0], "loss") == [(1, 9.0), (2, 0.5)]
     assert history(client, rounds[0], "non_finite") == [(1, 1)]
     assert history(client, rounds[0], "grad_norm") == []
-    assert history(client, rounds[0], "seconds/sample") == [(1, 2.5)]
+    assert history(client, rounds[0], "run/seconds/sample") == [(1, 2.5)]
 
 
 def test_a_finished_round_that_is_trained_again_stays_as_it_is(run_dir: Path, uri: str) -> None:
@@ -255,7 +302,7 @@ def test_a_finished_round_that_is_trained_again_stays_as_it_is(run_dir: Path, ur
     parent, rounds = campaign_and_rounds(client)
     assert [run.info.status for run in (parent, *rounds)] == ["FINISHED"] * 3
     assert history(client, rounds[1], "loss") == [(1, 0.5), (2, 0.3)]
-    assert history(client, rounds[1], "seconds/train") == [(2, 1.5)]
+    assert history(client, rounds[1], "run/seconds/train") == [(2, 1.5)]
     assert len(datasets(parent)) == len(datasets(rounds[1])) == 1
 
 

@@ -1,12 +1,16 @@
 """What is published of a run: its config and what produced it, as flat strings without secrets."""
 
+import getpass
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from raylign.boundary.secrets import REDACTED, names_secret, without_secrets
@@ -69,8 +73,14 @@ _GIT_TIMEOUT_S = 10
 
 
 def run_facts() -> dict[str, str]:
-    """Facts as tags: `git.sha` and `git.dirty` of the working directory (if any), `version.*`, python and host."""
+    """Facts as tags: `git.sha` and `git.dirty` of the working directory (if any), `version.*`, python, host and user.
+
+    `command` is the one that was given, `source` the recipe's file in it, or the program.
+    """
     facts = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "source": next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), Path(sys.argv[0]).name),
+        "user": _user(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": str(os.cpu_count()),
@@ -82,6 +92,14 @@ def run_facts() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return facts
+
+
+def _user() -> str:
+    """A container's user need not have a name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())
 
 
 def _git_facts() -> dict[str, str]:

@@ -59,7 +59,12 @@ _UNKNOWN = "RESOURCE_DOES_NOT_EXIST"
 _SHOWN = 300
 _LONGEST_ID = 256
 # MLflow opens an experiment without a kind on its pages for agents, not on the runs and their curves.
-_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+_TRAINING = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "Runs of raylign: each is a parent run with the curves of its rounds, and a nested run for "
+    "each round with those of its steps. If this page shows traces and no runs, choose Model training at its top. "
+    "Filter by tags: `tags.verdict = 'better'`, and recipe, model, loss, scorer and status in the same way.",
+}
 T = TypeVar("T")
 
 

@@ -4,7 +4,6 @@ import hashlib
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,8 @@ from pydantic import TypeAdapter
 from raylign.boundary.secrets import without_secrets
 from raylign.config import RunConfig
 from raylign.config.blocks import TrackingBlock
-from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
+from raylign.records import AnyEvaluation, RoundReport
+from raylign.report.measures import measured
 from raylign.run.files import inside
 from raylign.tracking.facts import publishable
 from raylign.tracking.feed import MlflowFeed
@@ -59,7 +59,7 @@ class Tracker:
 
     def baseline(self, evaluation: AnyEvaluation) -> None:
         """The evaluation before round 1; becomes round 0 of the run's curves."""
-        payload = {"round": 0, "evaluation": _measured(evaluation), "capability": dict(evaluation.capability)}
+        payload = {"round": 0, "evaluation": measured(evaluation), "capability": dict(evaluation.capability)}
         self._journal.append("evaluation", payload)
 
     def round_started(self, index: int) -> None:
@@ -84,7 +84,7 @@ class Tracker:
                 "counts": dict(report.counts),
                 "train": {**step_means(report.steps), **report.health},
                 "sync": dict(report.sync),
-                "evaluation": _measured(report.evaluation),
+                "evaluation": measured(report.evaluation),
                 "capability": dict(report.evaluation.capability),
                 "seconds": dict(report.seconds),
                 "scoring": dict(report.scoring),
@@ -98,6 +98,10 @@ class Tracker:
     def incident(self, role: str, happened: Literal["lost", "recovered"], detail: Mapping[str, Any]) -> None:
         """An actor of `role` was lost or replaced; `detail` says which, why and how long it took."""
         self._journal.append("incident", {"role": role, "happened": happened, **detail})
+
+    def system(self, host: Mapping[str, float]) -> None:
+        """How busy the driver's host is, under MLflow's names of system metrics."""
+        self._journal.append("system", {"host": dict(host)})
 
     def artifact(self, path: Path, kind: ArtifactKind, index: int = 0) -> None:
         """A finished file inside the run directory, of round `index` (0: of the whole run).
@@ -129,16 +133,6 @@ def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
             means[name] = math.fsum(values) / len(values)
     non_finite = sum(not math.isfinite(value) for step in steps for value in step.values())
     return {**means, "non_finite": non_finite} if non_finite else means
-
-
-def _measured(evaluation: AnyEvaluation) -> dict[str, float | None]:
-    """Metric names to values, but for those of capability."""
-    match evaluation:
-        case Evaluation():
-            return {name: value for name, value in asdict(evaluation).items() if name != "capability"}
-        case HeldOutEvaluation():
-            bounds = {f"{evaluation.metric}_low": evaluation.low, f"{evaluation.metric}_high": evaluation.high}
-            return {**evaluation.metrics, evaluation.metric: evaluation.value, **bounds, "rows": evaluation.rows}
 
 
 def _prompt_source(source: str, split: str) -> tuple[str, dict[str, Any]]:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from pydantic import Field, TypeAdapter
 from tenacity import Retrying
 
 from raylign.chunks import chunks
 from raylign.errors import TrackingError
+from raylign.report.measures import chart_name
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.feed import FeedState, RoundState, load_state, save_state
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
+from raylign.tracking.presented import present, tags_of
 
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
 _LONGEST_UNSAVED_S = 10.0
+_FIGURES_SHARE = 100
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
@@ -52,6 +55,10 @@ class MlflowWriter:
         self._metrics: list[tuple[str, Metric]] = []
         self._saved = state.sequence
         self._flushed = time.monotonic()
+        self._page: str | None = None
+        """The run's status that its page must still tell; None when nothing has changed."""
+        self._measured = False
+        self._next_figures = 0.0
         self.state = state
 
     @classmethod
@@ -76,8 +83,9 @@ class MlflowWriter:
             case "prompts":
                 self._prompts(event)
             case "evaluation":
-                measured = {**_prefixed("eval", event.get("evaluation", _VALUES)), **_capability(event)}
+                measured = {**_evaluated(event), **_capability(event)}
                 self._log(self._parent(event), event, event.get("round", _INDEX), measured)
+                self._page, self._measured = "RUNNING", True
             case "round_started":
                 self._round_started(event)
             case "stage":
@@ -94,6 +102,8 @@ class MlflowWriter:
                 self._store.log_tags(self._parent(event), [tag])
             case "artifact":
                 self._artifact(event)
+            case "system":
+                self._log(self._parent(event), event, event.sequence, _prefixed("system", event.get("host", _VALUES)))
             case "campaign_finished":
                 self._run_finished(event)
             case _:
@@ -103,16 +113,31 @@ class MlflowWriter:
         self.state.sequence = event.sequence
 
     def flush(self) -> None:
-        """Send the waiting metrics, then save the position."""
+        """Send the waiting metrics, renew the run's page, then save the position."""
         for run_id in dict.fromkeys(run_id for run_id, _ in self._metrics):
             metrics = [metric for owner, metric in self._metrics if owner == run_id]
             for chunk in chunks(metrics, METRICS_PER_CALL):
                 self._store.log_metrics(run_id, chunk)
         self._metrics.clear()
+        if self._page is not None:
+            self._present(self._page)
         if self.state.sequence != self._saved:
             save_state(self._run_dir, self._uri, self.state)
             self._saved = self.state.sequence
         self._flushed = time.monotonic()
+
+    def _present(self, status: str) -> None:
+        """The page's text at once; its figures when there are new ones and a hundred times what they cost has passed.
+
+        So they take 1 % of one core at most, however short rounds are; the end of a run has them in any case.
+        """
+        draw = self._measured and (status != "RUNNING" or time.monotonic() >= self._next_figures)
+        began = time.thread_time()
+        present(self._store, self.state.run_id, self._run_dir, status, draw=draw)
+        if draw:
+            self._measured = False
+            self._next_figures = time.monotonic() + _FIGURES_SHARE * (time.thread_time() - began)
+        self._page = None
 
     def _parent(self, event: Event) -> str:
         if not self.state.run_id:
@@ -131,10 +156,8 @@ class MlflowWriter:
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
         run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
         self._store.set_running(run_id)
-        tags = {**facts, "raylign.run_dir": str(self._run_dir)}
-        if "git.sha" in facts:
-            tags[MLFLOW_GIT_COMMIT] = facts["git.sha"]
-        self._log_params(run_id, params, tags)
+        self._log_params(run_id, params, {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)})
+        self._page = "RUNNING"
         self.state.campaign, self.state.name = campaign, name
         self.state.run_id = run_id
 
@@ -175,7 +198,7 @@ class MlflowWriter:
         name, seconds = event.get("name", _TEXT), event.get("seconds", _VALUE)
         round_state = self._round(event)
         if name not in round_state.stages:
-            self._log(round_state.run_id, event, event.get("round", _INDEX), {f"seconds/{name}": seconds})
+            self._log(round_state.run_id, event, event.get("round", _INDEX), {f"run/seconds/{name}": seconds})
             round_state.stages.append(name)
 
     def _step(self, event: Event) -> None:
@@ -194,23 +217,24 @@ class MlflowWriter:
         if round_state.status == "FINISHED":
             return
         measured = {
-            **_prefixed("eval", event.get("evaluation", _VALUES)),
-            **_prefixed("counts", event.get("counts", _VALUES)),
-            **_prefixed("sync", event.get("sync", _VALUES)),
-            **_prefixed("scoring", event.get("scoring", _VALUES) if "scoring" in event.payload else {}),
+            **_evaluated(event),
             **_capability(event),
-            "policy_version": event.get("policy_version", _INDEX),
+            **_prefixed("run/counts", event.get("counts", _VALUES)),
+            **_prefixed("run/sync", event.get("sync", _VALUES)),
+            **_prefixed("run/scoring", event.get("scoring", _VALUES) if "scoring" in event.payload else {}),
+            "run/policy_version": event.get("policy_version", _INDEX),
         }
         train: Mapping[str, float | None] = event.get("train", _VALUES)
-        of_parent = {**measured, **_prefixed("seconds", event.get("seconds", _VALUES)), **train}
+        of_parent = {**measured, **_prefixed("run/seconds", event.get("seconds", _VALUES)), **train}
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
         self._log(round_state.run_id, event, index, measured)
         self._log(self._parent(event), event, index, of_parent)
+        self._page, self._measured = "RUNNING", True
 
     def _incident(self, event: Event) -> None:
         """How many actors of a role were lost or recovered so far, over the round in which it happened."""
-        name = f"incidents/{event.get('role', _TEXT)}_{event.get('happened', _TEXT)}"
+        name = f"run/incidents/{event.get('role', _TEXT)}_{event.get('happened', _TEXT)}"
         self._log(self._parent(event), event, event.get("round", _INDEX), {name: event.get("count", _INDEX)})
 
     def _artifact(self, event: Event) -> None:
@@ -233,6 +257,7 @@ class MlflowWriter:
                 self._store.set_ended(round_state.run_id, status, end)
                 round_state.status = status
         self._store.set_ended(self._parent(event), status, end)
+        self._page = status
 
     def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""
@@ -251,6 +276,10 @@ class MlflowWriter:
 
 def _milliseconds(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def _evaluated(event: Event) -> dict[str, float | None]:
+    return {chart_name(name): value for name, value in event.get("evaluation", _VALUES).items()}
 
 
 def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, float | None]:

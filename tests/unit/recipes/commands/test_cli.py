@@ -23,6 +23,7 @@ from raylign.run.directory import RunDirectory, create_run
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from recipes.commands.cli import app, ended_cleanly
 from recipes.commands.signals import terminable
+from tests.unit.report.run_records import save_run
 from tests.unit.tiny_policy import save_recipe
 
 HEAVY = ("torch", "transformers", "vllm", "ray", "deepspeed", "mlflow", "datasets", "peft")
@@ -74,9 +75,19 @@ def test_a_plan_loads_tokenizers_and_nothing_that_computes_or_runs(
     assert "the process that checks the model ended with status 3" in failed.value.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "submit", "plan", "doctor", "export", "sync"])
+@pytest.mark.parametrize("command", ["run", "submit", "plan", "doctor", "export", "sync", "compare", "review show"])
 def test_every_help_has_an_example(command: str) -> None:
-    assert f"Example: raylign {command}" in raylign(command, "--help").output
+    told = " ".join(raylign(*command.split(), "--help").output.split())
+    assert f"Example: raylign {command}" in told
+
+
+def test_review_show_writes_the_report_and_refuses_what_is_no_run(tmp_path: Path) -> None:
+    directory = save_run(tmp_path, [0.1] * 6)
+    done = raylign("review", "show", directory.path, "--to", tmp_path / "page.html")
+    assert done.exit_code == 0 and "Better: held-out score" in done.output
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    refused = raylign("review", "show", tmp_path / "nothing")
+    assert refused.exit_code == 1 and "no run directory" in refused.output
 
 
 def test_a_misspelt_setting_gets_a_suggestion_and_no_traceback(recipe: Path) -> None:

@@ -1,0 +1,84 @@
+"""Whether training has helped, in one word and one sentence."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+
+from raylign.config import OnlineDpoConfig
+from raylign.evaluation.held_out import mean_interval
+from raylign.records import Evaluation, HeldOutEvaluation
+from raylign.report.measures import measured, measures_of, written
+from raylign.report.record import Answer, RunRecord
+from raylign.report.summary import rounds_warnings
+
+Word = Literal["better", "worse", "unclear", "untrained"]
+_OPENINGS: Mapping[Word, str] = {"better": "Better", "worse": "Worse", "unclear": "No clear change"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`notes` are plain sentences on what may be wrong, or reward hacking, whatever the word is."""
+
+    word: Word
+    sentence: str
+    notes: tuple[str, ...] = ()
+
+
+def verdict(record: RunRecord) -> Verdict:
+    """The newest policy against the initial one, by the value that sums their evaluations up.
+
+    Scores are compared prompt by prompt: the interval is that of the mean difference (percentile bootstrap over
+    prompts), and a change is one where it does not hold 0. Rows of a data set leave only their mean and its interval,
+    so there a change is one where the two intervals do not overlap.
+    """
+    if record.baseline is None or not record.reports:
+        return Verdict("untrained", "Nothing to tell yet: no round is finished.")
+    last = record.reports[-1].evaluation
+    lead = measures_of(record.baseline)[0]
+    both = [written(lead, measured(each)) for each in (record.baseline, last)]
+    rounds = f"{len(record.reports)} of {record.config.rounds} rounds"
+    words = f"held-out {lead.title} went from {both[0]} to {both[1]} in {rounds}"
+    word, change = _compared(record)
+    notes = tuple(rounds_warnings(record.baseline, record.reports))
+    return Verdict(word, f"{_OPENINGS[word]}: {words}{change}.", notes)
+
+
+def _compared(record: RunRecord) -> tuple[Word, str]:
+    before, after = record.baseline, record.reports[-1].evaluation
+    if isinstance(before, HeldOutEvaluation) and isinstance(after, HeldOutEvaluation):
+        sign = -1 if before.metric == "loss" else 1
+        if before.low <= after.high and after.low <= before.high:
+            return "unclear", "; the intervals overlap"
+        return _word(sign * (after.value - before.value)), "; the intervals do not overlap"
+    assert isinstance(before, Evaluation) and isinstance(after, Evaluation)
+    gains = paired_gains(record.before, record.after)
+    if not gains or not isinstance(record.config, OnlineDpoConfig):
+        apart = before.score_low > after.score_high or after.score_low > before.score_high
+        return (_word(after.score - before.score) if apart else "unclear"), ""
+    block = record.config.evaluation
+    low, high = mean_interval(np.array(gains), block, record.config.run.seed)
+    span = f", by {fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}] prompt by prompt"
+    found = f"{span} ({block.confidence:.0%} interval, {len(gains)} prompts)"
+    return ("unclear" if low <= 0 <= high else _word(low)), found
+
+
+def _word(gain: float) -> Word:
+    return "better" if gain > 0 else "worse"
+
+
+def paired_gains(before: Iterable[Answer], after: Iterable[Answer]) -> list[float]:
+    """By prompt that both have scored answers of: how much higher the mean score is after."""
+    first, last = _means(before), _means(after)
+    return [last[prompt] - score for prompt, score in first.items() if prompt in last]
+
+
+def _means(answers: Iterable[Answer]) -> dict[str, float]:
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        if answer.score is not None:
+            found[answer.prompt_id].append(answer.score)
+    return {prompt: fmean(scores) for prompt, scores in found.items()}

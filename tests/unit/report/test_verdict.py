@@ -1,0 +1,94 @@
+"""The verdict on a run: better, worse or neither, by the answers to the same prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from raylign.config import OfflineDpoConfig, parse_config
+from raylign.records import Evaluation, HeldOutEvaluation, RoundReport
+from raylign.report.measures import MEASURES, chart_name, measured, shown, written
+from raylign.report.record import Answer, RunRecord, read_run
+from raylign.report.verdict import paired_gains, verdict
+from raylign.run.directory import create_run
+from tests.unit.report.run_records import BASELINE, config_of, evaluated, save_answers, save_run
+
+STEADY = [0.1 + 0.01 * (i % 3) for i in range(20)]
+
+
+def answers(scores: dict[str, float | None]) -> list[Answer]:
+    return [Answer(name[0], "?", "text", score, "") for name, score in scores.items()]
+
+
+def test_a_small_steady_gain_is_better_though_the_intervals_of_the_means_overlap(tmp_path: Path) -> None:
+    found = verdict(read_run(save_run(tmp_path, STEADY)))
+    assert found.word == "better"
+    assert found.sentence.startswith("Better: held-out score went from 0.200 [0.100, 0.300] to 0.600 [0.500, 0.700]")
+    assert "in 2 of 3 rounds, by +0.110 [+0.10" in found.sentence and "20 prompts" in found.sentence
+
+
+def test_a_loss_is_worse_and_noise_is_neither(tmp_path: Path) -> None:
+    assert verdict(read_run(save_run(tmp_path, [-gain for gain in STEADY], "worse"))).word == "worse"
+    noise = [0.3 if i % 2 else -0.28 for i in range(20)]
+    assert verdict(read_run(save_run(tmp_path, noise, "noise"))).word == "unclear"
+
+
+def test_the_word_agrees_with_a_paired_t_test_away_from_its_edge(tmp_path: Path) -> None:
+    """The bootstrap is ours, the test is scipy's; where p is far from 5 % they cannot differ."""
+    draw = np.random.default_rng(0)
+    for number, mean in enumerate((0.3, -0.3, 0.0, 0.02)):
+        gains = list(mean + 0.2 * draw.standard_normal(20))
+        p = ttest_1samp(gains, 0.0).pvalue
+        assert p < 0.02 or p > 0.1
+        word = verdict(read_run(save_run(tmp_path, gains, f"run-{number}"))).word
+        assert word == ("unclear" if p > 0.1 else "better" if mean > 0 else "worse")
+
+
+def test_gains_are_by_prompt_and_leave_out_what_one_side_has_no_score_of() -> None:
+    before = answers({"a1": 0.0, "a2": 1.0, "b1": 0.2, "c1": None, "d1": 0.3})
+    after = answers({"a1": 1.0, "b1": 0.1, "c1": 0.5, "e1": 0.9})
+    assert paired_gains(before, after) == pytest.approx([0.5, -0.1])
+
+
+def test_without_a_finished_round_there_is_nothing_to_tell(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    directory = create_run(config.run, config)
+    assert verdict(read_run(directory)).word == "untrained"
+    directory.write_baseline(BASELINE)
+    save_answers(directory.round(0), [0.1])
+    assert verdict(read_run(directory)).word == "untrained"
+
+
+@pytest.mark.parametrize(("metric", "word"), [("loss", "worse"), ("rewards/accuracies", "better")])
+def test_held_out_rows_are_judged_by_their_intervals_and_a_loss_by_its_fall(metric: str, word: str) -> None:
+    def rows(value: float) -> HeldOutEvaluation:
+        return HeldOutEvaluation(metric, value, value - 0.02, value + 0.02, 50, {"loss": 0.6})
+
+    config = parse_config({"recipe": "offline_dpo", "data": {"source": "rows.json"}}, kind=OfflineDpoConfig)
+    report = RoundReport(1, 1, {"preferences": 9}, (), {}, rows(0.6), {})
+    record = RunRecord(Path("runs/x"), config, rows(0.5), (report,), (), (), {}, ())
+    assert verdict(record).word == word
+    close = RoundReport(1, 1, {"preferences": 9}, (), {}, rows(0.52), {})
+    assert verdict(RunRecord(Path("runs/x"), config, rows(0.5), (close,), (), (), {}, ())).word == "unclear"
+
+
+def test_measures_that_are_absent_are_left_out() -> None:
+    bare = Evaluation(0.2, 0.1, 0.3, None, 40.0, 0.8, 0.6, completions=4, unscored=0)
+    assert [measure.name for measure in shown([bare])] == ["score", "length", "distinct_2", "eos_rate"]
+    assert "kl_initial" not in {measure.name for measure in shown([evaluated(0.3)])}, "it is the KL shown"
+    assert written(MEASURES[0], measured(bare)) == "0.200 [0.100, 0.300]"
+    assert written(MEASURES[1], measured(bare)) == "-"
+
+
+def test_charts_begin_with_the_score_and_bookkeeping_stands_behind_trls() -> None:
+    """MLflow sorts sections, all before the last slash, by name."""
+    names = [chart_name(name) for name in measured(BASELINE)] + ["rewards/margins", "logps/chosen", "run/counts/ties"]
+    sections = sorted({name.rpartition("/")[0] for name in names})
+    assert sections == ["eval", "eval/drift", "eval/text", "logps", "rewards", "run/counts", "run/held_out"]
+    assert [name for name in names if name.rpartition("/")[0] == "eval"] == [
+        "eval/score",
+        "eval/score_low",
+        "eval/score_high",
+    ]
+    assert chart_name("win_rate") == "eval/win_rate"
