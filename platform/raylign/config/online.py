@@ -1,5 +1,6 @@
 """The tree of the online recipe, with the rules that span its blocks. What they refuse is a ValueError."""
 
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -33,7 +34,9 @@ from raylign.config.reference import (
 from raylign.config.scoring import (
     FunctionScoringBlock,
     MeanStdScoringBlock,
+    ScoringBlock,
     ScoringUnion,
+    by_part,
     leaves,
 )
 from raylign.config.tree import RunConfig
@@ -184,6 +187,10 @@ class OnlineDpoConfig(RunConfig):
     @property
     def scores_by_model(self) -> bool:
         return any(leaf.is_model for leaf in leaves(self.scoring))
+
+    @property
+    def scorers(self) -> Mapping[str, ScoringBlock]:
+        return by_part(self.scoring)
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:

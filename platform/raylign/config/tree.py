@@ -1,6 +1,7 @@
 """What every recipe's tree has, with the rules that span its blocks."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -9,6 +10,7 @@ from raylign.config.base import Block
 from raylign.config.blocks import ModelBlock, PlacementBlock, RecoveryBlock, RunBlock, TrackingBlock, TrainerBlock
 from raylign.config.losses import RewardLossBlock, TrainerLoss
 from raylign.config.reference import ReferenceBlock
+from raylign.config.scoring import ScoringBlock
 
 
 class RunConfig(Block):
@@ -67,6 +69,11 @@ class RunConfig(Block):
     def scores_by_model(self) -> bool:
         """Whether a scorer is a model that torch computes."""
         return False
+
+    @property
+    def scorers(self) -> Mapping[str, ScoringBlock]:
+        """Who scores, by the name of the part of a score, the whole under the empty name; none where nothing does."""
+        return {}
 
     @property
     def trains_rewards(self) -> bool:
