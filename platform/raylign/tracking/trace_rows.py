@@ -92,7 +92,7 @@ def _rows(path: Path, columns: Sequence[str], first: int) -> Iterator[tuple[int,
 
 def _held_out(number: int, row: Mapping[str, Any], file: TraceFile, state: FeedState) -> Trace:
     text = _shown(row["text"])
-    scores = _scores("", row["score"], row["score_reason"], json.loads(row["score_parts"]))
+    scores = _scores("score", row["score"], row["score_reason"], json.loads(row["score_parts"]))
     answer = {"role": "assistant", "content": text}
     return _trace(
         number,
@@ -104,11 +104,8 @@ def _held_out(number: int, row: Mapping[str, Any], file: TraceFile, state: FeedS
         outputs={"choices": [{"index": 0, "message": answer, "finish_reason": row["finish_reason"]}]},
         preview=text,
         scores=scores,
-        tags={
-            "prompt_id": row["prompt_id"],
-            "policy_version": str(row["policy_version"]),
-            "finish_reason": row["finish_reason"],
-        },
+        version=str(row["policy_version"]),
+        about={"prompt_id": row["prompt_id"], "finish_reason": row["finish_reason"]},
     )
 
 
@@ -128,11 +125,10 @@ class _Preferences:
         ends = (0, -1)
         values = [row["scores"][end] for end in ends]
         known = [self._candidate(row["prompt_id"], row["indices"][end]) for end in ends]
-        scores = [_Given("margin", "", values[0] - values[1])]
+        scores = [_Given("training/margin", "", values[0] - values[1])]
         for name, value, candidate in zip(("chosen", "rejected"), values, known, strict=True):
-            scores += _scores(name, value, "", json.loads(candidate.get("score_parts", "{}")))
+            scores += _scores(f"training/{name}", value, "", json.loads(candidate.get("score_parts", "{}")))
         versions = sorted({candidate["policy_version"] for candidate in known if candidate})
-        version = {"policy_version": ", ".join(map(str, versions))} if versions else {}
         half = _MAX_PREVIEW // 2 - len("rejected: ")
         return _trace(
             number,
@@ -144,7 +140,8 @@ class _Preferences:
             outputs={"chosen": chosen, "rejected": rejected},
             preview=f"chosen: {_cut(chosen, half)}\nrejected: {_cut(rejected, half)}",
             scores=scores,
-            tags={"prompt_id": row["prompt_id"], **version},
+            version=", ".join(map(str, versions)),
+            about={"prompt_id": row["prompt_id"]},
         )
 
     def _candidate(self, prompt: str, index: int) -> dict[str, Any]:
@@ -164,13 +161,10 @@ class _Given:
     reason: str = ""
 
 
-def _scores(prefix: str, value: float | None, reason: str, parts: Mapping[str, float]) -> list[_Given]:
-    """The score and its parts, as a person looks for them: `score`, `quality`; of a preference `chosen/score`."""
-    under = f"{prefix}/" if prefix else ""
-    found = [_Given(f"{under}score", "", value, reason)]
-    for part, own in list(parts.items())[:_MAX_PARTS]:
-        found.append(_Given(f"{under}{part}", part, own))
-    return found
+def _scores(name: str, value: float | None, reason: str, parts: Mapping[str, float]) -> list[_Given]:
+    """The score and its parts. MLflow's pages go by the alphabet: `score`, `score/quality`, `training/chosen`."""
+    own = [_Given(f"{name}/{part}", part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
+    return [_Given(name, "", value, reason), *own]
 
 
 def _trace(
@@ -184,8 +178,10 @@ def _trace(
     outputs: Mapping[str, Any],
     preview: str,
     scores: Sequence[_Given],
-    tags: Mapping[str, str],
+    version: str,
+    about: Mapping[str, str],
 ) -> Trace:
+    """`about` is metadata: MLflow's table has room for few tags."""
     asked = _messages(messages)
     digest = hashlib.sha256("\n".join((state.campaign, name, str(file.round), key)).encode()).hexdigest()
     # The newest stands first on MLflow's pages: rounds so, the rows of a round in their own order.
@@ -198,8 +194,12 @@ def _trace(
         request_preview=_cut(_last_text(asked), _MAX_PREVIEW),
         response_preview=_cut(preview, _MAX_PREVIEW),
         execution_duration=0,
-        trace_metadata={TraceMetadataKey.SOURCE_RUN: state.run_id, TraceMetadataKey.TRACE_SESSION: _session(state)},
-        tags={TraceTagKey.TRACE_NAME: name, "round": str(file.round), **tags},
+        trace_metadata={
+            TraceMetadataKey.SOURCE_RUN: state.run_id,
+            TraceMetadataKey.TRACE_SESSION: _session(state),
+            **about,
+        },
+        tags={TraceTagKey.TRACE_NAME: name, "round": str(file.round), **({"version": version} if version else {})},
     )
     info.assessments = [_feedback(given, info.trace_id, state, time_ms) for given in scores]
     return Trace(row, info, _span(info, digest, asked, outputs))
