@@ -31,6 +31,8 @@ ROWS_READ = 32
 """Rows in memory at once."""
 _MAX_TEXT = 20_000
 """Characters of one text in a trace."""
+_MAX_DATA = 100
+"""Characters of an image that a prompt holds as text."""
 _MAX_TEXTS = 100_000
 """Characters of all texts of a prompt."""
 _MAX_PREVIEW = 1000
@@ -125,9 +127,9 @@ class _Preferences:
         ends = (0, -1)
         values = [row["scores"][end] for end in ends]
         known = [self._candidate(row["prompt_id"], row["indices"][end]) for end in ends]
-        scores = [_Given("training/margin", "", values[0] - values[1])]
+        scores = [_Given("training.margin", "", values[0] - values[1])]
         for name, value, candidate in zip(("chosen", "rejected"), values, known, strict=True):
-            scores += _scores(f"training/{name}", value, "", json.loads(candidate.get("score_parts", "{}")))
+            scores += _scores(f"training.{name}", value, "", json.loads(candidate.get("score_parts", "{}")))
         versions = sorted({candidate["policy_version"] for candidate in known if candidate})
         half = _MAX_PREVIEW // 2 - len("rejected: ")
         return _trace(
@@ -162,8 +164,11 @@ class _Given:
 
 
 def _scores(name: str, value: float | None, reason: str, parts: Mapping[str, float]) -> list[_Given]:
-    """The score and its parts. MLflow's pages go by the alphabet: `score`, `score/quality`, `training/chosen`."""
-    own = [_Given(f"{name}/{part}", part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
+    """The score and its parts: `score`, `score.quality`, `training.chosen`.
+
+    MLflow's pages go by the alphabet, and show of a name what stands behind its last `/`.
+    """
+    own = [_Given(f"{name}.{part.replace('/', '.')}", part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
     return [_Given(name, "", value, reason), *own]
 
 
@@ -262,7 +267,8 @@ def _messages(text: str) -> list[Any]:
 
     def shown(value: str) -> str:
         nonlocal left
-        cut = _cut(_storable(value), max(0, min(_MAX_TEXT, left)))
+        most = _MAX_DATA if value.startswith("data:") else _MAX_TEXT
+        cut = _cut(_storable(value), max(0, min(most, left)))
         left -= len(cut)
         return cut
 
@@ -288,6 +294,8 @@ def _with_texts(value: Any, shown: Callable[[str], str]) -> Any:
 
 def _last_text(messages: Sequence[Any]) -> str:
     content = messages[-1].get("content") if messages and isinstance(messages[-1], Mapping) else ""
+    if isinstance(content, list):
+        content = " ".join(str(part["text"]) for part in content if isinstance(part, Mapping) and "text" in part)
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
