@@ -155,6 +155,7 @@ def test_traces_are_found_by_tag_text_and_feedback(run_dir: Path, uri: str) -> N
     assert prompts(f"tag.version = '1' AND {held_out} AND trace.text LIKE '%answer 2 <script>%'") == ["h000002"]
     assert prompts("feedback.score > 2.001") == ["h000002"]
     assert prompts("feedback.`training.margin` > 0.6 AND tag.round = '1'") == ["h000001", "h000002"]
+    assert len(prompts("metadata.mlflow.trace.session LIKE 'demo-%'")) == 10
     newest = all_traces(client)[0]
     assert newest.info.tags["round"] == "2"
     assert newest.data.spans[0].inputs == {"messages": [{"role": "user", "content": "question 0"}]}
