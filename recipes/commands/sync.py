@@ -19,7 +19,7 @@ from raylign.tracking import REQUEST_TIMEOUT
 from raylign.tracking.feed import load_state
 from raylign.tracking.journal import JOURNAL_NAME, Event, Journal, read_events
 from raylign.tracking.uri import default_uri
-from raylign.tracking.writer import MlflowWriter, may_pass, send
+from raylign.tracking.writer import MlflowWriter, may_pass, send, send_traces
 
 _LONGEST_WAIT_S = 5.0
 _TEXT = TypeAdapter(str)
@@ -57,12 +57,13 @@ def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: C
     try:
         with _requests_within(timeout_s):
             writer = retrying(MlflowWriter.connect, uri, experiment, run_dir)
-            before = writer.state.sequence
-            with stage_progress(console, "sync", len(events) - before, "events") as advance:
+            before, applied = writer.state.sent, writer.state.sequence
+            with stage_progress(console, "sync", len(events) - applied, "events") as advance:
                 for event, _ in send(writer, retrying, journal):
-                    advance(int(event.sequence > before))
+                    advance(int(event.sequence > applied))
+            send_traces(writer, retrying)
     except TrackingError as error:
-        missing = len(events) - load_state(run_dir, uri).sequence
+        missing = len(events) - load_state(run_dir, uri).sent
         problem = f"failed for {timeout_s:g} s" if may_pass(error) else "refuses an event"
         raise RaylignError(
             f"MLflow at {shown} {problem} ({error}); it misses {missing} of {len(events)} events, all safe in "

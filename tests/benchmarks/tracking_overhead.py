@@ -45,7 +45,17 @@ def _table(blocks: Blocks) -> Table:
         appends = [1000 * seconds for block in own for seconds in block.appends_s]
         shares = [_blocked_percent(own), _feed_percent(own)]
         cells = [_step_s(own), *(["-", "-"] if server is Server.NONE else measured_s), *shares]
-        rows.append([str(server), *cells, median(appends), max(appends), str(own[-1].events), str(own[-1].missing)])
+        rows.append(
+            [
+                str(server),
+                *cells,
+                median(appends),
+                max(appends),
+                str(own[-1].events),
+                str(own[-1].missing),
+                str(sum(block.traces for block in own)),
+            ]
+        )
     headers = [
         "journal fed to",
         "step\ns",
@@ -57,6 +67,7 @@ def _table(blocks: Blocks) -> Table:
         "longest append\nms",
         "events",
         "not yet\nin MLflow",
+        "traces sent\nmeanwhile",
     ]
     return table("optimizer steps on one thread, each with a journal event; waits for a core left out", headers, rows)
 

@@ -1,24 +1,29 @@
 """A small campaign played through a Tracker, and what MLflow must then have of it."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from mlflow.entities import Run
+from mlflow.entities import Run, Trace
 from mlflow.tracking import MlflowClient
 
 from raylign.config import OnlineDpoConfig, dump_config, parse_config
-from raylign.records import Evaluation, RoundReport
+from raylign.records import Candidate, Evaluation, Preference, Prompt, RoundReport, Score
 from raylign.run.directory import RunDirectory
+from raylign.run.tables import write_candidates, write_preferences
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal
 from raylign.tracking.tracker import Tracker
 
-CONFIG = parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests"}})
+TRACKING = {"experiment": "tests", "traced_preferences": 0.7}
+CONFIG = parse_config({"run": {"name": "demo"}, "tracking": TRACKING})
 ATTACK = "<script>alert(1)</script>"
 DIGEST = "0123456789abcdef" * 4
 EVENTS = 23
+PROMPTS = tuple(
+    Prompt(f"h{number:06d}", ({"role": "user", "content": f"question {number}"},), (1,)) for number in range(3)
+)
 
 
 def evaluation(score: float) -> Evaluation:
@@ -34,12 +39,28 @@ def start(tracker: Tracker, run_dir: Path, config: OnlineDpoConfig = CONFIG) -> 
     tracker.baseline(evaluation(0.1))
 
 
+def candidate(prompt: Prompt, place: int, version: int, text: str) -> Candidate:
+    return Candidate(prompt.id, place, (3,), (-0.1,), text, "stop", version, 1)
+
+
+def write_held_out(path: Path, prompts: Sequence[Prompt], index: int) -> None:
+    """One completion of each prompt; prompt i scores index + i / 1000, but the second is unscored."""
+    found = [candidate(prompt, 0, index, f"answer {number} {ATTACK}") for number, prompt in enumerate(prompts)]
+    scores = [Score(index + number / 1000, {"part": 0.5}) for number in range(len(prompts))]
+    scores[1] = Score(None, {}, "no answer within 5 s")
+    write_candidates(path, prompts, found, scores)
+
+
 def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
     tracker.round_started(index)
     tracker.stage(index, "sample", 2.5)
     folder = run_dir / "rounds" / f"{index:04d}"
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([{"prompt": "p", "chosen": ATTACK}] * 3), folder / "preferences.parquet")
+    pairs = [(candidate(prompt, 0, index, ATTACK), candidate(prompt, 1, index, "worse")) for prompt in PROMPTS]
+    preferences = [
+        Preference(prompt, pair, (0.9, 0.2), (1.0, 1.0)) for prompt, pair in zip(PROMPTS, pairs, strict=True)
+    ]
+    write_preferences(folder / "preferences.parquet", preferences)
     tracker.artifact(folder / "preferences.parquet", "preferences", index)
     steps = tuple({"loss": 0.7 - 0.1 * step * index, "rewards/margins": 0.5 * step} for step in (1, 2))
     for step, metrics in enumerate(steps, 1):
@@ -47,6 +68,8 @@ def play_round(tracker: Tracker, run_dir: Path, index: int) -> None:
     tracker.stage(index, "train", 1.5)
     (folder / "samples.jsonl").write_text(json.dumps({"text": f"{ATTACK}\ud800"}) + "\n")
     tracker.artifact(folder / "samples.jsonl", "samples", index)
+    write_held_out(folder / "samples.parquet", PROMPTS, index)
+    tracker.artifact(folder / "samples.parquet", "samples", index)
     seconds = {"sample": 2.5, "train": 1.5}
     counts = {"candidates": 8, "preferences": 3}
     gaps = {"logprob_gap_mean": 0.01}
@@ -107,3 +130,21 @@ def assert_recorded_once(client: MlflowClient) -> None:
         assert history(client, run, "run/seconds/train") == [(index, 1.5)]
         assert history(client, run, "eval/drift/kl") == [(index, 0.02)]
         assert history(client, run, "run/counts/candidates") == [(index, 8)]
+    traces = all_traces(client)
+    found = Counter((trace.info.tags["mlflow.traceName"], trace.info.tags["round"]) for trace in traces)
+    assert found == {(name, index): count for index in "12" for name, count in (("held-out", 3), ("preference", 2))}
+    for trace in traces:
+        assert trace.info.trace_metadata["mlflow.sourceRun"] == parent.info.run_id
+        assert [span.name for span in trace.data.spans] == [trace.info.tags["mlflow.traceName"]]
+        names = sorted(feedback.name for feedback in trace.info.assessments)
+        assert names in (
+            ["score", "score.part"],
+            ["score"],
+            ["training.chosen", "training.margin", "training.rejected"],
+        )
+
+
+def all_traces(client: MlflowClient, condition: str | None = None) -> list[Trace]:
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return list(client.search_traces(locations=[experiment.experiment_id], filter_string=condition, max_results=500))

@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,9 @@ from recipes.commands.cli import app
 from tests import faults
 from tests.integration.played_runs import (
     EVENTS,
+    TRACKING,
     all_runs,
+    all_traces,
     assert_recorded_once,
     campaign_and_rounds,
     history,
@@ -50,7 +54,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def tracked_at(uri: str) -> OnlineDpoConfig:
-    return parse_config({"run": {"name": "demo"}, "tracking": {"experiment": "tests", "uri": uri}})
+    return parse_config({"run": {"name": "demo"}, "tracking": {**TRACKING, "uri": uri}})
 
 
 def sync(run_dir: Path, *options: str) -> Result:
@@ -230,6 +234,64 @@ def test_a_killed_driver(run_dir: Path, tmp_path: Path) -> None:
     parent, rounds = campaign_and_rounds(client)
     assert [run.info.status for run in (parent, *rounds)] == ["FINISHED"] * 3
     assert history(client, rounds[1], "loss") == [(1, 0.5), (2, 0.25)]
+
+
+TRACING = """
+import sys, time
+from pathlib import Path
+from raylign.records import Prompt
+from raylign.run.directory import RunDirectory
+from tests.integration.played_runs import CONFIG, open_run, start, write_held_out
+run_dir = Path(sys.argv[1])
+with RunDirectory(run_dir).locked():
+    tracker = open_run(run_dir, sys.argv[2])
+    start(tracker, run_dir)
+    prompts = [Prompt(f"h{number:06d}", ({"role": "user", "content": "ask"},), (1,)) for number in range(80)]
+    write_held_out(run_dir / "samples.parquet", prompts, 0)
+    tracker.artifact(run_dir / "samples.parquet", "samples")
+    print("started", flush=True)
+    for round in range(1, 1000):
+        time.sleep(1)
+        tracker.round_started(round)
+"""
+
+
+@pytest.mark.fault
+def test_traces_come_once_through_kills_of_server_and_driver(run_dir: Path, tmp_path: Path) -> None:
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with ExitStack() as processes:
+        first = processes.enter_context(ExitStack())
+        first.enter_context(mlflow_server(tmp_path, port))
+        driver = subprocess.Popen([sys.executable, "-c", TRACING, str(run_dir), uri], stdout=subprocess.PIPE, text=True)
+        processes.callback(driver.wait)
+        processes.callback(driver.kill)
+        assert driver.stdout is not None and driver.stdout.readline() == "started\n"
+        client = MlflowClient(tracking_uri=uri)
+        wait_until(lambda: has_runs(uri) and len(all_traces(client)) >= 3)
+        first.close()
+        with mlflow_server(tmp_path, port):
+            before = len(all_traces(client))
+            wait_until(lambda: len(all_traces(client)) > before)
+            driver.kill()
+            driver.wait()
+            halfway = len(all_traces(client))
+            assert 3 <= halfway < 80, "killed in the middle"
+            state = load_state(run_dir, uri)
+            assert state.sequence > state.sent, "events behind the traces do not wait for them"
+            began = time.monotonic()
+            synced = sync(run_dir, "--uri", uri)
+            assert synced.exit_code == 0, synced.output
+            traces = all_traces(client)
+            assert len(traces) == len({trace.info.trace_metadata["prompt_id"] for trace in traces}) == 80
+            assert all(len(trace.data.spans) == 1 for trace in traces)
+            assert Counter(len(trace.info.assessments) for trace in traces) == {2: 79, 1: 1}
+            faults.record(
+                "MLflow server and driver killed while traces are sent",
+                "kill -9 of the server, later of the driver; then `raylign sync RUN`",
+                recovered_s=time.monotonic() - began,
+                lost="nothing; every trace once",
+            )
 
 
 CLOSING = """

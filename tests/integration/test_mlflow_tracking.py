@@ -25,10 +25,12 @@ from raylign.tracking.journal import Journal, read_events
 from raylign.tracking.tracker import Tracker, open_tracker
 from raylign.tracking.uri import default_uri
 from tests.integration.played_runs import (
+    ATTACK,
     CONFIG,
     DIGEST,
     EVENTS,
     all_runs,
+    all_traces,
     assert_recorded_once,
     campaign_and_rounds,
     evaluation,
@@ -197,11 +199,45 @@ def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
     config = Path(client.download_artifacts(parent.info.run_id, "config.yaml")).read_text()
     assert yaml.safe_load(config) == yaml.safe_load(dump_config(CONFIG))
     folder = "rounds/0002"
-    stems = ("preferences.parquet", "preferences.html", "samples.jsonl", "samples.html")
+    stems = ("preferences.parquet", "preferences.html", "samples.jsonl", "samples.parquet", "samples.html")
     assert artifact_names(client, rounds[1], folder) == {f"{folder}/{stem}" for stem in stems}
     for name in ("preferences", "samples"):
         page = Path(client.download_artifacts(rounds[1].info.run_id, f"{folder}/{name}.html")).read_text()
         assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_traces_are_found_by_tag_text_and_feedback(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    play_run(tracker, run_dir)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    client = MlflowClient(tracking_uri=uri)
+
+    def prompts(condition: str) -> list[str]:
+        return [trace.info.trace_metadata["prompt_id"] for trace in all_traces(client, condition)]
+
+    held_out = "trace.name = 'held-out'"
+    assert prompts(f"tag.round = '2' AND {held_out}") == ["h000000", "h000001", "h000002"]
+    assert prompts(f"tag.version = '1' AND {held_out} AND trace.text LIKE '%answer 2 <script>%'") == ["h000002"]
+    assert prompts("feedback.score > 2.001") == ["h000002"]
+    assert prompts("feedback.`training.margin` > 0.6 AND tag.round = '1'") == ["h000001", "h000002"]
+    assert len(prompts("metadata.mlflow.trace.session LIKE 'demo-%'")) == 10
+    newest = all_traces(client)[0]
+    assert newest.info.tags["round"] == "2"
+    assert newest.data.spans[0].inputs == {"messages": [{"role": "user", "content": "question 0"}]}
+    assert newest.data.spans[0].outputs["choices"][0]["message"]["content"] == f"answer 0 {ATTACK}"
+    (unscored,) = [
+        trace for trace in all_traces(client, f"tag.round = '2' AND {held_out}") if trace.info.assessments[0].error
+    ]
+    assert unscored.info.assessments[0].rationale == "no answer within 5 s"
+    assert len({trace.info.trace_metadata["mlflow.trace.session"] for trace in all_traces(client)}) == 1
+
+
+def test_no_traces_where_they_are_off(run_dir: Path, uri: str) -> None:
+    tracker = open_run(run_dir, uri)
+    start(tracker, run_dir, parse_config(CONFIG.model_dump(), ["tracking.traces=false"]))
+    play_round(tracker, run_dir, 1)
+    assert tracker.close("FINISHED", timeout_s=120) == 0
+    assert all_traces(MlflowClient(tracking_uri=uri)) == []
 
 
 def test_an_outage_blocks_nothing_and_loses_nothing(

@@ -346,6 +346,10 @@ class TrackingBlock(Block):
     uri: str | None = None
     """Tracking server or database; null is `mlflow.db` (sqlite) in the parent of the run directory."""
     experiment: str = "raylign"
+    traces: bool = True
+    """Show every held-out completion, and preferences, as traces with their scores as feedback."""
+    traced_preferences: Fraction = 0.1
+    """The share of a round's preferences that become traces; 0 for none."""
 
     @field_validator("uri")
     @classmethod

@@ -12,6 +12,8 @@ from raylign.records import Evaluation
 
 MEASURED = tuple(field.name for field in fields(Evaluation) if field.type in (float, int, float | None))
 """Measures of one evaluation: its numbers."""
+GOLD = "evaluation.gold"
+"""The part of a held-out completion's score that the gold scorer gave."""
 LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT = "length_growth", "gold_drop", "displacement"
 MEASURES = (*MEASURED, LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT)
 """What a policy version can be judged by; `raylign.evaluation.guard.measures` says what the last three are."""

@@ -1,5 +1,6 @@
 """The tree of the online recipe, with the rules that span its blocks. What they refuse is a ValueError."""
 
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -13,7 +14,7 @@ from raylign.config.blocks import (
     WeightSyncBlock,
 )
 from raylign.config.capability import CapabilityBlock
-from raylign.config.evaluation import EvaluationBlock
+from raylign.config.evaluation import GOLD, EvaluationBlock
 from raylign.config.guard import GuardRule, GuardUnion, require_measured, require_raisable
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import (
@@ -36,7 +37,9 @@ from raylign.config.scoring import (
     FunctionScoringBlock,
     LeafBlock,
     MeanStdScoringBlock,
+    ScoringBlock,
     ScoringUnion,
+    by_part,
     leaves,
 )
 from raylign.config.tree import RunConfig
@@ -207,6 +210,11 @@ class OnlineDpoConfig(RunConfig):
     @property
     def choice(self) -> EvaluationBlock | None:
         return None if self.evaluation.metric_for_best_model is None else self.evaluation
+
+    @property
+    def scored_parts(self) -> Mapping[str, ScoringBlock]:
+        gold = self.evaluation.gold
+        return by_part(self.scoring) | ({} if gold is None else by_part(gold, GOLD))
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:

@@ -1,6 +1,7 @@
 """What every recipe's tree has, with the rules that span its blocks."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Self
 
 from pydantic import model_validator
@@ -12,6 +13,7 @@ from raylign.config.evaluation import EvaluationBlock
 from raylign.config.guard import GuardRule
 from raylign.config.losses import RewardLossBlock, TrainerLoss
 from raylign.config.reference import ReferenceBlock
+from raylign.config.scoring import ScoringBlock
 
 
 class RunConfig(Block):
@@ -85,6 +87,11 @@ class RunConfig(Block):
     def choice(self) -> EvaluationBlock | None:
         """By what the best version is chosen; None where none is."""
         return None
+
+    @property
+    def scored_parts(self) -> Mapping[str, ScoringBlock]:
+        """Who scores, by the name of the part of a score, the whole under the empty name; none where nothing does."""
+        return {}
 
     @property
     def trains_rewards(self) -> bool:

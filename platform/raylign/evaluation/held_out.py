@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from raylign.config.evaluation import GOLD
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
 from raylign.evaluation.health import distinct_n, kl_k3, kl_per_token, sampled_entropy, seq_rep_n
@@ -14,7 +15,6 @@ from raylign.evaluation.intervals import share_interval
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
-GOLD = "evaluation.gold"
 """The part of a held-out completion's score that is the gold scorer's; no member of a scorer can have that name."""
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 

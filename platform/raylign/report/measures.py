@@ -95,7 +95,7 @@ def measures_of(evaluation: AnyEvaluation) -> tuple[Measure, ...]:
 
 
 def shown(evaluations: Sequence[AnyEvaluation]) -> list[Measure]:
-    """Columns for what any of the evaluations has; a KL to the initial policy only where the reference is another one."""
+    """Columns for what any of the evaluations has; the KL to the initial policy where the reference is another one."""
     found = [measured(evaluation) for evaluation in evaluations]
     apart = any(values.get("kl_initial") != values.get("kl") for values in found)
     return [

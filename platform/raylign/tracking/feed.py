@@ -6,18 +6,66 @@ What it remembers between processes is in `mlflow.json` of the run directory.
 import logging
 import os
 import threading
+import time
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field, TypeAdapter
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
 
-from raylign.boundary.secrets import without_credentials
+from raylign.boundary.secrets import without_credentials, without_secrets
+from raylign.config.blocks import TrackingBlock
+from raylign.config.scoring import ScoringBlock
 from raylign.errors import TrackingError
 from raylign.run.files import read_record
 from raylign.tracking.journal import JOURNAL_NAME, read_events
 
+if TYPE_CHECKING:
+    from raylign.tracking.writer import MlflowWriter
+
 STATE_NAME = "mlflow.json"
+
+
+class ScoreSource(BaseModel):
+    """Who gives a score or a part of one."""
+
+    judge: bool = False
+    """Whether it is a language model that is asked."""
+    title: str = "scorer"
+
+
+class Tracing(BaseModel):
+    """What becomes traces, as the journal has it."""
+
+    preferences: float = Field(ge=0, le=1)
+    """Share of a round's preferences."""
+    scorers: dict[str, ScoreSource] = Field(default_factory=dict)
+    """By the name of the part, the whole under the empty name."""
+
+
+def tracing(block: TrackingBlock, scorers: Mapping[str, ScoringBlock]) -> Tracing | None:
+    """What `block` asks for, of a run with these scorers by part."""
+    if not block.traces:
+        return None
+    sources = {
+        part: ScoreSource(judge=scorer.is_judge, title=without_secrets(scorer.title))
+        for part, scorer in scorers.items()
+    }
+    return Tracing(preferences=block.traced_preferences, scorers=sources)
+
+
+class TraceFile(BaseModel):
+    """A table whose rows become traces. The first `rows` of it are done."""
+
+    kind: str
+    """`samples` or `preferences`, as in the journal."""
+    path: str
+    """Within the run directory."""
+    round: int
+    time_ms: int
+    rows: int = 0
 
 
 class RoundState(BaseModel):
@@ -43,6 +91,15 @@ class FeedState(BaseModel):
     run_id: str = ""
     """The parent run in MLflow."""
     rounds: dict[int, RoundState] = Field(default_factory=dict)
+    tracing: Tracing | None = None
+    """None makes no traces."""
+    traces: list[TraceFile] = Field(default_factory=list)
+    """What is not wholly there as traces yet, though its event is."""
+
+    @property
+    def sent(self) -> int:
+        """Events of which MLflow has everything."""
+        return self.sequence - len(self.traces)
 
 
 class _Stores(BaseModel):
@@ -82,6 +139,8 @@ _POLL_S = 2.0
 """Steps that come within it are sent in one call."""
 _LONGEST_WAIT_S = 60.0
 _WAIT_WHILE_CLOSING_S = 1.0
+_TRACES_SHARE = 0.005
+"""Of a core, at most, goes into traces while the run is in progress; what is left is sent when it closes."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +172,14 @@ class MlflowFeed:
     def close(self, timeout_s: float) -> int:
         """Wait at most `timeout_s` for MLflow to hold every event; returns how many are missing.
 
-        Whatever MLflow did or answered, they are missing and no more. Raises what else stopped the feed.
+        An event is missing too where traces of its file are. Whatever MLflow did or answered, they are missing and no
+        more. Raises what else stopped the feed.
         """
         self._draining.set()
         self._thread.join(timeout_s)
         self._stopped.set()
-        sent = load_state(self._run_dir, self._uri).sequence
-        missing = sum(1 for _ in read_events(self._journal, after=sent))
+        state = load_state(self._run_dir, self._uri)
+        missing = len(state.traces) + sum(1 for _ in read_events(self._journal, after=state.sequence))
         if self._failures:
             raise self._failures[0]
         return missing
@@ -137,7 +197,7 @@ class MlflowFeed:
 
     def _follow(self) -> None:
         # MLflow takes seconds to load, which nobody waits for here.
-        from raylign.tracking.writer import MlflowWriter, may_pass, send  # noqa: PLC0415
+        from raylign.tracking.writer import MlflowWriter, may_pass, send, send_traces  # noqa: PLC0415
 
         if self._stopped.is_set():
             return
@@ -150,7 +210,7 @@ class MlflowFeed:
             reraise=True,
         )
         writer = retrying(MlflowWriter.connect, self._uri, self._experiment, self._run_dir, self._stopped)
-        offset = 0
+        offset, waits = 0, _TraceWaits()
         while not self._stopped.is_set():
             last_pass = self._draining.is_set()
             for _, end in send(writer, retrying, self._journal, offset):
@@ -158,8 +218,18 @@ class MlflowFeed:
                 if self._stopped.is_set():
                     return
             if last_pass:
+                send_traces(writer, retrying)
                 return
-            self._draining.wait(_POLL_S)
+            self._trace_for(_POLL_S, writer, waits)
+
+    def _trace_for(self, seconds: float, writer: "MlflowWriter", waits: "_TraceWaits") -> None:
+        """Send traces for so long, within their share of a core, and wait out the rest."""
+        until = time.monotonic() + seconds
+        while not self._draining.is_set() and (now := time.monotonic()) < until:
+            if now < waits.until:
+                self._draining.wait(min(until, waits.until) - now)
+            elif not waits.send(writer):
+                self._draining.wait(until - now)
 
     def _pause(self, seconds: float) -> None:
         if self._draining.is_set():
@@ -171,3 +241,25 @@ class MlflowFeed:
         if attempt.attempt_number == 1 and attempt.outcome is not None:
             reason = attempt.outcome.exception()
             logger.warning("MLflow at %s fails (%s); the run goes on", without_credentials(self._uri), reason)
+
+
+class _TraceWaits:
+    """When the next request for a trace may be made."""
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self._failures = 0
+
+    def send(self, writer: "MlflowWriter") -> bool:
+        """Make one; False when no trace waits. What fails is tried again later, while metrics go on."""
+        began = time.thread_time()
+        try:
+            sent = writer.send_trace()
+            self._failures, pause = 0, (time.thread_time() - began) / _TRACES_SHARE
+        except TrackingError as error:
+            if not error.passing:
+                raise
+            sent, pause = True, min(2.0**self._failures, _LONGEST_WAIT_S)
+            self._failures += 1
+        self.until = time.monotonic() + pause
+        return sent

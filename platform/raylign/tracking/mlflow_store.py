@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
-from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, LifecycleStage, Metric, Param, RunTag, Span, TraceInfo
 from mlflow.exceptions import MlflowException
+from mlflow.tracing.client import TracingClient
 from mlflow.tracking import MlflowClient
 
 from raylign.boundary.secrets import without_secrets
@@ -77,6 +78,7 @@ class MlflowStore:
         _asked(lambda: create_database(uri))
         self._closed = closed
         self._client: MlflowClient = _asked(lambda: MlflowClient(tracking_uri=uri))
+        self._tracing: TracingClient = _asked(lambda: TracingClient(uri))
 
     def experiment(self, name: str) -> str:
         """The id of the experiment called `name`, which is made if it is missing."""
@@ -144,6 +146,14 @@ class MlflowStore:
         """The file as an artifact of its own name in `folder`."""
         self._ask(lambda: self._client.log_artifact(run_id, str(file), folder))
 
+    def start_trace(self, info: TraceInfo) -> None:
+        """The trace with its feedback; one that is there gets these values, and keeps what others have added."""
+        self._ask(lambda: self._tracing.start_trace(info))
+
+    def log_spans(self, experiment_id: str, spans: Sequence[Span]) -> None:
+        """Spans of traces, in one request; those that are there are replaced."""
+        self._ask(lambda: self._tracing.log_spans(experiment_id, list(spans)))
+
     def _ask(self, ask: Callable[[], T]) -> T:
         """Nothing more once `closed` is set: by then another process may tell MLflow how the run has ended."""
         if self._closed is not None and self._closed.is_set():
@@ -158,6 +168,8 @@ def _asked(ask: Callable[[], T]) -> T:
             return ask()
     except RaylignError:
         raise
+    except NotImplementedError as error:
+        raise _refusal(shown(str(error))) from error
     except MlflowException as error:
         failure = TrackingError(shown(str(error)))
         failure.passing = error.error_code != _REFUSED

@@ -16,7 +16,7 @@ from raylign.records import AnyEvaluation, RoundReport
 from raylign.report.measures import measured
 from raylign.run.files import inside
 from raylign.tracking.facts import publishable
-from raylign.tracking.feed import MlflowFeed
+from raylign.tracking.feed import MlflowFeed, tracing
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.uri import default_uri
 
@@ -46,9 +46,9 @@ class Tracker:
         campaign = uuid.uuid4().hex if earlier is None else earlier.get("campaign", _TEXT)
         params = publishable(config.model_dump(mode="json"))
         tags = publishable(facts)
-        self._journal.append(
-            "campaign_started", {"campaign": campaign, "name": config.run.name, "params": params, "tags": tags}
-        )
+        traces = tracing(config.tracking, config.scored_parts)
+        body = {"campaign": campaign, "name": config.run.name, "params": params, "tags": tags}
+        self._journal.append("campaign_started", {**body, "traces": traces and traces.model_dump(mode="json")})
 
     def prompts(self, source: str, split: str, digest: str, counts: Mapping[str, int]) -> None:
         """The prompt data set: `source` as in the config, a hex digest of its rows, rows per use."""

@@ -14,18 +14,21 @@ from pydantic import Field, TypeAdapter
 from tenacity import Retrying
 
 from raylign.chunks import chunks
+from raylign.config.blocks import TrackingBlock
 from raylign.errors import TrackingError
 from raylign.report.measures import chart_name
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
-from raylign.tracking.feed import FeedState, RoundState, load_state, save_state
+from raylign.tracking.feed import FeedState, RoundState, TraceFile, Tracing, load_state, save_state, tracing
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.presented import present, tags_of
+from raylign.tracking.trace_feed import TraceFeed
 
 METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
 _LONGEST_UNSAVED_S = 10.0
 _FIGURES_SHARE = 100
+_TRACED = frozenset({"samples", "preferences"})
 _MAX_PARAM = 6000
 _MAX_TAG = 8000
 _MAX_NAME = 250
@@ -37,6 +40,7 @@ _TIME = TypeAdapter(Annotated[float, Field(ge=0, lt=10**12)])
 _VALUE = TypeAdapter(float | None)
 _VALUES: TypeAdapter[Mapping[str, float | None]] = TypeAdapter(dict[str, float | None])
 _COUNTS: TypeAdapter[Mapping[str, int]] = TypeAdapter(dict[str, int])
+_TRACING: TypeAdapter[Tracing | None] = TypeAdapter(Tracing | None)
 _ANY: TypeAdapter[Mapping[str, Any]] = TypeAdapter(dict[str, Any])
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 
@@ -59,6 +63,7 @@ class MlflowWriter:
         """The run's status that its page must still tell; None when nothing has changed."""
         self._measured = False
         self._next_figures = 0.0
+        self._traces = TraceFeed(store, run_dir, state)
         self.state = state
 
     @classmethod
@@ -122,8 +127,7 @@ class MlflowWriter:
         if self._page is not None:
             self._present(self._page)
         if self.state.sequence != self._saved:
-            save_state(self._run_dir, self._uri, self.state)
-            self._saved = self.state.sequence
+            self._save()
         self._flushed = time.monotonic()
 
     def _present(self, status: str) -> None:
@@ -138,6 +142,18 @@ class MlflowWriter:
             self._measured = False
             self._next_figures = time.monotonic() + _FIGURES_SHARE * (time.thread_time() - began)
         self._page = None
+
+    def send_trace(self) -> bool:
+        """One request of the traces that wait; False when none does. Call it after `flush`, again after an error."""
+        if not self.state.traces:
+            return False
+        if self._traces.step():
+            self._save()
+        return True
+
+    def _save(self) -> None:
+        save_state(self._run_dir, self._uri, self.state)
+        self._saved = self.state.sequence
 
     def _parent(self, event: Event) -> str:
         if not self.state.run_id:
@@ -156,8 +172,12 @@ class MlflowWriter:
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
         run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
         self._store.set_running(run_id)
-        self._log_params(run_id, params, {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)})
+        tags = {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)}
+        self._log_params(run_id, params, tags)
         self._page = "RUNNING"
+        self.state.tracing = (
+            event.get("traces", _TRACING) if "traces" in event.payload else tracing(TrackingBlock(), {})
+        )
         self.state.campaign, self.state.name = campaign, name
         self.state.run_id = run_id
 
@@ -239,12 +259,13 @@ class MlflowWriter:
 
     def _artifact(self, event: Event) -> None:
         index, kind, relative = event.get("round", _INDEX), event.get("kind", _TEXT), event.get("path", _TEXT)
-        if index not in self.state.rounds:
-            upload(self._store, self._parent(event), self._run_dir, relative, kind)
-            return
-        round_state = self.state.rounds[index]
-        sent = upload(self._store, round_state.run_id, self._run_dir, relative, kind)
-        if sent and kind == "preferences" and not round_state.has_preferences:
+        round_state = self.state.rounds.get(index)
+        run_id = self._parent(event) if round_state is None else round_state.run_id
+        sent = upload(self._store, run_id, self._run_dir, relative, kind)
+        if sent and self.state.tracing and kind in _TRACED and relative.endswith(".parquet"):
+            time_ms = _milliseconds(event.time)
+            self._traces.add(TraceFile(kind=kind, path=relative, round=index, time_ms=time_ms))
+        if sent and kind == "preferences" and round_state and not round_state.has_preferences:
             dataset = preferences_input(self._run_dir, relative, index, event.get("sha256", _TEXT))
             self._store.log_dataset(round_state.run_id, dataset)
             round_state.has_preferences = True
@@ -308,6 +329,12 @@ def send(writer: MlflowWriter, retrying: Retrying, journal: Path, offset: int = 
             retrying(writer.flush)
         yield event, end
     retrying(writer.flush)
+
+
+def send_traces(writer: MlflowWriter, retrying: Retrying) -> None:
+    """All traces that wait, after `send`."""
+    while retrying(writer.send_trace):
+        pass
 
 
 def may_pass(error: BaseException) -> bool:

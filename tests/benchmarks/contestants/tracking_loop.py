@@ -10,12 +10,16 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from mlflow.entities import TraceInfo
 from torch import nn
 
 from raylign.config import parse_config
+from raylign.records import Candidate, Prompt, Score
+from raylign.run.tables import write_candidates
 from raylign.tracking.facts import run_facts
 from raylign.tracking.feed import MlflowFeed, load_state
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
+from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.tracker import Tracker
 from tests.benchmarks.harness.children import contestant, progress
 from tests.benchmarks.harness.tracking import Server, TrackedBlock, TrackingJob, TrackingResult
@@ -24,6 +28,8 @@ from tests.mlflow_servers import free_port, mlflow_server, slow_proxy, wait_unti
 
 WIDTH, ROWS, LAYERS = 512, 256, 4
 TRIAL = 20
+HELD_OUT = 64
+ASKED, ANSWER = "Write a short review of a film that you have seen. " * 4, "It was a fine film, and I liked it. " * 32
 CLOSE_S = {Server.HEALTHY: 30.0}
 """How long a block waits for MLflow at its end; a second elsewhere."""
 METRICS = dict.fromkeys(
@@ -45,7 +51,22 @@ METRICS = dict.fromkeys(
 )
 
 
+_TRACED: list[str] = []
+"""Ids of the traces that were begun in this process."""
+
+
+def _count_traces() -> None:
+    start = MlflowStore.start_trace
+
+    def counted(store: MlflowStore, info: TraceInfo) -> None:
+        _TRACED.append(info.trace_id)
+        start(store, info)
+
+    MlflowStore.start_trace = counted  # type: ignore[method-assign]
+
+
 def run(job: TrackingJob) -> TrackingResult:
+    _count_traces()
     step = _step_of(job.step_s)
     with tempfile.TemporaryDirectory(prefix="bench-tracking-") as name, ExitStack() as servers:
         folder = Path(name)
@@ -118,11 +139,12 @@ class _Desk:
             if repeat == 0:
                 tracker.run_started(parse_config({}), run_facts())
             tracker.round_started(repeat + 1)
+            _held_out(tracker, run_dir, repeat + 1)
             if server in (Server.HEALTHY, Server.KILLED):
                 wait_until(lambda: load_state(run_dir, self.uris[server]).sequence == _events(run_dir))
-            cpu = _others_cpu_s()
+            before, cpu = len(_TRACED), _others_cpu_s()
             times = self._train(tracker, repeat + 1, victim.close)
-            cpu = _others_cpu_s() - cpu
+            cpu, traced = _others_cpu_s() - cpu, len(_TRACED) - before
         journal.close()
         missing = feed.close(CLOSE_S.get(server, 1.0))
         if server is Server.SLOW:
@@ -137,6 +159,7 @@ class _Desk:
             feed_cpu_s=cpu,
             events=_events(run_dir),
             missing=missing,
+            traces=traced,
         )
 
     def _train(self, tracker: Tracker, index: int, kill: Callable[[], None]) -> list[_Times]:
@@ -153,6 +176,16 @@ class _Desk:
             if number == self.job.steps // 3:
                 kill()
         return times
+
+
+def _held_out(tracker: Tracker, run_dir: Path, index: int) -> None:
+    """Completions that become traces while the steps of the round are taken."""
+    folder = run_dir / f"rounds/{index:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = [Prompt(f"h{number:06d}", ({"role": "user", "content": ASKED},), (1,)) for number in range(HELD_OUT)]
+    found = [Candidate(own.id, 0, (2,) * 256, (-1.0,) * 256, ANSWER, "stop", index, 1) for own in prompts]
+    write_candidates(folder / "samples.parquet", prompts, found, [Score(0.5, {"quality": 0.5})] * HELD_OUT)
+    tracker.artifact(folder / "samples.parquet", "samples", index)
 
 
 def _waited_s() -> float:

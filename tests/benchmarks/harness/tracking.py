@@ -40,6 +40,8 @@ class TrackedBlock(Block):
     events: int
     missing: int
     """Events that had not reached MLflow when the block ended."""
+    traces: int
+    """Requests for traces while the steps were taken."""
 
 
 class TrackingResult(Block):

@@ -23,6 +23,7 @@ from raylign.config.scoring.composition import (
     ScoringBlock,
     ScoringUnion,
     WeightedScoringBlock,
+    by_part,
     leaves,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "ScoringUnion",
     "VerifierScoringBlock",
     "WeightedScoringBlock",
+    "by_part",
     "leaves",
 ]

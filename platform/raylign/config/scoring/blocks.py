@@ -35,6 +35,8 @@ class LeafScoringBlock(Block):
 
     is_model: ClassVar[bool] = False
     """Whether it is a checkpoint that torch computes."""
+    is_judge: ClassVar[bool] = False
+    """Whether a language model is asked what it thinks."""
     compares: ClassVar[bool] = False
     """Whether a score depends on the other candidates of the prompt, so that more of them make it another score."""
 
@@ -283,6 +285,7 @@ class JudgeScoringBlock(LeafScoringBlock):
     that stands alone (held-out evaluation) is rated from 1 to 10, mapped to 0..1. The two scales do not compare.
     """
 
+    is_judge: ClassVar[bool] = True
     compares: ClassVar[bool] = True
     module: ClassVar[str] = "judge"
     type: Literal["judge"] = "judge"

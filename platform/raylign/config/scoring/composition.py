@@ -27,6 +27,7 @@ class CompositionBlock(Block):
 
     place: ClassVar[str] = "scorers."
     """What stands before a member's name in the config."""
+    is_judge: ClassVar[bool] = False
     max_unscored: Fraction = 0.2
     """The round stops when more than this share of candidates is unscored by the whole."""
 
@@ -162,6 +163,15 @@ def leaves(block: ScoringBlock) -> list[LeafBlock]:
     if not isinstance(block, CompositionBlock):
         return [block]
     return [leaf for member in block.members.values() for leaf in leaves(member)]
+
+
+def by_part(block: ScoringBlock, part: str = "") -> dict[str, ScoringBlock]:
+    """Every scorer by the name that its value has in `Score.parts`; the whole has the empty name."""
+    found = {part: block}
+    if isinstance(block, CompositionBlock):
+        for name, member in block.members.items():
+            found |= by_part(member, f"{part}/{name}" if part else name)
+    return found
 
 
 def _listed(names: "Mapping[str, object] | set[str]") -> str:

@@ -1,0 +1,284 @@
+"""Rows as traces, and how they are sent: what a person sees, which ids, and what is sent again after an error."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+from mlflow.entities import Assessment, Span, TraceInfo
+
+from raylign.config import parse_config
+from raylign.errors import RecordError, TrackingError
+from raylign.records import Candidate, Preference, Prompt, Score
+from raylign.run.tables import write_candidates, write_preferences
+from raylign.tracking.feed import FeedState, TraceFile, Tracing, tracing
+from raylign.tracking.mlflow_store import MlflowStore
+from raylign.tracking.trace_feed import TRACES_PER_CALL, TraceFeed
+from raylign.tracking.trace_rows import Trace, read_traces
+
+KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz123456"
+SCORING = {
+    "type": "weighted",
+    "weights": {"quality": 1.0, "brevity": 0.2},
+    "scorers": {
+        "quality": {"type": "judge", "base_url": "http://judge:8000/v1", "model": "Qwen/Qwen3-32B"},
+        "brevity": {"type": "function"},
+    },
+}
+
+
+def prompt(number: int, content: object = "ask") -> Prompt:
+    return Prompt(f"h{number:06d}", ({"role": "user", "content": content},), (1,))
+
+
+def candidate(of: Prompt, index: int, text: str, version: int = 4) -> Candidate:
+    return Candidate(of.id, index, (3,), (-0.1,), text, "stop", version, 1)
+
+
+def state(preferences: float = 0.1) -> FeedState:
+    config = parse_config({"scoring": SCORING, "tracking": {"traced_preferences": preferences}})
+    asked = tracing(config.tracking, config.scorers)
+    return FeedState(campaign="c" * 32, name="run", run_id="r", experiment_id="1", tracing=asked)
+
+
+def held_out(folder: Path, prompts: Sequence[Prompt], texts: Sequence[str], scores: Sequence[Score]) -> TraceFile:
+    found = [candidate(own, 0, text) for own, text in zip(prompts, texts, strict=True)]
+    write_candidates(folder / "samples.parquet", prompts, found, scores)
+    return TraceFile(kind="samples", path="samples.parquet", round=7, time_ms=1_700_000_000_000)
+
+
+def traces_of(folder: Path, file: TraceFile, owner: FeedState) -> list[Trace]:
+    return list(read_traces(folder / file.path, file, owner))
+
+
+def test_a_completion_shows_its_prompt_answer_and_who_scored_it(tmp_path: Path) -> None:
+    parts = {"quality": 0.75, "quality/rating": 7.0, "brevity": -0.25}
+    scores = [Score(0.5, parts, "clear"), Score(None, {}, "quality: no answer")]
+    file = held_out(tmp_path, [prompt(0), prompt(1)], ["yes", "no"], scores)
+    first, second = traces_of(tmp_path, file, state())
+    assert first.span.inputs == {"messages": [{"role": "user", "content": "ask"}]}
+    assert first.span.outputs["choices"][0]["message"] == {"role": "assistant", "content": "yes"}
+    assert (first.info.request_preview, first.info.response_preview) == ("ask", "yes")
+    assert first.info.tags == {"mlflow.traceName": "held-out", "round": "7", "version": "4"}
+    assert first.info.trace_metadata == {
+        "mlflow.sourceRun": "r",
+        "mlflow.trace.session": "run-cccccccc",
+        "prompt_id": "h000000",
+        "finish_reason": "stop",
+    }
+    assert first.info.request_time > second.info.request_time, "the newest stands first"
+    title = parse_config({"scoring": SCORING}).scorers[""].title
+    assert [
+        (own.name, own.feedback.value, own.source.source_type, own.source.source_id) for own in feedback(first)
+    ] == [
+        ("score", 0.5, "CODE", title),
+        ("score.quality", 0.75, "LLM_JUDGE", "judge Qwen/Qwen3-32B"),
+        ("score.quality.rating", 7.0, "LLM_JUDGE", "judge Qwen/Qwen3-32B"),
+        ("score.brevity", -0.25, "CODE", "raylign.scoring.vader:compound"),
+    ]
+    assert [own.rationale for own in feedback(first)] == ["clear", None, None, None]
+    (unscored,) = feedback(second)
+    assert unscored.feedback.value is None and unscored.feedback.error.error_message == "quality: no answer"
+
+
+def feedback(trace: Trace) -> list[Assessment]:
+    return list(trace.info.assessments)
+
+
+def test_a_row_is_the_same_trace_whenever_it_is_sent_and_no_other_row_is(tmp_path: Path) -> None:
+    prompts = [prompt(number) for number in range(70)]
+    file = held_out(tmp_path, prompts, ["text"] * 70, [Score(0.5)] * 70)
+    everything = traces_of(tmp_path, file, state())
+    rest = traces_of(tmp_path, file.model_copy(update={"rows": 41}), state())
+    assert [trace.info for trace in rest] == [trace.info for trace in everything[41:]]
+    ids = {trace.info.trace_id for trace in everything}
+    assert len(ids) == len({own.assessment_id for trace in everything for own in feedback(trace)}) == 70
+    for other in (
+        (file.model_copy(update={"round": 8}), state()),
+        (file, state().model_copy(update={"campaign": "d" * 32})),
+    ):
+        assert ids.isdisjoint(trace.info.trace_id for trace in traces_of(tmp_path, *other))
+    assert everything[0].span.trace_id == everything[0].info.trace_id
+
+
+def test_text_is_data(tmp_path: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
+    contents = [f"\x00\ud800 <script> {KEY}", [{"type": "text", "text": "see"}, image], "ask", [["x" * 30_000] * 9]]
+    texts = [f"漢 {KEY} password=hunter2hunter2", "b", f"{'long ' * 10_000}{KEY}", "c"]
+    prompts = [prompt(number, content) for number, content in enumerate(contents)]
+    file = held_out(tmp_path, prompts, texts, [Score(0.5, {}, KEY)] * 4)
+    found = traces_of(tmp_path, file, state())
+    sent = [json.dumps([trace.info.to_dict(), trace.span.inputs, trace.span.outputs]) for trace in found]
+    assert all(KEY not in text and "hunter2" not in text and "\\u0000" not in text for text in sent)
+    assert "<script>" in sent[0] and found[0].span.outputs["choices"][0]["message"]["content"].startswith(
+        "漢 [redacted]"
+    )
+    url = found[1].span.inputs["messages"][0]["content"][1]["image_url"]["url"]
+    assert url.startswith("data:image/png;base64,AAA") and url.endswith("more characters]") and len(url) <= 100
+    assert found[1].info.request_preview == "see"
+    assert found[2].span.outputs["choices"][0]["message"]["content"].endswith(" [30040 more characters]")
+    assert len(sent[3]) < 120_000
+    for trace in found:
+        assert trace.span.to_otel_proto() and trace.info.to_proto()
+        assert len(trace.info.request_preview or "") <= 1000 >= len(trace.info.response_preview or "")
+
+
+@pytest.mark.parametrize(
+    ("share", "rows"), [(0.0, []), (0.1, [9, 19]), (0.25, [3, 7, 11, 15, 19]), (1.0, [*range(20)])]
+)
+def test_a_share_of_preferences_shows_both_ends(tmp_path: Path, share: float, rows: list[int]) -> None:
+    prompts = [prompt(number) for number in range(20)]
+    groups = [tuple(candidate(own, index, f"{index}", 3 + index) for index in (2, 0, 1)) for own in prompts]
+    preferences = [
+        Preference(own, group, (0.9, 0.5, 0.2), (1.0,) * 3) for own, group in zip(prompts, groups, strict=True)
+    ]
+    write_preferences(tmp_path / "preferences.parquet", preferences)
+    scored = [Score(0.0, {"quality": float(own.index)}) for group in groups for own in group]
+    write_candidates(tmp_path / "candidates.parquet", prompts, [own for group in groups for own in group], scored)
+    file = TraceFile(kind="preferences", path="preferences.parquet", round=1, time_ms=10**12)
+    found = traces_of(tmp_path, file, state(share))
+    assert [trace.row for trace in found] == rows
+    for trace in found:
+        assert trace.span.outputs == {"chosen": "2", "rejected": "1"}
+        assert trace.info.tags == {"mlflow.traceName": "preference", "round": "1", "version": "4, 5"}
+        values = {own.name: own.feedback.value for own in feedback(trace)}
+        assert values == {
+            "training.margin": pytest.approx(0.7),
+            "training.chosen": 0.9,
+            "training.chosen.quality": 2.0,
+            "training.rejected": 0.2,
+            "training.rejected.quality": 1.0,
+        }
+
+
+def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "samples.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RecordError, match=r"samples\.parquet"):
+        traces_of(tmp_path, TraceFile(kind="samples", path="samples.parquet", round=1, time_ms=0), state())
+
+
+class Store:
+    """Keeps what it is sent; the calls whose numbers are in `failing` fail, for good where `passing` is not set."""
+
+    def __init__(self, failing: Sequence[int] = (), passing: bool = True) -> None:
+        self.started: list[str] = []
+        self.spans: list[list[str]] = []
+        self.calls, self._failing, self._passing = 0, failing, passing
+
+    def start_trace(self, info: TraceInfo) -> None:
+        self._call()
+        self.started.append(info.trace_id)
+
+    def log_spans(self, experiment_id: str, spans: Sequence[Span]) -> None:
+        self._call()
+        assert experiment_id == "1"
+        self.spans.append([span.trace_id for span in spans])
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls in self._failing:
+            error = TrackingError("away")
+            error.passing = self._passing
+            raise error
+
+
+def feed_of(store: Store, folder: Path, owner: FeedState) -> TraceFeed:
+    return TraceFeed(cast(MlflowStore, store), folder, owner)
+
+
+def table(folder: Path, rows: int) -> TraceFile:
+    prompts = [prompt(number) for number in range(rows)]
+    return held_out(folder, prompts, ["text"] * rows, [Score(0.5)] * rows)
+
+
+def test_each_trace_is_a_request_and_their_spans_go_together(tmp_path: Path) -> None:
+    store, owner, rows = Store(), state(), TRACES_PER_CALL + 5
+    feed, steps = feed_of(store, tmp_path, owner), 0
+    feed.add(table(tmp_path, rows))
+    while owner.traces:
+        before = store.calls
+        feed.step()
+        assert store.calls - before <= 1
+        steps += 1
+    assert store.calls == steps == rows + 2
+    assert [len(batch) for batch in store.spans] == [TRACES_PER_CALL, 5]
+    assert store.started == [trace for batch in store.spans for trace in batch]
+    assert not feed.step()
+
+
+@pytest.mark.parametrize("failing", [(1,), (3, 4), (TRACES_PER_CALL + 1,), (TRACES_PER_CALL + 7,)])
+def test_what_fails_is_asked_again_and_nothing_twice(tmp_path: Path, failing: tuple[int, ...]) -> None:
+    store, owner = Store(failing), state()
+    feed, errors = feed_of(store, tmp_path, owner), 0
+    feed.add(table(tmp_path, TRACES_PER_CALL + 5))
+    while owner.traces:
+        try:
+            feed.step()
+        except TrackingError:
+            errors += 1
+    assert errors == len(failing)
+    assert len(store.started) == len(set(store.started)) == TRACES_PER_CALL + 5
+    assert [trace for batch in store.spans for trace in batch] == store.started
+
+
+def test_another_process_goes_on_within_a_file(tmp_path: Path) -> None:
+    first, owner = Store(), state()
+    feed = feed_of(first, tmp_path, owner)
+    feed.add(table(tmp_path, TRACES_PER_CALL + 5))
+    saved = owner.model_dump_json()
+    for _ in range(TRACES_PER_CALL + 3):
+        if feed.step():
+            saved = owner.model_dump_json()
+    second, again = Store(), FeedState.model_validate_json(saved)
+    assert again.traces[0].rows == TRACES_PER_CALL
+    rest = feed_of(second, tmp_path, again)
+    while again.traces:
+        rest.step()
+    assert first.started[TRACES_PER_CALL:] == second.started[:2], "what had no spans yet comes again under its id"
+    assert len({*first.started, *second.started}) == TRACES_PER_CALL + 5
+    assert len(second.spans[0]) == 5
+
+
+def test_what_mlflow_refuses_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, owner = Store((2,), passing=False), state()
+    feed = feed_of(store, tmp_path, owner)
+    feed.add(table(tmp_path, 5))
+    with caplog.at_level(logging.WARNING):
+        while owner.traces:
+            feed.step()
+    assert len(store.started) == len(store.spans[0]) == 4
+    assert "does not take trace tr-" in caplog.text
+
+
+def test_a_damaged_table_costs_its_own_traces_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, owner = Store(), state()
+    feed = feed_of(store, tmp_path, owner)
+    good = table(tmp_path, 3)
+    feed.add(good.model_copy(update={"path": "gone.parquet"}))
+    feed.add(good.model_copy(update={"path": "../outside.parquet"}))
+    feed.add(good)
+    with caplog.at_level(logging.WARNING):
+        while owner.traces:
+            feed.step()
+    assert len(store.started) == 3
+    assert [record.getMessage().count("its traces is left out") for record in caplog.records] == [1, 1]
+
+
+def test_a_table_that_is_written_again_replaces_itself(tmp_path: Path) -> None:
+    store, owner = Store(), state()
+    feed = feed_of(store, tmp_path, owner)
+    feed.add(table(tmp_path, 5))
+    feed.step()
+    feed.add(table(tmp_path, 2))
+    while owner.traces:
+        feed.step()
+    assert [len(batch) for batch in store.spans] == [2]
+
+
+def test_what_is_traced_follows_the_options() -> None:
+    config = parse_config({"tracking": {"traces": False}})
+    assert tracing(config.tracking, config.scorers) is None
+    config = parse_config({})
+    assert tracing(config.tracking, {}) == Tracing(preferences=0.1)
