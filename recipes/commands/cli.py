@@ -18,6 +18,7 @@ from raylign.config import load_config, load_recipe
 from raylign.report.console import libraries_aside, log_to_console, own_stdout
 from recipes.commands.checks.ray_cluster import require_named_cluster
 from recipes.commands.failures import complain, say
+from recipes.commands.review import review
 from recipes.commands.signals import INTERRUPTED, STOPPED, terminable
 
 _CHECKS = "raylign.training.learners"
@@ -27,7 +28,7 @@ _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """An error becomes a line that says what happened and one with the cure, and status 1.
+    """An error becomes a line that says what happened and one with the cure, and status 1; waiting for people is 3.
 
     Ctrl-C and SIGTERM unwind what is open.
     """
@@ -37,8 +38,7 @@ def ended_cleanly() -> Iterator[None]:
     except (typer.Exit, typer.Abort, TyperException):
         raise
     except Exception as error:
-        say(error)
-        raise typer.Exit(1) from error
+        raise typer.Exit(say(error)) from error
     except SystemExit as end:
         if end.code in (INTERRUPTED, STOPPED):
             complain(f"{_STOPS[end.code]}; what is finished is saved, the same command goes on with it")
@@ -261,6 +261,7 @@ def export(
     console.print(Text(f"use it: {exported.use}"))
 
 
+app.add_typer(review)
 data = typer.Typer(name="data", help="Prepare preference data.", no_args_is_help=True)
 app.add_typer(data)
 

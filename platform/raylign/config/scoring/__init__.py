@@ -18,11 +18,13 @@ from raylign.config.scoring.composition import (
     CompositionBlock,
     EnsembleBlock,
     GateScoringBlock,
+    HumanScoringBlock,
     MeanStdScoringBlock,
     MinScoringBlock,
     ScoringBlock,
     ScoringUnion,
     WeightedScoringBlock,
+    asks_people,
     leaves,
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "FunctionScoringBlock",
     "GateScoringBlock",
     "HttpScoringBlock",
+    "HumanScoringBlock",
     "ImplicitScoringBlock",
     "JudgeScoringBlock",
     "LeafBlock",
@@ -47,5 +50,6 @@ __all__ = [
     "ScoringUnion",
     "VerifierScoringBlock",
     "WeightedScoringBlock",
+    "asks_people",
     "leaves",
 ]
