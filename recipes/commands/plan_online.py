@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from actors.weight_sync.transports import Name, weight_transport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
-from raylign.config.scoring import JudgeScoringBlock, leaves
+from raylign.config.scoring import JudgeScoringBlock, asks_people, leaves
 from raylign.prompts import PromptSet, left_out
 from raylign.scoring.load import describe_scorer
 from raylign.tracking.uri import default_uri
@@ -219,6 +220,9 @@ def _scorer(plan: RunPlan) -> list[Line]:
         asked = config.schedule.prompts_per_round * sum(_questions(judge, config.sampling) for judge in judges)
         rated = len(judges) * plan.prompts.held_out
         facts.append(f"at most {asked:,} questions a round, {rated:,} an evaluation, without retries")
+    if asks_people(config.scoring):
+        most = config.schedule.prompts_per_round * comb(config.sampling.max_generations, 2)
+        facts.append(f"at most {most:,} questions to people a round; the run ends as waiting until they have answered")
     return [("scorer", name), *(("", fact) for fact in facts)]
 
 

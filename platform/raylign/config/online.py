@@ -253,7 +253,7 @@ class OnlineDpoConfig(RunConfig):
         count = self.evaluation.num_generations
         if count > 1 and self.scoring.compares:
             raise ValueError(
-                f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
+                f"evaluation.num_generations={count} with a scorer that compares: completions of one prompt are "
                 "compared with each other, and their mean is 1/2 however good they are; "
                 "set evaluation.num_generations=1"
             )

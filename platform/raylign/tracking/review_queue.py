@@ -30,6 +30,7 @@ _LONGEST_WHY = 2000
 _PER_CALL, _PER_PAGE = 50, 100
 _UNKNOWN, _TAKEN = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 _PREVIEW = 1000
+"""Characters that MLflow's open-source stores keep of a preview."""
 T = TypeVar("T")
 
 
@@ -124,8 +125,9 @@ class ReviewQueue(MlflowStore):
         return None if found is None else str(found.queue_id)
 
     def _new_queue(self) -> str:
+        # The page shows the newest first.
+        why = self._schema(WHY, InputText(_LONGEST_WHY), "A sentence is enough; it may stay empty.")
         which = self._schema(WHICH, InputCategorical([*CHOICES]), "Read the prompt and both answers. Tie: neither is.")
-        why = self._schema(WHY, InputText(_LONGEST_WHY), "A sentence is enough. You may leave it empty.")
         made = self._made(
             lambda: self._traces.create_review_queue(
                 self._experiment, name=self._name, queue_type="custom", schema_ids=[which, why]
@@ -202,15 +204,23 @@ def _given(own: str, assessments: Sequence[Assessment]) -> Iterator[Given]:
             yield Given(own, reviewer, feedback.value, str(why), int(feedback.last_update_time_ms or 0))
 
 
+def _previews(question: Question) -> tuple[str, str] | tuple[None, None]:
+    """What the page of a review shows; where that would cut the texts, nothing: it shows the whole trace then."""
+    answers = f"**Answer A**\n\n{question.answer_a}\n\n---\n\n**Answer B**\n\n{question.answer_b}"
+    fits = max(len(question.prompt), len(answers)) <= _PREVIEW
+    return (question.prompt, answers) if fits else (None, None)
+
+
 def _info(question: Question, experiment_id: str, now_ns: int) -> TraceInfo:
+    request, response = _previews(question)
     return TraceInfo(
         trace_id=question.trace_id,
         trace_location=TraceLocation.from_experiment_id(experiment_id),
         request_time=now_ns // 1_000_000,
         state=TraceState.OK,
         execution_duration=0,
-        request_preview=question.prompt[:_PREVIEW],
-        response_preview=f"A: {question.answer_a[: _PREVIEW // 2]}\n\nB: {question.answer_b[: _PREVIEW // 2]}",
+        request_preview=request,
+        response_preview=response,
         trace_metadata={"mlflow.trace_schema.version": "3"},
         tags={"mlflow.traceName": "which is better", "raylign.kind": "review", **question.tags},
     )
@@ -221,7 +231,7 @@ def _span(question: Question, now_ns: int) -> Span:
     attributes = {
         "mlflow.traceRequestId": question.trace_id,
         "mlflow.spanInputs": {"prompt": question.prompt},
-        "mlflow.spanOutputs": {"A": question.answer_a, "B": question.answer_b},
+        "mlflow.spanOutputs": {"Answer A": question.answer_a, "Answer B": question.answer_b},
         "mlflow.spanType": "UNKNOWN",
     }
     return Span.from_dict(

@@ -26,7 +26,10 @@ def kappa_of(shares: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> flo
 def test_kappa_is_that_of_scikit_learn(seed: int) -> None:
     generator = np.random.default_rng(seed)
     first = [LABELS[i] for i in generator.integers(3, size=40)]
-    second = [LABELS[i] if generator.random() < 0.4 else own for i, own in zip(generator.integers(3, size=40), first)]
+    second = [
+        LABELS[i] if generator.random() < 0.4 else own
+        for i, own in zip(generator.integers(3, size=40), first, strict=True)
+    ]
     found = cohen_kappa(first, second)
     assert found is not None
     assert found.value == pytest.approx(cohen_kappa_score(first, second))
