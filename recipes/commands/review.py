@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.text import Text
 from raylign.config import OnlineDpoConfig
 from raylign.errors import ConfigError
 from raylign.report.console import libraries_aside
-from raylign.run.directory import RunDirectory, open_run
+
+if TYPE_CHECKING:
+    from raylign.run.directory import RunDirectory
 
 review = typer.Typer(name="review", help="Let people answer about pairs of a run.", no_args_is_help=True)
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")]
@@ -91,8 +93,10 @@ def pull(run_directory: RunPath) -> None:
     _say(console, f"written: {path}")
 
 
-def _online(run_directory: Path) -> tuple[RunDirectory, OnlineDpoConfig]:
+def _online(run_directory: Path) -> "tuple[RunDirectory, OnlineDpoConfig]":
     """Raises ConfigError for a run that samples no candidates."""
+    from raylign.run.directory import open_run  # noqa: PLC0415 - keeps --help fast
+
     directory = open_run(run_directory)
     config = directory.config((f"run.dir={directory.path.parent}",))
     if not isinstance(config, OnlineDpoConfig):

@@ -195,7 +195,11 @@ def _given(own: str, assessments: Sequence[Assessment]) -> Iterator[Given]:
     """The newest choice of each person, with the newest reason."""
     latest: dict[tuple[str, str], Feedback] = {}
     for found in sorted(assessments, key=lambda one: one.last_update_time_ms or 0):
-        if isinstance(found, Feedback) and found.source.source_type == AssessmentSourceType.HUMAN and found.valid:
+        if (
+            isinstance(found, Feedback)
+            and found.source.source_type == AssessmentSourceType.HUMAN
+            and found.valid is not False
+        ):
             latest[str(found.source.source_id), str(found.name)] = found
     for (reviewer, name), feedback in latest.items():
         if name == WHICH:
