@@ -28,6 +28,7 @@ from raylign.prompts import PromptSet, draw
 from raylign.records import AnyEvaluation, Candidate, Completions, Preference, Prompt, RoundReport, Score
 from raylign.reference.versions import is_initial_reference
 from raylign.report.tables import Sample
+from raylign.review.waiting import require_answers, with_answers
 from raylign.roles import Team
 from raylign.run.rounds import RoundLog, numbered
 from raylign.sampling.curriculum import (
@@ -105,12 +106,15 @@ def score(
     attempt: int = 0,
     known: Mapping[Place, Score] = NOTHING_KNOWN,
 ) -> list[Score]:
-    """What the scorer says of every candidate that is not `known`; too many that it cannot judge stop the round."""
+    """What the scorer says of every candidate that is not `known`; too many that it cannot judge stop the round.
+
+    One that asks people ends the run as waiting until they have answered.
+    """
     asked = [candidate for candidate in candidates if place(candidate) not in known]
     with log.stage(f"score{numbered(attempt)}", len(asked), "candidates") as stage:
         if stage.done:
             return log.read_scores(candidates, attempt)
-        found = team.scorer.score(prompts, asked, stage.advance)
+        found = team.scorer.score(with_answers(config, log.index, prompts, candidates), asked, stage.advance)
         scores = filled_in(candidates, known, found)
         log.save_candidates(stage, prompts, candidates, scores, attempt)
         log.save_scoring(stage, team.scorer.metrics(), attempt)
@@ -256,6 +260,7 @@ def main(config: OnlineDpoConfig) -> Path:
     """Run the recipe, or go on with it where an earlier call was stopped; returns the run directory."""
     if done := finished_before(config):
         return done.path
+    require_answers(config)
     with online_run(config, __file__) as (run, prompts, team):
         train(run, prompts, team, config)
     return run.directory.path

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raylign.boundary.secrets import without_credentials
 from raylign.config import RunConfig
-from raylign.errors import DiskError, RaylignError
+from raylign.errors import DiskError, RaylignError, Waiting
 from raylign.evaluation.capability.likelihood import Measured
 from raylign.evaluation.guard import (
     Decision,
@@ -48,7 +48,7 @@ from raylign.training.schedule import steps_per_round
 
 log = logging.getLogger(__name__)
 _NUMBER, _METRICS = TypeAdapter(int), TypeAdapter(dict[str, float | None])
-_CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 5.0}
+_CLOSE_S: dict[Status, float] = {"FINISHED": 30.0, "SCHEDULED": 30.0, "FAILED": 10.0, "KILLED": 5.0}
 """How long MLflow is waited for at the end; a signal's grace time is short."""
 
 
@@ -311,6 +311,9 @@ def recorded(tracker: Tracker, directory: RunDirectory) -> Iterator[None]:
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
+        raise
+    except Waiting:
+        status = "SCHEDULED"
         raise
     except Exception as error:
         try:

@@ -85,3 +85,7 @@ class TrackingError(RaylignError):
 
     passing: bool = True
     """Whether waiting may help."""
+
+
+class Waiting(RaylignError):
+    """Nothing is wrong: the run goes on, by the same command, once people have answered its questions."""

@@ -28,7 +28,7 @@ _STOPS = {INTERRUPTED: "interrupted", STOPPED: "stopped by SIGTERM"}
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """An error becomes a line that says what happened and one with the cure, and status 1.
+    """An error becomes a line that says what happened and one with the cure, and status 1; waiting for people is 3.
 
     Ctrl-C and SIGTERM unwind what is open.
     """
@@ -38,8 +38,7 @@ def ended_cleanly() -> Iterator[None]:
     except (typer.Exit, typer.Abort, TyperException):
         raise
     except Exception as error:
-        say(error)
-        raise typer.Exit(1) from error
+        raise typer.Exit(say(error)) from error
     except SystemExit as end:
         if end.code in (INTERRUPTED, STOPPED):
             complain(f"{_STOPS[end.code]}; what is finished is saved, the same command goes on with it")

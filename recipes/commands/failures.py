@@ -15,8 +15,11 @@ from rich.text import Text
 from actors.supervision.cures import cure_of
 from raylign.boundary.secrets import without_secrets
 from raylign.config.blocks import RunBlock
-from raylign.errors import RaylignError, UnexpectedError
+from raylign.errors import RaylignError, UnexpectedError, Waiting
 from raylign.report.text import escape_control
+
+WAITING = 3
+"""Status of a command that ends because a run waits for answers of people; the same command goes on."""
 
 log = logging.getLogger(__name__)
 _LIBRARIES = ("ray", "vllm", "deepspeed", "torch")
@@ -103,13 +106,17 @@ def _written(error: BaseException, place: Path) -> Path | None:
     return None
 
 
-def say(error: Exception) -> None:
-    """Print what happened, and on a second line the cure and where the rest is."""
+def say(error: Exception) -> int:
+    """Print what happened, and on a second line the cure and where the rest is. The value is the status to end with."""
+    if isinstance(error, Waiting):
+        complain(str(error))
+        return WAITING
     known = explained(error)
     complain(f"error: {known}")
     rest = f"the rest is in {known.rest}" if known.rest else ""
     if second := "; ".join(part for part in (known.cure and f"cure: {known.cure}", rest) if part):
         complain(second)
+    return 1
 
 
 def complain(message: str) -> None:
@@ -120,9 +127,8 @@ def complain(message: str) -> None:
 
 @contextmanager
 def as_script() -> Iterator[None]:
-    """For recipes started as scripts: errors are told as the command tells them, and end it with status 1."""
+    """For recipes started as scripts: errors are told as the command tells them, and end it with its status."""
     try:
         yield
     except Exception as error:
-        say(error)
-        raise SystemExit(1) from error
+        raise SystemExit(say(error)) from error

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from pathlib import Path
 from statistics import median
 
@@ -17,7 +18,7 @@ from actors.weight_sync.transports import Name, weight_transport
 from raylign.config import OnlineDpoConfig
 from raylign.config.blocks import SamplingBlock
 from raylign.config.reference import InitialReferenceBlock
-from raylign.config.scoring import JudgeScoringBlock, ScoringBlock, leaves
+from raylign.config.scoring import JudgeScoringBlock, ScoringBlock, asks_people, leaves
 from raylign.evaluation.capability.likelihood import Measured
 from raylign.prompts import PromptSet, left_out
 from raylign.scoring.composition import of_gold
@@ -237,6 +238,9 @@ def _scorer(plan: RunPlan) -> list[Line]:
         asked = config.schedule.prompts_per_round * sum(_questions(judge, config.sampling) for judge in judges)
         rated = sum(isinstance(leaf, JudgeScoringBlock) for leaf in config.scorers) * plan.prompts.held_out
         facts.append(f"at most {asked:,} questions a round, {rated:,} an evaluation, without retries")
+    if asks_people(config.scoring):
+        most = config.schedule.prompts_per_round * comb(config.sampling.max_generations, 2)
+        facts.append(f"at most {most:,} questions to people a round; the run ends as waiting until they have answered")
     gold = [("gold scorer" if number == 0 else "", fact) for number, fact in enumerate(plan.gold)]
     return [("scorer", name), *(("", fact) for fact in facts), *gold]
 

@@ -1,23 +1,38 @@
-"""`raylign review`: what people read of a run."""
+"""`raylign review`: what people read of a run, and what they answer about its pairs in MLflow."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from raylign.config import OnlineDpoConfig
+from raylign.errors import ConfigError
 from raylign.report.console import libraries_aside
 from raylign.report.text import escape_control
 
+if TYPE_CHECKING:
+    from raylign.run.directory import RunDirectory
+
 REPORT = "report.html"
-review = typer.Typer(name="review", help="Read what came of a run.", no_args_is_help=True)
+review = typer.Typer(name="review", help="Read what came of a run; ask people about its pairs.", no_args_is_help=True)
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")]
+
+
+class By(StrEnum):
+    """Ways to choose pairs."""
+
+    disagreement = "disagreement"
+    uncertainty = "uncertainty"
+    random = "random"
 
 
 @review.command()
 @libraries_aside()
 def show(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
+    run_directory: RunPath,
     to: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="The report; RUN/report.html by default.", show_default=False),
@@ -65,3 +80,85 @@ def show_run(run: Path, to: Path | None, console: Console) -> Path:
         if name != "report":
             say(f"{name}:".ljust(9) + command)
     return file
+
+
+@review.command("send")
+@libraries_aside()
+def send(
+    run_directory: RunPath,
+    by: Annotated[
+        By, typer.Option(help="Where scorers contradict each other, where scores are closest, or drawn.")
+    ] = By.random,
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Pairs chosen in this way, all told.")] = 20,
+) -> None:
+    """Put pairs of a run into a review queue of MLflow, where people say which answer is better.
+
+    The same command again adds nothing; a larger N adds the next pairs. Example: raylign review send
+    runs/sentiment-smollm2 --by uncertainty --count 50
+    """
+    from raylign.report.tables import report_console  # noqa: PLC0415
+    from raylign.review.choose import choose, scored_answers  # noqa: PLC0415 - mlflow
+    from raylign.review.record import run_identity  # noqa: PLC0415
+    from raylign.review.run_review import RunReview, new_pairs  # noqa: PLC0415
+
+    directory, config = _online(run_directory)
+    answers = scored_answers(directory, config.scoring)
+    chosen = choose(answers, by.value, config.scoring, run_identity(directory.path), config.run.seed)
+    run_review = RunReview(config)
+    with run_review.record.locked():
+        new = new_pairs(run_review.record.pairs(), chosen, by.value, count)
+        sent, total = run_review.send(new), len(run_review.record.pairs())
+    _say(
+        report_console(),
+        f"{len(new)} pairs chosen by {by.value}, {sent} sent; the queue has {total}: {run_review.address()}",
+    )
+
+
+@review.command("pull")
+@libraries_aside()
+def pull(run_directory: RunPath) -> None:
+    """Read what people answered: agreement with each scorer and each other, position bias, a calibrated judge.
+
+    Answers are in review/answers.json of the run, the rest in review/report.json. Example: raylign review pull
+    runs/sentiment-smollm2
+    """
+    from raylign.report.tables import report_console  # noqa: PLC0415
+    from raylign.review.report import print_report, review_report, save_report  # noqa: PLC0415
+    from raylign.review.run_review import RunReview  # noqa: PLC0415 - mlflow
+
+    directory, config = _online(run_directory)
+    run_review, console = RunReview(config), report_console()
+    with run_review.record.locked():
+        pairs = run_review.record.pairs()
+        if not pairs:
+            raise ConfigError(
+                f"{directory.path} has asked nobody yet; begin with: raylign review send {directory.path}"
+            )
+        pulled = run_review.pull()
+        report = review_report(directory, config.scoring, pairs, pulled.said, config.run.seed)
+        path = save_report(directory.path, report)
+    if pulled.unknown:
+        _say(
+            console,
+            f"note: MLflow has lost {pulled.unknown} of the pairs; answers that were read before are kept. Send them "
+            f"again: raylign review send {directory.path}",
+        )
+    if pulled.strangers:
+        _say(console, f"note: {pulled.strangers} other traces in the queue are left alone")
+    print_report(report, console)
+    _say(console, f"written: {path}")
+
+
+def _online(run_directory: Path) -> "tuple[RunDirectory, OnlineDpoConfig]":
+    """Raises ConfigError for a run that samples no candidates."""
+    from raylign.run.directory import open_run  # noqa: PLC0415 - keeps --help fast
+
+    directory = open_run(run_directory)
+    config = directory.config((f"run.dir={directory.path.parent}",))
+    if not isinstance(config, OnlineDpoConfig):
+        raise ConfigError(f"{directory.path} is a run on a data set: it has no candidates to ask people about")
+    return directory, config
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)

@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     "raylign data prepare": "tests/unit/data/test_prepare_pipeline.py",
     "raylign resume": "tests/integration/test_kills.py; tests/unit/run/test_resume.py with other settings",
     "raylign sync": "tests/integration/test_mlflow_faults.py",
+    "raylign review": "tests/integration/test_review.py",
     "mlflow ui": "tests/integration/test_mlflow_faults.py runs a server on such a database",
     "raylign submit": "tests/integration/test_job_submission.py",
     "ray job submit": "tests/integration/test_job_submission.py",

@@ -284,7 +284,7 @@ class OnlineDpoConfig(RunConfig):
         count, gold = self.evaluation.num_generations, self.evaluation.gold
         if count > 1 and (self.scoring.compares or (gold is not None and gold.compares)):
             raise ValueError(
-                f"evaluation.num_generations={count} with a scorer of type judge: completions of one prompt are "
+                f"evaluation.num_generations={count} with a scorer that compares: completions of one prompt are "
                 "compared with each other, and their mean is 1/2 however good they are; "
                 "set evaluation.num_generations=1"
             )

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
-from raylign.records import Candidate, FinishReason, KlSample, Preference, Prompt, Score
+from raylign.records import Candidate, FinishReason, KlSample, Message, Preference, Prompt, Score
 from raylign.run.files import publish_file, unreadable
 
 _CANDIDATES = pa.schema(
@@ -55,6 +56,7 @@ _BY_TOKEN = ("reference_logprobs", "old_logprobs")
 _MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN})
 """Columns that earlier versions did not write."""
 _NULLABLE = _MAY_BE_ABSENT | {"score"}
+_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[dict[str, Any]])
 _CURE = "restore it from a copy; or remove stages.json beside it, and what it stands for is done again"
 
 
@@ -114,6 +116,20 @@ def read_outcomes(path: Path) -> Iterator[tuple[str, float | None]]:
     names = ("prompt_id", "score")
     wanted = pa.schema([_CANDIDATES.field(name) for name in names])
     return ((row["prompt_id"], row["score"]) for row in _rows(path, wanted))
+
+
+def read_messages(path: Path) -> dict[str, list[Message]]:
+    """The conversation of each prompt of a table that `write_candidates` wrote, by the prompt's id.
+
+    Raises RecordError when it is not such a table.
+    """
+    names = ("prompt_id", "messages")
+    found: dict[str, list[Message]] = {}
+    for number, row in enumerate(_rows(path, pa.schema([_CANDIDATES.field(name) for name in names]))):
+        if row["prompt_id"] not in found:
+            with _row(path, number):
+                found[row["prompt_id"]] = _MESSAGES.validate_json(row["messages"])
+    return found
 
 
 def read_preferences(path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> tuple[Preference, ...]:

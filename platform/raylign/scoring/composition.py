@@ -12,6 +12,7 @@ from raylign.config.scoring import (
     Composition,
     EnsembleBlock,
     GateScoringBlock,
+    HumanScoringBlock,
     MeanStdScoringBlock,
     MinScoringBlock,
     WeightedScoringBlock,
@@ -143,6 +144,33 @@ class GateScorer:
         return gate.value is not None and gate.value >= self._block.threshold
 
 
+PEOPLE = "raylign.people"
+"""Key of a prompt's `meta`: share of wins by completion, of every one that people compared (`raylign.review`)."""
+
+
+class HumanScorer:
+    """A completion's share of wins where people were asked about its prompt, else the value of `held_out`."""
+
+    def __init__(self, block: HumanScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
+        self._limit, self._held_out = block.max_unscored, scorers["held_out"]
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order. What nobody compared is unscored."""
+        most = most_unscored(len(items), self._limit) if allowed is None else allowed
+        alone = [item for item in items if PEOPLE not in item.prompt.meta]
+        found: list[Score] = []
+        if alone:
+            with named("held_out"):
+                found = self._held_out.score(alone, most)
+        by_scorer = iter(found)
+        return [_shared(item) if PEOPLE in item.prompt.meta else next(by_scorer) for item in items]
+
+
+def _shared(item: ScoringItem) -> Score:
+    share = item.prompt.meta[PEOPLE].get(item.completion)
+    return Score(None, reason="people compared it with no other answer") if share is None else Score(share)
+
+
 def composed(block: Composition, scorers: Mapping[str, ItemScorer]) -> ItemScorer:
     """The scorer of a composition, from the scorers of its members."""
     match block:
@@ -154,6 +182,8 @@ def composed(block: Composition, scorers: Mapping[str, ItemScorer]) -> ItemScore
             return MeanStdScorer(block, scorers)
         case GateScoringBlock():
             return GateScorer(block, scorers)
+        case HumanScoringBlock():
+            return HumanScorer(block, scorers)
 
 
 def parts_of(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -20,7 +20,8 @@ from raylign.tracking.feed import MlflowFeed, tracing
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.uri import default_uri
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
+"""MLflow's own; SCHEDULED is a run that waits for answers of people."""
 _TEXT = TypeAdapter(str)
 ArtifactKind = Literal["preferences", "samples", "config", "report"]
 

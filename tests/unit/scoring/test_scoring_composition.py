@@ -158,7 +158,7 @@ def test_a_recipe_may_nest_compositions_and_reads_back_equal() -> None:
         ("scoring.weights={judge: 1}", "weights are of judge, scorers are gate, judge; give one weight per scorer"),
         ("scoring.scorers.B2={type: verifier}", "'B2' is no name of a scorer; take small letters, digits and undersc"),
         ("scoring.scorers.judge.max_unscored=0.5", "scorers.judge.max_unscored=0.5 would say nothing: the limit is of"),
-        ("evaluation.num_generations=2", "evaluation.num_generations=2 with a scorer of type judge"),
+        ("evaluation.num_generations=2", "evaluation.num_generations=2 with a scorer that compares"),
         ("scoring={type: mean_std, scorers: {a: {type: verifier}}}", "scorers=a cannot disagree; name two at least"),
         (
             "scoring={type: mean_std, scorers: {std: {type: verifier}, a: {type: verifier}}}",

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
-from raylign.config.scoring.blocks import LeafBlock
+from raylign.config.scoring.blocks import FunctionScoringBlock, LeafBlock
 
 MEAN, STD = "mean", "std"
 
@@ -150,11 +150,43 @@ class GateScoringBlock(CompositionBlock):
         return f"score where gate >= {self.threshold:g}, else {self.otherwise:g}"
 
 
-Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock
+class HumanScoringBlock(CompositionBlock):
+    """Scores from what people say: a candidate's share of wins against the others of its prompt, 0..1, ties a half.
+
+    Every two different candidates of a prompt are a question in a review queue of MLflow; the run ends as waiting until
+    each has an answer, and the same command goes on. As a member of a composition it counts like any other scorer.
+    """
+
+    place: ClassVar[str] = ""
+    type: Literal["human"] = "human"
+    held_out: "ScoringUnion" = FunctionScoringBlock()
+    """Scores held-out completions, which stand alone: people only compare. Its scale need not be people's."""
+
+    @property
+    def members(self) -> "Mapping[str, ScoringBlock]":
+        return {"held_out": self.held_out}
+
+    @property
+    def title(self) -> str:
+        return "people, who compare candidates in MLflow"
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+
+Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock | HumanScoringBlock
 ScoringBlock = LeafBlock | Composition
 ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
 
-for _block in (EnsembleBlock, WeightedScoringBlock, MinScoringBlock, MeanStdScoringBlock, GateScoringBlock):
+for _block in (
+    EnsembleBlock,
+    WeightedScoringBlock,
+    MinScoringBlock,
+    MeanStdScoringBlock,
+    GateScoringBlock,
+    HumanScoringBlock,
+):
     _block.model_rebuild()
 
 
@@ -176,3 +208,10 @@ def by_part(block: ScoringBlock, part: str = "") -> dict[str, ScoringBlock]:
 
 def _listed(names: "Mapping[str, object] | set[str]") -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+def asks_people(block: ScoringBlock) -> bool:
+    """Whether answers of people have a part in the score of a candidate."""
+    if isinstance(block, HumanScoringBlock):
+        return True
+    return isinstance(block, CompositionBlock) and any(asks_people(member) for member in block.members.values())

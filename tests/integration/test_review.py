@@ -1,0 +1,139 @@
+"""People in the loop against a real MLflow server: from the queue to a trained round, and back to a report."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner, Result
+
+from raylign.config import OnlineDpoConfig
+from raylign.errors import RaylignError, Waiting
+from raylign.review.record import ReviewRecord
+from raylign.review.run_review import RunReview
+from raylign.run.directory import run_path
+from recipes.commands.cli import app
+from recipes.commands.failures import WAITING
+from tests.integration.played_reviews import EXPERIMENT, Reviewer, config, fewer_good, play
+from tests.mlflow_servers import free_port, mlflow_server
+
+QUEUE = "raylign: asks"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as uri:
+        yield uri
+
+
+def review(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["review", *arguments])
+
+
+def statuses(uri: str) -> list[str]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    return [run.info.status for run in client.search_runs([experiment.experiment_id])]
+
+
+def test_a_round_trains_on_what_people_said(server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asks = config(tmp_path, server)
+    run = run_path(asks.run)
+    with pytest.raises(Waiting, match=r"6 of 6 questions .*/review-queue\?selectedQueueId=rq-") as waiting:
+        play(asks, tmp_path)
+    assert server in str(waiting.value)
+    assert statuses(server) == ["SCHEDULED", "SCHEDULED"]
+    ann = Reviewer(server, QUEUE)
+    items = ann.items()
+    with pytest.raises(Waiting, match="6 of 6"):
+        play(asks, tmp_path)
+    assert sorted(ann.items()) == sorted(items) and len(items) == 6
+
+    ann.answer(items[:5], fewer_good, "fewer words")
+    ann.answer(items[5:], lambda a, b: "C")
+    with caplog.at_level(logging.WARNING), pytest.raises(Waiting, match="1 of 6"):
+        play(asks, tmp_path)
+    assert "1 answer(s) are none of A, B and tie" in caplog.text
+    ann.answer(items[5:], fewer_good)
+    events = play(asks, tmp_path)
+    assert not [event for event in events if event in ("sample a", "sample b")]  # of an earlier start
+    rows = pq.read_table(run / "rounds/0001/preferences.parquet").to_pylist()
+    assert {(row["chosen"].count("good"), row["rejected"].count("good")) for row in rows} == {(0, 2)}
+    assert [row["scores"] for row in rows] == [[1.0, 0.0]] * 2
+    assert statuses(server) == ["FINISHED", "FINISHED"]
+
+    pulled = review("pull", str(run))
+    assert pulled.exit_code == 0, pulled.output
+    report = json.loads((run / "review/report.json").read_text())
+    assert (report["pairs"], report["answered"], report["answers"], report["reviewers"]) == (6, 6, 6, 1)
+    assert report["chosen"] == {"scoring": 6} and report["scorers"] == {}
+    said = ReviewRecord(run).said()
+    assert {answer.why for answer in said.answers} == {"fewer words", ""}
+
+
+def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path: Path) -> None:
+    asks = renamed(config(tmp_path, server), "loses")
+    with pytest.raises(Waiting):
+        play(asks, tmp_path)
+    bob = Reviewer(server, "raylign: loses", "bob")
+    items = bob.items()
+    bob.answer(items[:2], fewer_good)
+    bob.decline(items[2])
+    with pytest.raises(Waiting, match="3 of 6"):
+        play(asks, tmp_path)
+    bob.store.delete_review_queue(bob.queue.queue_id)
+    with pytest.raises(Waiting, match="3 of 6"):
+        play(asks, tmp_path)
+    again = Reviewer(server, "raylign: loses", "bob")
+    assert sorted(again.items()) == sorted(items) and again.queue.queue_id != bob.queue.queue_id
+    record = ReviewRecord(run_path(asks.run))
+    assert len(record.said().answers) == 2
+    again.answer(items[3:], fewer_good)
+    play(asks, tmp_path)
+
+
+def test_pairs_are_sent_once_and_agreement_is_measured(server: str, tmp_path: Path) -> None:
+    asks = renamed(config(tmp_path, server), "sends")
+    with pytest.raises(Waiting):
+        play(asks, tmp_path)
+    ann = Reviewer(server, "raylign: sends")
+    ann.answer(ann.items(), fewer_good)
+    play(asks, tmp_path)
+    run = str(run_path(asks.run))
+    for _ in range(2):  # every pair was asked about as a score
+        sent = review("send", run, "--by", "random", "--count", "4")
+        assert sent.exit_code == 0 and sent.output.startswith("0 pairs chosen by random, 0 sent; the queue has 6")
+    refused = review("send", run, "--by", "disagreement")
+    assert refused.exit_code == 1 and "no two scorers of this run contradict" in refused.output
+    bob = Reviewer(server, "raylign: sends", "bob")
+    bob.answer(bob.items(), lambda a, b: "A")
+    pulled = review("pull", run)
+    report = json.loads((Path(run) / "review/report.json").read_text())
+    assert "12 answers of 2 reviewers" in pulled.output
+    assert report["between_people"]["count"] == 6
+
+
+def test_a_server_that_is_away_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    asks = config(tmp_path, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RaylignError, match=r"MLflow at http://127.*, where people answer, fails") as error:
+        RunReview(asks)
+    assert "run the same command again" in error.value.cure
+
+
+def test_waiting_has_a_status_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def waits(config: OnlineDpoConfig) -> None:
+        raise Waiting("waiting for people: 3 of 6 questions")
+
+    monkeypatch.setattr("recipes.online_dpo.require_answers", waits)
+    (tmp_path / "asks.yaml").write_text("scoring: {type: human}\n")
+    ended = CliRunner().invoke(app, ["run", str(tmp_path / "asks.yaml"), f"run.dir={tmp_path}"])
+    assert ended.exit_code == WAITING == 3
+    assert ended.output.strip() == "waiting for people: 3 of 6 questions"
+
+
+def renamed(config: OnlineDpoConfig, name: str) -> OnlineDpoConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})

@@ -1,0 +1,52 @@
+"""A person answers on MLflow's own page, in headless Chromium."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raylign.tracking.review_queue import WHICH, Question, ReviewQueue
+from tests.mlflow_servers import free_port, mlflow_server, wait_until
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+LOAD_MS = 600_000
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+SHORT = Question("a" * 32, "Write a *short* line.", "Good <b>film</b>.", "A dull film.", {})
+LONG = Question("b" * 32, "Write a review.", "It was long. " * 90, "It was longer. " * 90, {})
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewQueue]:
+    with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as uri:
+        opened = ReviewQueue(uri, "people", "raylign: page")
+        assert opened.send([SHORT, LONG]) == 2
+        yield opened
+
+
+@pytest.mark.slow
+def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> None:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, headless=True, args=[*FLAGS]
+        )
+        page = browser.new_page()
+        page.set_default_timeout(LOAD_MS)
+        page.goto(f"{queue.address()}&startReview=true&selectedItemId={SHORT.trace_id}")
+        page.get_by_text("Answer B", exact=True).wait_for()
+        shown = page.inner_text("body")
+        assert shown.index(WHICH) < shown.index("Why?")
+        assert "Good <b>film</b>." in shown or "Good film." in shown
+        page.get_by_text("Select an option").click()
+        page.get_by_role("option", name="B", exact=True).click()
+        page.get_by_role("textbox").first.fill("shorter")
+        page.get_by_role("button", name="Submit").click()
+        wait_until(lambda: bool(queue.read([SHORT.id]).given), 120)
+        browser.close()
+    (given,) = queue.read([SHORT.id, LONG.id]).given
+    assert (given.id, given.choice, given.why) == (SHORT.id, "B", "shorter")
