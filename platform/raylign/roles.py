@@ -136,12 +136,12 @@ class TrainerRank(Protocol):
         """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
         ...
 
-    def take_loss(self, loss: TrainerLoss) -> None:
-        """Train by it from the next round on: the one that the rank started with, but for its beta and weights."""
-
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         """The same under the policy as it is."""
         ...
+
+    def take_loss(self, loss: TrainerLoss) -> None:
+        """Train by it from the next round on: the one that the rank started with, but for its beta and weights."""
 
     def begin_round(
         self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
@@ -288,11 +288,9 @@ class RoundRecord(Protocol):
     def index(self) -> int: ...
 
     def step(self, number: int, metrics: Metrics) -> None: ...
-
     def new_checkpoint(
         self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
     ) -> AbstractContextManager[Path]: ...
-
     def save_bad_step(self, number: int, preferences: Sequence[Preference]) -> None: ...
 
 
@@ -323,12 +321,10 @@ class Trainers(Protocol):
         ...
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
-        """The preferences with the log-probs that the loss reads of others than the policy in training, for all epochs.
+        """The preferences with log-probs of the reference and, where the loss weighs samples, of the policy as it is.
 
-        These are the reference's and, where the loss weighs samples, those of the policy as it is. `seed` is that of
-        training.
-
-        A reference that follows the policy takes its part of it first; `rounds_done` rounds of it are trained.
+        `seed` is that of training. A reference that follows the policy takes its part of it first; `rounds_done`
+        rounds of it are trained.
         """
         ...
 
@@ -363,10 +359,7 @@ class Scorer(Protocol):
     """Judges candidates; what could not be judged comes back unscored, with the reason."""
 
     def score(
-        self,
-        prompts: Sequence[Prompt],
-        candidates: Sequence[Candidate],
-        advance: Callable[[int], None] = ...,
+        self, prompts: Sequence[Prompt], candidates: Sequence[Candidate], advance: Callable[[int], None] = ...
     ) -> list[Score]:
         """One score per candidate, in order; `advance(n)` is called when n more have one."""
         ...
@@ -384,9 +377,9 @@ class Publisher(Protocol):
     """Brings the generators to the trainer's weights and proves it."""
 
     def publish(self, version: int) -> Mapping[str, float]:
-        """Generators serve `version` when this returns; the value is the canary's gaps.
+        """Generators serve `version` when this returns, or WeightSyncError: then they must be started anew.
 
-        Raises WeightSyncError; the generators must then be started anew.
+        The value is the canary's gaps.
         """
         ...
 
