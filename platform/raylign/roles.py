@@ -286,7 +286,6 @@ class RoundRecord(Protocol):
 
     @property
     def index(self) -> int: ...
-
     def step(self, number: int, metrics: Metrics) -> None: ...
     def new_checkpoint(
         self, steps: Sequence[Metrics], complete: bool, needed_bytes: int
