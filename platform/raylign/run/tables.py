@@ -56,7 +56,7 @@ _BY_TOKEN = ("reference_logprobs", "old_logprobs")
 _MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN})
 """Columns that earlier versions did not write."""
 _NULLABLE = _MAY_BE_ABSENT | {"score"}
-_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[dict[str, Any]])
+_MESSAGES = TypeAdapter(list[dict[str, Any]])
 _CURE = "restore it from a copy; or remove stages.json beside it, and what it stands for is done again"
 
 
@@ -128,7 +128,7 @@ def read_messages(path: Path) -> dict[str, list[Message]]:
     for number, row in enumerate(_rows(path, pa.schema([_CANDIDATES.field(name) for name in names]))):
         if row["prompt_id"] not in found:
             with _row(path, number):
-                found[row["prompt_id"]] = _MESSAGES.validate_json(row["messages"])
+                found[row["prompt_id"]] = [*_MESSAGES.validate_json(row["messages"])]
     return found
 
 
