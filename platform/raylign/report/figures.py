@@ -80,10 +80,11 @@ def _quality(record: RunRecord) -> "Figure | None":
     ranged = [measure for measure in shown([each for _, each in record.evaluations]) if measure.low]
     figure, panels = _figure(len(ranged))
     for axes, measure in zip(panels, ranged, strict=True):
-        points = [(index, values) for index, values in zip(rounds, found, strict=True) if _has(values, measure)]
-        middle = [values[measure.name] for _, values in points]
-        low, high = ([values[bound] for _, values in points] for bound in (measure.low, measure.high))
-        own = [index for index, _ in points]
+        points = [
+            (index, *span) for index, values in zip(rounds, found, strict=True) if (span := _span(values, measure))
+        ]
+        own, middle = [index for index, *_ in points], [value for _, value, _, _ in points]
+        low, high = [low for _, _, low, _ in points], [high for *_, high in points]
         axes.fill_between(own, low, high, color=_BLUE, alpha=0.18, linewidth=0)
         axes.vlines(own, low, high, color=_BLUE, linewidth=1.4)
         axes.plot(own, middle, marker="o", color=_BLUE)
@@ -92,8 +93,10 @@ def _quality(record: RunRecord) -> "Figure | None":
     return figure
 
 
-def _has(values: Mapping[str, float | None], measure: Measure) -> bool:
-    return all(values.get(name) is not None for name in (measure.name, measure.low, measure.high))
+def _span(values: Mapping[str, float | None], measure: Measure) -> tuple[float, float, float] | None:
+    """The value and its bounds, if all are there."""
+    value, low, high = (values.get(name) for name in (measure.name, measure.low, measure.high))
+    return None if value is None or low is None or high is None else (value, low, high)
 
 
 def _frontier(record: RunRecord) -> "Figure | None":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from raylign.config import OfflineDpoConfig, parse_config
+from raylign.config import OfflineDpoConfig
+from raylign.config.load import parse_tree
 from raylign.records import Evaluation, HeldOutEvaluation, RoundReport
 from raylign.report.measures import MEASURES, chart_name, measured, shown, written
 from raylign.report.record import Answer, RunRecord, read_run
@@ -65,7 +66,7 @@ def test_held_out_rows_are_judged_by_their_intervals_and_a_loss_by_its_fall(metr
     def rows(value: float) -> HeldOutEvaluation:
         return HeldOutEvaluation(metric, value, value - 0.02, value + 0.02, 50, {"loss": 0.6})
 
-    config = parse_config({"recipe": "offline_dpo", "data": {"source": "rows.json"}}, kind=OfflineDpoConfig)
+    config = parse_tree({"recipe": "offline_dpo", "data": {"source": "rows.json"}}, OfflineDpoConfig, "config")
     report = RoundReport(1, 1, {"preferences": 9}, (), {}, rows(0.6), {})
     record = RunRecord(Path("runs/x"), config, rows(0.5), (report,), (), (), {}, ())
     assert verdict(record).word == word
