@@ -19,7 +19,7 @@ from raylign.config import EvaluateConfig, load_config
 from raylign.errors import ConfigError
 from raylign.evaluation.comparison import Comparison, compare
 from raylign.evaluation.held_out import evaluate
-from raylign.evaluation.win_rate import Pair, judged_pairs, scored_pairs, to_compare
+from raylign.evaluation.win_rate import Pair, judged_pairs, rates_over, scored_pairs, to_compare
 from raylign.export.card import Method
 from raylign.records import Candidate, Prompt, Score
 from raylign.report.tables import report_console
@@ -118,14 +118,7 @@ def compared(run: Run, sides: Sequence[Found], serve: Serve, scoring: Scoring, c
     told = {side.name: side.told for side in opponents}
     found = compare(pairs, told, prompts, block.category, block.confidence)
     first = next(iter(found.values())).overall
-    rates = {
-        "win_rate": first.rate,
-        "win_rate_low": first.low,
-        "win_rate_high": first.high,
-        "win_rate_length_controlled": first.controlled,
-        "win_rate_length_controlled_low": first.controlled_low,
-        "win_rate_length_controlled_high": first.controlled_high,
-    }
+    rates = rates_over(first)
     evaluation = evaluate(prompts, answers[0], scores, [], block, config.run.seed, win_rates=rates)
     run.finish_baseline(evaluation)
     return Comparison(policy.told, public_scorer(config.scoring), len(prompts), block.confidence, evaluation, found)

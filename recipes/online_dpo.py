@@ -15,7 +15,7 @@ from raylign.evaluation.capability.likelihood import Measured
 from raylign.evaluation.guard import loss_after
 from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import evaluate, with_gold
-from raylign.evaluation.win_rate import against_versions
+from raylign.evaluation.win_rate import VersionRates, against_versions
 from raylign.export.card import Method, loss_name, public_name
 from raylign.pairing import (
     PairingResult,
@@ -224,7 +224,7 @@ def evaluate_policy(
 
 def win_rates(
     log: RoundLog, candidates: Sequence[Candidate], scores: Sequence[Score], block: EvaluationBlock
-) -> Mapping[str, float]:
+) -> VersionRates:
     """This version against earlier ones by the scores of their completions, prompt by prompt."""
     if not log.index:
         return {}

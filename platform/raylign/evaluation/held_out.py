@@ -12,6 +12,7 @@ from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
 from raylign.evaluation.health import distinct_n, kl_k3, kl_per_token, sampled_entropy, seq_rep_n
 from raylign.evaluation.intervals import share_interval
+from raylign.evaluation.win_rate import VersionRates
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
@@ -28,7 +29,7 @@ def evaluate(
     seed: int,
     initial_logps: Sequence[float] = (),
     gold: Sequence[Score] = (),
-    win_rates: Mapping[str, float] = MappingProxyType({}),
+    win_rates: VersionRates | None = None,
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
@@ -69,7 +70,7 @@ def evaluate(
         gold_low=gold_low,
         gold_high=gold_high,
         gold_unscored=sum(score.value is None for score in gold) if gold else None,
-        **win_rates,
+        **(win_rates or {}),
     )
 
 

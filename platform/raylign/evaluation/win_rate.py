@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -146,26 +146,55 @@ def win_rate(
     )
 
 
+class VersionRates(TypedDict, total=False):
+    """The fields of an `Evaluation` that `against_versions` gives."""
+
+    win_rate: float
+    win_rate_low: float
+    win_rate_high: float
+    win_rate_length_controlled: float
+    win_rate_length_controlled_low: float
+    win_rate_length_controlled_high: float
+    win_rate_previous: float
+    win_rate_previous_low: float
+    win_rate_previous_high: float
+
+
+def rates_over(won: WinRate) -> VersionRates:
+    """As an `Evaluation` tells of the first opponent."""
+    return {
+        "win_rate": won.rate,
+        "win_rate_low": won.low,
+        "win_rate_high": won.high,
+        "win_rate_length_controlled": won.controlled,
+        "win_rate_length_controlled_low": won.controlled_low,
+        "win_rate_length_controlled_high": won.controlled_high,
+    }
+
+
 def against_versions(
     own: Sequence[Candidate],
     own_scores: Sequence[Score],
     versions: Mapping[Opponent, tuple[Sequence[Candidate], Sequence[Score]] | None],
     confidence: float,
-) -> dict[str, float]:
-    """The fields of an `Evaluation` that say how a version does against earlier ones on the held-out prompts.
+) -> VersionRates:
+    """How a version does against earlier ones on the held-out prompts.
 
     Opponents without samples, or without a pair that is scored on both sides, have none.
     """
-    found: dict[str, float] = {}
+    found: VersionRates = {}
     for name, known in versions.items():
         if not (known and (pairs := scored_pairs(own, own_scores, *known))):
             continue
         won = win_rate(pairs, confidence)
-        field = "win_rate" if name == "initial" else "win_rate_previous"
-        found |= {field: won.rate, f"{field}_low": won.low, f"{field}_high": won.high}
         if name == "initial":
-            field = "win_rate_length_controlled"
-            found |= {field: won.controlled, f"{field}_low": won.controlled_low, f"{field}_high": won.controlled_high}
+            found |= rates_over(won)
+        else:
+            found |= {
+                "win_rate_previous": won.rate,
+                "win_rate_previous_low": won.low,
+                "win_rate_previous_high": won.high,
+            }
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from raylign.config.blocks import EvaluationBlock
+from raylign.config.evaluation import EvaluationBlock
 from raylign.evaluation.capability.measures import ItemResult, measures, summary
 from raylign.evaluation.held_out import mean_interval
 

@@ -39,7 +39,7 @@ def candidate(of: Prompt, index: int, text: str, version: int = 4) -> Candidate:
 
 def state(preferences: float = 0.1) -> FeedState:
     config = parse_config({"scoring": SCORING, "tracking": {"traced_preferences": preferences}})
-    asked = tracing(config.tracking, config.scorers)
+    asked = tracing(config.tracking, config.scored_parts)
     return FeedState(campaign="c" * 32, name="run", run_id="r", experiment_id="1", tracing=asked)
 
 
@@ -69,7 +69,7 @@ def test_a_completion_shows_its_prompt_answer_and_who_scored_it(tmp_path: Path) 
         "finish_reason": "stop",
     }
     assert first.info.request_time > second.info.request_time, "the newest stands first"
-    title = parse_config({"scoring": SCORING}).scorers[""].title
+    title = parse_config({"scoring": SCORING}).scored_parts[""].title
     assert [
         (own.name, own.feedback.value, own.source.source_type, own.source.source_id) for own in feedback(first)
     ] == [
@@ -279,6 +279,6 @@ def test_a_table_that_is_written_again_replaces_itself(tmp_path: Path) -> None:
 
 def test_what_is_traced_follows_the_options() -> None:
     config = parse_config({"tracking": {"traces": False}})
-    assert tracing(config.tracking, config.scorers) is None
+    assert tracing(config.tracking, config.scored_parts) is None
     config = parse_config({})
     assert tracing(config.tracking, {}) == Tracing(preferences=0.1)
