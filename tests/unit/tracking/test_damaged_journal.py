@@ -10,7 +10,7 @@ from tests.faults import record
 from tests.fuzz.journal import events, reader, written
 
 ENVELOPE = {"time", "sequence", "event"}
-OPTIONAL = {"scoring", "traces", "ended", "non_finite"}
+OPTIONAL = {"scoring", "capability", "traces", "ended", "non_finite"}
 UNREAD = {("artifact", "sha256")}
 """Read of the preferences alone."""
 
