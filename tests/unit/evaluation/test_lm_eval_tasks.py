@@ -63,7 +63,8 @@ def test_pairs_with_one_context_are_one_row() -> None:
 
 @pytest.fixture
 def lm_eval() -> ModuleType:
-    return pytest.importorskip("lm_eval")
+    found: ModuleType = pytest.importorskip("lm_eval")
+    return found
 
 
 def test_items_have_the_metrics_that_lm_eval_gives_its_own_model(lm_eval: ModuleType, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_unscored_answers_are_drawn_but_have_no_margin() -> None:
         texts(half, "uncertainty")
 
 
-def opposed(prompt: str, good: float, short: float) -> list[Scored]:
-    return [answer(prompt, "a", {"good": 0.0, "short": 0.0}), answer(prompt, "b", {"good": good, "short": short})]
+def opposed(prompt: str, good: float, short: float) -> tuple[Scored, Scored]:
+    return answer(prompt, "a", {"good": 0.0, "short": 0.0}), answer(prompt, "b", {"good": good, "short": short})
 
 
 def test_disagreement_is_that_of_the_less_sure_of_two_opposed_scorers() -> None:
