@@ -61,13 +61,18 @@ def calibrate(differences: Sequence[float], shares: Sequence[float]) -> Calibrat
     low, high = 1 / (count + 2), (count + 1) / (count + 2)
     targets = low + np.asarray(shares, dtype=np.float64) * (high - low)
     slope = _root(d, targets)
-    sure = np.abs(_sigmoid(slope * d) - 0.5)
-    truth = [people(share) for share in shares]
-    bands = [0.0, *sorted({float(value) for value in sure})]
-    right = [
-        sum(_verdict(p, band) == said for p, said in zip(_sigmoid(slope * d), truth, strict=True)) for band in bands
-    ]
-    return CalibratedJudge(slope / scale, bands[int(np.argmax(right))])
+    return CalibratedJudge(slope / scale, _band(_sigmoid(slope * d), [people(share) for share in shares]))
+
+
+def _band(probabilities: Values, truth: Sequence[str]) -> float:
+    """The smallest band with the most verdicts as people's: the `k` least sure ones are ties, for every k."""
+    sure = np.abs(probabilities - 0.5)
+    order = np.argsort(sure, kind="stable")
+    tie = np.array([said == "tie" for said in truth])[order]
+    sided = np.array([_verdict(float(p), 0.0) == said for p, said in zip(probabilities, truth, strict=True)])[order]
+    inside = np.searchsorted(sure[order], bands := np.unique(np.append(sure, 0.0)), side="right")
+    right = np.append(0, np.cumsum(tie))[inside] + sided.sum() - np.append(0, np.cumsum(sided))[inside]
+    return float(bands[int(np.argmax(right))])
 
 
 def measure(

@@ -121,7 +121,7 @@ class ReviewQueue(MlflowStore):
         return f"http://127.0.0.1:5000/{page} (served by: mlflow ui --backend-store-uri {shown})"
 
     def _queue_id(self) -> str | None:
-        found = self._found(lambda: self._traces.get_review_queue_by_name(self._experiment, self._name))
+        found = self._found(lambda: self._traces.get_review_queue_by_name(self._experiment, name=self._name))
         return None if found is None else str(found.queue_id)
 
     def _new_queue(self) -> str:
