@@ -104,13 +104,9 @@ class DeepSpeedRank:
         self._loading = self._sharding.loading(deepspeed_config(spec.trainer, spec.model.dtype))
         self._learner = learner_of(spec.loss, spec.folder, spec.model, spec.seed, self._sharding.writable)
         self._model = checkpointed(self._learner.model, spec.trainer)
+        trained, writable = self._trained(), self._sharding.writable
         self._engine = training_engine(
-            self._learner.module(),
-            self._trained(),
-            spec.trainer,
-            spec.model.dtype,
-            self._device,
-            self._sharding.writable,
+            self._learner.module(), trained, spec.trainer, spec.model.dtype, self._device, writable
         )
         self._engine.module.train()
         block = spec.reference if self._learner.has_reference else NoReferenceBlock()
