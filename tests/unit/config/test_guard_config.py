@@ -38,8 +38,11 @@ def test_rules_come_back_as_they_were() -> None:
         ((rule(more="above: 1, below: 0"),), "both above and below; give one of them"),
         ((rule(more="after_rounds: 1"),), "neither above nor below; give one of them"),
         ((rule("gold_drop"),), "the measure gold_drop needs a gold scorer; set evaluation.gold"),
-        ((rule("win_rate_low"), "evaluation.win_rate=[]"), "needs evaluation.win_rate to have initial; add it there"),
-        ((rule("win_rate_previous"), "evaluation.win_rate=[initial]"), "to have previous_round; add it there"),
+        ((rule("win_rate_low"), "evaluation.win_rate=[]"), "evaluation.win_rate leaves out; add initial"),
+        (
+            (rule("win_rate_previous"), "evaluation.win_rate=[initial]"),
+            "evaluation.win_rate leaves out; add previous_round",
+        ),
         ((rule("kl"), *SIMPO), "reference.policy=none keeps none to ask; take kl_initial"),
         ((rule("kl_initial"), "reference.policy=ema"), "set model.lora, or reference.policy=initial"),
         ((rule("displacement"), *SIMPO), "loss.loss_type=simpo does not log"),
