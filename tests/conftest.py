@@ -1,15 +1,18 @@
 """How test processes run side by side: in what order, which files share one, and on how many threads."""
 
+import gc
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
 from xdist.scheduler import LoadFileScheduling
 
-# More threads than cores wait for each other.
+# More threads than cores wait for each other: here, and in what the tests start unless it says otherwise.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARING_RANKS = (
     "integration/test_reference_policies.py",
@@ -23,9 +26,26 @@ SHARING_RANKS = (
 LONG = (
     "integration/test_job_submission.py",
     *SHARING_RANKS,
-    *("integration/test_judge.py", "integration/test_leaks.py", "integration/test_bad_input.py"),
+    *("integration/test_leaks.py", "integration/test_raw_errors.py", "integration/test_bad_input.py"),
+    *("integration/test_interrupts.py", "integration/test_judge.py", "integration/test_lora_sync.py"),
+    *("integration/test_weight_sync.py", "integration/test_offline_recipes.py", "integration/test_mlflow_faults.py"),
+    *("integration/test_qlora_sync.py", "integration/test_scorer_faults.py", "integration/test_export_serving.py"),
 )
-"""Begin first of the integration tests, so that no process is left alone with one at the end."""
+"""Begin first of the integration tests, so that no process is left alone with one at the end.
+
+Those that need a process without a Ray cluster come before those that share one, which then stays.
+"""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What imports make stays: garbage collection, which would take seconds, looks at it neither now nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,16 +1,21 @@
-"""Real MLflow servers on loopback, for tests and benchmarks, and a proxy that makes one slow."""
+"""Real MLflow servers on loopback and databases, for tests and benchmarks, and a proxy that makes a server slow."""
 
+import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import requests
+
+from raylign.tracking.mlflow_store import create_database
 
 START_S = 1200.0
 
@@ -30,10 +35,27 @@ def wait_until(ready: Callable[[], bool], timeout_s: float = START_S) -> None:
         time.sleep(0.1)
 
 
+@functools.cache
+def _new_database() -> tempfile.TemporaryDirectory[str]:
+    """A folder with a database as MLflow makes it, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="raylign-mlflow-")
+    create_database(f"sqlite:///{folder.name}/mlflow.db")
+    return folder
+
+
+def put_database(path: Path) -> str:
+    """A new database at `path`, and its URI. MLflow takes seconds to make one, by all the steps of its history."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(_new_database().name) / "mlflow.db", path)
+    return f"sqlite:///{path}"
+
+
 @contextmanager
 def mlflow_server(folder: Path, port: int) -> Iterator[str]:
     """The URI of a server on `port` whose record is in `folder`. At the end it is killed, not asked to stop."""
-    store = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "files")]
+    database = folder / "server.db"
+    uri = f"sqlite:///{database}" if database.exists() else put_database(database)
+    store = ["--backend-store-uri", uri, "--artifacts-destination", str(folder / "files")]
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port), *store]
     with _process(command, folder / "server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}):
         uri = f"http://127.0.0.1:{port}"

@@ -82,18 +82,27 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
     return [(list(candidate.token_ids), list(candidate.logprobs)) for candidate in found]
 
 
-def test_merged_export_in_transformers_and_fresh_vllm(smollm2: str, tmp_path: Path) -> None:
-    _adapter(smollm2, tmp_path / "adapter")
-    exported = export_model(tmp_path / "adapter", smollm2, tmp_path / "merged", True, _facts())
+@pytest.fixture
+def base(served_llama: str, tmp_path: Path) -> str:
+    """Folder of a model whose weights are kept in bf16."""
+    folder = str(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(served_llama, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(served_llama).save_pretrained(folder)
+    return folder
+
+
+def test_merged_export_in_transformers_and_fresh_vllm(base: str, tmp_path: Path) -> None:
+    _adapter(base, tmp_path / "adapter")
+    exported = export_model(tmp_path / "adapter", base, tmp_path / "merged", True, _facts())
     tokenizer = AutoTokenizer.from_pretrained(exported)
     chats = [[{"role": "user", "content": question}] for question in _QUESTIONS]
     ids = [tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats]
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     greedy = [_greedy(plain, row) for row in ids]
 
-    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    assert greedy != [_greedy(base, row) for row in ids]
-    adapter = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert greedy != [_greedy(before, row) for row in ids]
+    adapter = PeftModel.from_pretrained(before, str(tmp_path / "adapter"))
     with torch.no_grad():
         gap = max((plain(torch.tensor([row])).logits - adapter(torch.tensor([row])).logits).abs().max() for row in ids)
     # The merge is exact in fp32 and rounded once to the model's bf16.

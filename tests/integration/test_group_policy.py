@@ -1,13 +1,11 @@
 """GRPO on real DeepSpeed ranks: ratios to the round's first policy, one step whatever the micro-batches and ranks."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from actors.trainer.group import TrainerGroup
@@ -16,9 +14,7 @@ from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.run.checkpoints import Metrics
-from raylign.run.directory import open_run
 from tests.integration.ranks import Processes, spec_of, train_round
-from tests.integration.tiny import ROOT, SMALLEST, SPREAD_SCORES, START_S, Watched, foreign_lines
 
 pytestmark = pytest.mark.slow
 
@@ -107,31 +103,6 @@ def test_same_trajectory(
     for step, (left, right) in enumerate(zip(baselines[name], found, strict=True)):
         for metric in (*METRICS, *(["kl"] if "kl" in left else [])):
             assert right[metric] == pytest.approx(left[metric], rel=5e-4, abs=2e-5), (step, metric)
-
-
-def test_the_recipe_trains_groups_and_says_what_trl_would(served_llama: str, tmp_path: Path) -> None:
-    """Real engines: the ratios of a round's first step are 1, and the generator's log-probs are the trainer's."""
-    (tmp_path / "spread.py").write_text(SPREAD_SCORES)
-    model = (f"model.path={served_llama}", "scoring.function=spread:score")
-    settings = (*SMALLEST, *model, "trainer.per_device_train_batch_size=1", "run.dir=runs")
-    command = [
-        *(sys.executable, "-m", "recipes.commands.cli", "run", str(ROOT / "recipes/grpo_smollm2.yaml")),
-        *(setting for setting in settings if not setting.startswith("pairing.")),
-    ]
-    with Watched(command, tmp_path) as run:
-        status, _ = run.finish(START_S)
-        assert status == 0, run.output
-    assert foreign_lines(run.output) == []
-    directory = open_run(tmp_path / "runs/grpo-smollm2")
-    ((first, *others),) = (report.steps for report in directory.reports())
-    assert others and first["clip_ratio/region_mean"] == 0.0 and first["rewards/margins"] == 0.0
-    assert first["sampling/sampling_logp_difference/mean"] < 1e-3
-    assert others[0]["rewards/margins"] != 0.0
-    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
-    assert {len(row["token_ids"]) for row in rows} == {3}
-    for row in rows:
-        assert [len(values) for values in row["old_logprobs"]] == [len(ids) for ids in row["token_ids"]]
-        assert row["reference_logprobs"] is None
 
 
 def rest_of_the_round(group: TrainerGroup, filled: Sequence[Preference], done: Sequence[Metrics] = ()) -> list[Metrics]:

@@ -17,9 +17,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from raylign.run.directory import open_run
 from raylign.tracking.journal import read_events
+from recipes.commands.cli import app
 from tests.faults import record
 from tests.integration.tiny import (
     LONG_TRAINING,
@@ -224,9 +226,19 @@ def test_without_the_token_nothing_is_submitted(cluster: Cluster, checkout: Path
 
 @pytest.mark.fault
 def test_secrets_reach_neither_the_command_nor_the_runtime_environment(
-    cluster: Cluster, checkout: Path, tmp_path: Path
+    cluster: Cluster, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused with the token in hand; the cluster, asked for every job, has none of them."""
+    monkeypatch.chdir(checkout)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.setenv(name, cluster.environment[name])
+
+    def refused(*settings: str) -> str:
+        done = CliRunner().invoke(app, ["submit", RECIPE, *SMALLEST, f"run.dir={tmp_path}", *settings])
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.output
+        assert "Traceback" not in done.output and hush not in done.output
+        return done.output
+
     hush = f"hush{secrets.token_hex(8)}"
     environment = checkout / RUNTIME_ENV
     whole = environment.read_text()
@@ -239,15 +251,13 @@ def test_secrets_reach_neither_the_command_nor_the_runtime_environment(
     try:
         for text in added:
             environment.write_text(text)
-            done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", cwd=checkout)
-            assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
-            assert f"{environment}: " in done.stdout and "looks like a secret" in done.stdout, done.stdout
-            assert "nodes" in done.stdout and hush not in done.stdout
+            told = refused()
+            assert f"{environment}: " in told and "looks like a secret" in told and "nodes" in told, told
     finally:
         environment.write_text(whole)
     for setting in (f"tracking.password={hush}", f"tracking.uri=http://me:{hush}@mlflow:5000"):
-        done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", setting, cwd=checkout)
-        assert done.returncode == 1 and "before `ray start`" in done.stdout and hush not in done.stdout, done.stdout
+        told = refused(setting)
+        assert "before `ray start`" in told, told
     jobs = cluster.ray("job", "list")
     assert hush not in jobs and cluster.holders_of(hush) == []
     record(

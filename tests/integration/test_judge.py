@@ -1,6 +1,6 @@
 """The judge's protocol against a real vLLM server, and a whole run with a judge.
 
-The model of the server is too small to judge: its canaries are left out.
+The model of the server is random and cannot judge: its canaries are left out.
 """
 
 import json
@@ -49,8 +49,8 @@ ANSWERS = (
 
 
 @pytest.fixture(scope="module")
-def base_url(smollm2: str) -> Iterator[str]:
-    """A vLLM server on the loopback interface that serves SmolLM2 as "judge" and wants a key."""
+def base_url(served_llama: str) -> Iterator[str]:
+    """A vLLM server on the loopback interface that serves a random model as "judge" and wants a key."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -58,7 +58,7 @@ def base_url(smollm2: str) -> Iterator[str]:
     # One process, as generators have it on CPUs: a worker beside the engine would keep a core busy while it waits.
     options += " --dtype float32 --distributed-executor-backend uni"
     memory = f"--max-num-batched-tokens 2048 --no-enable-chunked-prefill --kv-cache-memory-bytes {256 * 2**20}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", served_llama]
     command += f"{options} {memory}".split()
     environment = clean_environment(
         {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""A whole run with secrets in its environment and hostile prompts: what it leaves behind, shows and passes on."""
+"""A whole GRPO run with secrets in its environment and hostile prompts: what it leaves behind, shows and passes on."""
 
 import json
 import os
@@ -6,15 +6,18 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
 
 from actors.cluster import actor_environment, cluster
+from raylign.run.directory import open_run
 from tests.faults import record
-from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line
+from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line, foreign_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -36,12 +39,6 @@ NAMES = ("../../../etc/x", "/etc/passwd", "a\0b", "x" * 400, "<script>alert(1)</
 PICKLED = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 """First bytes of pickles, and of the archives that torch.save makes of them."""
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def save_prompts(folder: Path) -> None:
@@ -89,46 +86,82 @@ class Elements(HTMLParser):
         self.found.add(tag)
 
 
-@pytest.mark.fault
-def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(
-    served_llama: str, tmp_path: Path, ray_folder: Path
-) -> None:
-    (tmp_path / "spread.py").write_text(SPREAD_SCORES)
-    save_prompts(tmp_path)
-    before = set(files(tmp_path))
-    settings = (
-        *SMALLEST,
-        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl", "scoring.function=spread:score"),
-        f"model.path={served_llama}",
-    )
-    with Watched(command_line(*settings), tmp_path, RAY_TMPDIR=str(ray_folder), **SECRETS) as run:
-        lines, environments = watch(run)
-        output = run.output
-        assert run.finish(START_S)[0] == 0, output
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended well, and what was seen of it meanwhile."""
 
+    folder: Path
+    before: set[Path]
+    """Files in `folder` before the run."""
+    ray_folder: Path
+    output: str
+    lines: set[str]
+    environments: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """GRPO with a function that scores, on hostile prompts and with secrets in its environment."""
+    folder = tmp_path_factory.mktemp("quiet")
+    (folder / "spread.py").write_text(SPREAD_SCORES)
+    save_prompts(folder)
+    before = set(files(folder))
+    settings = (
+        *(setting for setting in SMALLEST if not setting.startswith("pairing.")),
+        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl", "scoring.function=spread:score"),
+        *(f"model.path={served_llama}", "trainer.per_device_train_batch_size=1"),
+    )
+    command = command_line(*settings, recipe="recipes/grpo_smollm2.yaml")
+    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
+            lines, environments = watch(run)
+            output = run.output
+            assert run.finish(START_S)[0] == 0, output
+        yield Finished(folder, before, Path(ray_folder), output, lines, environments)
+
+
+@pytest.mark.fault
+def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(finished: Finished) -> None:
+    folder, lines = finished.folder, finished.lines
     assert any("raylet" in line for line in lines), "the watch saw the processes"
-    driver = [environment for line, environment in environments.items() if "recipes.commands.cli" in line]
-    scoring = [environment for line, environment in environments.items() if "recipes.commands.cli" not in line]
+    environments = finished.environments.items()
+    driver = [environment for line, environment in environments if "recipes.commands.cli" in line]
+    scoring = [environment for line, environment in environments if "recipes.commands.cli" not in line]
     assert driver and all(environment.count(SECRET.encode()) == 9 for environment in driver), "the run had them"
-    assert SECRET not in output
+    assert SECRET not in finished.output
     assert [line for line in lines if SECRET in line] == []
     assert scoring and all(b"PATH=" in environment for environment in scoring)
     assert not any(SECRET.encode() in environment for environment in scoring)
-    assert holders(tmp_path) == [] and holders(ray_folder) == []
-    assert any("mlflow.db" in path.name for path in files(tmp_path))
+    assert holders(folder) == [] and holders(finished.ray_folder) == []
+    assert any("mlflow.db" in path.name for path in files(folder))
 
-    run_directory = tmp_path / "runs/quiet"
+    run_directory = folder / "runs/quiet"
     assert [path for path in files(run_directory) if path.suffix in PICKLED] == []
     assert [path for path in files(run_directory) if path.read_bytes()[:4].startswith(PICKLE_STARTS)] == []
 
-    made = {path.relative_to(tmp_path).parts[:2] for path in set(files(tmp_path)) - before}
+    made = {path.relative_to(folder).parts[:2] for path in set(files(folder)) - finished.before}
     made_in_runs = {parts[1] for parts in made if parts[0] == "runs"}
     assert {parts[0] for parts in made if parts[0] != "runs" and not parts[0].startswith("output-")} <= {"__pycache__"}
     assert made_in_runs <= {"quiet", "mlflow.db", "mlartifacts", ".mlflow.db.lock"}
-    pages = [path for path in files(tmp_path / "runs/mlartifacts") if path.suffix == ".html"]
+    pages = [path for path in files(folder / "runs/mlartifacts") if path.suffix == ".html"]
     assert any("onclick" in page.read_text() for page in pages), "MLflow has pages of the tables"
     assert all(Elements(page.read_text()).found.isdisjoint({"b", "script"}) for page in pages)
     record("secrets and hostile prompts in a run", "nine secrets, path-like ids, HTML", lost="nothing")
+
+
+def test_the_recipe_trains_groups_and_says_what_trl_would(finished: Finished) -> None:
+    """Real engines: the ratios of a round's first step are 1, and the generator's log-probs are the trainer's."""
+    assert foreign_lines(finished.output) == []
+    directory = open_run(finished.folder / "runs/quiet")
+    ((first, *others),) = (report.steps for report in directory.reports())
+    assert others and first["clip_ratio/region_mean"] == 0.0 and first["rewards/margins"] == 0.0
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-3
+    assert others[0]["rewards/margins"] != 0.0
+    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
+    assert {len(row["token_ids"]) for row in rows} == {3}
+    for row in rows:
+        assert [len(values) for values in row["old_logprobs"]] == [len(ids) for ids in row["token_ids"]]
+        assert row["reference_logprobs"] is None
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

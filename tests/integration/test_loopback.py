@@ -4,38 +4,19 @@ import ipaddress
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
-import pytest
 import ray
 from ray._private import ray_constants
-from ray.actor import ActorHandle
 
-from actors.generator.actor import EngineSpec, GeneratorActor
-from actors.supervision.processes import process_of
 from actors.trainer.actor import free_address
-from actors.weight_sync.transports import ShmTransport
-from tests.integration.listeners import Member, listening
+from tests.integration.listeners import Member, listening, outside
 from tests.integration.tiny import clean_environment
 from tests.processes import descendants
 
 BIN = Path(sys.executable).parent
 RAY_PARTS = ("gcs_server", "raylet", "ray::")
 """Words of command lines; without listeners of these the test would have looked at the wrong processes."""
-Listeners = dict[tuple[str, int], str]
-
-
-def outside(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
-    return {place: name for place, name in found.items() if not _is_loopback(place[0])}
-
-
-def _is_loopback(address: str) -> bool:
-    found = ipaddress.ip_address(address)
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return (mapped or found).is_loopback
 
 
 def test_ray_and_a_process_group_listen_on_loopback_alone(resources: dict[str, float]) -> None:
@@ -50,53 +31,6 @@ def test_ray_and_a_process_group_listen_on_loopback_alone(resources: dict[str, f
     assert outside(found) == {}
     for member in members:
         ray.kill(member)
-
-
-@pytest.fixture(scope="module")
-def engine(
-    resources: dict[str, float], served_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[ActorHandle[Any], Listeners]]:
-    """A generator, and who listened before it."""
-    spec = EngineSpec(
-        model=served_llama,
-        dtype="float32",
-        device="cpu",
-        transport=ShmTransport.engine,
-        lora_rank=0,
-        tensor_parallel_size=1,
-        max_model_len=64,
-        max_num_seqs=4,
-        gpu_memory_utilization=0.5,
-        kv_cache_gb=0.1,
-        enforce_eager=True,
-        sleeps=False,
-        trust_remote_code=False,
-        seed=0,
-        threads=1,
-        stacks=str(tmp_path_factory.mktemp("stacks")),
-    )
-    before = listening()
-    generator = GeneratorActor.options(num_cpus=1).remote(spec, "generator-0")
-    ray.get(generator.ready.remote())
-    yield generator, before
-    ray.get(generator.shutdown.remote())
-    ray.kill(generator)
-
-
-@pytest.mark.slow
-def test_an_engine_listens_on_loopback_alone(engine: tuple[ActorHandle[Any], Listeners]) -> None:
-    found = listening()
-    assert found.keys() - engine[1].keys(), "the engine's own listeners"
-    assert outside(found) == {}
-
-
-@pytest.mark.slow
-def test_an_engine_is_a_fork_of_a_process_that_imported_vllm(engine: tuple[ActorHandle[Any], Listeners]) -> None:
-    """Spawned by vLLM it would import it once more, after the actor has."""
-    actor = psutil.Process(process_of(engine[0]).pid)
-    (core,) = [process for process, line in descendants(actor).items() if "EngineCore" in line]
-    parent = psutil.Process(core.ppid())
-    assert "forkserver" in " ".join(parent.cmdline()) and parent.ppid() == actor.pid
 
 
 def test_actors_have_the_priority_of_their_driver(resources: dict[str, float]) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 _CONFIG = {
     "model": {"dtype": "float32", "lora": {"r": 4, "lora_alpha": 8}},
-    "trainer": {"per_device_train_batch_size": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"},
+    "trainer": {"per_device_train_batch_size": 1, "learning_rate": 3e-2, "lr_scheduler_type": "constant"},
     "placement": {"generator_cpus": 1, "trainer_cpus": 1},
     "generators": {
         "max_model_len": 512,
@@ -38,8 +38,8 @@ _LONG = "Tell me about a film in which nothing happens. " * 20
 
 
 @pytest.fixture(scope="module")
-def prompt(smollm2: str) -> Prompt:
-    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
+def prompt(served_llama: str) -> Prompt:
+    tokenizer: Any = AutoTokenizer.from_pretrained(served_llama)
     chat = ({"role": "user", "content": _LONG},)
     return Prompt(
         "p0", chat, tuple(tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False))
@@ -47,8 +47,8 @@ def prompt(smollm2: str) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2: str) -> tuple[Candidate, ...]:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+def pair(served_llama: str) -> tuple[Candidate, ...]:
+    tokenizer = AutoTokenizer.from_pretrained(served_llama)
     return tuple(
         Candidate("p0", i, tuple(tokenizer(text)["input_ids"]), (), text, "stop", 0, 0)
         for i, text in enumerate(("Nothing happens, beautifully.", "It is a film."))
@@ -56,11 +56,11 @@ def pair(smollm2: str) -> tuple[Candidate, ...]:
 
 
 @pytest.fixture(scope="module")
-def roles(smollm2: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[ActorTeam]:
+def roles(served_llama: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[ActorTeam]:
     config = parse_config(_CONFIG)
     with team(
         config,
-        folder=smollm2,
+        folder=served_llama,
         pad_id=2,
         canary_ids=(prompt.token_ids[-40:],),
         plan=plan_team(config, resources),

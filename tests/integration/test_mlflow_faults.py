@@ -33,7 +33,7 @@ from tests.integration.played_runs import (
     play_run,
     start,
 )
-from tests.mlflow_servers import START_S, free_port, mlflow_server, slow_proxy, wait_until
+from tests.mlflow_servers import START_S, free_port, mlflow_server, put_database, slow_proxy, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -193,7 +193,7 @@ with RunDirectory(run_dir).locked():
 
 @pytest.mark.fault
 def test_a_killed_driver(run_dir: Path, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = put_database(tmp_path / "mlflow.db")
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(run_dir), uri], stdout=subprocess.PIPE, text=True)
     try:
         assert driver.stdout is not None and driver.stdout.readline() == "started\n"
@@ -320,7 +320,7 @@ def test_a_process_ends_although_a_request_hangs(run_dir: Path) -> None:
 
 
 def test_ctrl_c_ends_a_sync_that_waits(run_dir: Path, interruptible: None) -> None:
-    tracker = open_run(run_dir, f"sqlite:///{run_dir.parent}/mlflow.db")
+    tracker = open_run(run_dir, put_database(run_dir.parent / "mlflow.db"))
     play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=60) == 0
     uri = f"http://127.0.0.1:{free_port()}"

@@ -14,6 +14,7 @@ from raylign.errors import RaylignError
 from raylign.tracking.feed import MlflowFeed, load_state
 from raylign.tracking.journal import Journal, read_events
 from tests.integration.played_runs import all_runs, history
+from tests.mlflow_servers import put_database
 
 CAMPAIGN = {"campaign": "c1", "name": "demo", "params": {}, "tags": {}}
 
@@ -27,7 +28,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return put_database(tmp_path / "mlflow.db")
 
 
 def round_run(client: MlflowClient) -> Run:
@@ -35,7 +36,8 @@ def round_run(client: MlflowClient) -> Run:
     return run
 
 
-def test_runs_that_start_together_share_a_new_database(run_dir: Path, uri: str) -> None:
+def test_runs_that_start_together_share_a_new_database(run_dir: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     start_feed = "import sys, pathlib; from raylign.tracking.feed import MlflowFeed as F; " + (
         "sys.exit(F(pathlib.Path(sys.argv[1]), sys.argv[2], 'tests').close(60))"
     )

@@ -23,7 +23,7 @@ from raylign.tracking.facts import flatten
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import Journal, read_events
 from raylign.tracking.tracker import Tracker, open_tracker
-from raylign.tracking.uri import default_uri
+from raylign.tracking.uri import default_uri, sqlite_path
 from tests.integration.played_runs import (
     ATTACK,
     CONFIG,
@@ -40,7 +40,7 @@ from tests.integration.played_runs import (
     play_run,
     start,
 )
-from tests.mlflow_servers import wait_until
+from tests.mlflow_servers import put_database, wait_until
 
 
 def artifact_names(client: MlflowClient, run: Run, folder: str = "") -> set[str]:
@@ -66,7 +66,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def uri(run_dir: Path) -> str:
-    return default_uri(CONFIG.tracking, run_dir)
+    uri = default_uri(CONFIG.tracking, run_dir)
+    assert put_database(sqlite_path(uri)) == uri
+    return uri
 
 
 @pytest.fixture
@@ -99,8 +101,9 @@ def silent_uri() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path, uri: str) -> None:
-    tracker = open_tracker(run_dir, CONFIG.tracking)
+def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path) -> None:
+    """In a database that the tracker makes."""
+    uri, tracker = default_uri(CONFIG.tracking, run_dir), open_tracker(run_dir, CONFIG.tracking)
     play_run(tracker, run_dir)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.placement import plan_team
+from actors.supervision.processes import process_of
 from actors.team import ActorTeam, team
 from actors.weight_sync.manifest import checkpoint_manifest, file_manifest, require_same
 from raylign.config import OnlineDpoConfig, parse_config
@@ -23,6 +25,8 @@ from raylign.records import Candidate, Preference, Prompt
 from raylign.roles import Generator, NodePath
 from raylign.sampling.decoding import Decoding
 from tests.fakes import quiet_incidents
+from tests.integration.listeners import listening, outside
+from tests.processes import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +137,23 @@ def test_generator_serves_the_base_model_at_start(roles: ActorTeam, served_llama
     gaps = roles.publisher.verify()
     assert gaps["logprob_gap_max"] < _LOGP_TOLERANCE
     _assert_serves(roles, served_llama, _originals(served_llama), prompts)
+
+
+@pytest.fixture(scope="module")
+def generator(roles: ActorTeam) -> psutil.Process:
+    return psutil.Process(process_of(roles.generators.handles[0]).pid)
+
+
+def test_an_engine_listens_on_loopback_alone(generator: psutil.Process) -> None:
+    assert listening(generator), "its own listeners"
+    assert outside(listening()) == {}
+
+
+def test_an_engine_is_a_fork_of_a_process_that_imported_vllm(generator: psutil.Process) -> None:
+    """Spawned by vLLM it would import it once more, after the actor has."""
+    (core,) = [process for process, line in descendants(generator).items() if "EngineCore" in line]
+    parent = psutil.Process(core.ppid())
+    assert "forkserver" in " ".join(parent.cmdline()) and parent.ppid() == generator.pid
 
 
 def test_pushed_weights_are_served_and_originals_come_back_exactly(

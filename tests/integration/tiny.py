@@ -67,9 +67,9 @@ def script(*settings: str) -> list[str]:
     return [sys.executable, str(ROOT / "recipes/online_dpo.py"), str(ROOT / RECIPE), *settings]
 
 
-def command_line(*settings: str) -> list[str]:
+def command_line(*settings: str, recipe: str = RECIPE) -> list[str]:
     """`raylign run` of the recipe."""
-    return [sys.executable, "-m", "recipes.commands.cli", "run", str(ROOT / RECIPE), *settings]
+    return [sys.executable, "-m", "recipes.commands.cli", "run", str(ROOT / recipe), *settings]
 
 
 _OWN_LINES = re.compile(
