@@ -65,7 +65,7 @@ class TraceFile(BaseModel):
     """Within the run directory."""
     round: int
     time_ms: int
-    rows: int = 0
+    rows: int = Field(0, ge=0)
 
 
 class RoundState(BaseModel):

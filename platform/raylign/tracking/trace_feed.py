@@ -28,10 +28,6 @@ class TraceFeed:
         self._spans: list[Span] = []
         self._last_row = 0
 
-    @property
-    def pending(self) -> bool:
-        return bool(self._state.traces)
-
     def add(self, file: TraceFile) -> None:
         """Put `file` behind the others; one of the same path that is not done yet gives way to it."""
         kept = [other for other in self._state.traces if other.path != file.path]
@@ -39,13 +35,18 @@ class TraceFeed:
             self._forget()
         self._state.traces[:] = [*kept, file]
 
+    def drop(self) -> None:
+        """Send none of what is pending."""
+        self._state.traces.clear()
+        self._forget()
+
     def step(self) -> bool:
         """Send one request, if anything is pending; whether the state has changed.
 
         Raises TrackingError when waiting may help: call it again then. What MLflow refuses or cannot be read is left
         out, with a warning.
         """
-        if not self.pending:
+        if not self._state.traces:
             return False
         file = self._state.traces[0]
         if self._waiting is None and len(self._spans) < TRACES_PER_CALL:

@@ -25,7 +25,7 @@ from opentelemetry.trace import Status, StatusCode
 from raylign.boundary.secrets import without_secrets
 from raylign.run.files import unreadable
 from raylign.tracking.facts import redacted
-from raylign.tracking.feed import FeedState, ScoreSource, TraceFile
+from raylign.tracking.feed import FeedState, ScoreSource, TraceFile, Tracing
 
 ROWS_READ = 32
 """Rows in memory at once."""
@@ -48,6 +48,11 @@ _HELD_OUT = (
 )
 _PREFERENCE = ("prompt_id", "messages", "chosen", "rejected", "scores", "indices")
 _CANDIDATE = ("prompt_id", "index", "score_parts", "policy_version")
+_OF_A_DAMAGED_TABLE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, pa.ArrowException),
+)
+_LATEST_MS = 2**62 // 10**6
+"""In nanoseconds, MLflow's spans and databases hold it."""
 _CURE = "restore it from a copy"
 
 
@@ -66,17 +71,19 @@ def read_traces(path: Path, file: TraceFile, state: FeedState) -> Iterator[Trace
     Raises RecordError when it is no such table.
     """
     held_out = file.kind == "samples"
-    columns, share = (_HELD_OUT, 1.0) if held_out else (_PREFERENCE, state.tracing.preferences)
+    columns, share = (_HELD_OUT, 1.0) if held_out else (_PREFERENCE, _asked(state).preferences)
     try:
         build = _held_out if held_out else _Preferences(path.parent).trace
         for number, row in _rows(path, columns, file.rows):
             # Evenly over the table, and the same rows each time.
             if math.floor((number + 1) * share) > math.floor(number * share):
                 yield build(number, row, file, state)
-    except KeyError as error:
-        raise unreadable(path, f"it has no {error}", _CURE) from error
-    except (OSError, ValueError, TypeError, RecursionError, pa.ArrowException) as error:
-        raise unreadable(path, str(error).partition("\n")[0], _CURE) from error
+    except _OF_A_DAMAGED_TABLE as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}".partition("\n")[0], _CURE) from error
+
+
+def _asked(state: FeedState) -> Tracing:
+    return state.tracing or Tracing(preferences=0)
 
 
 def _rows(path: Path, columns: Sequence[str], first: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -190,7 +197,7 @@ def _trace(
     asked = _messages(messages)
     digest = hashlib.sha256("\n".join((state.campaign, name, str(file.round), key)).encode()).hexdigest()
     # The newest stands first on MLflow's pages: rounds so, the rows of a round in their own order.
-    time_ms = max(0, file.time_ms - row)
+    time_ms = min(max(0, file.time_ms - row), _LATEST_MS)
     info = TraceInfo(
         trace_id=f"tr-{digest[:_ID]}",
         trace_location=TraceLocation.from_experiment_id(state.experiment_id),
@@ -215,7 +222,7 @@ def _session(state: FeedState) -> str:
 
 
 def _feedback(given: _Given, trace_id: str, state: FeedState, time_ms: int) -> Feedback:
-    source = _source(given.part, state.tracing.scorers)
+    source = _source(given.part, _asked(state).scorers)
     name = _shown(given.name)[:_MAX_NAME]
     reason = _cut(_shown(given.reason), _MAX_REASON)
     unscored = given.value is None or not math.isfinite(given.value)

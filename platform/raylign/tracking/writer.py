@@ -178,6 +178,8 @@ class MlflowWriter:
         self.state.tracing = (
             event.get("traces", _TRACING) if "traces" in event.payload else tracing(TrackingBlock(), {})
         )
+        if self.state.tracing is None:
+            self._traces.drop()
         self.state.campaign, self.state.name = campaign, name
         self.state.run_id = run_id
 

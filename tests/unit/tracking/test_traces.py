@@ -2,10 +2,13 @@
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import Assessment, Span, TraceInfo
 
@@ -13,10 +16,11 @@ from raylign.config import parse_config
 from raylign.errors import RecordError, TrackingError
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.run.tables import write_candidates, write_preferences
-from raylign.tracking.feed import FeedState, TraceFile, Tracing, tracing
+from raylign.tracking.feed import FeedState, TraceFile, Tracing, _TraceWaits, tracing
 from raylign.tracking.mlflow_store import MlflowStore
 from raylign.tracking.trace_feed import TRACES_PER_CALL, TraceFeed
 from raylign.tracking.trace_rows import Trace, read_traces
+from raylign.tracking.writer import MlflowWriter
 
 KEY = "sk-proj-abcdefghijklmnopqrstuvwxyz123456"
 SCORING = {
@@ -154,9 +158,31 @@ def test_a_share_of_preferences_shows_both_ends(tmp_path: Path, share: float, ro
 
 
 def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
-    (tmp_path / "samples.parquet").write_bytes(b"PAR1")
+    good = {"prompt_id": "h0", "index": 0, "messages": "[]", "text": "x", "score": 0.5, "score_parts": "{}"}
+    good |= {"score_reason": "", "finish_reason": "stop", "policy_version": 1}
+    file, path = (
+        TraceFile(kind="samples", path="samples.parquet", round=1, time_ms=10**15),
+        tmp_path / "samples.parquet",
+    )
+    pq.write_table(pa.Table.from_pylist([good]), path)
+    (latest,) = traces_of(tmp_path, file, state())
+    assert latest.span.to_otel_proto() and latest.info.to_dict()["request_time"]
+    deep = "[" * 100_000
+    wrong = [
+        {"text": None},
+        {"text": ["x"]},
+        {"score": "x"},
+        {"messages": "{}"},
+        {"messages": deep},
+        {"score_parts": "[]"},
+    ]
+    for change in [*wrong, {"score_parts": '{"a": "b"}'}, {"index": None, "text": 3}]:
+        pq.write_table(pa.Table.from_pylist([good | change]), path)
+        with pytest.raises(RecordError, match=r"samples\.parquet"):
+            traces_of(tmp_path, file, state())
+    path.write_bytes(b"PAR1")
     with pytest.raises(RecordError, match=r"samples\.parquet"):
-        traces_of(tmp_path, TraceFile(kind="samples", path="samples.parquet", round=1, time_ms=0), state())
+        traces_of(tmp_path, file, state())
 
 
 class Store:
@@ -282,3 +308,43 @@ def test_what_is_traced_follows_the_options() -> None:
     assert tracing(config.tracking, config.scored_parts) is None
     config = parse_config({})
     assert tracing(config.tracking, {}) == Tracing(preferences=0.1)
+
+
+class Writer:
+    """Computes for so long for each trace, then fails if it is to."""
+
+    def __init__(self, seconds: float, fails: bool) -> None:
+        self._seconds, self._fails = seconds, fails
+
+    def send_trace(self) -> bool:
+        began = time.thread_time()
+        while time.thread_time() - began < self._seconds:
+            pass
+        if self._fails:
+            raise TrackingError("away")
+        return True
+
+
+def test_traces_take_their_share_of_a_core_and_no_more() -> None:
+    waits = _TraceWaits()
+    assert waits.send(cast(MlflowWriter, Writer(0.02, False)))
+    assert 3.9 < waits.until - time.monotonic() < 20
+
+
+def test_a_trace_that_fails_is_tried_less_and_less_often() -> None:
+    waits, pauses = _TraceWaits(), []
+    for _ in range(9):
+        assert waits.send(cast(MlflowWriter, Writer(0, True)))
+        pauses.append(round(waits.until - time.monotonic()))
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    waits.send(cast(MlflowWriter, Writer(0, False)))
+    assert waits.send(cast(MlflowWriter, Writer(0, True))) and round(waits.until - time.monotonic()) == 1
+
+
+def test_traces_turned_off_drop_what_waits(tmp_path: Path) -> None:
+    owner = state()
+    feed = feed_of(Store(), tmp_path, owner)
+    feed.add(table(tmp_path, 5))
+    feed.step()
+    feed.drop()
+    assert not owner.traces and not feed.step()
