@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raylign.tracking.review_queue import WHICH, Question, ReviewQueue
-from tests.mlflow_servers import free_port, mlflow_server, wait_until
+from tests.mlflow_servers import free_port, mlflow_server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,13 +31,14 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewQueue]:
 
 @pytest.mark.slow
 def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> None:
+    address = queue.address()  # inside, playwright's loop is in the way of other requests
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
             tmp_path / "profile", executable_path=CHROMIUM, headless=True, args=[*FLAGS]
         )
         page = browser.new_page()
         page.set_default_timeout(LOAD_MS)
-        page.goto(f"{queue.address()}&startReview=true&selectedItemId={SHORT.trace_id}")
+        page.goto(f"{address}&startReview=true&selectedItemId={SHORT.trace_id}")
         page.get_by_text("Answer B", exact=True).wait_for()
         shown = page.inner_text("body")
         assert shown.index(WHICH) < shown.index("Why?")
@@ -46,7 +47,7 @@ def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> 
         page.get_by_role("option", name="B", exact=True).click()
         page.get_by_role("textbox").first.fill("shorter")
         page.get_by_role("button", name="Submit").click()
-        wait_until(lambda: bool(queue.read([SHORT.id]).given), 120)
+        page.get_by_text("1 of 2 reviewed").wait_for()
         browser.close()
     (given,) = queue.read([SHORT.id, LONG.id]).given
     assert (given.id, given.choice, given.why) == (SHORT.id, "B", "shorter")

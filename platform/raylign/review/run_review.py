@@ -115,8 +115,11 @@ def _usable(given: Sequence[Given], pairs: dict[str, Pair]) -> tuple[list[Answer
 
 
 def _joined(before: Said, answers: Sequence[Answer], read: Read) -> Said:
-    """What MLflow says now of the pairs it has; of the others what it said before."""
+    """What MLflow says now of the pairs it has; of the others what it said before.
+
+    A declined pair stays so until somebody answers it: with its queue MLflow loses who declined.
+    """
     kept = [answer for answer in before.answers if answer.pair in read.unknown]
-    declined = {*(set(before.declined) & read.unknown), *read.declined} - {answer.pair for answer in answers}
+    declined = {*before.declined, *read.declined} - {answer.pair for answer in (*kept, *answers)}
     ordered = sorted((*kept, *answers), key=lambda answer: (answer.time, answer.pair, answer.reviewer))
     return Said(tuple(ordered), tuple(sorted(declined)))
