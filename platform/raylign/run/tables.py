@@ -56,7 +56,7 @@ _BY_TOKEN = ("reference_logprobs", "old_logprobs")
 _MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN})
 """Columns that earlier versions did not write."""
 _NULLABLE = _MAY_BE_ABSENT | {"score"}
-_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(list[dict[str, Any]])
+_MESSAGES = TypeAdapter(list[dict[str, Any]])
 _CURE = "restore it from a copy; or remove stages.json beside it, and what it stands for is done again"
 
 
@@ -118,13 +118,13 @@ def read_outcomes(path: Path) -> Iterator[tuple[str, float | None]]:
     return ((row["prompt_id"], row["score"]) for row in _rows(path, wanted))
 
 
-def read_messages(path: Path) -> dict[str, list[Message]]:
+def read_messages(path: Path) -> dict[str, Sequence[Message]]:
     """The conversation of each prompt of a table that `write_candidates` wrote, by the prompt's id.
 
     Raises RecordError when it is not such a table.
     """
     names = ("prompt_id", "messages")
-    found: dict[str, list[Message]] = {}
+    found: dict[str, Sequence[Message]] = {}
     for number, row in enumerate(_rows(path, pa.schema([_CANDIDATES.field(name) for name in names]))):
         if row["prompt_id"] not in found:
             with _row(path, number):

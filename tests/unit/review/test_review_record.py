@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raylign.errors import RecordError
+from raylign.records import Message
 from raylign.review.record import Answer, Choice, Pair, ReviewRecord, Said, conversation, pair_of, share_of_first
 
 ABOUT = ("p1", [{"role": "user", "content": "Write."}])
@@ -72,7 +73,7 @@ def test_the_shuffle_is_in_the_record(tmp_path: Path) -> None:
 
 def test_a_conversation_as_people_read_it() -> None:
     assert conversation([{"role": "user", "content": "Hi\x1b[2J"}]) == r"Hi\x1b[2J"
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"text": "Hi"}]}]
+    turns: list[Message] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"text": "Hi"}]}]
     assert conversation(turns) == 'system: Be kind.\n\nuser: [{"text": "Hi"}]'
 
 
