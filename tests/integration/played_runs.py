@@ -20,7 +20,7 @@ TRACKING = {"experiment": "tests", "traced_preferences": 0.7}
 CONFIG = parse_config({"run": {"name": "demo"}, "tracking": TRACKING})
 ATTACK = "<script>alert(1)</script>"
 DIGEST = "0123456789abcdef" * 4
-EVENTS = 23
+EVENTS = 25
 PROMPTS = tuple(
     Prompt(f"h{number:06d}", ({"role": "user", "content": f"question {number}"},), (1,)) for number in range(3)
 )
@@ -144,7 +144,11 @@ def assert_recorded_once(client: MlflowClient) -> None:
         )
 
 
-def all_traces(client: MlflowClient, condition: str | None = None) -> list[Trace]:
+def all_traces(client: MlflowClient, condition: str | None = None, *, spans: bool = True) -> list[Trace]:
+    """With their spans, which all of them must have by then, or without."""
     experiment = client.get_experiment_by_name("tests")
     assert experiment is not None
-    return list(client.search_traces(locations=[experiment.experiment_id], filter_string=condition, max_results=500))
+    found = client.search_traces(
+        locations=[experiment.experiment_id], filter_string=condition, max_results=500, include_spans=spans
+    )
+    return list(found)

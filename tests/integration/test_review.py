@@ -20,7 +20,7 @@ from recipes.commands.failures import WAITING
 from tests.integration.played_reviews import EXPERIMENT, Reviewer, config, fewer_good, play
 from tests.mlflow_servers import free_port, mlflow_server
 
-QUEUE = "raylign: asks"
+QUEUE = "asks: pairs"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path
     asks = renamed(config(tmp_path, server), "loses")
     with pytest.raises(Waiting):
         play(asks, tmp_path)
-    bob = Reviewer(server, "raylign: loses", "bob")
+    bob = Reviewer(server, "loses: pairs", "bob")
     items = bob.items()
     bob.answer(items[:2], fewer_good)
     bob.decline(items[2])
@@ -88,7 +88,7 @@ def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path
     bob.store.delete_review_queue(bob.queue.queue_id)
     with pytest.raises(Waiting, match="3 of 6"):
         play(asks, tmp_path)
-    again = Reviewer(server, "raylign: loses", "bob")
+    again = Reviewer(server, "loses: pairs", "bob")
     assert sorted(again.items()) == sorted(items) and again.queue.queue_id != bob.queue.queue_id
     record = ReviewRecord(run_path(asks.run))
     assert len(record.said().answers) == 2
@@ -100,7 +100,7 @@ def test_pairs_are_sent_once_and_agreement_is_measured(server: str, tmp_path: Pa
     asks = renamed(config(tmp_path, server), "sends")
     with pytest.raises(Waiting):
         play(asks, tmp_path)
-    ann = Reviewer(server, "raylign: sends")
+    ann = Reviewer(server, "sends: pairs")
     ann.answer(ann.items(), fewer_good)
     play(asks, tmp_path)
     run = str(run_path(asks.run))
@@ -109,7 +109,7 @@ def test_pairs_are_sent_once_and_agreement_is_measured(server: str, tmp_path: Pa
         assert sent.exit_code == 0 and sent.output.startswith("0 pairs chosen by random, 0 sent; the queue has 6")
     refused = review("send", run, "--by", "disagreement")
     assert refused.exit_code == 1 and "no two scorers of this run contradict" in refused.output
-    bob = Reviewer(server, "raylign: sends", "bob")
+    bob = Reviewer(server, "sends: pairs", "bob")
     bob.answer(bob.items(), lambda a, b: "A")
     pulled = review("pull", run)
     report = json.loads((Path(run) / "review/report.json").read_text())

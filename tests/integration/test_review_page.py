@@ -24,7 +24,7 @@ LONG = Question("b" * 32, "Write a review.", "It was long. " * 90, "It was longe
 @pytest.fixture(scope="module")
 def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewQueue]:
     with mlflow_server(tmp_path_factory.mktemp("server"), free_port()) as uri:
-        opened = ReviewQueue(uri, "people", "raylign: page")
+        opened = ReviewQueue(uri, "people", "page: pairs")
         assert opened.send([SHORT, LONG]) == 2
         yield opened
 
@@ -48,6 +48,8 @@ def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> 
         page.get_by_role("textbox").first.fill("shorter")
         page.get_by_role("button", name="Submit").click()
         page.get_by_text("1 of 2 reviewed").wait_for()
+        page.get_by_text("It was long. It was long.").wait_for()  # the next one, cut with a word where the rest is
+        assert page.inner_text("body").count("View full trace") == 3
         browser.close()
     (given,) = queue.read([SHORT.id, LONG.id]).given
     assert (given.id, given.choice, given.why) == (SHORT.id, "B", "shorter")

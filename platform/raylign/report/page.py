@@ -54,7 +54,7 @@ def report_page(record: RunRecord, found: Verdict, drawn: Sequence[Picture]) -> 
         for one in drawn
     )
     notes = "".join(f"<li>{_shown(note)}</li>" for note in found.notes)
-    what = " · ".join(f"{_shown(key)} <b>{_shown(value)}</b>" for key, value in record.what.items())
+    what = " · ".join(f"{_shown(key)} <strong>{_shown(value)}</strong>" for key, value in record.what.items())
     parts = [
         f"<h1>{name}</h1><p>{what}</p>",
         f'<p class="verdict {found.word}">{_shown(found.sentence)}</p>',

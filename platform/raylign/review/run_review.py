@@ -38,7 +38,7 @@ class RunReview:
         self._config, self.record = config, ReviewRecord(run_path(config.run))
         self._uri = default_uri(config.tracking, self.record.run_dir)
         with self._asking("nothing is lost"):
-            self._queue = ReviewQueue(self._uri, config.tracking.experiment, f"raylign: {self.record.run_dir.name}")
+            self._queue = ReviewQueue(self._uri, config.tracking.experiment, f"{self.record.run_dir.name}: pairs")
 
     @contextmanager
     def _asking(self, meanwhile: str) -> Iterator[None]:

@@ -118,13 +118,13 @@ def read_outcomes(path: Path) -> Iterator[tuple[str, float | None]]:
     return ((row["prompt_id"], row["score"]) for row in _rows(path, wanted))
 
 
-def read_messages(path: Path) -> dict[str, list[Message]]:
+def read_messages(path: Path) -> dict[str, Sequence[Message]]:
     """The conversation of each prompt of a table that `write_candidates` wrote, by the prompt's id.
 
     Raises RecordError when it is not such a table.
     """
     names = ("prompt_id", "messages")
-    found: dict[str, list[Message]] = {}
+    found: dict[str, Sequence[Message]] = {}
     for number, row in enumerate(_rows(path, pa.schema([_CANDIDATES.field(name) for name in names]))):
         if row["prompt_id"] not in found:
             with _row(path, number):

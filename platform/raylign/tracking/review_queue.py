@@ -31,6 +31,7 @@ _PER_CALL, _PER_PAGE = 50, 100
 _UNKNOWN, _TAKEN = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"
 _PREVIEW = 1000
 """Characters that MLflow's open-source stores keep of a preview."""
+_CUT = " ... (the rest: View full trace)"
 T = TypeVar("T")
 
 
@@ -208,11 +209,16 @@ def _given(own: str, assessments: Sequence[Assessment]) -> Iterator[Given]:
             yield Given(own, reviewer, feedback.value, str(why), int(feedback.last_update_time_ms or 0))
 
 
-def _previews(question: Question) -> tuple[str, str] | tuple[None, None]:
-    """What the page of a review shows; where that would cut the texts, nothing: it shows the whole trace then."""
-    answers = f"**Answer A**\n\n{question.answer_a}\n\n---\n\n**Answer B**\n\n{question.answer_b}"
-    fits = max(len(question.prompt), len(answers)) <= _PREVIEW
-    return (question.prompt, answers) if fits else (None, None)
+def _previews(question: Question) -> tuple[str, str]:
+    """What the page of a review shows at once: the prompt, and both answers, of which each has half of the room."""
+    frame = "**Answer A**\n\n{}\n\n---\n\n**Answer B**\n\n{}"
+    room = (_PREVIEW - len(frame)) // 2
+    answers = (_cut(text, room) for text in (question.answer_a, question.answer_b))
+    return _cut(question.prompt, _PREVIEW), frame.format(*answers)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - len(_CUT)]}{_CUT}"
 
 
 def _info(question: Question, experiment_id: str, now_ns: int) -> TraceInfo:

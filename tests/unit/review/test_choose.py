@@ -60,8 +60,9 @@ def test_disagreement_is_that_of_the_less_sure_of_two_opposed_scorers() -> None:
     first, second = opposed("p", 3.0, -10.0)
     assert disagreement(first, second, {"good": 1.0, "short": 5.0}) == 2.0
     assert disagreement(second, first, {"good": 1.0, "short": 5.0}) == 2.0
-    assert disagreement(*opposed("p", 3.0, 10.0), {"good": 1.0, "short": 5.0}) == 0.0
     assert disagreement(first, second, {}) == 0.0
+    first, second = opposed("p", 3.0, 10.0)
+    assert disagreement(first, second, {"good": 1.0, "short": 5.0}) == 0.0
 
 
 def test_the_clearest_contradictions_come_first_and_agreement_is_left_out() -> None:
