@@ -62,7 +62,7 @@ def _count_traces() -> None:
         _TRACED.append(info.trace_id)
         start(store, info)
 
-    MlflowStore.start_trace = counted  # type: ignore[method-assign]
+    MlflowStore.start_trace = counted  # type: ignore[assignment,method-assign]
 
 
 def run(job: TrackingJob) -> TrackingResult:
