@@ -18,7 +18,7 @@ from tests.unit.report.test_inert_output import CONTROL, HOSTILE, Page
 GAINS = [0.1 + 0.01 * (i % 3) for i in range(20)]
 PNG = b"\x89PNG\r\n\x1a\n"
 OURS = {
-    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "ul", "li", "div", "span", "pre"),
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "strong", "ul", "li", "div", "span", "pre"),
     *("figure", "figcaption", "img", "wbr", "table", "thead", "tbody", "tr", "th", "td"),
 }
 
