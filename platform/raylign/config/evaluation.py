@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from raylign.config.base import Block
 from raylign.config.capability import CapabilityBlock
-from raylign.config.scoring import ScoringUnion
+from raylign.config.scoring import ScoringUnion, asks_people
 from raylign.records import Evaluation
 
 MEASURED = tuple(field.name for field in fields(Evaluation) if field.type in (float, int, float | None))
@@ -56,6 +56,15 @@ class EvaluationBlock(Block):
     """The run ends after so many rounds in a row without a better version; null never ends it early."""
     early_stopping_threshold: NonNegativeFloat = 0.0
     """How much better than the best so far counts as better for that."""
+
+    @model_validator(mode="after")
+    def the_gold_scorer_asks_nobody(self) -> Self:
+        if self.gold is not None and asks_people(self.gold):
+            raise ValueError(
+                "gold of type human would never ask anybody: people compare candidates, and the gold scorer gets held-out "
+                "completions; take another type, such as a judge calibrated on their answers"
+            )
+        return self
 
     @model_validator(mode="after")
     def stopping_early_needs_a_measure(self) -> Self:
