@@ -61,8 +61,8 @@ class EvaluationBlock(Block):
     def the_gold_scorer_asks_nobody(self) -> Self:
         if self.gold is not None and asks_people(self.gold):
             raise ValueError(
-                "gold of type human would never ask anybody: people compare candidates, and the gold scorer gets held-out "
-                "completions; take another type, such as a judge calibrated on their answers"
+                "gold of type human would never ask anybody: people compare candidates, and the gold scorer gets "
+                "held-out completions; take another type, such as a judge calibrated on their answers"
             )
         return self
 

@@ -52,7 +52,7 @@ def test_rules_come_back_as_they_were() -> None:
         ((rule(action="raise_kl"),), "loss.loss_type=sigmoid has no KL term; add one"),
         ((rule(action="raise_kl"), "loss={loss_type: grpo}", "pairing.type=group"), "grpo has no KL term"),
         (("evaluation.metric_for_best_model=gold",), "the measure gold needs a gold scorer"),
-        (("evaluation.gold={type: human}",), "people compare candidates, and the gold scorer gets held-out"),
+        (("evaluation.gold={type: human}",), "people compare candidates, and the gold scorer gets"),
         (("evaluation.early_stopping_patience=2",), "set metric_for_best_model"),
         (("evaluation={metric_for_best_model: score, early_stopping_threshold: 0.1}",), "early_stopping_patience"),
         (
