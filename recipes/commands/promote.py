@@ -49,7 +49,7 @@ def promote_run(
         registry, policies = Registry(uri, name), policies_of(directory, campaign)
         added = registry.add(policies, _run_id(registry, directory, uri))
         champion = registry.champion()
-    own = next(policy for policy in policies if policy.report == report)
+    own = next(policy for policy in policies if policy.report.index == report.index)
     told = f"version {report.policy_version} of {directory.path}"
     _say(console, f"{added} of {len(policies)} versions are new in MLflow's registered model {name}")
     if champion is not None and champion.is_policy(own):
@@ -113,8 +113,8 @@ def _online(run: Path) -> tuple[RunDirectory, OnlineDpoConfig]:
     config = directory.config((f"run.dir={directory.path.parent}",))
     if not isinstance(config, OnlineDpoConfig):
         raise ConfigError(
-            f"{directory.path} is a run of the recipe {config.recipe}, which answers no held-out prompts; promote takes "
-            "runs that sample"
+            f"{directory.path} is a run of the recipe {config.recipe}, which answers no held-out prompts; promote one "
+            "that samples"
         )
     return directory, config
 
