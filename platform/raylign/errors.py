@@ -87,5 +87,9 @@ class TrackingError(RaylignError):
     """Whether waiting may help."""
 
 
+class NotPromoted(RaylignError):
+    """A policy version did not pass the gate; names each condition, its value and its limit."""
+
+
 class Waiting(RaylignError):
     """Nothing is wrong: the run goes on, by the same command, once people have answered its questions."""

@@ -279,6 +279,38 @@ def export(
 
 @app.command()
 @libraries_aside()
+def promote(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, such as runs/online-dpo.")],
+    version: Annotated[
+        str | None,
+        typer.Option(metavar="N|best", help="As for export; the newest by default.", show_default=False),
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A run of the recipe evaluate, on prompts of its own.", show_default=False),
+    ] = None,
+    above: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="What the lower bound of the win rate must exceed.")
+    ] = 0.5,
+    force: Annotated[
+        str | None, typer.Option(metavar="REASON", help="Promote it all the same; the reason is kept.")
+    ] = None,
+) -> None:
+    """Make a policy version the champion in MLflow's registry, if it beats the present one and nothing speaks against.
+
+    Status 1 when the gate refuses. Example: raylign promote runs/online-dpo --evaluation runs/evaluate
+    """
+    if force is not None and not force.strip():
+        raise typer.BadParameter("give a reason, which is kept with the version", param_hint="--force")
+    from raylign.report.tables import report_console  # noqa: PLC0415
+    from recipes.commands.promote import promote_run  # noqa: PLC0415 - mlflow, scipy, transformers
+
+    wanted, console = _wanted(version), report_console()
+    promote_run(run_directory, console, version=wanted, evaluation=evaluation, above=above, force=force)
+
+
+@app.command()
+@libraries_aside()
 def compare(
     run_directories: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Directories of runs.")],
 ) -> None:

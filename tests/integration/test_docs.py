@@ -28,6 +28,7 @@ RUN_ELSEWHERE = {
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
     "raylign review show": "tests/unit/report/test_page.py; tests/unit/recipes/commands/test_cli.py",
     "raylign compare": "tests/unit/recipes/commands/test_compare.py",
+    "raylign promote": "tests/integration/test_promote.py",
     "raylign data prepare": "tests/unit/data/test_prepare_pipeline.py",
     "raylign resume": "tests/integration/test_kills.py; tests/unit/run/test_resume.py with other settings",
     "raylign sync": "tests/integration/test_mlflow_faults.py",

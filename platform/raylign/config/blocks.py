@@ -350,6 +350,9 @@ class TrackingBlock(Block):
     """Show every held-out completion, and preferences, as traces with their scores as feedback."""
     traced_preferences: Fraction = 0.1
     """The share of a round's preferences that become traces; 0 for none."""
+    registered_model: RunName | None = None
+    """Under which name `raylign promote` registers policy versions; runs that share it compete for one champion. null
+    is the run's name."""
 
     @field_validator("uri")
     @classmethod

@@ -71,7 +71,7 @@ def require_same(run: Path, rows: Rows, found: Mapping[str, Input]) -> None:
     if not (run / INPUTS_NAME).exists():
         _require_rows_of_journal(run, rows, found)
         return
-    known = _known(run)
+    known = known_inputs(run)
     changed = [name for name in known if name in found and found[name].sha256 != known[name].sha256]
     if changed:
         raise _refusal(run, {name: found[name] for name in changed})
@@ -79,7 +79,7 @@ def require_same(run: Path, rows: Rows, found: Mapping[str, Input]) -> None:
 
 def keep(run: Path, found: Mapping[str, Input]) -> None:
     """Write what the run goes on with, beside what it went on with before; call after `require_same`. DiskError."""
-    _write(run, {**_known(run), **found})
+    _write(run, {**known_inputs(run), **found})
 
 
 def accept(run: Path, names: Collection[str]) -> None:
@@ -87,7 +87,7 @@ def accept(run: Path, names: Collection[str]) -> None:
 
     Raises ConfigError for names it has not, and for those that what it has done depends on.
     """
-    known = _known(run)
+    known = known_inputs(run)
     for name in names:
         if name not in known:
             raise ConfigError(f"{run}: it has no input {name!r}; inputs: {', '.join(known) or 'none are recorded'}")
@@ -97,7 +97,8 @@ def accept(run: Path, names: Collection[str]) -> None:
         _write(run, {name: one for name, one in known.items() if name not in names})
 
 
-def _known(run: Path) -> Mapping[str, Input]:
+def known_inputs(run: Path) -> Mapping[str, Input]:
+    """What the run directory `run` goes on with, by name; nothing where it has no `inputs.json`."""
     path = run / INPUTS_NAME
     return read_record(path, _INPUTS, _CURE).inputs if path.exists() else {}
 
