@@ -234,8 +234,9 @@ class Run:
             self.say(tax)
         for warning in rounds_warnings(baseline, self._reports):
             self.say(f"note: {warning}")
-        for decision in self.decisions(before=self._reports[-1].index + 1):
-            self.say(f"guard: {decision.told}")
+        for report in self._reports:
+            for decision in self.directory.decisions(report.index) or ():
+                self.say(f"guard after round {report.index}: {decision.told}")
         if reason := self._ended_early():
             self.say(f"ended after round {self._reports[-1].index}: {reason}")
         if (choice := self._config.choice) and (best := best_version(choice, self._measures())):

@@ -177,6 +177,7 @@ def test_a_warning_changes_nothing_but_is_on_record(play: Callable[..., Played])
     assert [(index, lines) for index, lines in told(config) if index == 2] == [(2, [line])]
     assert [index for index, _ in told(config)] == [2, 3, 4]
     assert f"round 2: guard: {line}" in played.output and "round 1: guard" not in played.output
+    assert f"guard after round 2: {line}" in played.output
     assert directory_of(config).decisions(1) == ()
 
 
