@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
+from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
 from raylign.run.directory import RunDirectory
+from raylign.tracking.feed import FeedState, save_state
+from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.registry import UNTIL, Registry
 from recipes.commands.cli import app
 from tests.integration.played_runs import evaluation, open_run, start
@@ -98,7 +100,7 @@ def test_the_champion_leads_to_its_checkpoint(store: str, tmp_path: Path, monkey
     assert version.run_id is not None and str(version.source).startswith(f"runs:/{version.run_id}/policies/0001-")
     assert MlflowClient(store).get_run(version.run_id).info.run_name == "leads"
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    folder = mlflow.artifacts.download_artifacts(
+    folder = download_artifacts(
         artifact_uri="models:/leads@champion", dst_path=str(tmp_path), tracking_uri=store, registry_uri=store
     )
     policy = json.loads((Path(folder) / "policy.json").read_text())
@@ -126,17 +128,25 @@ def test_another_run_of_the_family_needs_an_evaluation_against_the_champion(stor
     assert versions[2]["gate.win_rate"] == "0.9"
 
 
+def begun(parent: Path, name: str, uri: str) -> RunDirectory:
+    """A run with a round, of which MLflow at `uri` has heard nothing yet."""
+    directory = new_run(run_config(parent, name, tracking={"uri": uri}))
+    add_round(directory, 1, WON)
+    with Journal(directory.path / JOURNAL_NAME) as journal:
+        journal.append("campaign_started", {"campaign": name})
+    return directory
+
+
 def test_what_cannot_be_registered_is_said(tmp_path: Path) -> None:
-    config = run_config(tmp_path, "unknown", tracking={"uri": put_database(tmp_path / "other.db")})
-    run = new_run(config)
-    none = promote(run.path)
+    none = promote(new_run(run_config(tmp_path, "none")).path)
     assert none.exit_code == 1 and "no finished round with a checkpoint" in none.output
-    add_round(run, 1, WON)
+    run = begun(tmp_path, "unknown", put_database(tmp_path / "other.db"))
     unknown = promote(run.path)
-    assert unknown.exit_code == 1 and f"raylign sync {run.path}" in " ".join(unknown.output.split()), unknown.output
-    away = run_config(tmp_path, "away", tracking={"uri": f"http://127.0.0.1:{free_port()}"})
-    add_round(new_run(away), 1, WON)
-    failed = promote(tmp_path / "away")
-    assert failed.exit_code == 1 and "where policies are registered, fails" in failed.output
+    assert unknown.exit_code == 1 and f"raylign sync {run.path}" in unknown.output, unknown.output
+    uri = f"http://127.0.0.1:{free_port()}"
+    away = begun(tmp_path, "away", uri)
+    save_state(away.path, uri, FeedState(run_id="0" * 32))
+    failed = promote(away.path)
+    assert failed.exit_code == 1 and "where policies are registered, fails" in failed.output, failed.output
     empty = promote(run.path, "--force", " ")
     assert empty.exit_code == 2 and "give a reason" in empty.output
