@@ -1,6 +1,7 @@
 """The figures of a run, drawn from its record alone: PNG, which MLflow shows and pages hold."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,14 +43,19 @@ def pictures(record: RunRecord) -> tuple[Picture, ...]:
     return tuple(Picture(name, title, _png(figure)) for name, title, figure in drawn if figure is not None)
 
 
-def _figure(columns: int = 1) -> "tuple[Figure, list[Axes]]":
+def _figure(panels: int = 1) -> "tuple[Figure, list[Axes]]":
+    """With so many panels, two beside each other at most."""
     # Takes a second to load, also for commands that draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(max(_WIDTH, 4.2 * columns), _HEIGHT), layout="constrained")
+    columns, rows = min(2, panels), math.ceil(panels / 2)
+    figure = Figure(figsize=(_WIDTH, _HEIGHT if rows == 1 else 2.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    del axes[panels:]
     for own in axes:
         own.spines[["top", "right"]].set_visible(False)
         own.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -133,11 +133,11 @@ def rounds_table(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> Tab
             assert_never(baseline)
 
 
-def rounds_warnings(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> list[str]:
-    """Plain notes, with numbers, on what may be wrong."""
+def rounds_warnings(baseline: AnyEvaluation, reports: Sequence[RoundReport], *, sure: bool = False) -> list[str]:
+    """Plain notes, with numbers, on what may be wrong; `sure` as `warnings` has it."""
     match baseline:
         case Evaluation():
-            return warnings(baseline, reports)
+            return warnings(baseline, reports, sure=sure)
         case HeldOutEvaluation():
             return held_out_warnings(baseline, reports)
         case _:

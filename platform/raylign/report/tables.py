@@ -88,8 +88,11 @@ def samples_block(title: str, before: Sequence[Sample], after: Sequence[Sample])
     return Group(*parts)
 
 
-def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
-    """Plain notes, with numbers, on what may be reward hacking or training without effect; empty when all is well."""
+def warnings(baseline: Evaluation, reports: Sequence[RoundReport], *, sure: bool = False) -> list[str]:
+    """Plain notes, with numbers, on what may be reward hacking or training without effect; empty when all is well.
+
+    `sure`: a comparison prompt by prompt says that the change of the score is no chance. A win rate is one too.
+    """
     if not reports:
         return []
     last = sampled(reports[-1].evaluation)
@@ -100,7 +103,8 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport]) -> list[str]:
         *_kl_notes(last),
     ]
     notes += _win_rate_notes(last)
-    if last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
+    sure = sure or not _may_be_even(last.win_rate_low, last.win_rate_high)
+    if not sure and last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
         notes.append(
             f"score went from {_interval_text(baseline)} to {_interval_text(last)}: the intervals overlap, so the "
             "change may be chance; raise prompts.held_out or evaluation.num_generations to tell"
@@ -134,15 +138,22 @@ def _length_notes(before: float, after: float) -> list[str]:
 
 
 def _win_rate_notes(last: Evaluation) -> list[str]:
-    low, rate = last.win_rate_low, last.win_rate_length_controlled
-    controlled_low = last.win_rate_length_controlled_low
-    if low is None or rate is None or controlled_low is None or low <= EVEN or controlled_low > EVEN:
+    """Less than half of what is won is left at equal lengths, and that may be chance."""
+    rate, equal = last.win_rate, last.win_rate_length_controlled
+    if rate is None or equal is None or _may_be_even(last.win_rate_low, last.win_rate_high) or rate < EVEN:
+        return []
+    bounds = last.win_rate_length_controlled_low, last.win_rate_length_controlled_high
+    if not _may_be_even(*bounds) or equal - EVEN >= (rate - EVEN) / 2:
         return []
     return [
-        f"the win rate over the initial policy is {last.win_rate:.2f}, and at equal lengths {rate:.2f}, which may be "
+        f"the win rate over the initial policy is {rate:.2f}, and at equal lengths {equal:.2f}, which may be "
         "chance: the scorer may reward length rather than quality; set pairing.length_penalty, or pairing.type="
         "length_matched"
     ]
+
+
+def _may_be_even(low: float | None, high: float | None) -> bool:
+    return low is None or high is None or low <= EVEN <= high
 
 
 def _kl_notes(last: Evaluation) -> list[str]:

@@ -43,7 +43,7 @@ def verdict(record: RunRecord) -> Verdict:
     rounds = f"{len(record.reports)} of {record.config.rounds} rounds"
     words = f"held-out {lead.title} went from {both[0]} to {both[1]} in {rounds}"
     word, change = _compared(record)
-    notes = tuple(rounds_warnings(record.baseline, record.reports))
+    notes = tuple(rounds_warnings(record.baseline, record.reports, sure=word in ("better", "worse")))
     return Verdict(word, f"{_OPENINGS[word]}: {words}{change}.", notes)
 
 

@@ -145,8 +145,18 @@ def test_win_rates_have_a_column_where_versions_were_compared() -> None:
     assert headline(WON).endswith(", KL 2.50 nats, win rate 0.70")
 
 
+def test_means_that_may_be_chance_are_noted_unless_prompts_say_otherwise() -> None:
+    same = replace(BASELINE, win_rate=0.6, win_rate_low=0.45, win_rate_high=0.75)
+    (note,) = warnings(BASELINE, [settled(1), settled(2, same)])
+    assert "the intervals overlap, so the change may be chance" in note
+    assert warnings(BASELINE, [settled(1), settled(2, same)], sure=True) == []
+    assert warnings(BASELINE, [settled(1), settled(2, replace(same, win_rate_low=0.51))]) == []
+    assert warnings(BASELINE, [settled(1), settled(2, replace(same, win_rate_low=0.2, win_rate_high=0.4))]) == []
+
+
 def test_a_win_rate_that_length_explains_is_noted() -> None:
     assert warnings(BASELINE, [settled(1), settled(2, controlled(0.65, 0.55))]) == []
+    assert warnings(BASELINE, [settled(1), settled(2, controlled(0.69, 0.48))]) == [], "the same, less surely"
     (note,) = warnings(BASELINE, [settled(1), settled(2, controlled(0.52, 0.41))])
     assert note.startswith(
         "the win rate over the initial policy is 0.70, and at equal lengths 0.52, which may be chance"

@@ -27,6 +27,7 @@ def test_a_small_steady_gain_is_better_though_the_intervals_of_the_means_overlap
     assert found.word == "better"
     assert found.sentence.startswith("Better: held-out score went from 0.200 [0.100, 0.300] to 0.600 [0.500, 0.700]")
     assert "in 2 of 3 rounds, by +0.110 [+0.10" in found.sentence and "20 prompts" in found.sentence
+    assert not any("chance" in note for note in found.notes)
 
 
 def test_a_loss_is_worse_and_noise_is_neither(tmp_path: Path) -> None:
