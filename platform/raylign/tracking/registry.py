@@ -18,9 +18,8 @@ from mlflow.store.entities.paged_list import PagedList
 
 from raylign.errors import TrackingError
 from raylign.records import Evaluation, RoundReport
-from raylign.run.checkpoints import MANIFEST_NAME
 from raylign.run.directory import RunDirectory
-from raylign.run.fingerprints import fingerprint
+from raylign.run.fingerprints import MANIFEST_NAME, fingerprint
 from raylign.tracking.mlflow_store import MlflowStore
 
 CANDIDATE, CHAMPION = "candidate", "champion"
