@@ -158,7 +158,7 @@ class Registry(MlflowStore):
         """
         number = next(one.number for one in reversed(self.versions()) if one.is_policy(policy))
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        for key, value in (tags | {SINCE: now}).items():
+        for key, value in {**tags, SINCE: now}.items():
             self._tag(number, key, value)
         before = self.champion()
         if before is not None and before.number != number:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ NEW = [f"Never asked {number}?" for number in range(20)]
 class Bench:
     """A run of two rounds: version 1 wins half of the held-out prompts over version 0, and version 2 all of them."""
 
-    def __init__(self, parent: Path, **blocks: object) -> None:
+    def __init__(self, parent: Path, **blocks: Any) -> None:
         self.parent = parent
         self.config: OnlineDpoConfig = run_config(parent, **blocks)
         self.run: RunDirectory = new_run(self.config)
