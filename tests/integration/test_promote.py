@@ -99,10 +99,8 @@ def test_the_champion_leads_to_its_checkpoint(store: str, tmp_path: Path, monkey
     version = MlflowClient(store).get_model_version_by_alias("leads", "champion")
     assert version.run_id is not None and str(version.source).startswith(f"runs:/{version.run_id}/policies/0001-")
     assert MlflowClient(store).get_run(version.run_id).info.run_name == "leads"
-    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    folder = download_artifacts(
-        artifact_uri="models:/leads@champion", dst_path=str(tmp_path), tracking_uri=store, registry_uri=store
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    folder = download_artifacts(artifact_uri="models:/leads@champion", dst_path=str(tmp_path))
     policy = json.loads((Path(folder) / "policy.json").read_text())
     assert os.path.samefile(policy["checkpoint"], run.checkpoint(1)) and policy["version"] == 1
     assert policy["export"].startswith(f"raylign export {run.path} --version 1")

@@ -139,6 +139,7 @@ class Registry(MlflowStore):
                     run_id,
                     tags=policy.tags,
                     description=about,
+                    await_creation_for=0,
                 )
             )
         if (newest := max((one.number for one in self.versions()), default=None)) is not None:
