@@ -10,8 +10,7 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow.entities import Assessment, Span, TraceInfo
-from mlflow.entities.assessment import FeedbackValue
+from mlflow.entities import Feedback, Span, TraceInfo
 
 from raylign.config import parse_config
 from raylign.errors import RecordError, TrackingError
@@ -75,9 +74,7 @@ def test_a_completion_shows_its_prompt_answer_and_who_scored_it(tmp_path: Path) 
     }
     assert first.info.request_time > second.info.request_time, "the newest stands first"
     title = parse_config({"scoring": SCORING}).scored_parts[""].title
-    assert [
-        (own.name, value_of(own).value, own.source.source_type, own.source.source_id) for own in feedback(first)
-    ] == [
+    assert [(own.name, own.value, own.source.source_type, own.source.source_id) for own in feedback(first)] == [
         ("score", 0.5, "CODE", title),
         ("score.quality", 0.75, "LLM_JUDGE", "judge Qwen/Qwen3-32B"),
         ("score.quality.rating", 7.0, "LLM_JUDGE", "judge Qwen/Qwen3-32B"),
@@ -85,17 +82,11 @@ def test_a_completion_shows_its_prompt_answer_and_who_scored_it(tmp_path: Path) 
     ]
     assert [own.rationale for own in feedback(first)] == ["clear", None, None, None]
     (unscored,) = feedback(second)
-    error = value_of(unscored).error
-    assert value_of(unscored).value is None and error is not None and error.error_message == "quality: no answer"
+    assert unscored.value is None and unscored.error and unscored.error.error_message == "quality: no answer"
 
 
-def feedback(trace: Trace) -> list[Assessment]:
-    return list(trace.info.assessments)
-
-
-def value_of(own: Assessment) -> FeedbackValue:
-    assert own.feedback is not None
-    return own.feedback
+def feedback(trace: Trace) -> list[Feedback]:
+    return cast(list[Feedback], trace.info.assessments)
 
 
 def test_a_row_is_the_same_trace_whenever_it_is_sent_and_no_other_row_is(tmp_path: Path) -> None:
@@ -154,7 +145,7 @@ def test_a_share_of_preferences_shows_both_ends(tmp_path: Path, share: float, ro
     for trace in found:
         assert trace.span.outputs == {"chosen": "2", "rejected": "1"}
         assert trace.info.tags == {"mlflow.traceName": "preference", "round": "1", "version": "4, 5"}
-        values = {own.name: value_of(own).value for own in feedback(trace)}
+        values = {own.name: own.value for own in feedback(trace)}
         assert values == {
             "training.margin": pytest.approx(0.7),
             "training.chosen": 0.9,
@@ -165,7 +156,14 @@ def test_a_share_of_preferences_shows_both_ends(tmp_path: Path, share: float, ro
 
 
 def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
-    good = {"prompt_id": "h0", "index": 0, "messages": "[]", "text": "x", "score": 0.5, "score_parts": "{}"}
+    good: dict[str, object] = {
+        "prompt_id": "h0",
+        "index": 0,
+        "messages": "[]",
+        "text": "x",
+        "score": 0.5,
+        "score_parts": "{}",
+    }
     good |= {"score_reason": "", "finish_reason": "stop", "policy_version": 1}
     file, path = (
         TraceFile(kind="samples", path="samples.parquet", round=1, time_ms=10**15),
@@ -182,9 +180,8 @@ def test_a_table_of_something_else_is_named(tmp_path: Path) -> None:
         {"messages": "{}"},
         {"messages": deep},
         {"score_parts": "[]"},
-        {"score_parts": '{"a": "b"}'},
-        {"index": None, "text": 3},
     ]
+    wrong += [{"score_parts": '{"a": "b"}'}, {"index": None, "text": 3}]
     for change in wrong:
         pq.write_table(pa.Table.from_pylist([good | change]), path)
         with pytest.raises(RecordError, match=r"samples\.parquet"):
