@@ -139,7 +139,7 @@ _POLL_S = 2.0
 """Steps that come within it are sent in one call."""
 _LONGEST_WAIT_S = 60.0
 _WAIT_WHILE_CLOSING_S = 1.0
-_TRACES_SHARE = 0.005
+_TRACES_SHARE = 0.0025
 """Of a core, at most, goes into traces while the run is in progress; what is left is sent when it closes."""
 
 logger = logging.getLogger(__name__)

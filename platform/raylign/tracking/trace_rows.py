@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from mlflow.entities import AssessmentError, AssessmentSource, Feedback, Span, TraceInfo, TraceLocation, TraceState
-from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey, TraceTagKey
+from mlflow.tracing.constant import SpanAttributeKey, SpansLocation, TraceMetadataKey, TraceTagKey
 from mlflow.tracing.utils import build_otel_context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
@@ -211,7 +211,13 @@ def _trace(
             TraceMetadataKey.TRACE_SESSION: _session(state),
             **about,
         },
-        tags={TraceTagKey.TRACE_NAME: name, "round": str(file.round), **({"version": version} if version else {})},
+        tags={
+            TraceTagKey.TRACE_NAME: name,
+            # Until its spans are there, MLflow would look for them among files, and fail.
+            TraceTagKey.SPANS_LOCATION: SpansLocation.TRACKING_STORE.value,
+            "round": str(file.round),
+            **({"version": version} if version else {}),
+        },
     )
     info.assessments = [_feedback(given, info.trace_id, state, time_ms) for given in scores]
     return Trace(row, info, _span(info, digest, asked, outputs))
