@@ -105,8 +105,8 @@ def test_merged_export_in_transformers_and_fresh_vllm(base: str, tmp_path: Path)
     adapter = PeftModel.from_pretrained(before, str(tmp_path / "adapter"))
     with torch.no_grad():
         gap = max((plain(torch.tensor([row])).logits - adapter(torch.tensor([row])).logits).abs().max() for row in ids)
-    # The merge is exact in fp32 and rounded once to the model's bf16.
-    assert gap < 0.5
+    # The merge is exact in fp32 and rounded once to the model's bf16; without it the gap is 1.0.
+    assert gap < 0.1
 
     served = asyncio.run(_served(exported, [Prompt(str(i), (), row) for i, row in enumerate(ids)]))
     for row, expected, (tokens, logprobs) in zip(ids, greedy, served, strict=True):
