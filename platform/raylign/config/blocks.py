@@ -263,6 +263,14 @@ class GeneratorsBlock(Block):
     """Longest wait without any prompt finishing, in seconds."""
     weight_sync: WeightSyncBlock = WeightSyncBlock()
 
+    def require_room_for_a_prompt(self, option: str, new: int) -> None:
+        """`new` tokens, which `option` lets a completion have, are fewer than a sequence. Raises ValueError."""
+        if new >= self.max_model_len:
+            raise ValueError(
+                f"{option}={new} leaves no room for a prompt in generators.max_model_len={self.max_model_len}; "
+                "lower the first or raise the second"
+            )
+
 
 class PlacementBlock(Block):
     """What each role takes of the cluster."""

@@ -144,12 +144,7 @@ class EvaluateConfig(RunConfig):
 
     @model_validator(mode="after")
     def answers_leave_room_for_a_prompt(self) -> Self:
-        limit, new = self.generators.max_model_len, self.evaluation.max_new_tokens
-        if new >= limit:
-            raise ValueError(
-                f"evaluation.max_new_tokens={new} leaves no room for a prompt in generators.max_model_len={limit}; "
-                "lower the first or raise the second"
-            )
+        self.generators.require_room_for_a_prompt("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
         return self
 
     @model_validator(mode="after")

@@ -218,12 +218,7 @@ class OnlineDpoConfig(RunConfig):
 
     @model_validator(mode="after")
     def completions_leave_room_for_a_prompt(self) -> Self:
-        limit, new = self.generators.max_model_len, self.sampling.max_new_tokens
-        if new >= limit:
-            raise ValueError(
-                f"sampling.max_new_tokens={new} leaves no room for a prompt in generators.max_model_len={limit}; "
-                "lower the first or raise the second"
-            )
+        self.generators.require_room_for_a_prompt("sampling.max_new_tokens", self.sampling.max_new_tokens)
         return self
 
     @model_validator(mode="after")
