@@ -1,5 +1,6 @@
 """The actor of a trainer rank, and what it needs to load what it trains."""
 
+import gc
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ def start_rank(spec: TrainerSpec, rank: int, address: str, port: int) -> Trainer
 
         if spec.model.lora is not None:
             import peft  # noqa: F401, PLC0415 - it loads bitsandbytes where it finds it
+    # What imports made stays: collections, and whoever looks for tensors, need not walk a million objects each time.
+    gc.freeze()
     # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
     torch.set_num_threads(max(1, spec.threads // 2))
     return DeepSpeedRank(spec, rank, address, port)

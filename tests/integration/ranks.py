@@ -1,5 +1,6 @@
 """Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
 
+import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -19,6 +20,7 @@ from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
 from raylign.run.checkpoints import Metrics
+from raylign.training.sequences import Layout
 
 _START_S = 1200.0
 _PORTS = 5
@@ -32,19 +34,33 @@ class _Process(DeepSpeedRank):
 
     def __init__(self) -> None:
         """Empty until `become`."""
+        self._packed: set[object] = set()
 
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
-        # Kept, so that none of them goes and another tensor takes its address.
-        self._left = list(self._memory.held()) if hasattr(self, "_memory") else []
+        # What DeepSpeed keeps of the rank before is no tensor of this one, and nobody looks for it among a million.
+        self.__dict__ = {"_packed": self._packed}
+        gc.collect()
+        gc.freeze()
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
         get_accelerator().is_fp16_supported = lambda: True
         DeepSpeedRank.__init__(self, spec, rank, address, port)
         self._memory.smallest = SMALLEST
 
+    def _supported_layout(self) -> Layout:
+        """The start check, once for each kind of model and group: it takes as long as a round of a test."""
+        spec = self._spec
+        shape = (spec.trainer.packing, spec.trainer.zero_stage, spec.trainer.ranks, spec.trainer.gradient_checkpointing)
+        kind = (spec.folder, spec.reference_folder, spec.model, shape, type(spec.loss), type(spec.reference))
+        if kind in self._packed:
+            return spec.trainer.packing
+        layout = super()._supported_layout()
+        if layout == spec.trainer.packing != "padded":
+            self._packed.add(kind)
+        return layout
+
     def held_bytes(self) -> int:
-        """What the tensors of this rank take that could be moved away; DeepSpeed has some of those before it still."""
-        left = {key for key, _ in storages(self._left)}
-        held = (storage.nbytes() for key, storage in storages(self._memory.held()) if key not in left)
+        """What the tensors of this rank take that could be moved away."""
+        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
         return sum(nbytes for nbytes in held if nbytes >= SMALLEST)
 
     def set_loss_scale(self, scale: float) -> None:
