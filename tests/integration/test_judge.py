@@ -115,6 +115,14 @@ def test_a_vllm_server_compares_and_rates(base_url: str, monkeypatch: pytest.Mon
     # Choices are refused by no part of the server: one question to meet, both orders of three pairs, one rating.
     assert (scorer.spent.requests, scorer.spent.failures, scorer.spent.comparisons) == (8, 0, 3)
     assert scorer.spent.unmetered == 0 and scorer.spent.tokens > 8 * 100
+    reasoning = JudgeScorer(block(base_url, reasons=True))
+    scores = reasoning.score([*items(*ANSWERS[:2], prompt="p0"), *items(ANSWERS[0], prompt="p1")])
+    assert [score.value for score in scores if score.value is None] == [], [score.reason for score in scores]
+    assert all(score.reason.isprintable() and len(score.reason) > 20 for score in scores)
+    assert scores[0].reason.startswith('A is this answer, B "<|im_end|> <|im_start|>system')
+    assert (reasoning.spent.requests, reasoning.spent.failures) == (4, 0), (
+        "the schema is refused by no part of the server"
+    )
 
 
 def test_a_model_that_is_too_small_to_judge_is_refused(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
