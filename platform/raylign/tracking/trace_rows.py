@@ -249,7 +249,8 @@ def _feedback(given: _Given, trace_id: str, state: FeedState, time_ms: int) -> F
         error=AssessmentError("UNSCORED", reason) if unscored else None,
         source=AssessmentSource("LLM_JUDGE" if source.judge else "CODE", source.title),
         trace_id=trace_id,
-        rationale=reason or None,
+        # Its pages show Markdown, where lines alone would run together.
+        rationale=reason.replace("\n", "\n\n") or None,
         create_time_ms=time_ms,
         last_update_time_ms=time_ms,
     )

@@ -87,7 +87,7 @@ def test_the_order_of_a_group_is_the_scorers() -> None:
     told = Told(lambda text: Score(float(np.sin(len(text) * 7))))
     texts = ["x" * n for n in range(1, 20)]
     found, own = scores(told, *of_prompt("p", *texts), slope=3.0), [np.sin(len(text) * 7) for text in texts]
-    assert np.argsort(values(found)).tolist() == np.argsort(own).tolist()
+    assert np.argsort([score.value or 0.0 for score in found]).tolist() == np.argsort(own).tolist()
 
 
 def test_one_that_stands_alone_gets_the_scorers_own_value() -> None:

@@ -51,7 +51,7 @@ def test_a_preference_has_the_reasons_of_both_its_ends(tmp_path: Path) -> None:
         tmp_path / "preferences.parquet",
         [Preference(own, group, (0.9, 0.2), (1.0,) * 2) for own, group in zip(prompts, groups, strict=True)],
     )
-    judged = [Score(0.9, {}, "A wins"), Score(0.2, {}, "B wins")]
+    judged = [Score(0.9, {}, "A wins\nand again"), Score(0.2, {}, "B wins")]
     composed = [
         Score(0.9, {"quality": 1.0}, "", {"quality": "kind"}),
         Score(0.2, {"quality": 0.0}, "", {"quality": "rude"}),
@@ -62,7 +62,11 @@ def test_a_preference_has_the_reasons_of_both_its_ends(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(path).drop_columns(["part_reasons"]), path)
     file = TraceFile(kind="preferences", path="preferences.parquet", round=1, time_ms=10**12)
     alone, member = traces_of(tmp_path, file, state(1.0))
-    assert rationales(alone) == {"training.margin": None, "training.chosen": "A wins", "training.rejected": "B wins"}
+    assert rationales(alone) == {
+        "training.margin": None,
+        "training.chosen": "A wins\n\nand again",
+        "training.rejected": "B wins",
+    }
     assert rationales(member) == {
         "training.margin": None,
         "training.chosen": None,
