@@ -190,7 +190,11 @@ def print_report(report: ReviewReport, console: Console) -> None:
     for name, own in report.scorers.items():
         if own.setting is not None:
             tree = yaml.safe_dump({**own.setting}, default_flow_style=True, sort_keys=False, width=math.inf).strip()
-            say(f"to train by {name} as people judge: {shlex.quote(f'scoring={tree}')}")
+            plain = not set(tree) & set('"$`\\!')
+            say(
+                f"to train by {name} as people judge: "
+                + (f'scoring="{tree}"' if plain else shlex.quote(f"scoring={tree}"))
+            )
 
 
 def _interval(interval: Interval | None) -> str:

@@ -290,8 +290,11 @@ def _load(block: JudgeScoringBlock, near: Near) -> ItemScorer:
 
 def _describe(block: JudgeScoringBlock, load: bool) -> tuple[str, ...]:
     check_judge(block)
-    reasons = (f"gives a reason before each choice: at most {REASONED_TOKENS} tokens an answer",)
-    return f"at {block.base_url}", f"criterion: {block.criterion}", *(reasons if block.reasons else ())
+    facts = (f"at {block.base_url}", f"criterion: {block.criterion}")
+    if not block.reasons:
+        return facts
+    cost = "" if block.price_out is None else f" (${REASONED_TOKENS * block.price_out / 1e6:.2g})"
+    return *facts, f"gives a reason before each choice: at most {REASONED_TOKENS} tokens{cost} an answer"
 
 
 def _longest_s(block: JudgeScoringBlock, batch: Sequence[ScoringItem]) -> float:

@@ -158,8 +158,8 @@ def test_a_recipe_reads_back_equal_and_its_short_form_too() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("scoring.slope=0", "scoring.slope: Input should be greater than 0"),
-        ("scoring.slope=-1", "scoring.slope: Input should be greater than 0"),
+        ("scoring.slope=0", "scoring.slope: 0 says that people prefer what the scorer gives less, or do not mind"),
+        ("scoring.slope=-1", "less is better as {type: weighted, scorers: {it: ...}, weights: {it: -1}}, with a"),
         ("scoring.slope=.inf", "scoring.slope: Input should be a finite number"),
         ("scoring.band=0.5", "scoring.band: Input should be less than 0.5"),
         ("scoring.band=-0.1", "scoring.band: Input should be greater than or equal to 0"),

@@ -273,8 +273,10 @@ def test_a_kept_reason_of_the_wrong_type_is_set_aside(
 
 def test_what_an_answer_may_cost_is_described(judged: Judged) -> None:
     _, server = judged(reasoned(honest))
-    block = JudgeScoringBlock(base_url=server.base_url, model="m", reasons=True)
-    assert describe_scorer(block)[3:] == (
-        f"gives a reason before each choice: at most {REASONED_TOKENS} tokens an answer",
-    )
+    for prices, told in ({}, ""), ({"price_in": 1.0, "price_out": 2.5}, " ($0.0015)"):
+        block = JudgeScoringBlock.model_validate(
+            {"base_url": server.base_url, "model": "m", "canaries": False, "reasons": True} | prices
+        )
+        fact = f"gives a reason before each choice: at most 600 tokens{told} an answer"
+        assert REASONED_TOKENS == 600 and describe_scorer(block)[3:] == (fact,)
     assert server.asked[0].key == "verdict"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
@@ -197,12 +197,12 @@ class CalibratedScoringBlock(CompositionBlock):
 
     place: ClassVar[str] = ""
     type: Literal["calibrated"] = "calibrated"
-    scorer: "ScoringUnion"
-    """Whose values are compared. One of which less is better goes into a `weighted` with the weight -1 first."""
-    slope: PositiveFloat
-    """How much a difference of 1 in the scorer's values tells, in nats of odds."""
+    slope: float
+    """How much a difference of 1 in the scorer's values tells, in nats of odds; above 0."""
     band: float = Field(0.0, ge=0.0, lt=0.5)
     """How close to 1/2 a probability still is a tie."""
+    scorer: "ScoringUnion"
+    """Whose values are compared. One of which less is better goes into a `weighted` with the weight -1 first."""
 
     @property
     def members(self) -> "Mapping[str, ScoringBlock]":
@@ -215,6 +215,17 @@ class CalibratedScoringBlock(CompositionBlock):
     @property
     def compares(self) -> bool:
         return True
+
+    @field_validator("slope")
+    @classmethod
+    def people_prefer_what_the_scorer_does(cls, slope: float) -> float:
+        if slope <= 0:
+            raise ValueError(
+                f"{slope:g} says that people prefer what the scorer gives less, or do not mind; take another scorer, "
+                "or one of which less is better as {type: weighted, scorers: {it: ...}, weights: {it: -1}}, with a "
+                "slope above 0"
+            )
+        return slope
 
     @model_validator(mode="after")
     def people_and_their_likes_are_calibrated_already(self) -> Self:
