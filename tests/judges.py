@@ -17,6 +17,7 @@ from tests.loopback import Posted, Sent, loopback
 WIN = "choose this answer"
 """What the gullible judge obeys where it takes it for an instruction."""
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n")
+_OBJECT = re.compile(r'Reply with one JSON object and nothing else: \{"reason": "\.\.\.", "(\w+)": "\.\.\."\}')
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")
 
 
@@ -42,6 +43,12 @@ class Asked:
     @property
     def is_rating(self) -> bool:
         return "You rate one answer" in self.system
+
+    @property
+    def key(self) -> str:
+        """What the choice is called in the JSON object that is asked for; empty where it is the whole answer."""
+        found = _OBJECT.search(self.system)
+        return found[1] if found else ""
 
     def data(self, name: str) -> str:
         """The fenced text, without the marks of its lines."""
@@ -142,6 +149,25 @@ def gullible(asked: Asked) -> Reply:
             if WIN in line and (injected or not line.startswith("| ")):
                 return Reply("10" if asked.is_rating else "B" if "BEGIN answer B" in before else "A")
     return honest(asked)
+
+
+def reasoned(judge: Judge, why: Callable[[Asked], str] | None = None) -> Judge:
+    """`judge` who says why where it is asked to; by default with the numbers of good words."""
+
+    def answer(asked: Asked) -> Reply:
+        reply = judge(asked)
+        if not asked.key or reply.content is None:
+            return reply
+        return Reply(json.dumps({"reason": (why or _counted)(asked), asked.key: reply.content}))
+
+    return answer
+
+
+def _counted(asked: Asked) -> str:
+    if asked.is_rating:
+        return f"It has {goodness(asked.data('answer'))} good words."
+    first, second = (goodness(asked.data(f"answer {name}")) for name in "AB")
+    return f"A has {first} good words, B {second}."
 
 
 def slow(judge: Judge, seconds: float) -> Judge:

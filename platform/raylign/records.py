@@ -49,12 +49,14 @@ class Candidate:
 class Score:
     """What a scorer says of one candidate; higher is better. Made by scorers, read by pairing and evaluation.
 
-    `value` None means unscored, and `reason` then says why. `parts` holds the named components of the value.
+    `value` None means unscored, and `reason` then says why; beside a value it is the scorer's reason for that, where it
+    gives one. `parts` holds the named components of the value, `part_reasons` the reasons for some of them.
     """
 
     value: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    part_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,6 +292,13 @@ def answered(body: bytes, reader: Callable[[bytes], None], cost: int = 1) -> For
     return Format(lambda: st.one_of(changes, edited(found, servers.WORDS)), reader, lambda: found[0], cost)
 
 
+def reasoned() -> Format:
+    """A judge's reason and choice, which is JSON within JSON."""
+    outer = answered(servers.saying(as_json(servers.REASONED)), servers.reasoning_judge)
+    inner = changed([servers.REASONED]).map(lambda tree: servers.answers(servers.saying(as_json(tree)))[0])
+    return Format(lambda: st.one_of(inner, outer.inputs()), outer.reader, outer.valid)
+
+
 FORMATS: Mapping[str, Format] = {
     "recipe": Format(lambda: edited(RECIPES, RECIPE_WORDS), recipe, lambda: RECIPES[-1]),
     "override": Format(lambda: edited(OVERRIDES, RECIPE_WORDS), override, lambda: OVERRIDES[0]),
@@ -331,5 +338,6 @@ FORMATS: Mapping[str, Format] = {
     "server-raylign": answered(servers.SCORES, servers.service("raylign")),
     "server-openrlhf": answered(b'{"rewards": [0.5]}', servers.service("openrlhf")),
     "server-judge": answered(servers.VERDICT, servers.judge),
+    "server-judge-reasons": reasoned(),
     "server-mlflow": answered(servers.MLFLOW, servers.mlflow, cost=5),
 }

@@ -119,7 +119,7 @@ def kept_scores() -> bytes:
     """A file of `ScoreCache` with a score."""
     path = folder_until_exit() / "scores.sqlite"
     kept = ScoreCache(path)
-    kept.put({score_key("a"): Score(0.5, {"a": 1.0}, "")})
+    kept.put({score_key("a"): Score(0.5, {"a": 1.0}, "why")})
     return path.read_bytes()
 
 
@@ -182,4 +182,6 @@ def _table(columns: list[str], cells: list[object]) -> bytes:
         connection.execute(f"CREATE TABLE scores ({', '.join(columns)})")
         row = [score_key("a") if name == "key" else cell for name, cell in zip(columns, cells, strict=False)]
         connection.execute(f"INSERT INTO scores VALUES ({', '.join('?' * len(columns))})", row)
+        connection.execute("CREATE TABLE reasons (key, reason)")
+        connection.execute("INSERT INTO reasons VALUES (?, ?)", [score_key("a"), cells[-1]])
     return path.read_bytes()

@@ -9,7 +9,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
 from raylign.errors import TrackingError
-from raylign.records import Prompt
+from raylign.records import Prompt, Score
 from raylign.scoring import JudgeScorer, ScoringItem
 from raylign.scoring.http_service import HttpScorer
 from raylign.tracking.mlflow_store import MlflowStore
@@ -22,6 +22,14 @@ VERDICT = (
     b'{"choices": [{"message": {"role": "assistant", "content": "7"}}], "usage": {"total_tokens": 9, '
     b'"prompt_tokens": 8, "completion_tokens": 1}}'
 )
+REASONED = {"reason": "It is short.", "rating": "7"}
+
+
+def saying(content: bytes) -> bytes:
+    """A chat completion with this content."""
+    return VERDICT.replace(b'"7"', json.dumps(content.decode()).encode())
+
+
 _RUN = {
     "info": {"run_id": "r", "experiment_id": "1", "status": "RUNNING", "lifecycle_stage": "active", "start_time": 1},
     "data": {"params": [{"key": "a", "value": "b"}], "tags": [{"key": "c", "value": "d"}], "metrics": []},
@@ -79,19 +87,30 @@ def service(protocol: str) -> Callable[[bytes], None]:
 
 
 def judge(data: bytes) -> None:
+    score = _judged(data, reasons=False)
+    assert (score.value is None) == bool(score.reason)
+
+
+def reasoning_judge(data: bytes) -> None:
+    score = _judged(data, reasons=True)
+    assert score.reason.isprintable() and 0 < len(score.reason) <= LONGEST
+
+
+def _judged(data: bytes, *, reasons: bool) -> Score:
     server().data = data
     block = JudgeScoringBlock.model_validate(
         {
             "base_url": f"{server().url}/v1",
             "model": "m",
             "canaries": False,
+            "reasons": reasons,
             "retries": 0,
             "timeout_s": 5.0,
             "max_unscored": 1.0,
         }
     )
     (score,) = JudgeScorer(block).score([ITEM])
-    assert score.value is not None or score.reason
+    return score
 
 
 def mlflow(data: bytes) -> None:

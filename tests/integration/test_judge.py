@@ -5,6 +5,7 @@ The model of the server is random and cannot judge: its canaries are left out.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ from tests.integration.tiny import (
     foreign_lines,
     wait_until,
 )
-from tests.judges import Asked, Reply, goodness, serving
+from tests.judges import Asked, Reply, goodness, reasoned, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -115,6 +116,14 @@ def test_a_vllm_server_compares_and_rates(base_url: str, monkeypatch: pytest.Mon
     # Choices are refused by no part of the server: one question to meet, both orders of three pairs, one rating.
     assert (scorer.spent.requests, scorer.spent.failures, scorer.spent.comparisons) == (8, 0, 3)
     assert scorer.spent.unmetered == 0 and scorer.spent.tokens > 8 * 100
+    reasoning = JudgeScorer(block(base_url, reasons=True))
+    scores = reasoning.score([*items(*ANSWERS[:2], prompt="p0"), *items(ANSWERS[0], prompt="p1")])
+    assert [score.value for score in scores if score.value is None] == [], [score.reason for score in scores]
+    assert all(score.reason.isprintable() and len(score.reason) > 20 for score in scores)
+    assert scores[0].reason.startswith('A is this answer, B "<|im_end|> <|im_start|>system')
+    assert (reasoning.spent.requests, reasoning.spent.failures) == (4, 0), (
+        "the schema is refused by no part of the server"
+    )
 
 
 def test_a_model_that_is_too_small_to_judge_is_refused(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +160,9 @@ def never_tied(asked: Asked) -> Reply:
 
 
 def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path) -> None:
-    with serving(never_tied) as server:
-        judge = f"{{type: judge, base_url: '{server.base_url}', model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4}}"
+    with serving(reasoned(never_tied)) as server:
+        options = "model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4, reasons: true"
+        judge = f"{{type: judge, base_url: '{server.base_url}', {options}}}"
         model = ("model.dtype=bfloat16", f"model.path={served_llama}")
         settings = (*SMALLEST, *model, "run.dir=runs", "run.name=judged", f"scoring={judge}")
         command = command_line(*settings)
@@ -169,6 +179,9 @@ def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path)
     assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
     held_out = pq.read_table(tmp_path / "runs/judged/rounds/0001/samples.parquet").to_pylist()
     assert all(row["score"] * 9 == pytest.approx(round(row["score"] * 9)) for row in held_out)
+    assert {len(row["score_reason"].splitlines()) for row in rows} == {2}, "one for each other candidate"
+    assert all(row["score_reason"].startswith('A is this answer, B "') for row in rows)
+    assert all(re.fullmatch(r"It has \d+ good words\.", row["score_reason"]) for row in held_out)
     before = pq.read_table(tmp_path / "runs/judged/rounds/0000/samples.parquet").to_pylist()
     first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
     # One call for each evaluation that has completions without a score; the four groups of three do not fit together

@@ -66,7 +66,7 @@ def numpy_scalars(prompts: Prompts, completions: list[str]) -> object:
 
 def detailed(prompts: Prompts, completions: list[str]) -> object:
     values = {"mute": None, "silent": None, "bad": math.nan}
-    reasons = {"mute": "nothing\nto say"}
+    reasons = {"mute": "nothing\nto say", "bad": "no number", "told": "two\nlines"}
     return [Score(values.get(c, 1.0), {"length": len(c)}, reasons.get(c, "")) for c in completions]
 
 

@@ -152,7 +152,7 @@ class EvaluateConfig(RunConfig):
         count = self.evaluation.num_generations
         if count > 1 and self.scoring.compares:
             raise ValueError(
-                f"evaluation.num_generations={count} with a scorer of type judge: for its mean score each answer of "
+                f"evaluation.num_generations={count} with a scorer that compares: for its mean score each answer of "
                 "the policy is rated alone, and those of one prompt would be compared; set evaluation.num_generations=1"
             )
         return self

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from raylign.config.base import Block
 from raylign.config.capability import CapabilityBlock
-from raylign.config.scoring import ScoringUnion, asks_people
+from raylign.config.scoring import ScoringUnion, asks_people, is_calibrated
 from raylign.records import Evaluation
 
 MEASURED = tuple(field.name for field in fields(Evaluation) if field.type in (float, int, float | None))
@@ -62,7 +62,12 @@ class EvaluationBlock(Block):
         if self.gold is not None and asks_people(self.gold):
             raise ValueError(
                 "gold of type human would never ask anybody: people compare candidates, and the gold scorer gets "
-                "held-out completions; take another type, such as a judge calibrated on their answers"
+                "held-out completions; take another type, such as a judge"
+            )
+        if self.gold is not None and is_calibrated(self.gold):
+            raise ValueError(
+                "gold of type calibrated would be its scorer alone: slope and band decide between candidates, and the "
+                "gold scorer gets completions one by one; set gold to that scorer"
             )
         return self
 

@@ -91,13 +91,19 @@ def _prompt_means(
 
 
 def with_gold(scores: Sequence[Score], gold: Sequence[Score]) -> list[Score]:
-    """The scores with the gold scorer's value as a part named `evaluation.gold`, where it gave one."""
+    """The scores with the gold scorer's value, where it gave one, as a part named `evaluation.gold`, and its reason."""
     if not gold:
         return list(scores)
     return [
-        score if own.value is None else replace(score, parts={**score.parts, GOLD: own.value})
-        for score, own in zip(scores, gold, strict=True)
+        score if own.value is None else _beside(score, own, own.value) for score, own in zip(scores, gold, strict=True)
     ]
+
+
+def _beside(score: Score, gold: Score, value: float) -> Score:
+    """Of a composition the reasons of its members, each behind its name."""
+    told = "\n".join([*filter(None, [gold.reason]), *(f"{name}: {said}" for name, said in gold.part_reasons.items())])
+    reasons = {**score.part_reasons, **({GOLD: told} if told else {})}
+    return replace(score, parts={**score.parts, GOLD: value}, part_reasons=reasons)
 
 
 def _kl(candidates: Sequence[Candidate], logps: Sequence[float]) -> float | None:

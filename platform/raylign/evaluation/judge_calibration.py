@@ -26,7 +26,11 @@ class CalibratedJudge:
 
     def probability(self, difference: float) -> float:
         """0..1."""
-        return float(_sigmoid(np.array([self.slope * difference]))[0])
+        return 0.5 * (1 + math.tanh(0.5 * self.slope * difference))
+
+    def share(self, difference: float) -> float:
+        """What the first answer takes of the win: its probability, and half of a tie."""
+        return 0.5 if self.verdict(difference) == "tie" else self.probability(difference)
 
     def verdict(self, difference: float) -> str:
         """`first`, `second` or `tie`."""

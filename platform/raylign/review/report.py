@@ -2,19 +2,30 @@
 
 import hashlib
 import json
+import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylign.config.scoring import ScoringBlock
+from raylign.config.scoring import (
+    CalibratedScoringBlock,
+    ScoringBlock,
+    WeightedScoringBlock,
+    asks_people,
+    by_part,
+    short_tree,
+)
 from raylign.evaluation.agreement import Interval, cohen_kappa, krippendorff_alpha, share_interval
 from raylign.evaluation.judge_calibration import LEAST, Measured, calibrate, measure, people, raw_verdict
 from raylign.report.text import escape_control
-from raylign.review.choose import Scored, difference, scored_answers
+from raylign.review.choose import Scored, difference, directions, scored_answers
 from raylign.review.record import FOLDER, Answer, Pair, Said, readable, share_of_first
 from raylign.run.directory import RunDirectory
 from raylign.run.files import publish_text
@@ -26,12 +37,14 @@ REPORT = "report.json"
 class Agreement:
     """A scorer beside people: `same` is the share of pairs with the same verdict.
 
-    `judge` is None where either share of the answers has less than LEAST pairs.
+    `judge` is None where either share of the answers has less than LEAST pairs. `setting` is the option `scoring` that
+    takes it, without default values; None where there is no such judge, or people contradict the scorer.
     """
 
     same: Interval
     kappa: Interval | None
     judge: Measured | None
+    setting: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,7 @@ def review_report(
     answered = [pair for pair in pairs if pair.id in answers]
     each = [answer for pair in answered for answer in answers[pair.id]]
     decided = [(pair, answer) for pair in answered for answer in answers[pair.id] if answer.choice != "tie"]
+    scorers = dict(_scorers(scored_answers(directory, block), answered, answers, seed))
     shown_first = sum((answer.choice == "second") == pair.swapped for pair, answer in decided)
     return ReviewReport(
         pairs=len(pairs),
@@ -72,7 +86,7 @@ def review_report(
         chosen={by: sum(pair.by == by for pair in answered) for by in dict.fromkeys(pair.by for pair in answered)},
         between_people=krippendorff_alpha([[a.choice for a in answers[pair.id]] for pair in answered], seed),
         first_shown=share_interval(shown_first, len(decided)),
-        scorers=dict(_scorers(scored_answers(directory, block), answered, answers, seed)),
+        scorers={name: replace(own, setting=_setting(block, name, own.judge)) for name, own in scorers.items()},
     )
 
 
@@ -100,6 +114,21 @@ def _judge(rows: Sequence[tuple[Pair, float, float]], seed: int) -> Measured | N
         return None
     judge = calibrate([gap for _, gap, _ in made], [share for _, _, share in made])
     return measure(judge, len(made), [gap for _, gap, _ in held_out], [share for _, _, share in held_out])
+
+
+def _setting(block: ScoringBlock, name: str, measured: Measured | None) -> Mapping[str, Any] | None:
+    """The calibrated scorer made of scorer `name` of the run; its differences are of values where higher is better."""
+    signs = directions(block)
+    scorer = by_part(block)[name] if name in signs else block
+    if measured is None or isinstance(scorer, CalibratedScoringBlock) or asks_people(scorer):
+        return None
+    judge, own = measured.judge, name.rpartition("/")[2]
+    if judge.slope <= 0 or judge.band >= 0.5:
+        return None
+    if signs.get(name, 1.0) < 0:
+        scorer = WeightedScoringBlock(scorers={own: scorer}, weights={own: -1.0})
+    limit = block.max_unscored
+    return short_tree(CalibratedScoringBlock(scorer=scorer, slope=judge.slope, band=judge.band, max_unscored=limit))
 
 
 def is_held_out(prompt_id: str, seed: int) -> bool:
@@ -158,6 +187,14 @@ def print_report(report: ReviewReport, console: Console) -> None:
             Text(escape_control(name)), str(own.same.count), _interval(own.same), _interval(own.kappa), *calibrated
         )
     console.print(table)
+    for name, own in report.scorers.items():
+        if own.setting is not None:
+            tree = yaml.safe_dump({**own.setting}, default_flow_style=True, sort_keys=False, width=math.inf).strip()
+            plain = not set(tree) & set('"$`\\!')
+            say(
+                f"to train by {name} as people judge: "
+                + (f'scoring="{tree}"' if plain else shlex.quote(f"scoring={tree}"))
+            )
 
 
 def _interval(interval: Interval | None) -> str:

@@ -29,6 +29,7 @@ _CANDIDATES = pa.schema(
         ("seed", pa.int64()),
         ("token_ids", pa.list_(pa.int32())),
         ("logprobs", pa.list_(pa.float32())),
+        ("part_reasons", pa.string()),
     ]
 )
 _PREFERENCES = pa.schema(
@@ -53,7 +54,9 @@ _PREFERENCES = pa.schema(
 )
 
 _BY_TOKEN = ("reference_logprobs", "old_logprobs")
-_MAY_BE_ABSENT = frozenset({"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN})
+_MAY_BE_ABSENT = frozenset(
+    {"kl_prompt_token_ids", "kl_token_ids", "kl_sampler_logp", "kl_reference_logp", *_BY_TOKEN, "part_reasons"}
+)
 """Columns that earlier versions did not write."""
 _NULLABLE = _MAY_BE_ABSENT | {"score"}
 _MESSAGES = TypeAdapter(list[dict[str, Any]])
@@ -63,7 +66,10 @@ _CURE = "restore it from a copy; or remove stages.json beside it, and what it st
 def write_candidates(
     path: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate], scores: Sequence[Score]
 ) -> None:
-    """One row per candidate with its score; a null score is unscored. `messages` is the prompt as JSON."""
+    """One row per candidate with its score; a null score is unscored. `messages` is the prompt as JSON.
+
+    `score_reason` says why there is no score, or is the scorer's reason for it; `part_reasons` is null without any.
+    """
     messages = {prompt.id: _json(prompt.messages) for prompt in prompts}
     rows = [
         {
@@ -79,6 +85,7 @@ def write_candidates(
             "seed": candidate.seed,
             "token_ids": candidate.token_ids,
             "logprobs": candidate.logprobs,
+            "part_reasons": _json(dict(score.part_reasons)) if score.part_reasons else None,
         }
         for candidate, score in zip(candidates, scores, strict=True)
     ]
@@ -107,7 +114,8 @@ def read_candidates(path: Path) -> tuple[list[Candidate], list[Score]]:
                     seed=row["seed"],
                 )
             )
-            scores.append(Score(row["score"], _parts(row["score_parts"]), row["score_reason"]))
+            reasons = _part_reasons(row.get("part_reasons"))
+            scores.append(Score(row["score"], _parts(row["score_parts"]), row["score_reason"], reasons))
     return candidates, scores
 
 
@@ -252,6 +260,13 @@ def _parts(text: str) -> dict[str, float]:
     found = json.loads(text)
     if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
         raise ValueError(f"score_parts is {text[:60]!r}, not an object of numbers")
+    return found
+
+
+def _part_reasons(text: str | None) -> dict[str, str]:
+    found = json.loads(text) if text else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"part_reasons is {str(text)[:60]!r}, not an object of texts")
     return found
 
 

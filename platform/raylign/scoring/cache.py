@@ -8,6 +8,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,9 +27,12 @@ DAMAGED = ".damaged"
 _BUSY_S = 60.0
 _KEYS_PER_QUERY = 500
 _TABLE = "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL, parts TEXT NOT NULL)"
+_REASONS = "CREATE TABLE IF NOT EXISTS reasons (key BLOB PRIMARY KEY, reason TEXT NOT NULL)"
+"""A table of its own, for the few scorers that give some: files without it stay as they are."""
 _SHOWN = 80
 _VALUE = TypeAdapter(FiniteFloat, config=ConfigDict(strict=True))
 _PARTS = TypeAdapter(dict[str, float], config=ConfigDict(strict=True))
+_REASON = TypeAdapter(str, config=ConfigDict(strict=True))
 T = TypeVar("T")
 _UNASKED = Score(None, reason="not asked")
 
@@ -56,7 +60,8 @@ class ScoreCache:
     def put(self, scores: Mapping[bytes, Score]) -> None:
         """Keep scores, which all have a value; those that are there already stay."""
         rows = [(key, score.value, json.dumps(dict(score.parts))) for key, score in scores.items()]
-        self._safely(lambda connection: _write(connection, rows))
+        reasons = [(key, _storable(score.reason)) for key, score in scores.items() if score.reason]
+        self._safely(lambda connection: _write(connection, rows, reasons))
 
     def _safely(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -82,6 +87,7 @@ class ScoreCache:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute(_TABLE)
+            connection.execute(_REASONS)
             return work(connection)
 
     def _set_aside(self, error: Exception) -> None:
@@ -95,21 +101,35 @@ class ScoreCache:
 def _read(connection: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Score]:
     found: dict[bytes, Score] = {}
     for some in chunks(keys, _KEYS_PER_QUERY):
-        query = f"SELECT key, value, parts FROM scores WHERE key IN ({', '.join('?' * len(some))})"
-        found |= {key: _kept_score(value, parts) for key, value, parts in connection.execute(query, some)}
+        query = (
+            "SELECT scores.key, value, parts, reason FROM scores LEFT JOIN reasons ON reasons.key = scores.key "
+            f"WHERE scores.key IN ({', '.join('?' * len(some))})"
+        )
+        found |= {key: _kept_score(*row) for key, *row in connection.execute(query, some)}
     return found
 
 
-def _kept_score(value: object, parts: Any) -> Score:
+def _kept_score(value: object, parts: Any, reason: object) -> Score:
     """A row as `put` writes it. Raises sqlite3.DatabaseError for what it never writes."""
     try:
-        return Score(_VALUE.validate_python(value), _PARTS.validate_json(parts))
+        told = "" if reason is None else _REASON.validate_python(reason)
+        return Score(_VALUE.validate_python(value), _PARTS.validate_json(parts), told)
     except ValidationError as error:
-        raise sqlite3.DataError(f"a score is kept as {one_line(repr((value, parts)), _SHOWN)}") from error
+        raise sqlite3.DataError(f"a score is kept as {one_line(repr((value, parts, reason)), _SHOWN)}") from error
 
 
-def _write(connection: sqlite3.Connection, rows: Iterable[tuple[bytes, float | None, str]]) -> None:
+def _write(
+    connection: sqlite3.Connection,
+    rows: Iterable[tuple[bytes, float | None, str]],
+    reasons: Iterable[tuple[bytes, str]],
+) -> None:
     connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+    connection.executemany("INSERT OR IGNORE INTO reasons VALUES (?, ?)", reasons)
+
+
+def _storable(text: str) -> str:
+    """Half a surrogate pair has no UTF-8 form."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class CachedScorer:
@@ -166,8 +186,19 @@ Texts = tuple[str, ...]
 """What one question is about: an answer to rate, or two to compare, the one that is called A first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's answer as a number: a rating, or the share of the win that goes to the first.
+
+    `reason` is empty where the judge gives none.
+    """
+
+    value: float
+    reason: str = ""
+
+
 class Verdicts:
-    """The verdicts of one judge, as numbers: a rating, or the share of the win that goes to the first answer."""
+    """The verdicts of one judge."""
 
     def __init__(self, cache: ScoreCache | None, identity: str) -> None:
         """Without a `cache` nothing is kept. `identity` is the judge's (`raylign.scoring.load`)."""
@@ -177,11 +208,11 @@ class Verdicts:
         """Of a question."""
         return score_key(self._identity, [dict(message) for message in prompt.messages], texts)
 
-    def known(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+    def known(self, keys: Sequence[bytes]) -> dict[bytes, Verdict]:
         """Those of `keys` that were answered before."""
         found = {} if self._cache is None else self._cache.get(keys)
-        return {key: score.value for key, score in found.items() if score.value is not None}
+        return {key: Verdict(score.value, score.reason) for key, score in found.items() if score.value is not None}
 
-    def keep(self, answered: Mapping[bytes, float]) -> None:
+    def keep(self, answered: Mapping[bytes, Verdict]) -> None:
         if self._cache is not None and answered:
-            self._cache.put({key: Score(value) for key, value in answered.items()})
+            self._cache.put({key: Score(own.value, reason=own.reason) for key, own in answered.items()})

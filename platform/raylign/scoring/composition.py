@@ -9,6 +9,7 @@ from statistics import fmean, pstdev
 from raylign.config.scoring import (
     MEAN,
     STD,
+    CalibratedScoringBlock,
     Composition,
     EnsembleBlock,
     GateScoringBlock,
@@ -18,6 +19,7 @@ from raylign.config.scoring import (
     WeightedScoringBlock,
 )
 from raylign.errors import ScorerError
+from raylign.evaluation.judge_calibration import CalibratedJudge
 from raylign.records import Score
 from raylign.scoring.base import ItemScorer, ScoringItem, apart, groups, most_unscored, skipped
 
@@ -25,7 +27,7 @@ from raylign.scoring.base import ItemScorer, ScoringItem, apart, groups, most_un
 class EnsembleScorer(ABC):
     """Asks every member about every item. An item that one of them leaves unscored is unscored, with its reason.
 
-    `parts` has the members' values by name, and their own parts as `name/part`.
+    `parts` has the members' values by name, and their own parts as `name/part`; `part_reasons` their reasons.
     """
 
     def __init__(self, block: EnsembleBlock, scorers: Mapping[str, ItemScorer]) -> None:
@@ -49,12 +51,12 @@ class EnsembleScorer(ABC):
     def _join(self, scores: Mapping[str, Score]) -> Score:
         for name, score in scores.items():
             if score.value is None:
-                return Score(None, parts_of(scores), f"{name}: {score.reason}")
+                return _score_of(scores, None, f"{name}: {score.reason}")
         values = {name: score.value for name, score in scores.items() if score.value is not None}
         value, own = self.value_of(values)
         if not math.isfinite(value):
-            return Score(None, parts_of(scores), f"the members' values come to {value}")
-        return Score(value, {**parts_of(scores), **own})
+            return _score_of(scores, None, f"the members' values come to {value}")
+        return _score_of(scores, value, more=own)
 
     @abstractmethod
     def value_of(self, values: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
@@ -130,15 +132,12 @@ class GateScorer:
 
     def _join(self, gate: Score, behind: Iterator[Score]) -> Score:
         if gate.value is None:
-            return Score(None, parts_of({"gate": gate}), f"gate: {gate.reason}")
+            return _score_of({"gate": gate}, None, f"gate: {gate.reason}")
         if not self._is_open(gate):
-            return Score(self._block.otherwise, parts_of({"gate": gate}))
+            return _score_of({"gate": gate}, self._block.otherwise)
         score = next(behind)
-        return Score(
-            score.value,
-            parts_of({"gate": gate, "score": score}),
-            f"score: {score.reason}" if score.value is None else "",
-        )
+        reason = f"score: {score.reason}" if score.value is None else ""
+        return _score_of({"gate": gate, "score": score}, score.value, reason)
 
     def _is_open(self, gate: Score) -> bool:
         return gate.value is not None and gate.value >= self._block.threshold
@@ -171,6 +170,43 @@ def _shared(item: ScoringItem) -> Score:
     return Score(None, reason="people compared it with no other answer") if share is None else Score(share)
 
 
+class CalibratedScorer:
+    """What a scorer's differences mean to people: the mean of P(better) over the other candidates of the prompt.
+
+    A copy is as good: 1/2. An item alone gets the scorer's own value. Where the scorer leaves all others unscored there
+    is nothing to be better than, and the item is unscored too.
+    """
+
+    def __init__(self, block: CalibratedScoringBlock, scorers: Mapping[str, ItemScorer]) -> None:
+        self._limit, self._scorer = block.max_unscored, scorers["scorer"]
+        self._judge = CalibratedJudge(block.slope, block.band)
+
+    def score(self, items: Sequence[ScoringItem], allowed: int | None = None) -> list[Score]:
+        """One score per item, in order; `parts` has the scorer's value as `scorer`."""
+        most = most_unscored(len(items), self._limit) if allowed is None else allowed
+        with named("scorer"):
+            found = iter(self._scorer.score(items, most))
+        return [score for group in groups(items) for score in self._beside([next(found) for _ in group])]
+
+    def _beside(self, group: Sequence[Score]) -> list[Score]:
+        """Candidates of one prompt, from the scorer's scores of them."""
+        if len(group) == 1:
+            score = group[0]
+            return [_score_of({"scorer": score}, score.value, f"scorer: {score.reason}" if score.value is None else "")]
+        return [
+            self._against(score, [other.value for at, other in enumerate(group) if at != place])
+            for place, score in enumerate(group)
+        ]
+
+    def _against(self, score: Score, others: Sequence[float | None]) -> Score:
+        if score.value is None:
+            return _score_of({"scorer": score}, None, f"scorer: {score.reason}")
+        shares = [self._judge.share(score.value - other) for other in others if other is not None]
+        if not shares:
+            return _score_of({"scorer": score}, None, "scorer: no other candidate of its prompt has a value")
+        return _score_of({"scorer": score}, fmean(shares))
+
+
 def composed(block: Composition, scorers: Mapping[str, ItemScorer]) -> ItemScorer:
     """The scorer of a composition, from the scorers of its members."""
     match block:
@@ -184,6 +220,20 @@ def composed(block: Composition, scorers: Mapping[str, ItemScorer]) -> ItemScore
             return GateScorer(block, scorers)
         case HumanScoringBlock():
             return HumanScorer(block, scorers)
+        case CalibratedScoringBlock():
+            return CalibratedScorer(block, scorers)
+
+
+def _score_of(
+    scores: Mapping[str, Score], value: float | None, reason: str = "", *, more: Mapping[str, float] | None = None
+) -> Score:
+    """The score of a whole, with what its members say by their names."""
+    reasons: dict[str, str] = {}
+    for name, score in scores.items():
+        if score.value is not None and score.reason:
+            reasons[name] = score.reason
+        reasons |= {f"{name}/{part}": told for part, told in score.part_reasons.items()}
+    return Score(value, {**parts_of(scores), **(more or {})}, reason, reasons)
 
 
 def parts_of(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -127,11 +127,11 @@ class Server:
             raise self._failure(answer)
         return answer
 
-    def shown(self, text: str) -> str:
-        """One short line, without the key, in case the server repeats it, and without other secrets."""
-        start = text[: 10 * _SHOWN]
+    def shown(self, text: str, most: int = _SHOWN) -> str:
+        """One line of `most` characters, without the key, in case the server repeats it, and without other secrets."""
+        start = text[: 10 * most]
         kept = start.replace(self._key, REDACTED) if self._key else start
-        return one_line(without_secrets(kept), _SHOWN)
+        return one_line(without_secrets(kept), most)
 
     def _failure(self, answer: Answer) -> NoReply:
         status, block = answer.status, self._block

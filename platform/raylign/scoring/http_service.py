@@ -166,7 +166,7 @@ class _Asking:
             return Score(None, reason=f"answered {self._server.shown(_written(value))}, not a finite number"), True
         if math.isnan(value):
             return Score(None, reason="answered nan, not a finite number"), True
-        return Score(float(value)), False
+        return Score(float(value), reason=self._server.shown(reason) if reason else ""), False
 
 
 def check_service(block: HttpScoringBlock) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
+from raylign.boundary.secrets import without_secrets
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
+from raylign.report.text import one_line
 from raylign.scoring.base import Group, ItemScorer, ScoringItem, groups, most_unscored, skipped
-from raylign.scoring.cache import Texts, Verdicts
+from raylign.scoring.cache import Texts, Verdict, Verdicts
 from raylign.scoring.http_client import NoReply, api_key, asking_s
 from raylign.scoring.judge_client import (
     QUESTIONS,
+    REASONED_TOKENS,
     JudgeClient,
     JudgeSpending,
     check_judge,
@@ -25,18 +28,39 @@ from raylign.scoring.kind import Kind, Near, identity
 from raylign.scoring.usage import MeasuredScorer, Usage
 
 log = logging.getLogger(__name__)
+_LONGEST_REASON = 2000
+"""Characters of what the comparisons of one candidate say."""
+_NAMED = 40
+"""Characters by which the other candidate is named, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two verdicts on one pair. `share` of the win goes to the first (1, 1/2 or 0); without verdicts there is none."""
+    """Two verdicts on one pair. `share` of the win goes to the first (1, 1/2 or 0); without verdicts there is none.
+
+    `reason` is the judge's where the first is called A, `other_reason` where the second is; empty if it gives none.
+    """
 
     share: float
     disagreed: bool
+    reason: str = ""
+    other_reason: str = ""
 
     @property
     def reversed(self) -> "Comparison":
-        return Comparison(1.0 - self.share, self.disagreed)
+        return Comparison(1.0 - self.share, self.disagreed, self.other_reason, self.reason)
+
+    def told(self, other: str) -> str:
+        """The reason as the first candidate's own: there it is A. `other` is the second's text."""
+        if not self.reason:
+            return ""
+        # Only the whole of a secret looks like one.
+        named = one_line(without_secrets(other[: 20 * _NAMED]), _NAMED)
+        start = f'A is this answer, B "{named}"'
+        if self.disagreed:
+            return f"{start}. Tie: the two orders disagree. {self.reason} [with this answer as B:] {self.other_reason}"
+        verdict = "Tie" if self.share == 0.5 else "A wins" if self.share > 0.5 else "B wins"
+        return f"{start}. {verdict}: {self.reason}"
 
 
 EQUAL = Comparison(0.5, disagreed=False)
@@ -51,10 +75,11 @@ class JudgeScorer:
     tie, so that a judge who prefers a position, or is told to take "A", decides nothing. A score is the mean share of
     wins (a tie is half a win) over the comparisons that have both verdicts, in 0..1, and only means something beside
     the other candidates of its prompt; without any comparison the candidate is unscored. `parts` has `comparisons`,
-    `disagreements` and `missing`.
+    `disagreements` and `missing`. A judge that gives reasons is quoted as it spoke when the candidate was A, once for
+    each comparison, a line each; the other candidate is named by how it begins.
 
     One item alone is rated from 1 to 10; its score is (rating - 1) / 9, and `parts` has `rating`. No second order
-    protects a rating: what it serves (held-out evaluation) is never trained on.
+    protects a rating: what it serves (held-out evaluation) is never trained on. Its reason is the judge's.
     """
 
     def __init__(self, block: JudgeScoringBlock, verdicts: Verdicts | None = None, usage: Usage | None = None) -> None:
@@ -141,10 +166,10 @@ def _questions(group: Group) -> list[Texts]:
     return [(texts[0],)] if len(group) == 1 else list(permutations(texts, 2))
 
 
-def _question(prompt: Prompt, texts: Texts, criterion: str) -> Question:
+def _question(prompt: Prompt, texts: Texts, block: JudgeScoringBlock) -> Question:
     if len(texts) == 1:
-        return how_good(prompt.messages, texts[0], criterion)
-    return which_is_better(prompt.messages, texts[0], texts[1], criterion)
+        return how_good(prompt.messages, texts[0], block.criterion, reasons=block.reasons)
+    return which_is_better(prompt.messages, texts[0], texts[1], block.criterion, reasons=block.reasons)
 
 
 class _Hearing:
@@ -155,12 +180,12 @@ class _Hearing:
         block: JudgeScoringBlock,
         client: JudgeClient,
         verdicts: Verdicts,
-        known: Mapping[bytes, float],
+        known: Mapping[bytes, Verdict],
         allowed: int,
     ) -> None:
         self._block, self._client, self._allowed = block, client, allowed
         self._verdicts, self._known = verdicts, known
-        self._pending: dict[bytes, float] = {}
+        self._pending: dict[bytes, Verdict] = {}
         self._writing = asyncio.Lock()
         self._unscored = 0
 
@@ -176,7 +201,7 @@ class _Hearing:
         rating = await self._answer(prompt, (text,))
         if isinstance(rating, NoReply):
             return Score(None, reason=str(rating))
-        return Score((rating - 1) / (len(RATINGS) - 1), {"rating": rating})
+        return Score((rating.value - 1) / (len(RATINGS) - 1), {"rating": rating.value}, rating.reason)
 
     async def _compare_all(self, prompt: Prompt, texts: Sequence[str]) -> list[Score]:
         pairs = list(combinations(dict.fromkeys(texts), 2))
@@ -186,7 +211,7 @@ class _Hearing:
             table[first, second] = outcome
             table[second, first] = outcome.reversed if isinstance(outcome, Comparison) else outcome
         return [
-            _score_of([table.get((text, other), EQUAL) for at, other in enumerate(texts) if at != place])
+            _score_of([(other, table.get((text, other), EQUAL)) for at, other in enumerate(texts) if at != place])
             for place, text in enumerate(texts)
         ]
 
@@ -198,37 +223,39 @@ class _Hearing:
             return one
         if isinstance(other, NoReply):
             return other
-        disagreed = one != 1.0 - other
+        disagreed = one.value != 1.0 - other.value
         if any(self._verdicts.key(prompt, texts) not in self._known for texts in orders):
             self._client.spending.comparisons += 1
             self._client.spending.disagreements += disagreed
-        return Comparison(0.5 if disagreed else one, disagreed)
+        return Comparison(0.5 if disagreed else one.value, disagreed, one.reason, other.reason)
 
-    async def _answer(self, prompt: Prompt, texts: Texts) -> float | NoReply:
+    async def _answer(self, prompt: Prompt, texts: Texts) -> Verdict | NoReply:
         """The verdict, known or asked for: a rating of one text, of two the share of the win that goes to the first."""
         key = self._verdicts.key(prompt, texts)
         if key in self._known:
             return self._known[key]
         try:
-            verdict = await self._client.ask(lambda: _question(prompt, texts, self._block.criterion))
+            said = await self._client.ask(lambda: _question(prompt, texts, self._block))
         except NoReply as failure:
             return failure
-        answer = float(verdict) if len(texts) == 1 else 0.5 if verdict == TIE else float(verdict == FIRST)
-        await self._keep(key, answer)
-        return answer
+        choice = said.choice
+        value = float(choice) if len(texts) == 1 else 0.5 if choice == TIE else float(choice == FIRST)
+        verdict = Verdict(value, said.reason)
+        await self._keep(key, verdict)
+        return verdict
 
-    async def _keep(self, key: bytes, answer: float) -> None:
+    async def _keep(self, key: bytes, verdict: Verdict) -> None:
         """On disk before it counts; what is answered while another one is written goes there together."""
-        self._pending[key] = answer
+        self._pending[key] = verdict
         async with self._writing:
             waiting, self._pending = self._pending, {}
             await asyncio.to_thread(self._verdicts.keep, waiting)
 
 
-def _score_of(outcomes: Sequence[Outcome]) -> Score:
-    """The score of one candidate from its comparisons with every other one."""
-    missing = [outcome for outcome in outcomes if isinstance(outcome, NoReply)]
-    made = [outcome for outcome in outcomes if isinstance(outcome, Comparison)]
+def _score_of(outcomes: Sequence[tuple[str, Outcome]]) -> Score:
+    """The score of one candidate from its comparisons with every other one, each beside the other's text."""
+    missing = [outcome for _, outcome in outcomes if isinstance(outcome, NoReply)]
+    made = [outcome for _, outcome in outcomes if isinstance(outcome, Comparison)]
     if missing and all(outcome is EQUAL for outcome in made):
         return Score(None, reason=str(missing[0]))
     parts = {
@@ -236,7 +263,19 @@ def _score_of(outcomes: Sequence[Outcome]) -> Score:
         "disagreements": float(sum(outcome.disagreed for outcome in made)),
         "missing": float(len(missing)),
     }
-    return Score(sum(outcome.share for outcome in made) / len(made), parts)
+    told = dict.fromkeys(outcome.told(other) for other, outcome in outcomes if isinstance(outcome, Comparison))
+    return Score(sum(outcome.share for outcome in made) / len(made), parts, _lines([line for line in told if line]))
+
+
+def _lines(told: Sequence[str]) -> str:
+    """One under the other, as many as there is room for."""
+    kept: list[str] = []
+    for number, line in enumerate(told):
+        if sum(map(len, kept)) + len(line) > _LONGEST_REASON:
+            kept.append(f"[and {len(told) - number} more]")
+            break
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def questions(batch: Sequence[ScoringItem]) -> int:
@@ -251,7 +290,11 @@ def _load(block: JudgeScoringBlock, near: Near) -> ItemScorer:
 
 def _describe(block: JudgeScoringBlock, load: bool) -> tuple[str, ...]:
     check_judge(block)
-    return f"at {block.base_url}", f"criterion: {block.criterion}"
+    facts = (f"at {block.base_url}", f"criterion: {block.criterion}")
+    if not block.reasons:
+        return facts
+    cost = "" if block.price_out is None else f" (${REASONED_TOKENS * block.price_out / 1e6:.2g})"
+    return *facts, f"gives a reason before each choice: at most {REASONED_TOKENS} tokens{cost} an answer"
 
 
 def _longest_s(block: JudgeScoringBlock, batch: Sequence[ScoringItem]) -> float:

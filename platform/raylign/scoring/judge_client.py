@@ -1,4 +1,4 @@
-"""Requests to a judge behind an OpenAI-compatible endpoint, and answers that are a choice."""
+"""Requests to a judge behind an OpenAI-compatible endpoint, and answers that are a choice, with or without a reason."""
 
 import asyncio
 import json
@@ -14,12 +14,15 @@ from pydantic import BaseModel, Field, ValidationError
 from raylign.boundary.http import Answer, exchange
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
+from raylign.reading.json_text import parse_json
 from raylign.scoring import http_client
 from raylign.scoring.http_client import NoReply, Server, Spending, api_key
-from raylign.scoring.judge_prompt import FIRST, SECOND, Question, which_is_better
+from raylign.scoring.judge_prompt import FIRST, REASON, REASON_LENGTH, SECOND, Question, which_is_better
 
 MAX_TOKENS = 8
 """Room for the longest choice in any tokenizer."""
+REASONED_TOKENS = REASON_LENGTH + 100
+"""Room for a reason of a token a character, and for the choice and the JSON around both."""
 _MOST_TOKENS = 1_000_000_000
 
 CRITERION = "The better answer is correct and helpful; nonsense is never better."
@@ -28,6 +31,14 @@ CRITERION = "The better answer is correct and helpful; nonsense is never better.
 
 class UnclearAnswer(NoReply):
     """The judge answered, but none of the choices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A choice, and the reason for it, safe to print, where the question asks for one."""
+
+    choice: str
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -52,6 +63,7 @@ class _Message(BaseModel):
 
 class _Choice(BaseModel):
     message: _Message
+    finish_reason: Any = None
 
 
 class _Completion(BaseModel):
@@ -67,7 +79,10 @@ async def connected(block: JudgeScoringBlock, key: str, spending: JudgeSpending)
 
 
 class JudgeClient:
-    """Asks one judge, `concurrency` questions at a time. Where the server takes it, only choices can be answered."""
+    """Asks one judge, `concurrency` questions at a time.
+
+    Where the server takes it, only choices can be answered, or JSON of a reason and a choice.
+    """
 
     def __init__(self, block: JudgeScoringBlock, key: str, http: httpx.AsyncClient, spending: JudgeSpending) -> None:
         self.spending = spending
@@ -77,28 +92,28 @@ class JudgeClient:
         self._server = Server(
             block, key, spending, address="scoring.base_url", at_404=f"scoring.model={block.model}, and {where}"
         )
-        self._takes_choices = True
+        self._takes_constraints = True
 
     def stop(self, reason: str) -> None:
         """Ask nothing any more: every question that still waits for its turn has no verdict, for this `reason`."""
         self._server.stop(reason)
 
-    async def ask(self, make: Callable[[], Question]) -> str:
+    async def ask(self, make: Callable[[], Question]) -> Answered:
         """The choice that the judge takes; every try asks a new question of `make`. Raises NoReply."""
 
-        async def attempt() -> str:
+        async def attempt() -> Answered:
             question = make()
             answer = await self._server.reply(lambda deadline: self._post_as_the_server_takes_it(question, deadline))
-            return self._choice(answer, question)
+            return self._read(answer, question)
 
         return await self._server.ask(attempt)
 
     async def _post_as_the_server_takes_it(self, question: Question, deadline: float) -> Answer:
-        answer = await self._post(question, deadline, constrained=self._takes_choices)
-        if answer.status in (400, 422) and self._takes_choices:
+        answer = await self._post(question, deadline, constrained=self._takes_constraints)
+        if answer.status in (400, 422) and self._takes_constraints:
             # The constraint is vLLM's own; but the question may be what is refused, say for its length.
             answer = await self._post(question, deadline, constrained=False)
-            self._takes_choices = not 200 <= answer.status < 300
+            self._takes_constraints = not 200 <= answer.status < 300
         return answer
 
     async def _post(self, question: Question, deadline: float, *, constrained: bool) -> Answer:
@@ -109,25 +124,30 @@ class JudgeClient:
                 {"role": "user", "content": question.user},
             ],
             "temperature": self._block.temperature,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": REASONED_TOKENS if question.key else MAX_TOKENS,
         }
         if constrained:
-            body["structured_outputs"] = {"choice": list(question.choices)}
+            body["structured_outputs"] = question.constraint
         self.spending.requests += 1
         # Half a surrogate pair has no UTF-8 form; JSON can escape it.
         content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
         return await exchange(self._http, "POST", self._url, deadline, body=content, headers=kind)
 
-    def _choice(self, answer: Answer, question: Question) -> str:
+    def _read(self, answer: Answer, question: Question) -> Answered:
         try:
             completion = _Completion.model_validate_json(answer.body)
         except ValidationError as error:
             raise NoReply(f"answered with no chat completion: {self._server.shown(answer.text)}") from error
         self._meter(completion.usage)
-        content = completion.choices[0].message.content or ""
-        if content.strip() not in question.choices:
-            raise UnclearAnswer(f"answered {self._server.shown(repr(content))}, none of {', '.join(question.choices)}")
-        return content.strip()
+        said = completion.choices[0]
+        content, choices = said.message.content or "", ", ".join(question.choices)
+        found, wanted = Answered(content.strip()), f"none of {choices}"
+        if question.key:
+            found, wanted = _reasoned(content, question), f"no JSON of a {REASON} and a {question.key} of {choices}"
+        if found.choice not in question.choices:
+            cut = " (cut off by its limit of tokens)" if said.finish_reason == "length" else ""
+            raise UnclearAnswer(f"answered {self._server.shown(repr(content))}{cut}, {wanted}")
+        return Answered(found.choice, self._server.shown(found.reason, REASON_LENGTH))
 
     def _meter(self, usage: Any) -> None:
         match usage:
@@ -139,6 +159,22 @@ class JudgeClient:
             case {"prompt_tokens": asked, "completion_tokens": answered} if _is_count(asked) and _is_count(answered):
                 self.spending.tokens_in += asked
                 self.spending.tokens_out += answered
+
+
+def _reasoned(content: str, question: Question) -> Answered:
+    """What a JSON object with both keys and no other says; without a choice where it is none."""
+    try:
+        found = parse_json(content)
+    except ValueError:
+        return Answered("")
+    if not isinstance(found, dict) or found.keys() != {REASON, question.key}:
+        return Answered("")
+    reason, choice = found[REASON], found[question.key]
+    if type(choice) is int:  # a rating, where the server holds nothing to the schema
+        choice = str(choice)
+    if not isinstance(reason, str) or not reason.strip() or not isinstance(choice, str):
+        return Answered("")
+    return Answered(choice, reason)
 
 
 def _is_count(value: object) -> bool:
@@ -154,8 +190,10 @@ class Known:
     good: str
     bad: str
 
-    def ask(self, first: str, second: str) -> Question:
-        return which_is_better([{"role": "user", "content": self.question}], first, second, CRITERION)
+    def ask(self, first: str, second: str, block: JudgeScoringBlock) -> Question:
+        """As candidates are asked about, but by a criterion of its own."""
+        conversation = [{"role": "user", "content": self.question}]
+        return which_is_better(conversation, first, second, CRITERION, reasons=block.reasons)
 
 
 QUESTIONS = (
@@ -182,7 +220,7 @@ def check_judge(block: JudgeScoringBlock) -> None:
 
 async def require_answering_judge(client: JudgeClient, block: JudgeScoringBlock) -> None:
     """Raise ScorerError unless the judge answers, even if it answers nonsense."""
-    await _said(client, block, partial(QUESTIONS[0].ask, QUESTIONS[0].good, QUESTIONS[0].bad))
+    await _said(client, block, partial(QUESTIONS[0].ask, QUESTIONS[0].good, QUESTIONS[0].bad, block))
 
 
 async def require_sound_judge(client: JudgeClient, block: JudgeScoringBlock) -> None:
@@ -205,8 +243,8 @@ async def require_sound_judge(client: JudgeClient, block: JudgeScoringBlock) -> 
 
 async def _said_of(canary: Known, client: JudgeClient, block: JudgeScoringBlock) -> tuple[str, str]:
     first, second = await asyncio.gather(
-        _said(client, block, partial(canary.ask, canary.good, canary.bad)),
-        _said(client, block, partial(canary.ask, canary.bad, canary.good)),
+        _said(client, block, partial(canary.ask, canary.good, canary.bad, block)),
+        _said(client, block, partial(canary.ask, canary.bad, canary.good, block)),
     )
     return first, second
 
@@ -214,7 +252,7 @@ async def _said_of(canary: Known, client: JudgeClient, block: JudgeScoringBlock)
 async def _said(client: JudgeClient, block: JudgeScoringBlock, make: Callable[[], Question]) -> str:
     """The verdict, or what stands in its place; ScorerError where there is no answer at all."""
     try:
-        return await client.ask(make)
+        return (await client.ask(make)).choice
     except UnclearAnswer as unclear:
         return str(unclear)
     except NoReply as failure:

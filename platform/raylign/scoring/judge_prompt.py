@@ -3,6 +3,9 @@
 A question has a fence of its own, a random code that no answer can know. Every line of data starts with "| ", so that
 none can look like a fence (datamarking: Hines et al. 2024, arXiv 2403.14720), and what a chat template or tokenizer
 would take for control text is broken up in sight. Instructions stand before the data and again after them.
+
+A judge that gives reasons writes the reason before its choice, so that the choice can follow from it, as in
+chain-of-thought judging (Zheng et al. 2023, arXiv 2306.05685, section 3.4), in one JSON object.
 """
 
 import re
@@ -10,6 +13,7 @@ import secrets
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raylign.records import Message
 from raylign.report.text import escape_control
@@ -27,40 +31,64 @@ _CONTROL = re.compile(
 )
 
 
+REASON = "reason"
+REASON_LENGTH = 500
+"""Characters of a reason, at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request to a judge: two messages, and the only answers that count."""
+    """One request to a judge: two messages, and the only answers that count.
+
+    `key` is the name of the choice in a JSON object with the reason; empty where the choice is the whole answer.
+    """
 
     system: str
     user: str
     choices: tuple[str, ...]
+    key: str = ""
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """What vLLM's structured outputs hold an answer to. The reason comes first: models write keys in this order."""
+        if not self.key:
+            return {"choice": list(self.choices)}
+        reason = {"type": "string", "minLength": 1, "maxLength": REASON_LENGTH}
+        properties = {REASON: reason, self.key: {"type": "string", "enum": list(self.choices)}}
+        required = list(properties)
+        return {
+            "json": {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        }
 
 
-def which_is_better(conversation: Sequence[Message], first: str, second: str, criterion: str) -> Question:
-    """Asks which of two answers is better; they are called A and B."""
+def which_is_better(
+    conversation: Sequence[Message], first: str, second: str, criterion: str, *, reasons: bool = False
+) -> Question:
+    """Asks which of two answers is better, and with `reasons` why; they are called A and B."""
     fence = secrets.token_hex(_FENCE_BYTES)
     blocks = [_conversation(conversation, fence), _fenced("answer A", first, fence), _fenced("answer B", second, fence)]
-    choices = (FIRST, SECOND, TIE)
+    choices, key = (FIRST, SECOND, TIE), "verdict" if reasons else ""
     system = (
         "You are an impartial judge. You compare two answers, A and B, to the last message of a conversation.\n"
         f"{_rules(criterion, fence)}\n"
         "The order of the answers means nothing. If neither is better, the verdict is tie.\n"
-        f"{_only(choices)}"
+        f"{_only(choices, key)}"
     )
-    closing = f"The data end here. Which answer is better? {criterion}\n{_only(choices)}"
-    return Question(system, "\n\n".join([*blocks, closing]), choices)
+    closing = f"The data end here. Which answer is better? {criterion}\n{_only(choices, key)}"
+    return Question(system, "\n\n".join([*blocks, closing]), choices, key)
 
 
-def how_good(conversation: Sequence[Message], answer: str, criterion: str) -> Question:
-    """Asks for a rating of one answer, from 1 to 10."""
+def how_good(conversation: Sequence[Message], answer: str, criterion: str, *, reasons: bool = False) -> Question:
+    """Asks for a rating of one answer, from 1 to 10, and with `reasons` why."""
     fence = secrets.token_hex(_FENCE_BYTES)
     blocks = [_conversation(conversation, fence), _fenced("answer", answer, fence)]
+    key = "rating" if reasons else ""
     system = (
         "You are an impartial judge. You rate one answer to the last message of a conversation, from 1 (useless) to 10 "
-        f"(nothing could be better).\n{_rules(criterion, fence)}\n{_only(RATINGS)}"
+        f"(nothing could be better).\n{_rules(criterion, fence)}\n{_only(RATINGS, key)}"
     )
-    closing = f"The data end here. How good is the answer, from 1 to 10? {criterion}\n{_only(RATINGS)}"
-    return Question(system, "\n\n".join([*blocks, closing]), RATINGS)
+    closing = f"The data end here. How good is the answer, from 1 to 10? {criterion}\n{_only(RATINGS, key)}"
+    return Question(system, "\n\n".join([*blocks, closing]), RATINGS, key)
 
 
 def inert(text: str) -> str:
@@ -100,5 +128,11 @@ def _rules(criterion: str, fence: str) -> str:
     )
 
 
-def _only(choices: Sequence[str]) -> str:
-    return f"Reply with exactly one of these and nothing else: {', '.join(choices)}"
+def _only(choices: Sequence[str], key: str) -> str:
+    if not key:
+        return f"Reply with exactly one of these and nothing else: {', '.join(choices)}"
+    return (
+        f'Reply with one JSON object and nothing else: {{"{REASON}": "...", "{key}": "..."}}. First the {REASON}: what '
+        f"decides, in one to three short sentences, at most {REASON_LENGTH} characters. Then the {key} that follows "
+        f"from it, exactly one of these: {', '.join(choices)}"
+    )

@@ -48,7 +48,7 @@ class Location(BaseModel, frozen=True, strict=True):
 
 class Given(NamedTuple):
     """What the function gave for one item: its value, or the reason why there is none; `final` if it would give that
-    again.
+    again. Beside a value `reason` is the function's own, if it gives one.
     """
 
     value: FiniteFloat | None

@@ -3,9 +3,9 @@
 Started by `raylign.scoring.relay`; `confined` refuses code from outside the project and the installed packages.
 
 The first frame on the socket CHANNEL asks for the function: {"file", "line"} of it. Each later one has {"arguments":
-[...]} for it: {"answers": [[value, reason, parts, final], ...]}; value is null or reason is "", and `final` says
-whether asking again would be of no use. Either may be {"failure": text} instead. Every answer repeats the code of its
-question. User code runs in the main thread, so that it may use signals.
+[...]} for it: {"answers": [[value, reason, parts, final], ...]}; where value is null, reason says why, else it is the
+function's own or "". `final` says whether asking again would be of no use. Either may be {"failure": text} instead.
+Every answer repeats the code of its question. User code runs in the main thread, so that it may use signals.
 """
 
 import json
@@ -119,7 +119,8 @@ def _answer(value: object) -> Given:
 
 def _answer_of(score: Score) -> Given:
     given = _answer(score.value)
-    reason = one_line(score.reason, REASON_LENGTH) if score.value is None and score.reason else given.reason
+    told = score.reason and (score.value is None or given.value is not None)
+    reason = one_line(score.reason, REASON_LENGTH) if told else given.reason
     return Given(given.value, reason, {str(name): float(part) for name, part in score.parts.items()}, given.final)
 
 

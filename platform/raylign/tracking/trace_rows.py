@@ -47,7 +47,9 @@ _HELD_OUT = (
     "policy_version",
 )
 _PREFERENCE = ("prompt_id", "messages", "chosen", "rejected", "scores", "indices")
-_CANDIDATE = ("prompt_id", "index", "score_parts", "policy_version")
+_CANDIDATE = ("prompt_id", "index", "score_parts", "score_reason", "policy_version")
+_LATER = "part_reasons"
+"""A column that earlier versions did not write."""
 _OF_A_DAMAGED_TABLE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, pa.ArrowException),
 )
@@ -91,7 +93,7 @@ def _rows(path: Path, columns: Sequence[str], first: int) -> Iterator[tuple[int,
         if missing := [name for name in columns if name not in file.schema_arrow.names]:
             raise ValueError(f"it has no column {missing[0]!r}")
         start = 0
-        for batch in file.iter_batches(ROWS_READ, columns=list(columns)):
+        for batch in file.iter_batches(ROWS_READ, columns=_present(file, columns)):
             if start + batch.num_rows > first:
                 for place, row in enumerate(batch.to_pylist(), start):
                     if place >= first:
@@ -99,9 +101,14 @@ def _rows(path: Path, columns: Sequence[str], first: int) -> Iterator[tuple[int,
             start += batch.num_rows
 
 
+def _present(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """`columns`, and the later one where the table has it."""
+    return [*columns, *([_LATER] if _LATER in file.schema_arrow.names else [])]
+
+
 def _held_out(number: int, row: Mapping[str, Any], file: TraceFile, state: FeedState) -> Trace:
     text = _shown(row["text"])
-    scores = _scores("score", row["score"], row["score_reason"], json.loads(row["score_parts"]))
+    scores = _scores("score", row["score"], row)
     answer = {"role": "assistant", "content": text}
     return _trace(
         number,
@@ -125,8 +132,8 @@ class _Preferences:
         tables = []
         for path in sorted(folder.glob("candidates*.parquet")):
             with pq.ParquetFile(path) as file:
-                tables.append(file.read(columns=list(_CANDIDATE)))
-        self._table = pa.concat_tables(tables) if tables else None
+                tables.append(file.read(columns=_present(file, _CANDIDATE)))
+        self._table = pa.concat_tables(tables, promote_options="default") if tables else None
 
     def trace(self, number: int, row: Mapping[str, Any], file: TraceFile, state: FeedState) -> Trace:
         """The best candidate of the row against its worst."""
@@ -136,7 +143,7 @@ class _Preferences:
         known = [self._candidate(row["prompt_id"], row["indices"][end]) for end in ends]
         scores = [_Given("training.margin", "", values[0] - values[1])]
         for name, value, candidate in zip(("chosen", "rejected"), values, known, strict=True):
-            scores += _scores(f"training.{name}", value, "", json.loads(candidate.get("score_parts", "{}")))
+            scores += _scores(f"training.{name}", value, candidate)
         versions = sorted({candidate["policy_version"] for candidate in known if candidate})
         half = _MAX_PREVIEW // 2 - len("rejected: ")
         return _trace(
@@ -162,7 +169,7 @@ class _Preferences:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A value under `name`, given by the scorer of `part`; or none, and the reason."""
+    """A value under `name`, given by the scorer of `part`, with its reason if it told one; or none, and why."""
 
     name: str
     part: str
@@ -170,13 +177,17 @@ class _Given:
     reason: str = ""
 
 
-def _scores(name: str, value: float | None, reason: str, parts: Mapping[str, float]) -> list[_Given]:
-    """The score and its parts: `score`, `score.quality`, `training.chosen`.
+def _scores(name: str, value: float | None, row: Mapping[str, Any]) -> list[_Given]:
+    """The score and its parts: `score`, `score.quality`, `training.chosen`; `row` is the candidate's, or empty.
 
     MLflow's pages go by the alphabet, and show of a name what stands behind its last `/`.
     """
-    own = [_Given(f"{name}.{part.replace('/', '.')}", part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
-    return [_Given(name, "", value, reason), *own]
+    parts, told = json.loads(row.get("score_parts") or "{}"), json.loads(row.get(_LATER) or "{}")
+    own = [
+        _Given(f"{name}.{part.replace('/', '.')}", part, value, told.get(part, ""))
+        for part, value in list(parts.items())[:_MAX_PARTS]
+    ]
+    return [_Given(name, "", value, row.get("score_reason", "")), *own]
 
 
 def _trace(
@@ -238,7 +249,8 @@ def _feedback(given: _Given, trace_id: str, state: FeedState, time_ms: int) -> F
         error=AssessmentError("UNSCORED", reason) if unscored else None,
         source=AssessmentSource("LLM_JUDGE" if source.judge else "CODE", source.title),
         trace_id=trace_id,
-        rationale=reason or None,
+        # Its pages show Markdown, where lines alone would run together.
+        rationale=reason.replace("\n", "\n\n") or None,
         create_time_ms=time_ms,
         last_update_time_ms=time_ms,
     )

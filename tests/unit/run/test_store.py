@@ -5,6 +5,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +15,7 @@ from raylign.errors import ConfigError, DiskError, RecordError
 from raylign.records import Candidate, Evaluation, KlSample, Preference, Prompt, RoundReport, Score
 from raylign.run.directory import RunDirectory, create_run, open_run
 from raylign.run.files import publish_file, publish_folder, publish_text
-from raylign.run.tables import read_preferences, write_candidates, write_preferences
+from raylign.run.tables import read_candidates, read_preferences, write_candidates, write_preferences
 
 PROMPT = Prompt("p000001", ({"role": "user", "content": "Say “hi”\n\ud83d"},), (5, 6, 7))
 OTHER = Prompt("p000002", ({"role": "system", "content": "s"}, {"role": "user", "content": "?"}), (8,))
@@ -54,11 +55,26 @@ def test_candidates_read_back_with_their_scores(tmp_path: Path) -> None:
         "seed": 2_000_000_000,
         "token_ids": [11, 12],
         "logprobs": [-0.5, -0.25],
+        "part_reasons": None,
     }
     assert (second["index"], second["finish_reason"], second["score"]) == (1, "length", -1.0)
     assert (third["prompt_id"], third["score"], third["score_reason"]) == ("p000002", None, "late")
     assert (third["token_ids"], third["logprobs"], third["text"]) == ([], [], "")
     assert leftovers(path.parent) == ["candidates.parquet"]
+
+
+def test_reasons_of_scores_and_parts_come_back_also_from_a_table_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    scores = [Score(0.5, {"tone": 0.5}, "A is “better”.\nB is not.", {"tone": "warm"}), *SCORES[1:]]
+    write_candidates(path, [PROMPT, OTHER], [GOOD, CUT, EMPTY], scores)
+    assert read_candidates(path)[1] == scores
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["part_reasons"]), path)
+    assert read_candidates(path)[1] == [replace(scores[0], part_reasons={}), *scores[1:]]
+    for wrong in ("[]", '{"a": 1}', "{", "[" * 100_000):
+        pq.write_table(table.set_column(12, "part_reasons", pa.array([None, wrong, None])), path)
+        with pytest.raises(RecordError, match=r"row 1: "):
+            read_candidates(path)
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_round(tmp_path: Path) -> None:

@@ -149,5 +149,6 @@ def test_whether_a_score_depends_on_the_group_is_told_by_the_config() -> None:
         (f"{{type: gate, gate: {alone}, score: {judge}}}", True),
         (f"{{type: min, scorers: {{a: {alone}, b: {nested}}}}}", True),
         (f"{{type: min, scorers: {{a: {alone}, b: {alone}}}}}", False),
+        (f"{{type: calibrated, slope: 1, scorer: {alone}}}", True),
     ):
         assert parse_config({}, [f"scoring={scoring}"]).scoring.compares == compares

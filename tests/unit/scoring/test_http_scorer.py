@@ -88,10 +88,11 @@ def test_the_protocol_of_openrlhf(served: Make, tmp_path: Path) -> None:
 
 
 def test_null_is_unscored_with_the_reason_of_the_service_and_is_not_asked_again(served: Make) -> None:
-    answer = Answer({"scores": [1, None, None], "reasons": [None, "no\nidea", None]})
+    answer = Answer({"scores": [1, None, None, 2], "reasons": [None, "no\nidea", None, "short\x1b"]})
     scorer, server = served(lambda posted: answer)
-    scores = scorer.score(items("a", "b", "c"))
-    assert scores[1:] == [
+    scores = scorer.score(items("a", "b", "c", "d"))
+    assert (scores[0], scores[3]) == (Score(1.0), Score(2.0, reason="short\\x1b"))
+    assert scores[1:3] == [
         Score(None, reason="the service gave no score: no idea"),
         Score(None, reason="the service gave no score"),
     ]

@@ -85,8 +85,9 @@ def test_printing_does_not_disturb_the_answers(make: Make, capfd: pytest.Capture
 
 
 def test_a_function_may_give_parts_and_a_reason_of_its_own(make: Make) -> None:
-    scores = make("detailed").score(items("a", "mute", "silent", "bad", "b"))
-    assert scores[0] == scores[4] == Score(1.0, {"length": 1.0})
+    scores = make("detailed").score(items("a", "mute", "silent", "bad", "told"))
+    assert scores[0] == Score(1.0, {"length": 1.0})
+    assert scores[4] == Score(1.0, {"length": 4.0}, "two lines")
     assert scores[1] == Score(None, {"length": 4.0}, "nothing to say")
     assert scores[2] == Score(None, {"length": 6.0}, "scorer returned None")
     assert scores[3] == Score(None, {"length": 3.0}, "returned nan")

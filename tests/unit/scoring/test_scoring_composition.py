@@ -77,6 +77,21 @@ def test_an_item_that_one_member_leaves_unscored_is_unscored_with_its_name() -> 
         assert scores[1].value is not None
 
 
+def test_reasons_are_kept_by_the_name_of_who_gave_them() -> None:
+    """A scored whole has none of its own; what is unscored keeps those of members that have a value."""
+    inner = Score(1.0, {"rating": 7.0}, "", {"rating": "seven"})
+    members = {"good": table(a=Score(2.0, {}, "kind"), b=Score(1.0, {}, "rude")), "short": table(a=inner, b=None)}
+    found = score(WEIGHTED, members, of_prompt("p", "a", "b"))
+    assert (found[0].reason, found[0].part_reasons) == ("", {"good": "kind", "short/rating": "seven"})
+    assert (found[1].reason, found[1].part_reasons) == ("short: no idea", {"good": "rude"})
+    gates = {
+        "gate": table(a=Score(1.0, {}, "open"), b=Score(0.0, {}, "shut")),
+        "score": table(a=Score(3.0, {}, "kind")),
+    }
+    found = score(GATE, gates, of_prompt("p", "a", "b"))
+    assert [own.part_reasons for own in found] == [{"gate": "open", "score": "kind"}, {"gate": "shut"}]
+
+
 def test_a_sum_that_overflows_is_unscored() -> None:
     block = WeightedScoringBlock(scorers=TWO, weights={"good": 1e38, "short": 1.0})
     members = {"good": table(a=1e300), "short": table(a=1.0)}

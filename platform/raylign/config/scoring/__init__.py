@@ -14,6 +14,7 @@ from raylign.config.scoring.blocks import (
 from raylign.config.scoring.composition import (
     MEAN,
     STD,
+    CalibratedScoringBlock,
     Composition,
     CompositionBlock,
     EnsembleBlock,
@@ -26,13 +27,16 @@ from raylign.config.scoring.composition import (
     WeightedScoringBlock,
     asks_people,
     by_part,
+    is_calibrated,
     leaves,
+    short_tree,
 )
 
 __all__ = [
     "ANSWER",
     "MEAN",
     "STD",
+    "CalibratedScoringBlock",
     "Composition",
     "CompositionBlock",
     "EnsembleBlock",
@@ -53,5 +57,7 @@ __all__ = [
     "WeightedScoringBlock",
     "asks_people",
     "by_part",
+    "is_calibrated",
     "leaves",
+    "short_tree",
 ]

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from raylign.config.base import Block
 from raylign.config.blocks import Fraction
@@ -145,6 +145,17 @@ class GateScoringBlock(CompositionBlock):
     def members(self) -> "Mapping[str, ScoringBlock]":
         return {"gate": self.gate, "score": self.score}
 
+    @model_validator(mode="after")
+    def nothing_calibrated_is_left_alone(self) -> Self:
+        for name, member in self.members.items():
+            if is_calibrated(member):
+                raise ValueError(
+                    f"{name} of type calibrated: an answer that stands alone, as one that passes alone does, gets its "
+                    "scorer's own value, which is on another scale; put the gate into the calibrated scorer: "
+                    "{type: calibrated, scorer: {type: gate, ...}, ...}"
+                )
+        return self
+
     @property
     def title(self) -> str:
         return f"score where gate >= {self.threshold:g}, else {self.otherwise:g}"
@@ -175,7 +186,65 @@ class HumanScoringBlock(CompositionBlock):
         return True
 
 
-Composition = WeightedScoringBlock | MinScoringBlock | MeanStdScoringBlock | GateScoringBlock | HumanScoringBlock
+class CalibratedScoringBlock(CompositionBlock):
+    """A scorer on the scale of people: the mean, over the other candidates of a prompt, of P(it is better).
+
+    P = 1 / (1 + exp(-slope d)) of the difference d of the scorer's values, and 1/2 where it is within `band` of 1/2
+    (`raylign.evaluation.judge_calibration`). `raylign review pull` fits both to what people answered and prints them.
+    0..1, as the share of wins of type `human`. A completion that stands alone (held-out) has nothing to be better than:
+    it gets the scorer's own value.
+    """
+
+    place: ClassVar[str] = ""
+    type: Literal["calibrated"] = "calibrated"
+    slope: float
+    """How much a difference of 1 in the scorer's values tells, in nats of odds; above 0."""
+    band: float = Field(0.0, ge=0.0, lt=0.5)
+    """How close to 1/2 a probability still is a tie."""
+    scorer: "ScoringUnion"
+    """Whose values are compared. One of which less is better goes into a `weighted` with the weight -1 first."""
+
+    @property
+    def members(self) -> "Mapping[str, ScoringBlock]":
+        return {"scorer": self.scorer}
+
+    @property
+    def title(self) -> str:
+        return f"share of wins, calibrated on people: slope {self.slope:.3g}, tie band {self.band:.3g}"
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    @field_validator("slope")
+    @classmethod
+    def people_prefer_what_the_scorer_does(cls, slope: float) -> float:
+        if slope <= 0:
+            raise ValueError(
+                f"{slope:g} says that people prefer what the scorer gives less, or do not mind; take another scorer, "
+                "or one of which less is better as {type: weighted, scorers: {it: ...}, weights: {it: -1}}, with a "
+                "slope above 0"
+            )
+        return slope
+
+    @model_validator(mode="after")
+    def people_and_their_likes_are_calibrated_already(self) -> Self:
+        if asks_people(self.scorer) or isinstance(self.scorer, CalibratedScoringBlock):
+            raise ValueError(
+                f"scorer.type={self.scorer.type} would be calibrated on people twice; take the scorer alone that slope "
+                "and band were fitted to, and put it beside people in a weighted scorer"
+            )
+        return self
+
+
+Composition = (
+    WeightedScoringBlock
+    | MinScoringBlock
+    | MeanStdScoringBlock
+    | GateScoringBlock
+    | HumanScoringBlock
+    | CalibratedScoringBlock
+)
 ScoringBlock = LeafBlock | Composition
 ScoringUnion = Annotated[ScoringBlock, Field(discriminator="type")]
 
@@ -186,6 +255,7 @@ for _block in (
     MeanStdScoringBlock,
     GateScoringBlock,
     HumanScoringBlock,
+    CalibratedScoringBlock,
 ):
     _block.model_rebuild()
 
@@ -208,6 +278,19 @@ def by_part(block: ScoringBlock, part: str = "") -> dict[str, ScoringBlock]:
 
 def _listed(names: "Mapping[str, object] | set[str]") -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+def is_calibrated(block: ScoringBlock) -> bool:
+    """Whether something in it is calibrated on people, which compares candidates."""
+    return any(isinstance(part, CalibratedScoringBlock) for part in by_part(block).values())
+
+
+def short_tree(block: ScoringBlock) -> dict[str, Any]:
+    """`block` as a recipe would write it: its type, and what is not the default. It loads as an equal one."""
+    own = block.model_dump(mode="json", exclude_defaults=True)
+    members = block.members if isinstance(block, CompositionBlock) else {}
+    inner: dict[str, Any] = {name: short_tree(member) for name, member in members.items()}
+    return {"type": block.type} | own | ({"scorers": inner} if isinstance(block, EnsembleBlock) else inner)
 
 
 def asks_people(block: ScoringBlock) -> bool:
