@@ -1,43 +1,31 @@
-"""The judge's protocol against a real vLLM server, and a whole run with a judge.
+"""The judge's protocol against a real vLLM server.
 
 The model of the server is random and cannot judge: its canaries are left out.
 """
 
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pyarrow.parquet as pq
 import pytest
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt
 from raylign.scoring import JudgeScorer, ScoringItem
-from raylign.scoring.judge_client import QUESTIONS
 from raylign.scoring.load import describe_scorer
 from tests.integration.tiny import (
-    SMALLEST,
     START_S,
-    Watched,
     clean_environment,
-    command_line,
-    foreign_lines,
     wait_until,
 )
-from tests.judges import Asked, Reply, goodness, reasoned, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -144,53 +132,3 @@ def test_a_vllm_server_says_what_is_wrong(base_url: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     with pytest.raises(ScorerError, match="HTTP 401: the key is refused"):
         describe_scorer(block(base_url))
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def never_tied(asked: Asked) -> Reply:
-    """Good words first, then whatever differs: random texts need a winner too."""
-    texts = [asked.data(name) for name in (("answer",) if asked.is_rating else ("answer A", "answer B"))]
-    keys = [(goodness(text), zlib.crc32(text.encode())) for text in texts]
-    return Reply(str(1 + keys[0][1] % 10) if asked.is_rating else "A" if keys[0] > keys[1] else "B")
-
-
-def test_a_run_with_a_judge(served_llama: str, tmp_path: Path, ray_folder: Path) -> None:
-    with serving(reasoned(never_tied)) as server:
-        options = "model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4, reasons: true"
-        judge = f"{{type: judge, base_url: '{server.base_url}', {options}}}"
-        model = ("model.dtype=bfloat16", f"model.path={served_llama}")
-        settings = (*SMALLEST, *model, "run.dir=runs", "run.name=judged", f"scoring={judge}")
-        command = command_line(*settings)
-        with Watched(command, tmp_path, RAY_TMPDIR=str(ray_folder), JUDGE_KEY=KEY) as run:
-            assert run.finish(START_S + 200)[0] == 0, run.output
-            assert KEY not in run.output
-            assert foreign_lines(run.output) == []
-            logs = "".join(path.read_text(errors="replace") for path in ray_folder.rglob("worker-*.err"))
-    assert {asked.authorization for asked in server.asked} == {f"Bearer {KEY}"}
-    rows = pq.read_table(tmp_path / "runs/judged/rounds/0001/candidates.parquet").to_pylist()
-    shares: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        shares[row["prompt_id"]].append(row["score"])
-    assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
-    held_out = pq.read_table(tmp_path / "runs/judged/rounds/0001/samples.parquet").to_pylist()
-    assert all(row["score"] * 9 == pytest.approx(round(row["score"] * 9)) for row in held_out)
-    assert {len(row["score_reason"].splitlines()) for row in rows} == {2}, "one for each other candidate"
-    assert all(row["score_reason"].startswith('A is this answer, B "') for row in rows)
-    assert all(re.fullmatch(r"It has \d+ good words\.", row["score_reason"]) for row in held_out)
-    before = pq.read_table(tmp_path / "runs/judged/rounds/0000/samples.parquet").to_pylist()
-    first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
-    # One call for each evaluation that has completions without a score; the four groups of three do not fit together
-    # into calls of four.
-    assert logs.count("judge judge-1: ") == 1 + bool(second - first) + 4 and KEY not in logs
-    # The start check; the scorer's own questions; six for each prompt; two evaluations of two, without repetitions.
-    assert len(server.asked) == 1 + (1 + 2 * len(QUESTIONS)) + 4 * 6 + len(first | second)
-    report = json.loads((tmp_path / "runs/judged/rounds/0001/report.json").read_text())
-    taken = {name: report["scoring"][f"judge/{name}"] for name in ("calls", "items", "comparisons", "requests")}
-    assert taken == {"calls": 4, "items": 12, "comparisons": 12, "requests": 24}
-    kept = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-    assert kept == []

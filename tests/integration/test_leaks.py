@@ -1,10 +1,13 @@
-"""A whole GRPO run with secrets in its environment and hostile prompts: what it leaves behind, shows and passes on."""
+"""A whole GRPO run with a judge, secrets in its environment and hostile prompts: what it leaves and shows."""
 
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -16,8 +19,10 @@ import ray
 
 from actors.cluster import actor_environment, cluster
 from raylign.run.directory import open_run
+from raylign.scoring.judge_client import QUESTIONS
 from tests.faults import record
 from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line, foreign_lines
+from tests.judges import Asked, Reply, goodness, reasoned, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -31,6 +36,7 @@ SECRETS = {
     "DB_PASS": SECRET,
     "PGPASSWORD": SECRET,
     "GITHUB_PAT": SECRET,
+    "JUDGE_KEY": SECRET,
     "AZURE_STORAGE_CONNECTION_STRING": f"AccountName=a;AccountKey={SECRET}",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": SECRET,
@@ -97,27 +103,43 @@ class Finished:
     output: str
     lines: set[str]
     environments: dict[str, bytes]
+    asked: list[Asked]
+    """What the judge was asked."""
+    logs: str
+    """Of the actors."""
+
+
+def never_tied(asked: Asked) -> Reply:
+    """Good words first, then whatever differs: random texts need a winner too."""
+    texts = [asked.data(name) for name in (("answer",) if asked.is_rating else ("answer A", "answer B"))]
+    keys = [(goodness(text), zlib.crc32(text.encode())) for text in texts]
+    return Reply(str(1 + keys[0][1] % 10) if asked.is_rating else "A" if keys[0] > keys[1] else "B")
 
 
 @pytest.fixture(scope="module")
 def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """GRPO with a function that scores, on hostile prompts and with secrets in its environment."""
+    """GRPO by a judge, with a function for the gold score, on hostile prompts and with secrets in its environment."""
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "spread.py").write_text(SPREAD_SCORES)
     save_prompts(folder)
     before = set(files(folder))
     settings = (
         *(setting for setting in SMALLEST if not setting.startswith("pairing.")),
-        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl", "scoring.function=spread:score"),
+        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl"),
+        *("evaluation.gold={type: function, function: 'spread:score'}",),
         *(f"model.path={served_llama}", "trainer.per_device_train_batch_size=1"),
     )
-    command = command_line(*settings, recipe="recipes/grpo_smollm2.yaml")
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+    temporary = tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True)
+    with serving(reasoned(never_tied)) as server, temporary as ray_folder:
+        options = "model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4, reasons: true"
+        judge = f"scoring={{type: judge, base_url: '{server.base_url}', {options}}}"
+        command = command_line(*settings, judge, recipe="recipes/grpo_smollm2.yaml")
         with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
             lines, environments = watch(run)
             output = run.output
             assert run.finish(START_S)[0] == 0, output
-        yield Finished(folder, before, Path(ray_folder), output, lines, environments)
+        logs = "".join(path.read_text(errors="replace") for path in Path(ray_folder).rglob("worker-*.err"))
+        yield Finished(folder, before, Path(ray_folder), output, lines, environments, server.asked, logs)
 
 
 @pytest.mark.fault
@@ -127,7 +149,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(finished: F
     environments = finished.environments.items()
     driver = [environment for line, environment in environments if "recipes.commands.cli" in line]
     scoring = [environment for line, environment in environments if "recipes.commands.cli" not in line]
-    assert driver and all(environment.count(SECRET.encode()) == 9 for environment in driver), "the run had them"
+    assert driver and all(environment.count(SECRET.encode()) == 10 for environment in driver), "the run had them"
     assert SECRET not in finished.output
     assert [line for line in lines if SECRET in line] == []
     assert scoring and all(b"PATH=" in environment for environment in scoring)
@@ -146,7 +168,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(finished: F
     pages = [path for path in files(folder / "runs/mlartifacts") if path.suffix == ".html"]
     assert any("onclick" in page.read_text() for page in pages), "MLflow has pages of the tables"
     assert all(Elements(page.read_text()).found.isdisjoint({"b", "script"}) for page in pages)
-    record("secrets and hostile prompts in a run", "nine secrets, path-like ids, HTML", lost="nothing")
+    record("secrets and hostile prompts in a run", "ten secrets, path-like ids, HTML", lost="nothing")
 
 
 def test_the_recipe_trains_groups_and_says_what_trl_would(finished: Finished) -> None:
@@ -162,6 +184,30 @@ def test_the_recipe_trains_groups_and_says_what_trl_would(finished: Finished) ->
     for row in rows:
         assert [len(values) for values in row["old_logprobs"]] == [len(ids) for ids in row["token_ids"]]
         assert row["reference_logprobs"] is None
+
+
+def test_a_judge_compares_in_both_orders_and_rates_what_is_held_out(finished: Finished) -> None:
+    assert {asked.authorization for asked in finished.asked} == {f"Bearer {SECRET}"}
+    rounds = finished.folder / "runs/quiet/rounds"
+    rows = pq.read_table(rounds / "0001/candidates.parquet").to_pylist()
+    shares: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        shares[row["prompt_id"]].append(row["score"])
+    assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
+    before, held_out = (pq.read_table(rounds / f"{number}/samples.parquet").to_pylist() for number in ("0000", "0001"))
+    assert all(row["score"] * 9 == pytest.approx(round(row["score"] * 9)) for row in held_out)
+    assert {len(row["score_reason"].splitlines()) for row in rows} == {2}, "one for each other candidate"
+    assert all(row["score_reason"].startswith('A is this answer, B "') for row in rows)
+    assert all(re.fullmatch(r"It has \d+ good words\.", row["score_reason"]) for row in held_out)
+    first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
+    # One call for each evaluation that has completions without a score; the four groups of three do not fit together
+    # into calls of four.
+    assert finished.logs.count("judge judge-1: ") == 1 + bool(second - first) + 4 and SECRET not in finished.logs
+    # The start check; the scorer's own questions; six for each prompt; two evaluations of two, without repetitions.
+    assert len(finished.asked) == 1 + (1 + 2 * len(QUESTIONS)) + 4 * 6 + len(first | second)
+    report = json.loads((rounds / "0001/report.json").read_text())
+    taken = {name: report["scoring"][f"judge/{name}"] for name in ("calls", "items", "comparisons", "requests")}
+    assert taken == {"calls": 4, "items": 12, "comparisons": 12, "requests": 24}
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
