@@ -10,6 +10,8 @@ from pathlib import Path
 from raylign.config import OfflineConfig, OfflineDpoConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
+from raylign.evaluation.guard import Decision, guarded
+from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import Metric, held_out_evaluation
 from raylign.export.card import Method, loss_name, public_name
 from raylign.records import AnyEvaluation, Preference, RoundReport
@@ -32,13 +34,15 @@ def evaluate_rows(
 ) -> AnyEvaluation:
     """Loss and metrics on held-out rows, against the reference the round trained with; an earlier attempt's are read.
 
-    `metric` sums them up. Of a reference that never moves the rows have the log-probs already.
+    `metric` sums them up. Of a reference that never moves the rows have the log-probs already. The loss is that of
+    `config`, whatever the guard has raised since, so that versions compare.
     """
     with log.stage("evaluate", len(rows), "rows") as stage:
         if stage.done:
             return log.read_evaluation()
         if pace(config.measured_against) is not None:
             rows = trainers.with_reference(rows, config.run.seed, max(0, log.index - 1))
+        trainers.take_loss(config.objective)
         evaluation = held_out_evaluation(trainers.evaluate(rows), metric, config.evaluation, config.run.seed)
         log.save_evaluation(stage, evaluation)
     return evaluation
@@ -51,13 +55,14 @@ def run_round(
     known: dict[str, Preference],
     trainers: Trainers,
     config: OfflineDpoConfig,
+    made: Sequence[Decision] = (),
 ) -> RoundReport:
-    """Round `index` trains policy version `index` on its rows of the epoch."""
-    preferences = reference(log, rows, known, trainers, config)
-    steps = train_steps(log, preferences, trainers, config)
+    """Round `index` trains policy version `index` on its rows of the epoch; the guard `made` these decisions before."""
+    preferences, guided = reference(log, rows, known, trainers, config), guarded(config, made)
+    steps = train_steps(log, preferences, trainers, guided)
     evaluation = evaluate_rows(log, held_out, METRIC, trainers, config)
-    counts = {"preferences": len(preferences)}
-    return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds)
+    counts, health = {"preferences": len(preferences)}, round_health(steps, guided.loss)
+    return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds, {}, health)
 
 
 def reference(
@@ -91,7 +96,7 @@ def train(run: Run, data: PreferenceData, trainers: Trainers, config: OfflineDpo
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
         log, found = run.round_log(index), {} if moves else known
-        report = run_round(log, rows, held_out, found, trainers, config)
+        report = run_round(log, rows, held_out, found, trainers, config, run.decisions(before=index))
         run.finish_round(report_with_capability(run, log, report, trainers, config))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.config.evaluation import EvaluationBlock
-from raylign.evaluation.guard import loss_after
+from raylign.evaluation.guard import guarded
 from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import evaluate, with_gold
 from raylign.evaluation.win_rate import VersionRates, against_versions
@@ -245,9 +245,8 @@ def train(run: Run, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> 
     history = History(run.directory)
     for index in run.rounds_to_do():
         batch = draw_prompts(run, history, prompts.train, index, config)
-        guarded = config.model_copy(update={"loss": loss_after(config.loss, run.decisions(before=index))})
         log = run.round_log(index)
-        report, after = run_round(log, batch, prompts.held_out, team, guarded)
+        report, after = run_round(log, batch, prompts.held_out, team, guarded(config, run.decisions(before=index)))
         run.finish_round(report_with_capability(run, log, report, team.trainers, config), after)
 
 

@@ -33,7 +33,7 @@ from raylign.roles import Generators, Publisher, Scorer, Team, Trainers
 from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.fingerprints import fingerprint, model_digest
-from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
+from raylign.run.inputs import Input, Rows, keep, require_same, rows_input
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
 from raylign.scoring.composition import of_gold
@@ -301,7 +301,7 @@ def inputs_of(
         "model.path": Input(
             model_digest(Path(models.folder)), f"files of the model's folder {models.folder}", fixed=True
         ),
-        config.source[0]: Input(rows_digest(rows), "rows of the data, or how the template writes them", fixed=True),
+        config.source[0]: rows_input(rows),
     }
     if config.model.chat_template is not None:
         own = fingerprint(config.model.chat_template).sha256

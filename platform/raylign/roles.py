@@ -328,7 +328,7 @@ class Trainers(Protocol):
         ...
 
     def take_loss(self, loss: TrainerLoss) -> None:
-        """Train by it from the next round on: the config's, but for a beta or weights that the guard has raised."""
+        """Evaluate by it, and train from the next round on: the config's, but for what the guard has raised."""
 
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]

@@ -18,7 +18,7 @@ from raylign.tracking.registry import UNTIL, Registry
 from recipes.commands.cli import app
 from tests.integration.played_runs import evaluation, open_run, start
 from tests.mlflow_servers import free_port, mlflow_server, put_database
-from tests.promoted import add_round, evaluate, held_out, new_run, run_config, save_answers
+from tests.promoted import add_round, evaluate, held_out, new_run, offline_run, run_config, save_answers
 
 MODEL = "family"
 WON, TIED = [1.0] * 20, [0.0] * 20
@@ -124,6 +124,27 @@ def test_another_run_of_the_family_needs_an_evaluation_against_the_champion(stor
     aliases, versions = found(store, "rivals")
     assert aliases == {"candidate": 2, "champion": 2} and UNTIL in versions[1]
     assert versions[2]["gate.win_rate"] == "0.9"
+
+
+def test_a_run_on_a_data_set_is_promoted_by_an_evaluation(tmp_path: Path) -> None:
+    uri = put_database(tmp_path / "mlflow.db")
+    rows = [{"prompt": f"Asked {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config, run = offline_run(tmp_path, tracking={"uri": uri, "experiment": "tests"})
+    tracker = open_run(run.path, uri)
+    tracker.run_started(config, {})
+    assert tracker.close("FINISHED", timeout_s=600) == 0
+    refused = promote(run.path)
+    assert refused.exit_code == 1 and "which has no win rate" in " ".join(refused.output.split()), refused.output
+    sides = f"version 1 of {run.path}", f"version 0 of {run.path}"
+    questions = [f"Never asked {number}?" for number in range(20)]
+    known = promote(
+        run.path, "--evaluation", evaluate(tmp_path, *sides, [*questions, "asked 2?"], 21, run.checkpoint(1))
+    )
+    assert known.exit_code == 1 and "1 of its prompts were asked by the run too" in " ".join(known.output.split())
+    won = evaluate(tmp_path, *sides, questions, 18, run.checkpoint(1))
+    done = promote(run.path, "--evaluation", won)
+    assert done.exit_code == 0 and found(uri, "offline")[0] == {"candidate": 1, "champion": 1}, done.output
 
 
 def begun(parent: Path, name: str, uri: str) -> RunDirectory:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from raylign.config.evaluation import DISPLACEMENT, GOLD_DROP, LENGTH_GROWTH, EvaluationBlock
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig
+from raylign.config.evaluation import DISPLACEMENT, GOLD_DROP, LENGTH_GROWTH, ChoiceBlock
 from raylign.config.guard import GuardRule, RaiseRule, StopRule, WarnRule, raised
 from raylign.config.losses import LossBlock
 from raylign.evaluation.health import DISPLACED
-from raylign.records import AnyEvaluation, Evaluation, RoundReport
+from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 
+Guarded = TypeVar("Guarded", OnlineDpoConfig, OfflineDpoConfig)
 Measures = Mapping[str, float]
 """Of one policy version, by name; what could not be measured is not there."""
 
@@ -50,23 +53,25 @@ def measures(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> list[Me
 
     Numbers of its evaluation by their names; `length_growth`, the share by which its completions are longer than those
     before training; `gold_drop`, how far its gold score is below the best one so far, 0 for the best; `displacement`,
-    in nats, `raylign.evaluation.health.round_health`'s. Of a run on a data set nothing.
+    in nats, `raylign.evaluation.health.round_health`'s. Of held-out rows TRL's metrics, the one that sums them up with
+    its bounds.
     """
-    if not isinstance(baseline, Evaluation):
-        return [{} for _ in range(len(reports) + 1)]
     of_rounds = [(report.evaluation, report.health) for report in reports]
     versions: list[tuple[AnyEvaluation, Measures]] = [(baseline, {}), *of_rounds]
     found: list[Measures] = []
-    best_gold = baseline.gold
+    golds: list[float] = []
     for evaluation, health in versions:
-        assert isinstance(evaluation, Evaluation)
-        own: dict[str, float | None] = asdict(evaluation)
-        if baseline.length:
-            own[LENGTH_GROWTH] = evaluation.length / baseline.length - 1
-        if evaluation.gold is not None:
-            best_gold = evaluation.gold if best_gold is None else max(best_gold, evaluation.gold)
-            own[GOLD_DROP] = best_gold - evaluation.gold
-        own[DISPLACEMENT] = health.get(DISPLACED)
+        own: dict[str, float | None] = {DISPLACEMENT: health.get(DISPLACED)}
+        match evaluation:
+            case HeldOutEvaluation(metric=metric, value=value, low=low, high=high):
+                own |= {**evaluation.metrics, metric: value, f"{metric}_low": low, f"{metric}_high": high}
+            case Evaluation():
+                own |= asdict(evaluation)
+                if isinstance(baseline, Evaluation) and baseline.length:
+                    own[LENGTH_GROWTH] = evaluation.length / baseline.length - 1
+                if evaluation.gold is not None:
+                    golds.append(evaluation.gold)
+                    own[GOLD_DROP] = max(golds) - evaluation.gold
         found.append({name: value for name, value in own.items() if isinstance(value, int | float)})
     return found
 
@@ -88,7 +93,12 @@ def loss_after(loss: LossBlock, decisions: Sequence[Decision]) -> LossBlock:
     return loss
 
 
-def best_version(block: EvaluationBlock, measured: Sequence[Measures]) -> Best | None:
+def guarded(config: Guarded, decisions: Sequence[Decision]) -> Guarded:
+    """`config` with the loss that it trains by once all of the decisions were made."""
+    return config.model_copy(update={"loss": loss_after(config.loss, decisions)})
+
+
+def best_version(block: ChoiceBlock, measured: Sequence[Measures]) -> Best | None:
     """The best of the versions by `metric_for_best_model`, the earliest of equals; None where none was measured.
 
     `waited` counts as transformers' EarlyStoppingCallback does: a version that beats the best before it by more than
@@ -106,7 +116,7 @@ def best_version(block: EvaluationBlock, measured: Sequence[Measures]) -> Best |
 
 
 def ended_early(
-    rules: Sequence[GuardRule], choice: EvaluationBlock | None, newest: Sequence[Decision], measured: Sequence[Measures]
+    rules: Sequence[GuardRule], choice: ChoiceBlock | None, newest: Sequence[Decision], measured: Sequence[Measures]
 ) -> str | None:
     """Why a run does not go on after its newest round, whose decisions are `newest`; None where it does.
 

@@ -7,10 +7,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from raylign.config.evaluation import EvaluationBlock
+from raylign.config.evaluation import ChoiceBlock
 from raylign.evaluation.guard import best_version, measures
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
-from raylign.report.tables import NOTHING, round_table, step_mean, warnings
+from raylign.report.tables import NOTHING, displacement_notes, round_table, step_mean, warnings
 from raylign.report.text import escape_control, optional
 
 STAGES = ("reference", "train", "evaluate")
@@ -56,6 +56,7 @@ def held_out_warnings(baseline: HeldOutEvaluation, reports: Sequence[RoundReport
             f"held-out {last.metric} went from {interval(baseline)} to {interval(last)}: the intervals overlap, so the "
             "change may be chance; raise data.held_out to tell"
         )
+    notes += displacement_notes(reports)
     losses = [held_out(report.evaluation).metrics["loss"] for report in reports]
     best = min(range(len(losses)), key=losses.__getitem__)
     if losses[-1] > losses[best]:
@@ -112,7 +113,7 @@ def _quality(evaluation: AnyEvaluation) -> str:
 
 
 def alignment_tax(
-    baseline: AnyEvaluation, reports: Sequence[RoundReport], choice: EvaluationBlock | None = None
+    baseline: AnyEvaluation, reports: Sequence[RoundReport], choice: ChoiceBlock | None = None
 ) -> list[str]:
     """What training changed of capability, task by task with paired intervals; nothing where no version tells.
 
