@@ -44,7 +44,7 @@ from raylign.tracking.uri import default_uri
 from recipes.capability import find_tasks, task_inputs
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
-from recipes.memory import begin_check
+from recipes.memory import begin_check, evaluation_memory, gpu_bytes
 from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
 from recipes.sides import Found, find_sides, side_inputs
@@ -197,6 +197,7 @@ def evaluation_run(config: EvaluateConfig, recipe: str | None = None) -> Iterato
     load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         answering, judging = plan_evaluation(config, available, samples=any(side.given is None for side in sides))
+        evaluation_memory(config, sides, answering, judging, gpu_bytes(config.placement)).require_fit()
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             keep(directory.path, inputs)

@@ -123,7 +123,7 @@ class Evaluation:
     `win_rate` is the share of wins over the policy before round 1 on the same prompts, a tie being half a win;
     `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
     (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for. Of the recipe
-    `evaluate` it is the rate over the first opponent.
+    `evaluate` it is the rate over the first opponent; `win_rates` has those over all, as `win_rate_low/NAME`.
 
     `capability` has what `raylign.evaluation.capability` measured of this version, if it did.
     """
@@ -159,6 +159,7 @@ class Evaluation:
     win_rate_previous_low: float | None = None
     win_rate_previous_high: float | None = None
     capability: Mapping[str, float] = field(default_factory=dict)
+    win_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

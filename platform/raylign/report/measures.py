@@ -78,7 +78,8 @@ def measured(evaluation: AnyEvaluation) -> dict[str, float | None]:
     """Names to values, bounds and counts included, but for those of capability; None is what was not measured."""
     match evaluation:
         case Evaluation():
-            return {name: value for name, value in asdict(evaluation).items() if name != "capability"}
+            numbers = {name: value for name, value in asdict(evaluation).items() if not isinstance(value, dict)}
+            return {**numbers, **evaluation.win_rates}
         case HeldOutEvaluation():
             bounds = {f"{evaluation.metric}_low": evaluation.low, f"{evaluation.metric}_high": evaluation.high}
             return {**evaluation.metrics, evaluation.metric: evaluation.value, **bounds, "rows": evaluation.rows}
