@@ -35,7 +35,7 @@ def show_evaluation_plan(config: EvaluateConfig, console: Console) -> None:
         ("run directory", str(run)),
         ("MLflow", f"{default_uri(config.tracking, run)}, experiment {config.tracking.experiment}"),
     ]
-    console.print(grid(lines), "", memory_table(memory), sep="\n")
+    console.print(grid(lines), *(["", memory_table(memory)] if memory.phases else []), sep="\n")
     notes = [*memory_notes(memory), left_out(sides[0].prompts.invalid)]
     if run.exists():
         notes.append(f"{run} exists already: `raylign run` goes on with it")

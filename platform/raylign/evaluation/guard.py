@@ -26,16 +26,20 @@ class Decision:
     @property
     def told(self) -> str:
         """`kl is 0.7, above 0.5: loss.beta x 2 from the next round on`."""
-        match self.rule:
-            case WarnRule():
-                done = "warning"
-            case StopRule():
-                done = "the run ends here"
-            case RaiseRule(action="raise_beta"):
-                done = f"loss.beta x {self.rule.factor:g} from the next round on"
-            case RaiseRule():
-                done = f"the weight of the KL term x {self.rule.factor:g} from the next round on"
-        return f"{self.rule.measure} is {self.value:.4g}, {self.rule.bound}: {done}"
+        return f"{self.rule.measure} is {self.value:.4g}, {self.rule.bound}: {consequence(self.rule)}"
+
+
+def consequence(rule: GuardRule) -> str:
+    """What is done where the rule holds."""
+    match rule:
+        case WarnRule():
+            return "warning"
+        case StopRule():
+            return "the run ends here"
+        case RaiseRule(action="raise_beta"):
+            return f"loss.beta x {rule.factor:g} from the next round on"
+        case RaiseRule():
+            return f"the weight of the KL term x {rule.factor:g} from the next round on"
 
 
 @dataclass(frozen=True, slots=True)
