@@ -96,7 +96,7 @@ def train(run: Run, data: PreferenceData, trainers: Trainers, config: OfflineDpo
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
         log, found = run.round_log(index), {} if moves else known
-        report = run_round(log, rows, held_out, found, trainers, config, run.decisions(before=index))
+        report = run_round(log, rows, held_out, found, trainers, config, run.directory.decisions_before(index))
         run.finish_round(report_with_capability(run, log, report, trainers, config))
 
 

@@ -17,6 +17,7 @@ from actors.placement import PlacementPlan, plan_evaluation, plan_team, plan_tra
 from raylign.boundary.beside import end_torch_beside
 from raylign.config import EvaluateConfig, OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
+from raylign.config.evaluation import GOLD
 from raylign.config.losses import loss_functions
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
@@ -155,7 +156,7 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
 def scorers_of(config: OnlineDpoConfig) -> dict[str, ScoringBlock]:
     """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
     gold = config.evaluation.gold
-    return {"scoring": config.scoring} | ({} if gold is None else {"evaluation.gold": gold})
+    return {"scoring": config.scoring} | ({} if gold is None else {GOLD: gold})
 
 
 def _describe_scorers(config: OnlineDpoConfig) -> None:

@@ -17,7 +17,6 @@ from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError, Waiting
 from raylign.evaluation.capability.likelihood import Measured
 from raylign.evaluation.guard import (
-    Decision,
     Measures,
     best_version,
     decide,
@@ -128,10 +127,6 @@ class Run:
             if self._ended_early():
                 return
             yield index
-
-    def decisions(self, before: int) -> list[Decision]:
-        """What the guard did after all rounds before that one, in order."""
-        return [made for index in range(1, before) for made in self.directory.decisions(index) or ()]
 
     def _measures(self) -> list[Measures]:
         return measures(self._evaluations[0], self._reports)

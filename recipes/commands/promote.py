@@ -66,7 +66,8 @@ def promote_run(
         error.cure = "see above, condition by condition; or promote it all the same and say why: --force REASON"
         raise error
     with _asking(uri):
-        number = registry.promote(own, _reasons(evidence, refused, force))
+        over = None if champion is None else champion.number
+        number = registry.promote(own, _reasons(evidence, refused, force), over)
     if isinstance(evidence, Evidence):
         _say(console, f"win rate: {evidence.told}")
     for refusal in refused:

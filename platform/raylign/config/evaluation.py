@@ -13,7 +13,8 @@ from raylign.records import Evaluation
 MEASURED = tuple(field.name for field in fields(Evaluation) if field.type in (float, int, float | None))
 """Measures of one evaluation: its numbers."""
 GOLD = "evaluation.gold"
-"""The part of a held-out completion's score that the gold scorer gave."""
+"""The option of the gold scorer, and the part of a held-out completion's score that it gave; no member of a scorer can
+have that name."""
 LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT = "length_growth", "gold_drop", "displacement"
 MEASURES = (*MEASURED, LENGTH_GROWTH, GOLD_DROP, DISPLACEMENT)
 """What a version that samples can be judged by; `raylign.evaluation.guard.measures` says what the last three are."""

@@ -11,7 +11,7 @@ from raylign.config.losses import LossBlock
 from raylign.evaluation.health import DISPLACED
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 
-Guarded = TypeVar("Guarded", OnlineDpoConfig, OfflineDpoConfig)
+Guarded = TypeVar("Guarded", bound=OnlineDpoConfig | OfflineDpoConfig)
 Measures = Mapping[str, float]
 """Of one policy version, by name; what could not be measured is not there."""
 

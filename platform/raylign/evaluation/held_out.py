@@ -16,7 +16,6 @@ from raylign.evaluation.win_rate import VersionRates
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
-"""The part of a held-out completion's score that is the gold scorer's; no member of a scorer can have that name."""
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -46,7 +45,7 @@ def evaluate(
     """
     means = _prompt_means(prompts, candidates, scores)
     low, high = mean_interval(means, block, seed)
-    golds = _prompt_means(prompts, candidates, gold, "evaluation.gold") if gold else None
+    golds = _prompt_means(prompts, candidates, gold, GOLD) if gold else None
     gold_low, gold_high = (None, None) if golds is None else mean_interval(golds, block, seed)
     return Evaluation(
         score=float(means.mean()),
