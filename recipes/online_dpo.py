@@ -4,6 +4,7 @@ Run it with `raylign run recipes/sentiment_smollm2.yaml`, or copy this file and 
 file before the next one starts; run again, it goes on at the first stage that is not finished.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -203,12 +204,12 @@ def evaluate_policy(
             )
             scores, gold = team.scorer.score(held_out, candidates), team.scorer.gold(held_out, candidates)
             rows = [Completions(by_id[c.prompt_id].token_ids, (c.token_ids,)) for c in candidates]
-            logps = [row[0] for row in team.trainers.reference_logps(rows)]
-            same = bool(logps) and is_initial_reference(config.reference, max(0, log.index - 1))
-            initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
+            logprobs = [row[0] for row in team.trainers.reference_logprobs(rows)]
+            same = bool(logprobs) and is_initial_reference(config.reference, max(0, log.index - 1))
+            initial = logprobs if same else [row[0] for row in team.trainers.initial_logprobs(rows)]
             log.save_held_out(stage, held_out, candidates, with_gold(scores, gold))
             block, seed = config.evaluation, config.run.seed
-            rates = win_rates(log, candidates, scores, block)
+            rates, logps = win_rates(log, candidates, scores, block), [math.fsum(own) for own in logprobs]
             evaluation = evaluate(held_out, candidates, scores, logps, block, seed, initial, gold, rates)
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]

@@ -17,7 +17,6 @@ from actors.placement import PlacementPlan, plan_evaluation, plan_team, plan_tra
 from raylign.boundary.beside import end_torch_beside
 from raylign.config import EvaluateConfig, OfflineConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import ModelBlock
-from raylign.config.evaluation import GOLD
 from raylign.config.losses import loss_functions
 from raylign.config.reference import ModelReferenceBlock
 from raylign.config.scoring import ScoringBlock
@@ -135,8 +134,7 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     prompts = find_prompts(config, models)
     tasks = find_tasks(config, models.tokenizer)
     described()
-    scorers = scorers_of(config)
-    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, scorers)
+    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, config.scored_by)
     with opened as (run, plan):
         started = time.monotonic()
         with team(
@@ -151,12 +149,6 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
             ready = f"team ready in {time.monotonic() - started:.0f} s"
             run.say(f"{ready}; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
             yield run, prompts, roles
-
-
-def scorers_of(config: OnlineDpoConfig) -> dict[str, ScoringBlock]:
-    """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
-    gold = config.evaluation.gold
-    return {"scoring": config.scoring} | ({} if gold is None else {GOLD: gold})
 
 
 def _describe_scorers(config: OnlineDpoConfig) -> None:

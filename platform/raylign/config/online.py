@@ -198,10 +198,15 @@ class OnlineDpoConfig(RunConfig):
         return any(leaf.is_model for leaf in self.scorers)
 
     @property
+    def scored_by(self) -> Mapping[str, ScoringBlock]:
+        """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
+        gold = self.evaluation.gold
+        return {"scoring": self.scoring} | ({} if gold is None else {GOLD: gold})
+
+    @property
     def scorers(self) -> list[LeafBlock]:
         """Every scorer that is no composition, those of the gold scorer last."""
-        gold = self.evaluation.gold
-        return [*leaves(self.scoring), *([] if gold is None else leaves(gold))]
+        return [leaf for block in self.scored_by.values() for leaf in leaves(block)]
 
     @property
     def rules(self) -> tuple[GuardRule, ...]:

@@ -53,6 +53,7 @@ MEASURES = (
     Measure("kl_initial", "KL to initial, nats", ".2f", "eval/drift"),
     Measure("kl_initial_per_token", "KL to initial, nats a token", ".3f", "eval/drift", detail=True),
     Measure("kl_initial_k3", "KL to initial by k3, nats", ".2f", "eval/drift", detail=True),
+    Measure("kl_initial_k3_per_token", "KL to initial by k3, nats a token", ".3f", "eval/drift", detail=True),
     Measure("entropy", "entropy, nats a token", ".2f", "eval/drift"),
     Measure("length", "length, tokens", ".1f", "eval/text"),
     Measure("distinct_1", "distinct-1", ".3f", "eval/text", detail=True),

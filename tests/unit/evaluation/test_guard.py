@@ -50,6 +50,7 @@ def golds(*means: float, score: float = 1.0) -> list[RoundReport]:
 
 def test_every_measure_is_there_once_it_was_measured() -> None:
     full = {name: 0.5 for name in ("kl_initial", "kl_initial_per_token", "kl_initial_k3", "entropy", "distinct_1")}
+    full["kl_initial_k3_per_token"] = 0.5
     full |= {"distinct_3": 0.5, "seq_rep_4": 0.0, "truncated_rate": 0.1}
     rates = ("win_rate", "win_rate_length_controlled", "win_rate_previous")
     full |= {f"{rate}{bound}": 0.5 for rate in rates for bound in ("", "_low", "_high")}

@@ -170,6 +170,7 @@ def test_the_report_of_round_1_by_hand(open_desk: Open) -> None:
         kl_initial=1.0,
         kl_initial_per_token=0.5,
         kl_initial_k3=math.expm1(-1.0) + 1.0,
+        kl_initial_k3_per_token=math.expm1(-0.5) + 0.5,
         entropy=0.5,
         distinct_1=0.5,
         distinct_3=0.0,
