@@ -120,7 +120,12 @@ def compared(run: Run, sides: Sequence[Found], serve: Serve, scoring: Scoring, c
     rates = {name: rates_over(opponent.overall) for name, opponent in found.items()}
     first, *_ = rates.values()
     evaluation = evaluate(prompts, answers[0], scores, [], block, config.run.seed, win_rates=first)
-    of_all = {f"{rate}/{name}": value for name, own in rates.items() for rate, value in own.items()}
+    of_all = {
+        f"{rate}/{name}": value
+        for name, own in rates.items()
+        for rate, value in own.items()
+        if isinstance(value, float)
+    }
     evaluation = replace(evaluation, win_rates=of_all)
     run.finish_baseline(evaluation)
     return Comparison(policy.told, public_scorer(config.scoring), len(prompts), block.confidence, evaluation, found)

@@ -58,7 +58,7 @@ def run_round(
     made: Sequence[Decision] = (),
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch; the guard `made` these decisions before."""
-    preferences, guided = reference(log, rows, known, trainers, config), guarded(config, made)
+    preferences, guided = reference(log, rows, known, trainers, config), guarded(config, config.loss, made)
     steps = train_steps(log, preferences, trainers, guided)
     evaluation = evaluate_rows(log, held_out, METRIC, trainers, config)
     counts, health = {"preferences": len(preferences)}, round_health(steps, guided.loss)

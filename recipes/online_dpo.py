@@ -248,7 +248,7 @@ def train(run: Run, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> 
         batch = draw_prompts(run, history, prompts.train, index, config)
         log = run.round_log(index)
         report, after = run_round(
-            log, batch, prompts.held_out, team, guarded(config, run.directory.decisions_before(index))
+            log, batch, prompts.held_out, team, guarded(config, config.loss, run.directory.decisions_before(index))
         )
         run.finish_round(report_with_capability(run, log, report, team.trainers, config), after)
 

@@ -105,7 +105,7 @@ def best_of(directory: RunDirectory, config: RunConfig) -> int:
 def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> PolicyFacts:
     """What the model card tells of the run up to `report`, with the loss that its round was trained by."""
     if isinstance(config, OnlineDpoConfig | OfflineDpoConfig):
-        config = guarded(config, directory.decisions_before(report.index))
+        config = guarded(config, config.loss, directory.decisions_before(report.index))
     return PolicyFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),

@@ -155,7 +155,7 @@ def capability_lines(tasks: Sequence[Measured], block: CapabilityBlock | None) -
 
 def guard_lines(config: RunConfig) -> list[Line]:
     """What is watched after each round, by what the best version is chosen and when the run ends without a better."""
-    lines = []
+    lines: list[Line] = []
     for rule in config.rules:
         later = f", from round {rule.after_rounds + 1} on" if rule.after_rounds else ""
         lines.append(("" if lines else "guard", f"{rule.measure} {rule.bound}{later}: {consequence(rule)}"))

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from raylign.config import OfflineDpoConfig, OnlineDpoConfig
+from raylign.config import RunConfig
 from raylign.config.evaluation import DISPLACEMENT, GOLD_DROP, LENGTH_GROWTH, ChoiceBlock
 from raylign.config.guard import GuardRule, RaiseRule, StopRule, WarnRule, raised
 from raylign.config.losses import LossBlock
 from raylign.evaluation.health import DISPLACED
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 
-Guarded = TypeVar("Guarded", bound=OnlineDpoConfig | OfflineDpoConfig)
+C = TypeVar("C", bound=RunConfig)
 Measures = Mapping[str, float]
 """Of one policy version, by name; what could not be measured is not there."""
 
@@ -97,9 +97,9 @@ def loss_after(loss: LossBlock, decisions: Sequence[Decision]) -> LossBlock:
     return loss
 
 
-def guarded(config: Guarded, decisions: Sequence[Decision]) -> Guarded:
-    """`config` with the loss that it trains by once all of the decisions were made."""
-    return config.model_copy(update={"loss": loss_after(config.loss, decisions)})
+def guarded(config: C, loss: LossBlock, decisions: Sequence[Decision]) -> C:
+    """`config` with `loss`, its own, as it trains by it once all of the decisions were made."""
+    return config.model_copy(update={"loss": loss_after(loss, decisions)})
 
 
 def best_version(block: ChoiceBlock, measured: Sequence[Measures]) -> Best | None:

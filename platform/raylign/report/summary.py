@@ -124,7 +124,7 @@ def alignment_tax(
         return []
     newest, last = max(told), reports[-1].policy_version
     chosen = best_version(choice, measures(baseline, reports)) if choice else None
-    best = chosen.version if chosen else last
+    best = chosen.version if chosen else newest
     lines = [f"alignment tax{'' if newest == last == best else f' of version {newest}'}: {', '.join(told[newest])}"]
     if best in told and best != newest:
         lines.append(f"alignment tax of version {best}, the best: {', '.join(told[best])}")

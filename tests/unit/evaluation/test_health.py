@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -51,13 +52,14 @@ def test_k3_is_positive_on_any_sample_and_k1_is_not() -> None:
     assert kl_k3(DRAWN[3:], LOGPS[3:]) == pytest.approx(1 - math.log(2))
 
 
-CHAIN = {(): POLICY, (0,): (0.7, 0.2, 0.1), (1,): (0.1, 0.8, 0.1), (2,): (0.3, 0.3, 0.4)}
+Chain = Mapping[tuple[int, ...], tuple[float, ...]]
+CHAIN: Chain = {(): POLICY, (0,): (0.7, 0.2, 0.1), (1,): (0.1, 0.8, 0.1), (2,): (0.3, 0.3, 0.4)}
 """Distributions of the policy by what it has said: the second token depends on the first."""
-OTHER = {(): INITIAL, (0,): (0.6, 0.2, 0.2), (1,): (0.2, 0.6, 0.2), (2,): (0.3, 0.4, 0.3)}
+OTHER: Chain = {(): INITIAL, (0,): (0.6, 0.2, 0.2), (1,): (0.2, 0.6, 0.2), (2,): (0.3, 0.4, 0.3)}
 PAIRS = [(first, second) for first in range(3) for second in range(3)]
 
 
-def by_token(chain: dict[tuple[int, ...], tuple[float, ...]], pair: tuple[int, int]) -> tuple[float, float]:
+def by_token(chain: Chain, pair: tuple[int, int]) -> tuple[float, float]:
     return math.log(chain[()][pair[0]]), math.log(chain[pair[:1]][pair[1]])
 
 

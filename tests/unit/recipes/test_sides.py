@@ -134,7 +134,7 @@ def test_every_engine_has_the_gpu_to_itself_and_must_fit(run: RunDirectory, monk
     file = io.StringIO()
     show_evaluation_plan(config, Console(file=file, width=300))
     text = " ".join(file.getvalue().split())
-    assert "GiB of a GPU generator" in text and "answering as initial, base" in text
+    assert "GiB of a GPU" in text and "answering as initial, base" in text and "together 20.40 20.40 6.00" in text
     with pytest.raises(PlacementError, match="an engine needs"):
         show_evaluation_plan(config_of(run, opponents, placement=placement | {"gpu_memory_gb": 1}), Console(file=file))
 
