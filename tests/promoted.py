@@ -45,7 +45,11 @@ def run_config(parent: Path, name: str = "demo", **blocks: Any) -> OnlineDpoConf
 
 def offline_run(parent: Path, name: str = "offline", **blocks: Any) -> tuple[OfflineDpoConfig, RunDirectory]:
     """A finished run of one round on a data set, with its checkpoint."""
-    tree = {"run": {"name": name, "dir": str(parent)}, "data": {"source": str(parent / "rows.jsonl")}, **blocks}
+    tree = {
+        "run": {"name": name, "dir": str(parent)},
+        "data": {"source": str(parent / "rows.jsonl"), "held_out": 2},
+        **blocks,
+    }
     config = parse_tree(tree, OfflineDpoConfig, "test")
     directory = create_run(config.run, config)
     rows = HeldOutEvaluation("rewards/accuracies", 0.7, 0.6, 0.8, 20, {"loss": 0.6})
