@@ -1,6 +1,7 @@
 """What a policy still knows beside what it is trained for, as a stage of a recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,9 +11,11 @@ from raylign.evaluation.capability.likelihood import Encoder, Measured, encode
 from raylign.evaluation.capability.lm_eval_tasks import lm_eval_task
 from raylign.evaluation.capability.measures import summary
 from raylign.evaluation.capability.tasks import load_task
+from raylign.records import AnyEvaluation, RoundReport
 from raylign.roles import Trainers
 from raylign.run.inputs import Input
 from raylign.run.rounds import RoundLog
+from recipes.run import Run
 
 
 def find_tasks(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Measured, ...]:
@@ -35,22 +38,39 @@ def task_inputs(tasks: Sequence[Measured]) -> dict[str, Input]:
     }
 
 
-def measure_capability(
-    log: RoundLog, tasks: Sequence[Measured], trainers: Trainers, config: OnlineDpoConfig | OfflineConfig
-) -> Mapping[str, float]:
-    """`raylign.evaluation.capability.measures.summary` of the policy as it is; empty in rounds that measure none.
+def with_capability(
+    run: Run,
+    log: RoundLog,
+    evaluation: AnyEvaluation,
+    trainers: Trainers,
+    config: OnlineDpoConfig | OfflineConfig,
+    *,
+    last: bool = False,
+) -> AnyEvaluation:
+    """`evaluation` with what the policy still knows, in rounds that measure it: before round 1 and after the `last`.
 
-    Belongs before the stage `evaluate`: once that is finished, the policy may be another one.
+    A stage of its own, after all that says whether the run goes on: who ends early has it of the last version too. Once
+    the policy has trained on it cannot be had any more.
     """
     block = config.capability
-    if block is None or not tasks or not block.is_due(log.index, config.rounds):
-        return {}
-    if log.is_finished("evaluate") and not log.is_finished("capability"):
-        return {}
-    with log.stage("capability", sum(task.rows for task in tasks), "rows") as stage:
+    if block is None or not run.tasks or not block.is_due(log.index, last=last):
+        return evaluation
+    if log.trained.passed and not log.is_finished("capability"):
+        return evaluation
+    with log.stage("capability", sum(task.rows for task in run.tasks), "rows") as stage:
         if stage.done:
             results = log.read_capability()
         else:
-            results = {task.name: task.measure(trainers.policy_logps, stage.advance) for task in tasks}
+            results = {task.name: task.measure(trainers.policy_logps, stage.advance) for task in run.tasks}
             log.save_capability(stage, results)
-    return summary(results, log.capability_before_training(), config.evaluation, config.run.seed)
+    found = summary(results, log.capability_before_training(), config.evaluation, config.run.seed)
+    return replace(evaluation, capability=found)
+
+
+def report_with_capability(
+    run: Run, log: RoundLog, report: RoundReport, trainers: Trainers, config: OnlineDpoConfig | OfflineConfig
+) -> RoundReport:
+    """The same for the report of a round."""
+    last = run.ends_with(report)
+    evaluation = with_capability(run, log, report.evaluation, trainers, config, last=last)
+    return replace(report, evaluation=evaluation, seconds=log.seconds)

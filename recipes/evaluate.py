@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -117,9 +117,16 @@ def compared(run: Run, sides: Sequence[Found], serve: Serve, scoring: Scoring, c
         }
     told = {side.name: side.told for side in opponents}
     found = compare(pairs, told, prompts, block.category, block.confidence)
-    first = next(iter(found.values())).overall
-    rates = rates_over(first)
-    evaluation = evaluate(prompts, answers[0], scores, [], block, config.run.seed, win_rates=rates)
+    rates = {name: rates_over(opponent.overall) for name, opponent in found.items()}
+    first, *_ = rates.values()
+    evaluation = evaluate(prompts, answers[0], scores, [], block, config.run.seed, win_rates=first)
+    of_all = {
+        f"{rate}/{name}": value
+        for name, own in rates.items()
+        for rate, value in own.items()
+        if isinstance(value, float)
+    }
+    evaluation = replace(evaluation, win_rates=of_all)
     run.finish_baseline(evaluation)
     return Comparison(policy.told, public_scorer(config.scoring), len(prompts), block.confidence, evaluation, found)
 

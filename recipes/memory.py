@@ -5,7 +5,7 @@
 Colocated, generator and trainer take turns on a GPU: the trainer's tensors are in host memory while it samples, and the
 engine sleeps while it trains, of which its context stays. For a publish the trainer's weights are there beside those of
 the engine, which has no KV cache then. Disaggregated, each has its own GPU and keeps what it has. On CPUs everything is
-there all the time.
+there all the time. An evaluation has the engine of one side at a time, then the scorer.
 """
 
 import math
@@ -20,21 +20,24 @@ from rich import box
 from rich.table import Table
 
 from actors.placement import OUTSIDE, Device, PlacementPlan
-from actors.weight_sync.manifest import checkpoint_manifest
-from raylign.config import OnlineDpoConfig, RunConfig
+from actors.weight_sync.manifest import checkpoint_manifest, file_manifest
+from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock
+from raylign.config.scoring import LeafBlock, leaves
 from raylign.config.scoring.blocks import ImplicitScoringBlock, RewardModelScoringBlock
 from raylign.errors import PlacementError
 from raylign.models.open import read_config
 from raylign.records import Preference, Prompt
-from raylign.training.memory import CURES, GIB, Cure, TrainerNeeds, size_of, trainer_cures
+from raylign.training.memory import CURES, GIB, Cure, ModelSize, TrainerNeeds, size_of, trainer_cures
 from recipes.commands.plan import reference_facts
 from recipes.model_checks import trained_parameters
+from recipes.sides import Found
 
 _ENGINE_CONTEXT = GIB
 """Of an engine besides weights and KV cache, awake or asleep: CUDA's context, graphs and buffers. Not measured."""
 _TRAINER_CONTEXT = GIB // 2
 """CUDA's context of a rank."""
+_ADAPTER = "adapter_model.safetensors"
 _QUERY_TIMEOUT_S = 15.0
 _ESTIMATED = "*"
 """Marks rows of the engine and the scorer."""
@@ -111,6 +114,16 @@ class Subject:
     rows: Sequence[object]
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A model that vLLM serves, of `itemsize` bytes a weight, with an adapter of so many weights."""
+
+    size: ModelSize
+    itemsize: int
+    adapter: int
+    device: Device
+
+
 def memory_plan(config: RunConfig, subject: Subject, placement: PlacementPlan, each: int | None) -> MemoryPlan:
     """`each` is that of `gpu_bytes`."""
     needs = trainer_needs(config, subject, placement.device)
@@ -118,12 +131,45 @@ def memory_plan(config: RunConfig, subject: Subject, placement: PlacementPlan, e
     if not isinstance(config, OnlineDpoConfig):
         phases: tuple[Phase, ...] = (_alone(needs),)
     elif placement.device == "cpu":
-        rows = _engine_rows(config.generators, needs, None) | {_KV: int(config.generators.kv_cache_gb * GIB)}
+        rows = _engine_on_host(config.generators, _engine(needs))
         phases = (Phase("generator", "all phases", rows), Phase("trainer rank", "all phases", needs.rows()))
     else:
         phases = _on_gpus(config, needs, placement, memory)
         return MemoryPlan("gpu", phases, memory, needs.host(), config.generators.gpu_memory_utilization)
     return MemoryPlan(placement.device, phases, memory, needs.host())
+
+
+def evaluation_memory(
+    config: EvaluateConfig, sides: Sequence[Found], answering: PlacementPlan, scoring: PlacementPlan, each: int | None
+) -> MemoryPlan:
+    """Of the sides that are sampled, one after the other, and of a scorer on a GPU, which starts when they are gone."""
+    block, memory = config.generators, each if answering.device == "gpu" else None
+    found: dict[tuple[tuple[str, int], ...], list[Found]] = {}
+    for side in (one for one in sides if one.given is None):
+        engine = _served(side, config, answering.device)
+        rows = _engine_rows(block, engine, memory) if engine.device == "gpu" else _engine_on_host(block, engine)
+        found.setdefault(tuple(rows.items()), []).append(side)
+    phases = [
+        Phase(
+            "generator",
+            f"answering as {', '.join(side.name for side in alike)}",
+            dict(rows),
+            _sorted(*_engine_cures(block, _served(alike[0], config, answering.device), memory, 0, "")),
+        )
+        for rows, alike in found.items()
+    ]
+    if answering.device == "gpu" and scoring.scorer.num_gpus:
+        rows = {_SCORER: _scorer_bytes(leaves(config.scoring), config.placement, memory)}
+        phases.append(Phase("scorer", "scoring", rows, _scorer_cures(rows)))
+    return MemoryPlan(answering.device, tuple(phases), memory, 0, block.gpu_memory_utilization)
+
+
+def _served(side: Found, config: EvaluateConfig, device: Device) -> Engine:
+    folder = Path(side.folder)
+    size = size_of(checkpoint_manifest(folder), read_config(side.folder, side.model.trust_remote_code))
+    files = [*side.checkpoint.glob(_ADAPTER)] if side.checkpoint else []
+    adapter = sum(math.prod(shape) for file in files for shape in file_manifest(file).values())
+    return Engine(size, side.model.itemsize, adapter, device)
 
 
 def trainer_needs(config: RunConfig, subject: Subject, device: Device) -> TrainerNeeds:
@@ -178,14 +224,15 @@ def _on_gpus(
     config: OnlineDpoConfig, needs: TrainerNeeds, placement: PlacementPlan, memory: int | None
 ) -> tuple[Phase, ...]:
     """Of the GPU that has most on it: the first generator's, with the scorer where that shares it."""
-    engine = _engine_rows(config.generators, needs, memory)
+    engine = _engine_rows(config.generators, _engine(needs), memory)
     asleep = {_CONTEXT: engine[_CONTEXT]}
     without_cache = {name: size for name, size in engine.items() if name != _KV}
     shared = placement.scorer.bundle != OUTSIDE and placement.scorer.num_gpus > 0
-    scorer = {_SCORER: _scorer_bytes(config, memory)} if shared else {}
+    scorer = {_SCORER: _scorer_bytes(config.scorers, config.placement, memory)} if shared else {}
     context = {"trainer context": _TRAINER_CONTEXT}
     others = _TRAINER_CONTEXT + sum(scorer.values())
-    cures = _sorted(*_engine_cures(config, needs, memory, others), *_scorer_cures(scorer))
+    turns = "" if config.placement.mode == "disaggregated" else " with placement.mode=disaggregated"
+    cures = _sorted(*_engine_cures(config.generators, _engine(needs), memory, others, turns), *_scorer_cures(scorer))
     if config.placement.mode == "disaggregated":
         both = (Phase("generator", name, engine | scorer, cures) for name in ("sampling", "publishing"))
         return (*both, _alone(needs))
@@ -219,30 +266,41 @@ def _alone(needs: TrainerNeeds) -> Phase:
     return Phase(where, "training", {**needs.rows(), **context}, tuple(trainer_cures(needs)))
 
 
-def _engine_rows(block: GeneratorsBlock, needs: TrainerNeeds, memory: int | None) -> dict[str, int]:
-    """Of an engine on one GPU, awake: its KV cache takes what `gpu_memory_utilization` leaves, a sequence at least."""
-    width, itemsize = block.tensor_parallel_size, needs.model.itemsize
+def _engine(needs: TrainerNeeds) -> Engine:
+    """That of the policy in training."""
     adapter = needs.trained if needs.model.adapter_fits_checkpoint else 0
-    weights = (needs.size.parameters + adapter) * itemsize // width
-    context = _ENGINE_CONTEXT if needs.device == "gpu" else 0
-    least = needs.size.kv_bytes(itemsize) // width * block.max_model_len
+    return Engine(needs.size, needs.model.itemsize, adapter, needs.device)
+
+
+def _engine_on_host(block: GeneratorsBlock, engine: Engine) -> dict[str, int]:
+    """Of an engine on CPUs."""
+    return _engine_rows(block, engine, None) | {_KV: int(block.kv_cache_gb * GIB)}
+
+
+def _engine_rows(block: GeneratorsBlock, engine: Engine, memory: int | None) -> dict[str, int]:
+    """Of an engine on one GPU, awake: its KV cache takes what `gpu_memory_utilization` leaves, a sequence at least."""
+    width = block.tensor_parallel_size
+    weights = (engine.size.parameters + engine.adapter) * engine.itemsize // width
+    context = _ENGINE_CONTEXT if engine.device == "gpu" else 0
+    least = engine.size.kv_bytes(engine.itemsize) // width * block.max_model_len
     left = 0 if memory is None else int(block.gpu_memory_utilization * memory) - weights - context
     rows = {_WEIGHTS: weights, _KV: max(left, least)}
     return rows | ({_CONTEXT: context} if context else {})
 
 
-def _engine_cures(config: OnlineDpoConfig, needs: TrainerNeeds, memory: int | None, others: int) -> list[Cure]:
-    """What would shrink an engine beside `others` bytes of its GPU: its share, or what it needs at least."""
-    block = config.generators
-    whole, least = (sum(_engine_rows(block, needs, known).values()) for known in (memory, None))
-    apart = "" if config.placement.mode == "disaggregated" else " with placement.mode=disaggregated"
+def _engine_cures(block: GeneratorsBlock, engine: Engine, memory: int | None, others: int, apart: str) -> list[Cure]:
+    """What would shrink an engine beside `others` bytes of its GPU: its share, or what it needs at least.
+
+    `apart` is what several GPUs for an engine ask for besides.
+    """
+    whole, least = (sum(_engine_rows(block, engine, known).values()) for known in (memory, None))
     half, width = block.max_model_len // 2, 2 * block.tensor_parallel_size
     tries: dict[str, dict[str, int]] = {
         f"generators.max_model_len={half}": {"max_model_len": half},
         f"generators.tensor_parallel_size={width}{apart}": {"tensor_parallel_size": width},
     }
     found = [
-        Cure(name, least - sum(_engine_rows(block.model_copy(update=options), needs, None).values()))
+        Cure(name, least - sum(_engine_rows(block.model_copy(update=options), engine, None).values()))
         for name, options in tries.items()
     ]
     if memory is not None and (room := memory - others) >= least:
@@ -255,12 +313,12 @@ def _scorer_cures(scorer: Mapping[str, int]) -> tuple[Cure, ...]:
     return tuple(Cure("placement.scorer_gpus=0", size) for size in scorer.values())
 
 
-def _scorer_bytes(config: OnlineDpoConfig, memory: int | None) -> int:
+def _scorer_bytes(scorers: Iterable[LeafBlock], placement: PlacementBlock, memory: int | None) -> int:
     """Of the files of its models that are here, else its share of the GPU."""
-    folders = [Path(path) for leaf in config.scorers for path in _paths(leaf)]
+    folders = [Path(path) for leaf in scorers for path in _paths(leaf)]
     if folders and all(folder.is_dir() for folder in folders):
         return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-    return int(config.placement.scorer_gpus * (memory or 0))
+    return int(placement.scorer_gpus * (memory or 0))
 
 
 def _paths(block: object) -> Iterable[str]:

@@ -5,42 +5,45 @@ Run it with `raylign run recipes/offline_dpo_smollm2.yaml data.source=FILE`, or 
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from raylign.config import OfflineConfig, OfflineDpoConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
-from raylign.evaluation.capability.likelihood import Measured
+from raylign.evaluation.guard import Decision, guarded
+from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import Metric, held_out_evaluation
 from raylign.export.card import Method, loss_name, public_name
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.reference.versions import pace
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
-from recipes.capability import measure_capability
+from recipes.capability import report_with_capability, with_capability
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
 from recipes.opening import offline_run
 from recipes.recipe import Recipe
 from recipes.run import Run, finished_before, train_steps
 
+METRIC: Metric = "rewards/accuracies"
+"""The share of held-out pairs ranked rightly sums an evaluation up."""
+
 
 def evaluate_rows(
-    log: RoundLog,
-    rows: Sequence[Preference],
-    metric: Metric,
-    trainers: Trainers,
-    config: OfflineConfig,
-    tasks: Sequence[Measured] = (),
+    log: RoundLog, rows: Sequence[Preference], metric: Metric, trainers: Trainers, config: OfflineConfig
 ) -> AnyEvaluation:
-    """Loss and metrics on held-out rows, and capability on `tasks`; an earlier attempt's are read."""
-    capability = measure_capability(log, tasks, trainers, config)
+    """Loss and metrics on held-out rows, against the reference the round trained with; an earlier attempt's are read.
+
+    `metric` sums them up. Of a reference that never moves the rows have the log-probs already. The loss is that of
+    `config`, whatever the guard has raised since, so that versions compare.
+    """
     with log.stage("evaluate", len(rows), "rows") as stage:
         if stage.done:
             return log.read_evaluation()
+        if pace(config.measured_against) is not None:
+            rows = trainers.with_reference(rows, config.run.seed, max(0, log.index - 1))
+        trainers.take_loss(config.objective)
         evaluation = held_out_evaluation(trainers.evaluate(rows), metric, config.evaluation, config.run.seed)
-        evaluation = replace(evaluation, capability=capability)
         log.save_evaluation(stage, evaluation)
     return evaluation
 
@@ -52,14 +55,14 @@ def run_round(
     known: dict[str, Preference],
     trainers: Trainers,
     config: OfflineDpoConfig,
-    tasks: Sequence[Measured] = (),
+    made: Sequence[Decision] = (),
 ) -> RoundReport:
-    """Round `index` trains policy version `index` on its rows of the epoch."""
-    preferences = reference(log, rows, known, trainers, config)
-    steps = train_steps(log, preferences, trainers, config)
-    evaluation = evaluate_policy(log, held_out, trainers, config, tasks)
-    counts = {"preferences": len(preferences)}
-    return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds)
+    """Round `index` trains policy version `index` on its rows of the epoch; the guard `made` these decisions before."""
+    preferences, guided = reference(log, rows, known, trainers, config), guarded(config, config.loss, made)
+    steps = train_steps(log, preferences, trainers, guided)
+    evaluation = evaluate_rows(log, held_out, METRIC, trainers, config)
+    counts, health = {"preferences": len(preferences)}, round_health(steps, guided.loss)
+    return RoundReport(log.index, log.index, counts, tuple(steps), {}, evaluation, log.seconds, {}, health)
 
 
 def reference(
@@ -81,41 +84,20 @@ def reference(
     return preferences
 
 
-def evaluate_policy(
-    log: RoundLog,
-    held_out: Sequence[Preference],
-    trainers: Trainers,
-    config: OfflineDpoConfig,
-    tasks: Sequence[Measured] = (),
-) -> AnyEvaluation:
-    """Loss, rewards and the share of held-out pairs ranked rightly, against the reference the round trained with.
-
-    `tasks` are what its capability is measured on.
-    """
-    capability = measure_capability(log, tasks, trainers, config)
-    with log.stage("evaluate", len(held_out), "rows") as stage:
-        if stage.done:
-            return log.read_evaluation()
-        moves = pace(config.reference) is not None
-        rows = trainers.with_reference(held_out, config.run.seed, max(0, log.index - 1)) if moves else held_out
-        measured = trainers.evaluate(rows)
-        evaluation = held_out_evaluation(measured, "rewards/accuracies", config.evaluation, config.run.seed)
-        evaluation = replace(evaluation, capability=capability)
-        log.save_evaluation(stage, evaluation)
-    return evaluation
-
-
 def train(run: Run, data: PreferenceData, trainers: Trainers, config: OfflineDpoConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
     moves = pace(config.reference) is not None
     # Of a reference that never moves once for all evaluations and epochs.
     held_out = data.held_out if moves else trainers.with_reference(data.held_out, config.run.seed, 0)
     known: dict[str, Preference] = {}
-    run.finish_baseline(evaluate_policy(run.round_log(0), held_out, trainers, config, run.tasks))
+    log = run.round_log(0)
+    baseline = evaluate_rows(log, held_out, METRIC, trainers, config)
+    run.finish_baseline(with_capability(run, log, baseline, trainers, config))
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
         log, found = run.round_log(index), {} if moves else known
-        run.finish_round(run_round(log, rows, held_out, found, trainers, config, run.tasks))
+        report = run_round(log, rows, held_out, found, trainers, config, run.directory.decisions_before(index))
+        run.finish_round(report_with_capability(run, log, report, trainers, config))
 
 
 def main(config: OfflineDpoConfig) -> Path:

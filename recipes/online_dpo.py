@@ -4,6 +4,7 @@ Run it with `raylign run recipes/sentiment_smollm2.yaml`, or copy this file and 
 file before the next one starts; run again, it goes on at the first stage that is not finished.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,7 @@ from pathlib import Path
 
 from raylign.config import OnlineDpoConfig, load_config
 from raylign.config.evaluation import EvaluationBlock
-from raylign.evaluation.capability.likelihood import Measured
-from raylign.evaluation.guard import loss_after
+from raylign.evaluation.guard import guarded
 from raylign.evaluation.health import round_health
 from raylign.evaluation.held_out import evaluate, with_gold
 from raylign.evaluation.win_rate import VersionRates, against_versions
@@ -46,7 +46,7 @@ from raylign.sampling.curriculum import (
 from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
 from raylign.scoring import check_unscored
 from raylign.scoring.load import public_scorer
-from recipes.capability import measure_capability
+from recipes.capability import report_with_capability, with_capability
 from recipes.commands.failures import as_script
 from recipes.commands.plan_online import show_plan
 from recipes.opening import online_run
@@ -60,7 +60,6 @@ def run_round(
     held_out: Sequence[Prompt],
     team: Team,
     config: OnlineDpoConfig,
-    tasks: Sequence[Measured] = (),
 ) -> tuple[RoundReport, list[Sample]]:
     """Round `index` trains policy version `index` from samples of version `index - 1`."""
     candidates = sample(log, prompts, team, config)
@@ -70,7 +69,7 @@ def run_round(
     preferences = reference(log, prompts, candidates, pairing, team, config)
     steps = train_steps(log, preferences, team.trainers, config)
     sync = publish(log, team)
-    evaluation, samples = evaluate_policy(log, held_out, team, config, tasks)
+    evaluation, samples = evaluate_policy(log, held_out, team, config)
     scoring, health = log.read_scoring(), round_health(steps, config.loss)
     done = (pairing.counts, tuple(steps), sync, evaluation, log.seconds, scoring, health)
     return RoundReport(log.index, log.index, *done), samples
@@ -190,13 +189,9 @@ def publish(log: RoundLog, team: Team) -> Mapping[str, float]:
 
 
 def evaluate_policy(
-    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig, tasks: Sequence[Measured] = ()
+    log: RoundLog, held_out: Sequence[Prompt], team: Team, config: OnlineDpoConfig
 ) -> tuple[AnyEvaluation, list[Sample]]:
-    """Held-out scores, KL and shape of the policy version that the generators serve, with its completions.
-
-    `tasks` are what its capability is measured on.
-    """
-    capability = measure_capability(log, tasks, team.trainers, config)
+    """Held-out scores, KL and shape of the policy version that the generators serve, with its completions."""
     decoding = evaluation_decoding(config.sampling, config.evaluation)
     by_id = {prompt.id: prompt for prompt in held_out}
     with log.stage("evaluate", len(held_out), "prompts") as stage:
@@ -209,14 +204,13 @@ def evaluate_policy(
             )
             scores, gold = team.scorer.score(held_out, candidates), team.scorer.gold(held_out, candidates)
             rows = [Completions(by_id[c.prompt_id].token_ids, (c.token_ids,)) for c in candidates]
-            logps = [row[0] for row in team.trainers.reference_logps(rows)]
-            same = bool(logps) and is_initial_reference(config.reference, max(0, log.index - 1))
-            initial = logps if same else [row[0] for row in team.trainers.initial_logps(rows)]
+            logprobs = [row[0] for row in team.trainers.reference_logprobs(rows)]
+            same = bool(logprobs) and is_initial_reference(config.reference, max(0, log.index - 1))
+            initial = logprobs if same else [row[0] for row in team.trainers.initial_logprobs(rows)]
             log.save_held_out(stage, held_out, candidates, with_gold(scores, gold))
             block, seed = config.evaluation, config.run.seed
-            rates = win_rates(log, candidates, scores, block)
+            rates, logps = win_rates(log, candidates, scores, block), [math.fsum(own) for own in logprobs]
             evaluation = evaluate(held_out, candidates, scores, logps, block, seed, initial, gold, rates)
-            evaluation = replace(evaluation, capability=capability)
             log.save_evaluation(stage, evaluation)
     first = range(0, len(candidates), decoding.num_generations)[: config.evaluation.samples]
     return evaluation, [Sample(by_id[candidates[i].prompt_id], candidates[i].text, scores[i]) for i in first]
@@ -246,14 +240,17 @@ def draw_prompts(
 
 def train(run: Run, prompts: PromptSet, team: Team, config: OnlineDpoConfig) -> None:
     """Evaluate, then sample, score, prefer, train, publish and evaluate for every round that is not finished."""
-    baseline, before = evaluate_policy(run.round_log(0), prompts.held_out, team, config, run.tasks)
-    run.finish_baseline(baseline, before)
+    log = run.round_log(0)
+    baseline, before = evaluate_policy(log, prompts.held_out, team, config)
+    run.finish_baseline(with_capability(run, log, baseline, team.trainers, config), before)
     history = History(run.directory)
     for index in run.rounds_to_do():
         batch = draw_prompts(run, history, prompts.train, index, config)
-        guarded = config.model_copy(update={"loss": loss_after(config.loss, run.decisions(before=index))})
-        report, after = run_round(run.round_log(index), batch, prompts.held_out, team, guarded, run.tasks)
-        run.finish_round(report, after)
+        log = run.round_log(index)
+        report, after = run_round(
+            log, batch, prompts.held_out, team, guarded(config, config.loss, run.directory.decisions_before(index))
+        )
+        run.finish_round(report_with_capability(run, log, report, team.trainers, config), after)
 
 
 def main(config: OnlineDpoConfig) -> Path:

@@ -33,7 +33,7 @@ from raylign.roles import Generators, Publisher, Scorer, Team, Trainers
 from raylign.run.checkpoints import Checkpoint
 from raylign.run.directory import continue_or_create, require_continuable, run_path
 from raylign.run.fingerprints import fingerprint, model_digest
-from raylign.run.inputs import Input, Rows, keep, require_same, rows_digest
+from raylign.run.inputs import Input, Rows, keep, require_same, rows_input
 from raylign.run.sources import module_sources
 from raylign.scoring import require_references
 from raylign.scoring.composition import of_gold
@@ -44,7 +44,7 @@ from raylign.tracking.uri import default_uri
 from recipes.capability import find_tasks, task_inputs
 from recipes.commands.failures import told
 from recipes.commands.signals import terminable
-from recipes.memory import begin_check
+from recipes.memory import begin_check, evaluation_memory, gpu_bytes
 from recipes.model_checks import require_models
 from recipes.run import RowSource, Run, recorded, starting
 from recipes.sides import Found, find_sides, side_inputs
@@ -134,8 +134,7 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
     prompts = find_prompts(config, models)
     tasks = find_tasks(config, models.tokenizer)
     described()
-    scorers = scorers_of(config)
-    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, scorers)
+    opened = _opened(config, models, prompts, config.prompts.split, recipe, plan_team, tasks, config.scored_by)
     with opened as (run, plan):
         started = time.monotonic()
         with team(
@@ -150,12 +149,6 @@ def online_run(config: OnlineDpoConfig, recipe: str | None = None) -> Iterator[t
             ready = f"team ready in {time.monotonic() - started:.0f} s"
             run.say(f"{ready}; vLLM and trainer differ by {gap:.3f} nats a token on the canary")
             yield run, prompts, roles
-
-
-def scorers_of(config: OnlineDpoConfig) -> dict[str, ScoringBlock]:
-    """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
-    gold = config.evaluation.gold
-    return {"scoring": config.scoring} | ({} if gold is None else {"evaluation.gold": gold})
 
 
 def _describe_scorers(config: OnlineDpoConfig) -> None:
@@ -197,6 +190,7 @@ def evaluation_run(config: EvaluateConfig, recipe: str | None = None) -> Iterato
     load_ahead()
     with told(config.run), terminable(config.recovery.grace_s), cluster() as available:
         answering, judging = plan_evaluation(config, available, samples=any(side.given is None for side in sides))
+        evaluation_memory(config, sides, answering, judging, gpu_bytes(config.placement)).require_fit()
         directory = continue_or_create(config)
         with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
             keep(directory.path, inputs)
@@ -301,7 +295,7 @@ def inputs_of(
         "model.path": Input(
             model_digest(Path(models.folder)), f"files of the model's folder {models.folder}", fixed=True
         ),
-        config.source[0]: Input(rows_digest(rows), "rows of the data, or how the template writes them", fixed=True),
+        config.source[0]: rows_input(rows),
     }
     if config.model.chat_template is not None:
         own = fingerprint(config.model.chat_template).sha256

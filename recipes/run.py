@@ -17,7 +17,6 @@ from raylign.config import RunConfig
 from raylign.errors import DiskError, RaylignError, Waiting
 from raylign.evaluation.capability.likelihood import Measured
 from raylign.evaluation.guard import (
-    Decision,
     Measures,
     best_version,
     decide,
@@ -129,10 +128,6 @@ class Run:
                 return
             yield index
 
-    def decisions(self, before: int) -> list[Decision]:
-        """What the guard did after all rounds before that one, in order."""
-        return [made for index in range(1, before) for made in self.directory.decisions(index) or ()]
-
     def _measures(self) -> list[Measures]:
         return measures(self._evaluations[0], self._reports)
 
@@ -141,6 +136,16 @@ class Run:
             return None
         newest = self.directory.decisions(self._reports[-1].index) or ()
         return ended_early(self._config.rules, self._config.choice, newest, self._measures())
+
+    def ends_with(self, report: RoundReport) -> bool:
+        """Whether the run will not go on after the round of `report`, which is not on record yet."""
+        rules, choice = self._config.rules, self._config.choice
+        if report.index == self._config.rounds or not (rules or choice):
+            return report.index == self._config.rounds
+        measured = measures(self._evaluations[0], [*self._reports, report])
+        made = self.directory.decisions(report.index)
+        newest = decide(rules, measured[-1], report.index) if made is None else made
+        return ended_early(rules, choice, newest, measured) is not None
 
     def _judge(self) -> None:
         """What the newest round's report leads to: decisions of the guard, once, and the version that is kept."""
@@ -230,7 +235,7 @@ class Run:
         if self._samples[0] and len(self._samples) > 1:
             self._console.print(samples_block("held-out samples", self._samples[0], self._samples[-1]))
         self._console.print(rounds_table(baseline, self._reports))
-        if tax := alignment_tax(baseline, [report.evaluation for report in self._reports]):
+        for tax in alignment_tax(baseline, self._reports, self._config.choice):
             self.say(tax)
         for warning in rounds_warnings(baseline, self._reports):
             self.say(f"note: {warning}")

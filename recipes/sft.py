@@ -11,11 +11,11 @@ from pathlib import Path
 from raylign.config import SftConfig, load_config
 from raylign.data.preferences import PreferenceData
 from raylign.data.split import rows_of_round
-from raylign.evaluation.capability.likelihood import Measured
 from raylign.export.card import Method, public_name
 from raylign.records import Preference, RoundReport
 from raylign.roles import Trainers
 from raylign.run.rounds import RoundLog
+from recipes.capability import report_with_capability, with_capability
 from recipes.commands.failures import as_script
 from recipes.commands.plan_offline import show_offline_plan
 from recipes.offline_dpo import evaluate_rows
@@ -30,20 +30,23 @@ def run_round(
     held_out: Sequence[Preference],
     trainers: Trainers,
     config: SftConfig,
-    tasks: Sequence[Measured] = (),
 ) -> RoundReport:
     """Round `index` trains policy version `index` on its rows of the epoch."""
     steps = train_steps(log, rows, trainers, config)
-    evaluation = evaluate_rows(log, held_out, "loss", trainers, config, tasks)
+    evaluation = evaluate_rows(log, held_out, "loss", trainers, config)
     return RoundReport(log.index, log.index, {"preferences": len(rows)}, tuple(steps), {}, evaluation, log.seconds)
 
 
 def train(run: Run, data: PreferenceData, trainers: Trainers, config: SftConfig) -> None:
     """Evaluate, then train and evaluate for every round that is not finished."""
-    run.finish_baseline(evaluate_rows(run.round_log(0), data.held_out, "loss", trainers, config, run.tasks))
+    log = run.round_log(0)
+    baseline = evaluate_rows(log, data.held_out, "loss", trainers, config)
+    run.finish_baseline(with_capability(run, log, baseline, trainers, config))
     for index in run.rounds_to_do():
         rows = rows_of_round(data.train, index, config.schedule.rounds_per_epoch, config.run.seed)
-        run.finish_round(run_round(run.round_log(index), rows, data.held_out, trainers, config, run.tasks))
+        log = run.round_log(index)
+        report = run_round(log, rows, data.held_out, trainers, config)
+        run.finish_round(report_with_capability(run, log, report, trainers, config))
 
 
 def main(config: SftConfig) -> Path:

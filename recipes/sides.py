@@ -16,7 +16,7 @@ from raylign.prompts.answers import given_answers
 from raylign.records import Candidate
 from raylign.run.directory import open_run
 from raylign.run.fingerprints import model_digest
-from raylign.run.inputs import Input, rows_digest
+from raylign.run.inputs import Input, rows_input
 
 POLICY = "policy"
 
@@ -131,7 +131,6 @@ def _tokenizer(folder: str, model: ModelBlock) -> PreTrainedTokenizerBase:
 
 def side_inputs(sides: Sequence[Found], option: str) -> dict[str, Input]:
     """What an evaluation reads of its sides: it goes on only with the same."""
-    rows = Input(rows_digest(sides[0].prompts), "rows of the prompts, or how the template writes them", fixed=True)
-    return {option: rows} | {
+    return {option: rows_input(sides[0].prompts)} | {
         side.name: Input(side.contents, f"files of {side.name}: {side.told}", fixed=True) for side in sides
     }

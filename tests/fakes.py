@@ -27,7 +27,7 @@ from raylign.config.reference import NoReferenceBlock, SamplerReferenceBlock
 from raylign.config.scoring import ScoringBlock
 from raylign.errors import GeneratorError, RaylignError, TrainerError
 from raylign.losses import LossState, preference_loss
-from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
+from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score, TokenLogps
 from raylign.reference.versions import reference_version
 from raylign.roles import DeviceLink, Generator, Generators, NodePath, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
@@ -232,13 +232,13 @@ class FakeRank:
     def layout(self) -> Layout:
         return "shared"
 
-    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def reference_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         has_none = isinstance(self._config.reference, NoReferenceBlock | SamplerReferenceBlock)
-        return [[token_logp(0) * len(tokens) for tokens in row.completions] for row in ([] if has_none else rows)]
+        return [[[token_logp(0)] * len(tokens) for tokens in row.completions] for row in ([] if has_none else rows)]
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         known = rows if self._config.model.lora is not None else ()
-        return [[token_logp(0) * len(tokens) for tokens in row.completions] for row in known]
+        return [[[token_logp(0)] * len(tokens) for tokens in row.completions] for row in known]
 
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         self._events.append(f"policy log-probs {len(rows)} of version {self.version}")

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from raylign.config import EvaluateConfig, OnlineDpoConfig, parse_config
+from raylign.config import EvaluateConfig, OfflineDpoConfig, OnlineDpoConfig, parse_config
 from raylign.config.load import parse_tree
 from raylign.evaluation.comparison import Comparison, Opponent
 from raylign.evaluation.intervals import share_interval
 from raylign.evaluation.win_rate import WinRate
-from raylign.records import Candidate, Evaluation, Prompt, RoundReport, Score
+from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, RoundReport, Score
 from raylign.run.directory import RunDirectory, create_run
 from raylign.run.fingerprints import model_digest
 from raylign.run.inputs import Input, keep
@@ -43,6 +43,27 @@ def run_config(parent: Path, name: str = "demo", **blocks: Any) -> OnlineDpoConf
     return parse_config(tree)
 
 
+def offline_run(parent: Path, name: str = "offline", **blocks: Any) -> tuple[OfflineDpoConfig, RunDirectory]:
+    """A finished run of one round on a data set, with its checkpoint."""
+    tree = {
+        "run": {"name": name, "dir": str(parent)},
+        "data": {"source": str(parent / "rows.jsonl"), "held_out": 2},
+        **blocks,
+    }
+    config = parse_tree(tree, OfflineDpoConfig, "test")
+    directory = create_run(config.run, config)
+    rows = HeldOutEvaluation("rewards/accuracies", 0.7, 0.6, 0.8, 20, {"loss": 0.6})
+    directory.write_baseline(rows)
+    add_checkpoint(directory, 1)
+    directory.write_report(RoundReport(1, 1, {"preferences": 1}, (), {}, rows, {}))
+    return config, directory
+
+
+def add_checkpoint(directory: RunDirectory, version: int) -> None:
+    with directory.checkpoint_store(None).new(version, (), True, 0) as folder:
+        (folder / WEIGHTS).write_bytes(bytes([version]) * 8)
+
+
 def new_run(config: OnlineDpoConfig, questions: int = 20) -> RunDirectory:
     """A run before its first round: every held-out answer scores 0."""
     directory = create_run(config.run, config)
@@ -59,8 +80,7 @@ def add_round(directory: RunDirectory, index: int, scores: Sequence[float | None
     """A finished round with a checkpoint, whose version gives held-out answers of these scores."""
     save_answers(directory.round(index) / "samples.parquet", held_out(len(scores)), scores)
     save_answers(directory.round(index) / "candidates.parquet", [f"Train {index}?"], [0.5])
-    with directory.checkpoint_store(None).new(index, (), True, 0) as folder:
-        (folder / WEIGHTS).write_bytes(bytes([index]) * 8)
+    add_checkpoint(directory, index)
     evaluation = Evaluation(**(asdict(BASELINE) | changed))
     directory.write_report(RoundReport(index, index, {"preferences": 1}, (), {}, evaluation, {}))
 

@@ -18,6 +18,7 @@ from raylign.config.blocks import TrainerBlock
 from raylign.config.losses import TrainerLoss
 from raylign.config.reference import ReferenceBlock
 from raylign.errors import ActorsLost, RaylignError, TrainerError
+from raylign.evaluation.held_out import HeldOut
 from raylign.records import Preference
 from raylign.roles import RoundRecord, TrainerRank
 from raylign.run.checkpoints import PARTIAL, Checkpoint, Metrics
@@ -91,8 +92,13 @@ class SupervisedTrainers(TrainerGroup):
             self.load_state(str(checkpoint.folder / STATE))
 
     def take_loss(self, loss: TrainerLoss) -> None:
-        """Train by it from the next round on; ranks are told when that begins, new ones in the middle of it too."""
+        """Evaluate by it, and train from the next round on; ranks are told before they do, new ones at their start."""
         self._loss = loss
+
+    @guarded
+    def evaluate(self, preferences: Sequence[Preference]) -> HeldOut:
+        self._call("taking the loss", 1, TrainerRank.take_loss, self._loss)
+        return super().evaluate(preferences)
 
     @guarded
     def train_round(
@@ -213,6 +219,7 @@ class SupervisedTrainers(TrainerGroup):
             self._slot.wait_for_room(self.guard.sleep)
             try:
                 self._fill()
+                self.once(TrainerRank.take_loss, self._loss)
                 if self._newest:
                     self._newest.require_whole()
                     self.once(TrainerRank.load_state, str(self._newest.folder / STATE))

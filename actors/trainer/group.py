@@ -12,7 +12,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.evaluation.held_out import HeldOut
-from raylign.records import Completions, Preference, ReferenceLogps
+from raylign.records import Completions, Preference, ReferenceLogps, TokenLogps
 from raylign.reference.versions import sampler_logps
 from raylign.roles import DeviceLink, Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
@@ -66,24 +66,24 @@ class TrainerGroup:
         self._ask_ranks = ask_ranks
         self._loss, self._reference, self._step_timeout_s = loss, reference, step_timeout_s
 
-    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """Summed log-probs (nats) of the completions of each row under the reference, in order; [] without one."""
-        return self._in_order("reference log-probs", TrainerRank.reference_logps, rows)
+    def reference_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
+        """Log-probs of the completions of each row under the reference, in order; [] without one."""
+        return self._in_order("reference log-probs", TrainerRank.reference_logprobs, rows)
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
-        return self._in_order("log-probs of the initial policy", TrainerRank.initial_logps, rows)
+        return self._in_order("log-probs of the initial policy", TrainerRank.initial_logprobs, rows)
 
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """The same under the policy as it is."""
+        """The same under the policy as it is, summed over tokens."""
         return self._in_order("log-probs of the policy", TrainerRank.policy_logps, rows)
 
     def _in_order(
         self,
         what: str,
-        method: Callable[[TrainerRank, Sequence[Completions]], list[list[float]]],
+        method: Callable[[TrainerRank, Sequence[Completions]], list[T]],
         rows: Sequence[Completions],
-    ) -> list[list[float]]:
+    ) -> list[T]:
         shares = self._call(what, len(rows), method, rows)
         world = len(self.handles)
         return [shares[index % world][index // world] for index in range(len(rows))] if shares[0] else []

@@ -41,7 +41,7 @@ from raylign.config.losses import TrainerLoss
 from raylign.config.reference import NoReferenceBlock
 from raylign.errors import TrainerError
 from raylign.losses import LossState
-from raylign.records import Completions, Preference, ReferenceLogps
+from raylign.records import Completions, Preference, ReferenceLogps, TokenLogps
 from raylign.reference.versions import is_new_reference, reference_version
 from raylign.roles import DeviceLink, Generator, TrainerRank
 from raylign.run.checkpoints import Metrics
@@ -205,17 +205,17 @@ class DeepSpeedRank:
         shape = BatchShape(block.ranks, block.train_batch_size, block.per_device_train_batch_size, limit)
         return plan_steps(costs, shape, epochs=epochs, seed=seed, passes=passes)
 
-    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        return self._logps(self._references.reference, rows)
+    def reference_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
+        return self._logprobs(self._references.reference, rows)
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        return self._logps(self._references.initial, rows)
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
+        return self._logprobs(self._references.initial, rows)
 
-    def _logps(self, policy: ReferencePolicy | None, rows: Sequence[Completions]) -> list[list[float]]:
+    def _logprobs(self, policy: ReferencePolicy | None, rows: Sequence[Completions]) -> TokenLogps:
         if policy is None:
             return []
         with policy.scoring() as module:
-            return self._passes.logps(module, rows, self._rank, self._spec.trainer)
+            return self._passes.logprobs(module, rows, self._rank, self._spec.trainer)
 
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
         with self._without_training() as module:

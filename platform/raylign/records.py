@@ -114,10 +114,10 @@ class Evaluation:
 
     `score_low`/`score_high` bound the mean score (bootstrap over prompts). `kl` is the mean over completions of
     log pi(y|x) - log pi_ref(y|x) in nats, pi_ref the reference that the version was trained with; `kl_initial` is the
-    same against the policy before round 1, Schulman's estimator k1, `kl_initial_k3` his k3 of the same sequences and
-    `kl_initial_per_token` k1 over tokens. None where there is no such policy to ask. `length` is in tokens; the rates
-    lie in 0..1. `entropy` is in nats a token, estimated by the tokens that were sampled; `raylign.evaluation.health`
-    has the equations.
+    same against the policy before round 1, Schulman's estimator k1, `kl_initial_k3` his k3 of the same sequences, and
+    `kl_initial_per_token` and `kl_initial_k3_per_token` both over tokens. None where there is no such policy to ask.
+    `length` is in tokens; the rates lie in 0..1. `entropy` is in nats a token, estimated by the tokens that were
+    sampled; `raylign.evaluation.health` has the equations.
 
     `gold` is the mean of the gold scorer, as `score` is of the scorer, with its bounds and the completions it left
     unscored; None without one.
@@ -125,7 +125,7 @@ class Evaluation:
     `win_rate` is the share of wins over the policy before round 1 on the same prompts, a tie being half a win;
     `win_rate_length_controlled` the same at equal lengths, and `win_rate_previous` over the version of the round before
     (`raylign.evaluation.win_rate`). They are None before round 1, and where they were not asked for. Of the recipe
-    `evaluate` it is the rate over the first opponent.
+    `evaluate` it is the rate over the first opponent; `win_rates` has those over all, as `win_rate_low/NAME`.
 
     `capability` has what `raylign.evaluation.capability` measured of this version, if it did.
     """
@@ -161,6 +161,8 @@ class Evaluation:
     win_rate_previous_low: float | None = None
     win_rate_previous_high: float | None = None
     capability: Mapping[str, float] = field(default_factory=dict)
+    win_rates: Mapping[str, float] = field(default_factory=dict)
+    kl_initial_k3_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +204,10 @@ class RoundReport:
     seconds: Mapping[str, float]
     scoring: Mapping[str, float] = field(default_factory=dict)
     health: Mapping[str, float] = field(default_factory=dict)
+
+
+TokenLogps = list[list[list[float]]]
+"""Log-probs (nats) of completions under a policy, by row, completion and token."""
 
 
 @dataclass(frozen=True, slots=True)

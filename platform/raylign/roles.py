@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 if TYPE_CHECKING:  # processes that only name a role load neither torch nor the rest
     from raylign.config.losses import TrainerLoss
     from raylign.evaluation.held_out import HeldOut
-    from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score
+    from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score, TokenLogps
     from raylign.run.checkpoints import Checkpoint, Metrics
     from raylign.sampling.decoding import Decoding
     from raylign.scoring import ScoringItem, Usages
@@ -125,19 +125,19 @@ class TrainerRank(Protocol):
         """
         ...
 
-    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """Summed log-probs of the completions of this rank's share `rows[rank::world]` under the reference.
+    def reference_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
+        """Log-probs of the completions of this rank's share `rows[rank::world]` under the reference.
 
         Empty where there is no reference to ask.
         """
         ...
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         """The same under the policy before round 1, which is an adapter's base; empty without an adapter."""
         ...
 
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """The same under the policy as it is."""
+        """The same under the policy as it is, summed over tokens."""
         ...
 
     def take_loss(self, loss: TrainerLoss) -> None:
@@ -307,16 +307,16 @@ class Trainers(Protocol):
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Go on from the checkpoint, now and whenever ranks are lost; None is the model as it was loaded."""
 
-    def reference_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """Summed log-probs (nats) of the completions of each row under the reference, in order; [] without one."""
+    def reference_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
+        """Log-probs of the completions of each row under the reference, in order; [] without one."""
         ...
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         """The same under the policy before round 1; [] where the trainers hold no adapter, whose base it is."""
         ...
 
     def policy_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
-        """The same under the policy as it is."""
+        """The same under the policy as it is, summed over tokens."""
         ...
 
     def with_reference(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> tuple[Preference, ...]:
@@ -328,7 +328,7 @@ class Trainers(Protocol):
         ...
 
     def take_loss(self, loss: TrainerLoss) -> None:
-        """Train by it from the next round on: the config's, but for a beta or weights that the guard has raised."""
+        """Evaluate by it, and train from the next round on: the config's, but for what the guard has raised."""
 
     def train_round(
         self, preferences: Sequence[Preference], seed: int, record: RoundRecord, advance: Callable[[int], None]

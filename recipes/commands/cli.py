@@ -175,7 +175,8 @@ def sync(
 
     console = report_console()
     synced = sync_run(run_directory, uri, timeout, console)
-    done = f"sent {synced.sent} of {synced.total} events to MLflow at {synced.uri}; it has all of them"
+    all_but = f"all but {synced.aside} trace(s) that it fails at" if synced.aside else "all of them"
+    done = f"sent {synced.sent} of {synced.total} events to MLflow at {synced.uri}; it has {all_but}"
     console.print(Text(f"{done}, status {synced.status}"), soft_wrap=True)
 
 

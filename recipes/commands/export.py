@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from raylign.config import RunConfig
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig, RunConfig
 from raylign.errors import ConfigError, RecordError
+from raylign.evaluation.guard import guarded
 from raylign.export.card import PolicyFacts, RewardModelFacts, framework_versions, public_name
 from raylign.export.policy import ADAPTER_CONFIG, export_model, require_place
 from raylign.export.reward_model import export_reward_model
@@ -102,7 +103,9 @@ def best_of(directory: RunDirectory, config: RunConfig) -> int:
 
 
 def card_facts(directory: RunDirectory, config: RunConfig, report: RoundReport) -> PolicyFacts:
-    """What the model card tells of the run up to `report`."""
+    """What the model card tells of the run up to `report`, with the loss that its round was trained by."""
+    if isinstance(config, OnlineDpoConfig | OfflineDpoConfig):
+        config = guarded(config, config.loss, directory.decisions_before(report.index))
     return PolicyFacts(
         name=config.run.name,
         base_model=public_name(config.model.path),

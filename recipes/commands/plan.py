@@ -24,6 +24,7 @@ from raylign.config.reference import (
     SamplerReferenceBlock,
 )
 from raylign.evaluation.capability.likelihood import Measured
+from raylign.evaluation.guard import consequence
 from raylign.export.card import loss_name
 from raylign.models import context_limit
 from raylign.reference.checkpoint import resolve_reference
@@ -149,7 +150,24 @@ def capability_lines(tasks: Sequence[Measured], block: CapabilityBlock | None) -
         return []
     each = f", every {many(block.every, 'round')}" if block.every else ""
     named = ", ".join(f"{task.name} ({many(task.items, 'item')})" for task in tasks)
-    return [("", f"capability: {named}, before round 1{each} and after the last round")]
+    return [("", f"capability: {named}, before round 1{each} and after the last")]
+
+
+def guard_lines(config: RunConfig) -> list[Line]:
+    """What is watched after each round, by what the best version is chosen and when the run ends without a better."""
+    lines: list[Line] = []
+    for rule in config.rules:
+        later = f", from round {rule.after_rounds + 1} on" if rule.after_rounds else ""
+        lines.append(("" if lines else "guard", f"{rule.measure} {rule.bound}{later}: {consequence(rule)}"))
+    if (choice := config.choice) is None:
+        return lines
+    order = "highest" if choice.greater_is_better else "lowest"
+    kept = "its checkpoint stays, raylign export --version best takes it"
+    lines.append(("best version", f"the one with the {order} {choice.metric_for_best_model}: {kept}"))
+    if (patience := choice.early_stopping_patience) is not None:
+        better = f"better by more than {gain:g}" if (gain := choice.early_stopping_threshold) else "better"
+        lines.append(("", f"the run ends once {many(patience, 'round')} in a row gave none that was {better}"))
+    return lines
 
 
 def loss_lines(loss: TrainerLoss) -> list[Line]:

@@ -11,6 +11,7 @@ from raylign.scoring import require_references
 from raylign.scoring.load import describe_scorer
 from raylign.tracking.uri import default_uri
 from recipes.commands.plan import Line, grid, many, needed, present_resources, run_directory
+from recipes.memory import evaluation_memory, gpu_bytes, memory_notes, memory_table
 from recipes.sides import Found, find_sides
 
 
@@ -21,6 +22,8 @@ def show_evaluation_plan(config: EvaluateConfig, console: Console) -> None:
     require_references(sides[0].prompts.held_out, config.scoring)
     where, available = present_resources(config.placement)
     answering, scoring = plan_evaluation(config, available, samples=any(side.given is None for side in sides))
+    memory = evaluation_memory(config, sides, answering, scoring, gpu_bytes(config.placement))
+    memory.require_fit()
     run = run_directory(config)
     lines = [
         *(line for side in sides for line in _side(side, config)),
@@ -32,8 +35,8 @@ def show_evaluation_plan(config: EvaluateConfig, console: Console) -> None:
         ("run directory", str(run)),
         ("MLflow", f"{default_uri(config.tracking, run)}, experiment {config.tracking.experiment}"),
     ]
-    console.print(grid(lines))
-    notes = [left_out(sides[0].prompts.invalid)]
+    console.print(grid(lines), *(["", memory_table(memory)] if memory.phases else []), sep="\n")
+    notes = [*memory_notes(memory), left_out(sides[0].prompts.invalid)]
     if run.exists():
         notes.append(f"{run} exists already: `raylign run` goes on with it")
     for note in filter(None, notes):

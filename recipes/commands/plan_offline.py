@@ -20,6 +20,7 @@ from recipes.commands.plan import (
     ModelFacts,
     capability_lines,
     grid,
+    guard_lines,
     loss_lines,
     many,
     model_facts,
@@ -107,6 +108,7 @@ def _work(plan: OfflinePlan) -> list[Line]:
         ),
         ("", f"{plan.config.rounds + 1} evaluations of {many(len(plan.data.held_out), 'row')}"),
         *capability_lines(plan.tasks, plan.config.capability),
+        *guard_lines(plan.config),
     ]
 
 

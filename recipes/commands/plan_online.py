@@ -34,6 +34,7 @@ from recipes.commands.plan import (
     ReferenceFacts,
     capability_lines,
     grid,
+    guard_lines,
     loss_lines,
     many,
     model_facts,
@@ -291,6 +292,7 @@ def _work(plan: RunPlan) -> list[Line]:
             f"= at most {amounts.evaluated_per_round:,} tokens",
         ),
         *capability_lines(plan.tasks, config.capability),
+        *guard_lines(config),
         (
             f"{many(schedule.rounds, 'round')}",
             f"at most {amounts.sampled:,} sampled tokens, {amounts.evaluated:,} more in "

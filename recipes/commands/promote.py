@@ -9,18 +9,22 @@ from rich.console import Console
 from rich.text import Text
 
 from raylign.boundary.secrets import without_credentials
-from raylign.config import OnlineDpoConfig
+from raylign.config import OfflineConfig, RunConfig
 from raylign.errors import ConfigError, NotPromoted, RaylignError, TrackingError
 from raylign.evaluation.evidence import Version, evaluated_evidence, own_evidence
 from raylign.evaluation.gate import Evidence, Facts, Refusal, refusals
+from raylign.models import load_tokenizer, resolve_model
+from raylign.records import Prompt
 from raylign.report.text import escape_control
 from raylign.review.record import run_identity
 from raylign.run.directory import RunDirectory, open_run
+from raylign.run.inputs import require_same, rows_input
 from raylign.tracking.feed import load_state
 from raylign.tracking.mlflow_store import shown
 from raylign.tracking.registry import CAMPAIGN, CHAMPION, RUN, VERSION, Policy, Registered, Registry, policies_of
 from raylign.tracking.uri import default_uri
 from recipes.commands.export import best_of
+from recipes.opening import Models, find_rows
 
 _NO_OTHER = "name the champion by a version that raylign has registered, or promote all the same with --force REASON"
 
@@ -40,7 +44,7 @@ def promote_run(
     says why it is promoted all the same; ConfigError where there is no such run or version; RaylignError where MLflow
     does not answer or does not know the run.
     """
-    directory, config = _online(run)
+    directory, config = _with_policies(run)
     report = directory.finished_round(best_of(directory, config) if version == "best" else version)
     directory.whole_checkpoint(report.policy_version)
     campaign, name = run_identity(directory.path), config.tracking.registered_model or config.run.name
@@ -62,7 +66,8 @@ def promote_run(
         error.cure = "see above, condition by condition; or promote it all the same and say why: --force REASON"
         raise error
     with _asking(uri):
-        number = registry.promote(own, _reasons(evidence, refused, force))
+        over = None if champion is None else champion.number
+        number = registry.promote(own, _reasons(evidence, refused, force), over)
     if isinstance(evidence, Evidence):
         _say(console, f"win rate: {evidence.told}")
     for refusal in refused:
@@ -73,7 +78,7 @@ def promote_run(
 
 def _evidence(
     directory: RunDirectory,
-    config: OnlineDpoConfig,
+    config: RunConfig,
     own: Policy,
     champion: Registered | None,
     evaluation: Path | None,
@@ -86,8 +91,18 @@ def _evidence(
             return Refusal("champion", found, _NO_OTHER)
         other = Version(Path(champion.tags[RUN]), champion.tags[CAMPAIGN], int(champion.tags[VERSION]))
     if evaluation is not None:
-        return evaluated_evidence(evaluation, directory, config, mine, other)
+        rows = _rows(directory, config) if isinstance(config, OfflineConfig) else []
+        return evaluated_evidence(evaluation, directory, config, mine, other, rows)
     return own_evidence(directory, config, own.report, mine, other)
+
+
+def _rows(directory: RunDirectory, config: OfflineConfig) -> list[Prompt]:
+    """Prompts that a run on a data set has read. Raises ConfigError when the data set is not the run's any more."""
+    folder, block = resolve_model(config.model.path, config.model.revision), config.model
+    tokenizer = load_tokenizer(folder, block.trust_remote_code, block.chat_template)
+    data = find_rows(config, Models(folder, folder, tokenizer))
+    require_same(directory.path, data, {config.source[0]: rows_input(data)})
+    return [row.prompt for row in (*data.train, *data.held_out)]
 
 
 def _facts(directory: RunDirectory, own: Policy) -> Facts:
@@ -107,14 +122,14 @@ def _reasons(evidence: Evidence | Refusal, refused: list[Refusal], force: str | 
     return found
 
 
-def _online(run: Path) -> tuple[RunDirectory, OnlineDpoConfig]:
-    """Raises ConfigError for a run that samples no held-out answers."""
+def _with_policies(run: Path) -> tuple[RunDirectory, RunConfig]:
+    """Raises ConfigError for a run that trains no policy."""
     directory = open_run(run)
     config = directory.config((f"run.dir={directory.path.parent}",))
-    if not isinstance(config, OnlineDpoConfig):
+    if config.trains_rewards or not config.rounds:
         raise ConfigError(
-            f"{directory.path} is a run of the recipe {config.recipe}, which answers no held-out prompts; promote one "
-            "that samples"
+            f"{directory.path} is a run of the recipe {config.recipe}, which trains no policy that answers prompts; "
+            "promote one of online_dpo, offline_dpo or sft"
         )
     return directory, config
 

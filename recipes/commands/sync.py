@@ -28,12 +28,16 @@ _IN_PROGRESS = "it sends its events itself; run this again when it has ended"
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """`sent` of the `total` events of a run's journal were new to MLflow at `uri`; `status` is the run's there."""
+    """`sent` of the `total` events of a run's journal were new to MLflow at `uri`; `status` is the run's there.
+
+    `aside` traces are not there: MLflow fails at each of them again and again.
+    """
 
     sent: int
     total: int
     uri: str
     status: str
+    aside: int = 0
 
 
 def sync_run(run: Path, uri: str | None, timeout_s: float, console: Console) -> Synced:
@@ -62,6 +66,9 @@ def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: C
                 for event, _ in send(writer, retrying, journal):
                     advance(int(event.sequence > applied))
             send_traces(writer, retrying)
+        for file in writer.state.aside:
+            line = f"set aside is the trace of {file.told}: MLflow fails at it; run this again to try once more"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     except TrackingError as error:
         missing = len(events) - load_state(run_dir, uri).sent
         problem = f"failed for {timeout_s:g} s" if may_pass(error) else "refuses an event"
@@ -69,7 +76,8 @@ def _send(run_dir: Path, uri: str, experiment: str, timeout_s: float, console: C
             f"MLflow at {shown} {problem} ({error}); it misses {missing} of {len(events)} events, all safe in "
             f"{journal}. Put it right and run this again, or send them elsewhere with --uri"
         ) from error
-    return Synced(len(events) - before, len(events), shown, _status(events))
+    after = writer.state
+    return Synced(after.sent - before, len(events), shown, _status(events), len(after.aside))
 
 
 def _close_journal(journal: Path) -> None:

@@ -86,6 +86,8 @@ PROMPT_ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a fish.", "extra": {"a": [1, 2]}},
     {"instruction": "Name a fish.", "output": "A trout.", "generator": "g", "dataset": "d"},
     {"question_id": "q", "cluster": "c", "turns": [{"content": "Name a fish."}]},
+    {"uid": "q", "ans_id": "a", "messages": [*CHAT[:1], {"role": "assistant", "content": {"answer": "A line."}}]},
+    {"question_id": "q", "answer_id": "a", "choices": [{"index": 0, "turns": [{"content": "A trout."}]}]},
     {"key": 1, "prompt": "Why?", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]},
 ]
 DATA_ROWS: list[dict[str, Any]] = [
@@ -286,6 +288,12 @@ def packed() -> Format:
     return Format(inputs, data_as(".jsonl.gz"), lambda: gzip.compress(lines_of(variants(DATA_ROWS[0]))))
 
 
+def traced(table: str) -> Format:
+    """A table of a run whose rows become traces."""
+    valid = records.valid(f"rounds/0001/{table}")
+    return Format(lambda: parquet(records.rows(table)), records.traces(table, folder), valid, cost=2)
+
+
 def answered(body: bytes, reader: Callable[[bytes], None], cost: int = 1) -> Format:
     found = servers.answers(body)
     changes = changed([json.loads(body)]).map(lambda tree: servers.answers(as_json(tree))[0])
@@ -312,6 +320,7 @@ FORMATS: Mapping[str, Format] = {
         f"run-{name}": Format(records.inputs(name), records.reader(name, folder), records.valid(name), cost=2)
         for name in records.FILES
     },
+    **{f"traced-{table}": traced(table) for table in ("samples.parquet", "preferences.parquet")},
     "run-mlflow.json": Format(
         lambda: edited([records.MLFLOW_STATE]), records.mlflow_state(folder), lambda: records.MLFLOW_STATE
     ),

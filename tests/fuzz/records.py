@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 from actors.trainer.state import STATE_NAME, read_state
@@ -18,8 +20,9 @@ from raylign.run.rounds import finished_stages
 from raylign.run.sampled import read_sampled
 from raylign.run.tables import read_candidates, read_preferences
 from raylign.scoring.cache import ScoreCache, score_key
-from raylign.tracking.feed import load_state
+from raylign.tracking.feed import FeedState, TraceFile, Tracing, load_state
 from raylign.tracking.journal import read_events
+from raylign.tracking.trace_rows import read_traces
 from recipes.commands.resume import resumed_config
 from tests.fuzz.guard import folder_until_exit
 from tests.fuzz.mutations import as_json, changed, edited
@@ -99,6 +102,28 @@ def _read_all(place: Path) -> None:
         directory.baseline()
     candidates, _ = read_candidates(directory.round(1) / "candidates.parquet")
     read_preferences(directory.round(1) / "preferences.parquet", PROMPTS.train, candidates)
+
+
+def rows(table: str) -> list[dict[str, Any]]:
+    """Of a table of round 1."""
+    found: list[dict[str, Any]] = pq.read_table(finished_run() / "rounds/0001" / table).to_pylist()
+    return found
+
+
+def traces(table: str, folder: Callable[[], Path]) -> Callable[[bytes], None]:
+    """The table as what MLflow shows of it."""
+    state = FeedState(campaign="c" * 32, run_id="r", experiment_id="1", tracing=Tracing(preferences=1))
+
+    def read(data: bytes) -> None:
+        place = folder() / "traced"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(finished_run() / "rounds/0001", place)
+        (place / table).write_bytes(data)
+        file = TraceFile(kind=table.removesuffix(".parquet"), path=table, round=1, time_ms=0)
+        for _ in read_traces(place / table, file, state):
+            pass
+
+    return read
 
 
 def mlflow_state(folder: Callable[[], Path]) -> Callable[[bytes], None]:

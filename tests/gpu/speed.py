@@ -167,9 +167,9 @@ def _score_many(stage: Stage, rank: DeepSpeedRank) -> None:
         )
         for _ in range(prompts)
     ]
-    rank.reference_logps(rows)
+    rank.reference_logprobs(rows)
     started = time.perf_counter()
-    rank.reference_logps(rows)
+    rank.reference_logprobs(rows)
     rate = prompts * (8 + answers) * length / (time.perf_counter() - started)
     what = f"reference pass, {prompts} prompts with {answers} answers of {length} tokens each"
     stage.sheet.inform(what, rate, "tokens/s")

@@ -116,7 +116,7 @@ def test_the_reference_answers_beside_the_adapter(
     ids = [(*prompt.token_ids, *candidate.token_ids) for candidate in found]
     of_policy = [logps[-len(c.token_ids) :] for c, logps in zip(found, roles.trainers.token_logps(ids), strict=True)]
     rows = [Completions(prompt.token_ids, (candidate.token_ids,)) for candidate in found]
-    of_base = [row[0] for row in roles.trainers.reference_logps(rows)]
+    of_base = [math.fsum(row[0]) for row in roles.trainers.reference_logprobs(rows)]
     for candidate, policy, base in zip(found, of_policy, of_base, strict=True):
         own, other = (math.fsum(policy), base) if candidate.policy_version else (base, math.fsum(policy))
         assert math.fsum(candidate.logprobs) == pytest.approx(own, abs=0.05)

@@ -240,7 +240,9 @@ def test_traces_are_found_by_tag_text_and_feedback(run_dir: Path, uri: str) -> N
 
 def test_no_traces_where_they_are_off(run_dir: Path, uri: str) -> None:
     tracker = open_run(run_dir, uri)
-    start(tracker, run_dir, parse_config(CONFIG.model_dump(), ["tracking.traces=false"]))
+    start(
+        tracker, run_dir, parse_config(CONFIG.model_dump(), ["tracking.traces=false", "tracking.traced_preferences=0"])
+    )
     play_round(tracker, run_dir, 1)
     assert tracker.close("FINISHED", timeout_s=120) == 0
     assert all_traces(MlflowClient(tracking_uri=uri)) == []

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner, Result
 
+from raylign.errors import NotPromoted
 from raylign.run.directory import RunDirectory
-from raylign.tracking.feed import FeedState, save_state
+from raylign.tracking.feed import FeedState, load_state, save_state
 from raylign.tracking.journal import JOURNAL_NAME, Journal
-from raylign.tracking.registry import UNTIL, Registry
+from raylign.tracking.registry import CHAMPION, PROMOTING, UNTIL, Registry, policies_of
 from recipes.commands.cli import app
 from tests.integration.played_runs import evaluation, open_run, start
 from tests.mlflow_servers import free_port, mlflow_server, put_database
-from tests.promoted import add_round, evaluate, held_out, new_run, run_config, save_answers
+from tests.promoted import add_round, evaluate, held_out, new_run, offline_run, run_config, save_answers
 
 MODEL = "family"
 WON, TIED = [1.0] * 20, [0.0] * 20
@@ -124,6 +126,67 @@ def test_another_run_of_the_family_needs_an_evaluation_against_the_champion(stor
     aliases, versions = found(store, "rivals")
     assert aliases == {"candidate": 2, "champion": 2} and UNTIL in versions[1]
     assert versions[2]["gate.win_rate"] == "0.9"
+
+
+def test_a_run_on_a_data_set_is_promoted_by_an_evaluation(tmp_path: Path) -> None:
+    uri = put_database(tmp_path / "mlflow.db")
+    rows = [{"prompt": f"Asked {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config, run = offline_run(tmp_path, tracking={"uri": uri, "experiment": "tests"})
+    tracker = open_run(run.path, uri)
+    tracker.run_started(config, {})
+    assert tracker.close("FINISHED", timeout_s=600) == 0
+    refused = promote(run.path)
+    assert refused.exit_code == 1 and "which has no win rate" in " ".join(refused.output.split()), refused.output
+    sides = f"version 1 of {run.path}", f"version 0 of {run.path}"
+    questions = [f"Never asked {number}?" for number in range(20)]
+    known = promote(
+        run.path, "--evaluation", evaluate(tmp_path, *sides, [*questions, "asked 2?"], 21, run.checkpoint(1))
+    )
+    assert known.exit_code == 1 and "1 of its prompts were asked by the run too" in " ".join(known.output.split())
+    won = evaluate(tmp_path, *sides, questions, 18, run.checkpoint(1))
+    done = promote(run.path, "--evaluation", won)
+    assert done.exit_code == 0 and found(uri, "offline")[0] == {"candidate": 1, "champion": 1}, done.output
+
+
+class Interrupted(Registry):
+    """Does something before it moves the champion."""
+
+    def __init__(self, uri: str, name: str, meanwhile: Callable[[], None]) -> None:
+        super().__init__(uri, name)
+        self._meanwhile = meanwhile
+
+    def _point(self, alias: str, number: int) -> None:
+        if alias == CHAMPION:
+            self._meanwhile()
+        super()._point(alias, number)
+
+
+def test_two_at_once_do_not_both_move_the_champion(tmp_path: Path) -> None:
+    uri = put_database(tmp_path / "mlflow.db")
+    run = played(tmp_path, uri, "twice", "twice")
+    add_round(run, 1, WON)
+    add_round(run, 2, [2.0] * 20)
+    first, second = policies_of(run, "c")
+    registry, refused = Registry(uri, "twice"), list[str]()
+    registry.add([first, second], load_state(run.path, uri).run_id)
+
+    def rival() -> None:
+        with pytest.raises(NotPromoted) as caught:
+            Registry(uri, "twice").promote(second, {}, None)
+        refused.append(str(caught.value))
+
+    assert Interrupted(uri, "twice", rival).promote(first, {}, None) == 1
+    assert refused == ["another `raylign promote` is making version 1 its champion"]
+    assert registry.aliases()["champion"] == 1 and not any(PROMOTING in one.tags for one in registry.versions())
+    with pytest.raises(NotPromoted, match="the champion of twice is version 1 by now, not None"):
+        registry.promote(second, {}, None)
+    client = MlflowClient(uri)
+    long_ago = datetime.now(UTC) - timedelta(minutes=2)
+    for stale in (long_ago.isoformat(), "no time"):
+        client.set_model_version_tag("twice", "1", PROMOTING, stale)
+        assert registry.promote(second, {}, registry.aliases()["champion"]) == 2
+    assert registry.aliases()["champion"] == 2
 
 
 def begun(parent: Path, name: str, uri: str) -> RunDirectory:

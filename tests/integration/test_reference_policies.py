@@ -53,12 +53,13 @@ def other(ranks_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def of_reference(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float]:
-    rows = group.reference_logps([completions_of(pair) for pair in pairs])
-    return [logp for row in rows for logp in row]
+    rows = group.reference_logprobs([completions_of(pair) for pair in pairs])
+    return [sum(own) for row in rows for own in row]
 
 
 def of_initial(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float]:
-    return [logp for row in group.initial_logps([completions_of(pair) for pair in pairs]) for logp in row]
+    rows = group.initial_logprobs([completions_of(pair) for pair in pairs])
+    return [sum(own) for row in rows for own in row]
 
 
 def of_policy(group: TrainerGroup, pairs: Sequence[Preference]) -> list[float]:

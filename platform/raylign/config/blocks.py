@@ -362,6 +362,15 @@ class TrackingBlock(Block):
     """Under which name `raylign promote` registers policy versions; runs that share it compete for one champion. null
     is the run's name."""
 
+    @model_validator(mode="after")
+    def a_share_of_traces_needs_traces(self) -> Self:
+        share = self.traced_preferences
+        if not self.traces and share not in (0, type(self).model_fields["traced_preferences"].default):
+            raise ValueError(
+                f"traced_preferences={share:g} with traces=false: none is made; set traces=true, or leave it out"
+            )
+        return self
+
     @field_validator("uri")
     @classmethod
     def uri_carries_no_credentials(cls, uri: str | None) -> str | None:

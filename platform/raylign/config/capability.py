@@ -20,11 +20,12 @@ class CapabilityBlock(Block):
     from 0). `lm_eval:NAME` is a multiple-choice task of lm-eval, `lm_eval:FILE.yaml` one of yours in its format, where
     it is installed (pip install lm-eval)."""
     every: PositiveInt | None = None
-    """Measure after every so many rounds too; null measures before round 1 and after the last round."""
+    """Measure after every so many rounds too; null measures before round 1 and after the last round, the one that
+    ends the run early too."""
 
-    def is_due(self, index: int, rounds: int) -> bool:
-        """Whether it is measured after round `index` (0: before round 1) of `rounds`."""
-        return index in (0, rounds) or (self.every is not None and index % self.every == 0)
+    def is_due(self, index: int, *, last: bool) -> bool:
+        """Whether it is measured after round `index` (0: before round 1), the run's `last` or not."""
+        return index == 0 or last or (self.every is not None and index % self.every == 0)
 
     @field_validator("tasks")
     @classmethod

@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from raylign.config.base import Block
-from raylign.config.blocks import GeneratorsBlock, ModelBlock, PartBlock, PromptsBlock, RunBlock, RunName
+from raylign.config.blocks import (
+    GeneratorsBlock,
+    ModelBlock,
+    PartBlock,
+    PromptsBlock,
+    RunBlock,
+    RunName,
+    TrainerBlock,
+)
 from raylign.config.losses import SigmoidLossBlock, TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock
 from raylign.config.scoring import FunctionScoringBlock, ScoringUnion, leaves
@@ -39,8 +47,9 @@ class AnswersSideBlock(Block):
 
     type: Literal["answers"] = "answers"
     source: Path | None = None
-    """A .json or .jsonl file whose rows have the prompt and the answer, as AlpacaEval publishes outputs; null takes the
-    answers beside the prompts, in the rows of `prompts.source`."""
+    """A .json or .jsonl file whose rows have the prompt and the answer, or a model's answers as AlpacaEval
+    (`model_outputs.json`) and Arena-Hard (`model_answer/*.jsonl`) publish them; null takes the answers beside the
+    prompts, in the rows of `prompts.source`."""
     column: str = "output"
     """Column with the answer."""
 
@@ -159,6 +168,9 @@ class EvaluateConfig(RunConfig):
 
     @model_validator(mode="after")
     def nothing_is_trained(self) -> Self:
+        both = zip(self.trainer, TrainerBlock(), strict=True)
+        if inert := [f"trainer.{name}" for (name, value), (_, default) in both if value != default]:
+            raise ValueError(f"{', '.join(inert)}: nothing is trained here; remove it")
         if self.model.lora is not None or self.model.load_in_4bit:
             raise ValueError(
                 "model.lora and model.load_in_4bit are for training, and nothing is trained here: the adapter of a run "

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, NonNegativeInt, model_validator
 
 from raylign.config.base import Block
-from raylign.config.evaluation import DISPLACEMENT, EvaluationBlock, Measure
-from raylign.config.losses import GrpoLossBlock, KlLossBlock, LossBlock, Member, MixLossBlock
+from raylign.config.evaluation import DISPLACEMENT, MEASURES, ChoiceBlock, EvaluationBlock, Measure
+from raylign.config.losses import GrpoLossBlock, KlLossBlock, LossBlock, MixLossBlock, TrainerLoss, members
 from raylign.config.losses.base import LossBase
 from raylign.config.reference import InitialReferenceBlock, NoReferenceBlock, ReferenceBlock, SamplerReferenceBlock
 
@@ -104,19 +104,31 @@ def has_kl_weight(member: LossBase) -> bool:
     return isinstance(member, GrpoLossBlock) and member.beta > 0
 
 
-def require_raisable(rules: Sequence[GuardRule], loss: LossBlock) -> None:
+def asked_for(rules: Sequence[GuardRule], choice: ChoiceBlock) -> list[str]:
+    """Measures that rules and the choice of the best version read."""
+    best = choice.metric_for_best_model
+    return [*(rule.measure for rule in rules), *([] if best is None else [best])]
+
+
+def require_known(names: Sequence[str], known: Sequence[str], recipe: str) -> None:
+    """Every measure that is asked for is one of the `known` of its recipe."""
+    if wrong := next((name for name in names if name not in known), None):
+        raise ValueError(f"the recipe {recipe} does not measure {wrong}; take one of {', '.join(known)}")
+
+
+def require_raisable(rules: Sequence[GuardRule], loss: TrainerLoss) -> None:
     """Who raises something finds it in the loss."""
     for rule in rules:
         if not isinstance(rule, RaiseRule):
             continue
         name = f"guard: action=raise_{'beta' if rule.action == 'raise_beta' else 'kl'} on {rule.measure}"
-        if rule.action == "raise_beta" and not any(is_tied(member) for member in _members(loss)):
+        if rule.action == "raise_beta" and not any(is_tied(member) for member in _policy_members(loss)):
             raise ValueError(
                 f"{name}: loss.loss_type={loss.loss_type} has no beta that ties the policy to a reference; take "
                 "action=raise_kl for a loss with a KL term, or warn or stop"
             )
         if rule.action == "raise_kl" and not any(
-            isinstance(member, KlLossBlock) or has_kl_weight(member) for member in _members(loss)
+            isinstance(member, KlLossBlock) or has_kl_weight(member) for member in _policy_members(loss)
         ):
             raise ValueError(
                 f"{name}: loss.loss_type={loss.loss_type} has no KL term; add one (loss.loss_type=mix with kl among "
@@ -124,15 +136,16 @@ def require_raisable(rules: Sequence[GuardRule], loss: LossBlock) -> None:
             )
 
 
-def _members(loss: LossBlock) -> tuple[Member, ...]:
-    """The losses that `loss` is made of."""
-    return loss.losses if isinstance(loss, MixLossBlock) else (loss,)
+def _policy_members(loss: TrainerLoss) -> list[LossBase]:
+    """The losses that `loss` is made of; of a reward model's none."""
+    return [member for member in members(loss) if isinstance(member, LossBase)]
 
 
 def require_measured(
     names: Sequence[str], evaluation: EvaluationBlock, reference: ReferenceBlock, loss: LossBlock, *, adapter: bool
 ) -> None:
     """Every measure that is asked for can be had; `adapter`: the trainers hold one."""
+    require_known(names, MEASURES, "online_dpo")
     for name in names:
         if name.startswith("gold") and evaluation.gold is None:
             raise ValueError(f"the measure {name} needs a gold scorer; set evaluation.gold, or take another measure")
@@ -151,13 +164,19 @@ def require_measured(
                 f"the measure {name} needs the initial policy, of which reference.policy={reference.policy} keeps no "
                 "copy beside full weights; set model.lora, or reference.policy=initial"
             )
-        if name == DISPLACEMENT and not is_displaceable(loss):
-            raise ValueError(
-                f"the measure {name} compares log-probs with those of a reference, which loss.loss_type="
-                f"{loss.loss_type} does not log; take another measure, or a loss with a reference"
-            )
+    require_displaceable(names, loss)
 
 
-def is_displaceable(loss: LossBlock) -> bool:
+def require_displaceable(names: Sequence[str], loss: TrainerLoss) -> None:
+    """Who asks for displacement has a loss that tells it."""
+    if DISPLACEMENT in names and not is_displaceable(loss):
+        raise ValueError(
+            f"the measure {DISPLACEMENT} compares log-probs with those of a reference, which loss.loss_type="
+            f"{loss.loss_type} does not log; take another measure, or a loss with a reference"
+        )
+
+
+def is_displaceable(loss: TrainerLoss) -> bool:
     """Whether the rewards it logs are beta times the log-ratio to a reference, so that displacement can be told."""
-    return is_tied(_members(loss)[0])
+    first = members(loss)[0]
+    return isinstance(first, LossBase) and is_tied(first)

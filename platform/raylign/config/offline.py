@@ -9,6 +9,15 @@ from raylign.config.base import Block
 from raylign.config.blocks import RunBlock, RunName
 from raylign.config.capability import CapabilityBlock
 from raylign.config.data import DataBlock
+from raylign.config.evaluation import OF_ANSWERS, OF_PAIRS, OF_REWARDS, ChoiceBlock
+from raylign.config.guard import (
+    GuardRule,
+    GuardUnion,
+    asked_for,
+    require_displaceable,
+    require_known,
+    require_raisable,
+)
 from raylign.config.losses import (
     BradleyTerryRewardLossBlock,
     LossUnion,
@@ -39,7 +48,7 @@ class OfflineScheduleBlock(Block):
     """An epoch is cut into this many rounds; each ends with a checkpoint and an evaluation."""
 
 
-class HeldOutBlock(Block):
+class HeldOutBlock(ChoiceBlock):
     """Evaluation on held-out rows, before round 1 and after every round."""
 
     bootstrap_samples: PositiveInt = 1000
@@ -55,11 +64,18 @@ class OfflineConfig(RunConfig):
     data: DataBlock
     schedule: OfflineScheduleBlock = OfflineScheduleBlock()
     evaluation: HeldOutBlock = HeldOutBlock()
+    guard: tuple[GuardUnion, ...] = ()
+    """Rules that are looked at after every round; what they raise holds from the next round on."""
 
     @property
     @abstractmethod
     def rows(self) -> Rows:
         """What a row of the data set is to this recipe."""
+
+    @property
+    @abstractmethod
+    def measures(self) -> tuple[str, ...]:
+        """What rules and the choice of the best version may read."""
 
     @property
     def mismatched(self) -> bool:
@@ -91,9 +107,25 @@ class OfflineConfig(RunConfig):
         return self.evaluation.confidence
 
     @property
+    def rules(self) -> tuple[GuardRule, ...]:
+        return self.guard
+
+    @property
+    def choice(self) -> ChoiceBlock | None:
+        return None if self.evaluation.metric_for_best_model is None else self.evaluation
+
+    @property
     def score_options(self) -> tuple[str, ...]:
         """Options of its loss that read more of scores than their order in a row."""
         return self.objective.score_options
+
+    @model_validator(mode="after")
+    def the_guard_finds_what_it_reads_and_raises(self) -> Self:
+        names = asked_for(self.guard, self.evaluation)
+        require_known(names, self.measures, type(self).model_fields["recipe"].default)
+        require_displaceable(names, self.objective)
+        require_raisable(self.guard, self.objective)
+        return self
 
     @model_validator(mode="after")
     def the_schedule_has_the_epochs(self) -> Self:
@@ -130,6 +162,10 @@ class OfflineDpoConfig(OfflineConfig):
     @property
     def rows(self) -> Rows:
         return "pairs" if self.loss.pairs_only else "rankings"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return OF_PAIRS
 
     @property
     def mismatched(self) -> bool:
@@ -187,6 +223,10 @@ class SftConfig(OfflineConfig):
     def rows(self) -> Rows:
         return "demonstrations"
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return OF_ANSWERS
+
 
 class RewardModelRunBlock(RunBlock):
     """`RunBlock` with a name of its own."""
@@ -216,6 +256,10 @@ class RewardModelConfig(OfflineConfig):
     @property
     def rows(self) -> Rows:
         return "pairs" if self.loss.pairs_only else "rankings"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return OF_REWARDS
 
     @model_validator(mode="after")
     def a_reward_model_knows_no_texts(self) -> Self:

@@ -15,7 +15,7 @@ from raylign.config.blocks import (
 )
 from raylign.config.capability import CapabilityBlock
 from raylign.config.evaluation import GOLD, EvaluationBlock
-from raylign.config.guard import GuardRule, GuardUnion, require_measured, require_raisable
+from raylign.config.guard import GuardRule, GuardUnion, asked_for, require_measured, require_raisable
 from raylign.config.losses import LossBlock, LossUnion, SigmoidLossBlock, TrainerLoss
 from raylign.config.pairing import (
     BestWorstPairingBlock,
@@ -198,10 +198,15 @@ class OnlineDpoConfig(RunConfig):
         return any(leaf.is_model for leaf in self.scorers)
 
     @property
+    def scored_by(self) -> Mapping[str, ScoringBlock]:
+        """By the option that describes each: who scores candidates, and the gold scorer if there is one."""
+        gold = self.evaluation.gold
+        return {"scoring": self.scoring} | ({} if gold is None else {GOLD: gold})
+
+    @property
     def scorers(self) -> list[LeafBlock]:
         """Every scorer that is no composition, those of the gold scorer last."""
-        gold = self.evaluation.gold
-        return [*leaves(self.scoring), *([] if gold is None else leaves(gold))]
+        return [leaf for block in self.scored_by.values() for leaf in leaves(block)]
 
     @property
     def rules(self) -> tuple[GuardRule, ...]:
@@ -287,8 +292,7 @@ class OnlineDpoConfig(RunConfig):
 
     @model_validator(mode="after")
     def the_guard_finds_what_it_reads_and_raises(self) -> Self:
-        best = self.evaluation.metric_for_best_model
-        names = [*(rule.measure for rule in self.guard), *([] if best is None else [best])]
+        names = asked_for(self.guard, self.evaluation)
         adapter = self.model.lora is not None
         require_measured(names, self.evaluation, self.reference, self.loss, adapter=adapter)
         require_raisable(self.guard, self.loss)

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from raylign.config.base import Block
 from raylign.config.blocks import ModelBlock, PlacementBlock, RecoveryBlock, RunBlock, TrackingBlock, TrainerBlock
 from raylign.config.capability import CapabilityBlock
-from raylign.config.evaluation import EvaluationBlock
+from raylign.config.evaluation import ChoiceBlock
 from raylign.config.guard import GuardRule
 from raylign.config.losses import RewardLossBlock, TrainerLoss
 from raylign.config.reference import ReferenceBlock
@@ -84,7 +84,7 @@ class RunConfig(Block):
         return ()
 
     @property
-    def choice(self) -> EvaluationBlock | None:
+    def choice(self) -> ChoiceBlock | None:
         """By what the best version is chosen; None where none is."""
         return None
 

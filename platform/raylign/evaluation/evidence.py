@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raylign.config import EvaluateConfig, OnlineDpoConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
 from raylign.errors import ConfigError
 from raylign.evaluation.comparison import Comparison, Opponent
 from raylign.evaluation.gate import Evidence, Refusal
 from raylign.evaluation.win_rate import scored_pairs, win_rate
-from raylign.records import Message, RoundReport
+from raylign.records import Message, Prompt, RoundReport
 from raylign.run.directory import REPORT_NAME, RunDirectory, open_run
 from raylign.run.files import read_record
 from raylign.run.fingerprints import model_digest
@@ -60,12 +60,15 @@ def chosen_by(directory: RunDirectory, config: OnlineDpoConfig, version: int) ->
 
 
 def own_evidence(
-    directory: RunDirectory, config: OnlineDpoConfig, report: RoundReport, own: Version, other: Version
+    directory: RunDirectory, config: RunConfig, report: RoundReport, own: Version, other: Version
 ) -> Evidence | Refusal:
     """The win rate of a version on the run's own held-out prompts, by the scorer it was trained on.
 
-    Refused where these have chosen it, or where `other` did not answer them.
+    Refused where these have chosen it, or where `other` did not answer them, as nobody does in a run on a data set.
     """
+    if not isinstance(config, OnlineDpoConfig):
+        found = f"0 held-out prompts are answered in a run of the recipe {config.recipe}, which has no win rate"
+        return Refusal(_UNUSED, found, _cure(own, other))
     if how := chosen_by(directory, config, own.version):
         return Refusal(_UNUSED, f"0 held-out prompts are left that chose nothing: {how}", _cure(own, other))
     if other.campaign != own.campaign:
@@ -84,12 +87,17 @@ def own_evidence(
 
 
 def evaluated_evidence(
-    path: Path, directory: RunDirectory, config: OnlineDpoConfig, own: Version, other: Version
+    path: Path,
+    directory: RunDirectory,
+    config: RunConfig,
+    own: Version,
+    other: Version,
+    rows: Sequence[Prompt] = (),
 ) -> Evidence | Refusal:
     """The win rate that the run directory `path` of the recipe `evaluate` found for `own` over `other`.
 
-    Refused where it is of other weights, compares with others, or asks prompts that the run has seen. Raises
-    ConfigError when `path` is no finished run of that recipe.
+    Refused where it is of other weights, compares with others, or asks prompts that the run has seen: sampled answers
+    to, or read in the `rows` of its data set. Raises ConfigError when `path` is no finished run of that recipe.
     """
     evaluation = open_run(path)
     evaluated = evaluation.config()
@@ -113,7 +121,7 @@ def evaluated_evidence(
     if opponent is None:
         names = ", ".join(one.against for one in found.opponents.values())
         return Refusal(_EVALUATION, f"{path} compares with {names}, not with {other.told}", cure)
-    if shared := _shared(evaluation, directory):
+    if shared := _shared(evaluation, directory, rows):
         wrong = f"{len(shared)} of its prompts were asked by the run too, 0 may be; the first: {shared[0][:80]!r}"
         return Refusal(_UNUSED, f"{path}: {wrong}", cure)
     won = opponent.overall
@@ -137,7 +145,7 @@ def _is(told: str, version: Version) -> bool:
     return int(match[1]) == version.version and Path(match[2]).resolve() == version.run.resolve()
 
 
-def _opponent(found: Comparison, config: OnlineDpoConfig, other: Version) -> Opponent | None:
+def _opponent(found: Comparison, config: RunConfig, other: Version) -> Opponent | None:
     """The side that is `other`: the initial policy is also the model that the run began with."""
     begun = f"{config.model.path}{f' at {config.model.revision}' if config.model.revision else ''}"
     for opponent in found.opponents.values():
@@ -146,12 +154,13 @@ def _opponent(found: Comparison, config: OnlineDpoConfig, other: Version) -> Opp
     return None
 
 
-def _shared(evaluation: RunDirectory, directory: RunDirectory) -> list[str]:
-    """Texts of the evaluation's prompts that the run has asked, in training or held out."""
-    files = [directory.round(0) / HELD_OUT]
+def _shared(evaluation: RunDirectory, directory: RunDirectory, rows: Iterable[Prompt]) -> list[str]:
+    """Texts of the evaluation's prompts that the run has asked or read, in training or held out."""
+    held_out = directory.round(0) / HELD_OUT
+    files = [held_out] if held_out.is_file() else []
     for report in directory.reports():
         files += candidate_files(directory.round(report.index))
-    seen = _texts(files)
+    seen = {*_texts(files), *(_key(_said(prompt.messages)) for prompt in rows)}
     asked = _texts(candidate_files(evaluation.round(0)))
     return [text for key, text in asked.items() if key in seen]
 
@@ -162,8 +171,12 @@ def _texts(files: Iterable[Path]) -> dict[str, str]:
     for file in files:
         for messages in read_messages(file).values():
             text = _said(messages)
-            found.setdefault(" ".join(text.split()).casefold(), text)
+            found.setdefault(_key(text), text)
     return found
+
+
+def _key(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def _said(messages: Sequence[Message]) -> str:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
-from raylign.config.evaluation import DISPLACEMENT, GOLD_DROP, LENGTH_GROWTH, EvaluationBlock
+from raylign.config import RunConfig
+from raylign.config.evaluation import DISPLACEMENT, GOLD_DROP, LENGTH_GROWTH, ChoiceBlock
 from raylign.config.guard import GuardRule, RaiseRule, StopRule, WarnRule, raised
 from raylign.config.losses import LossBlock
 from raylign.evaluation.health import DISPLACED
-from raylign.records import AnyEvaluation, Evaluation, RoundReport
+from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
 
+C = TypeVar("C", bound=RunConfig)
 Measures = Mapping[str, float]
 """Of one policy version, by name; what could not be measured is not there."""
 
@@ -23,16 +26,20 @@ class Decision:
     @property
     def told(self) -> str:
         """`kl is 0.7, above 0.5: loss.beta x 2 from the next round on`."""
-        match self.rule:
-            case WarnRule():
-                done = "warning"
-            case StopRule():
-                done = "the run ends here"
-            case RaiseRule(action="raise_beta"):
-                done = f"loss.beta x {self.rule.factor:g} from the next round on"
-            case RaiseRule():
-                done = f"the weight of the KL term x {self.rule.factor:g} from the next round on"
-        return f"{self.rule.measure} is {self.value:.4g}, {self.rule.bound}: {done}"
+        return f"{self.rule.measure} is {self.value:.4g}, {self.rule.bound}: {consequence(self.rule)}"
+
+
+def consequence(rule: GuardRule) -> str:
+    """What is done where the rule holds."""
+    match rule:
+        case WarnRule():
+            return "warning"
+        case StopRule():
+            return "the run ends here"
+        case RaiseRule(action="raise_beta"):
+            return f"loss.beta x {rule.factor:g} from the next round on"
+        case RaiseRule():
+            return f"the weight of the KL term x {rule.factor:g} from the next round on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +57,25 @@ def measures(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> list[Me
 
     Numbers of its evaluation by their names; `length_growth`, the share by which its completions are longer than those
     before training; `gold_drop`, how far its gold score is below the best one so far, 0 for the best; `displacement`,
-    in nats, `raylign.evaluation.health.round_health`'s. Of a run on a data set nothing.
+    in nats, `raylign.evaluation.health.round_health`'s. Of held-out rows TRL's metrics, the one that sums them up with
+    its bounds.
     """
-    if not isinstance(baseline, Evaluation):
-        return [{} for _ in range(len(reports) + 1)]
     of_rounds = [(report.evaluation, report.health) for report in reports]
     versions: list[tuple[AnyEvaluation, Measures]] = [(baseline, {}), *of_rounds]
     found: list[Measures] = []
-    best_gold = baseline.gold
+    golds: list[float] = []
     for evaluation, health in versions:
-        assert isinstance(evaluation, Evaluation)
-        own: dict[str, float | None] = asdict(evaluation)
-        if baseline.length:
-            own[LENGTH_GROWTH] = evaluation.length / baseline.length - 1
-        if evaluation.gold is not None:
-            best_gold = evaluation.gold if best_gold is None else max(best_gold, evaluation.gold)
-            own[GOLD_DROP] = best_gold - evaluation.gold
-        own[DISPLACEMENT] = health.get(DISPLACED)
+        own: dict[str, float | None] = {DISPLACEMENT: health.get(DISPLACED)}
+        match evaluation:
+            case HeldOutEvaluation(metric=metric, value=value, low=low, high=high):
+                own |= {**evaluation.metrics, metric: value, f"{metric}_low": low, f"{metric}_high": high}
+            case Evaluation():
+                own |= asdict(evaluation)
+                if isinstance(baseline, Evaluation) and baseline.length:
+                    own[LENGTH_GROWTH] = evaluation.length / baseline.length - 1
+                if evaluation.gold is not None:
+                    golds.append(evaluation.gold)
+                    own[GOLD_DROP] = max(golds) - evaluation.gold
         found.append({name: value for name, value in own.items() if isinstance(value, int | float)})
     return found
 
@@ -88,7 +97,12 @@ def loss_after(loss: LossBlock, decisions: Sequence[Decision]) -> LossBlock:
     return loss
 
 
-def best_version(block: EvaluationBlock, measured: Sequence[Measures]) -> Best | None:
+def guarded(config: C, loss: LossBlock, decisions: Sequence[Decision]) -> C:
+    """`config` with `loss`, its own, as it trains by it once all of the decisions were made."""
+    return config.model_copy(update={"loss": loss_after(loss, decisions)})
+
+
+def best_version(block: ChoiceBlock, measured: Sequence[Measures]) -> Best | None:
     """The best of the versions by `metric_for_best_model`, the earliest of equals; None where none was measured.
 
     `waited` counts as transformers' EarlyStoppingCallback does: a version that beats the best before it by more than
@@ -106,7 +120,7 @@ def best_version(block: EvaluationBlock, measured: Sequence[Measures]) -> Best |
 
 
 def ended_early(
-    rules: Sequence[GuardRule], choice: EvaluationBlock | None, newest: Sequence[Decision], measured: Sequence[Measures]
+    rules: Sequence[GuardRule], choice: ChoiceBlock | None, newest: Sequence[Decision], measured: Sequence[Measures]
 ) -> str | None:
     """Why a run does not go on after its newest round, whose decisions are `newest`; None where it does.
 

@@ -29,10 +29,28 @@ def kl_k3(candidates: Sequence[Candidate], logps: Sequence[float]) -> float | No
     Unbiased as k1 is; its variance is lower where the two are close, and higher where they are nats apart: far above
     k1, some completions are much likelier under p. None without `logps`, and where a ratio is past what a float holds.
     """
-    ratios = _log_ratios(candidates, logps)
+    return _mean_k3(_log_ratios(candidates, logps))
+
+
+def _mean_k3(ratios: Sequence[float]) -> float | None:
+    """Of log pi - log p."""
     if not ratios or min(ratios) < -math.log(np.finfo(np.float64).max):
         return None
     return float(np.mean([math.expm1(-ratio) + ratio for ratio in ratios]))
+
+
+def kl_k3_per_token(candidates: Sequence[Candidate], logprobs: Sequence[Sequence[float]]) -> float | None:
+    """Mean over tokens of r - 1 - log r with r = p(y_t) / pi(y_t): k3 of each token's distribution, never below 0.
+
+    `logprobs` are those of each candidate's tokens under p, parallel to the candidates. Unbiased as `kl_per_token` is;
+    where single tokens are close its variance is far lower, however far whole completions are apart. None as there.
+    """
+    ratios = [
+        own - other
+        for candidate, others in zip(candidates, logprobs, strict=True)
+        for own, other in zip(candidate.logprobs, others, strict=True)
+    ]
+    return _mean_k3(ratios)
 
 
 def _log_ratios(candidates: Sequence[Candidate], logps: Sequence[float]) -> list[float]:

@@ -1,5 +1,6 @@
 """Held-out quality of one policy version: by what it samples, or by preferences that it has not seen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -10,13 +11,12 @@ import numpy as np
 from raylign.config.evaluation import GOLD
 from raylign.config.offline import HeldOutBlock
 from raylign.errors import ScorerError
-from raylign.evaluation.health import distinct_n, kl_k3, kl_per_token, sampled_entropy, seq_rep_n
+from raylign.evaluation.health import distinct_n, kl_k3, kl_k3_per_token, kl_per_token, sampled_entropy, seq_rep_n
 from raylign.evaluation.intervals import share_interval
 from raylign.evaluation.win_rate import VersionRates
 from raylign.pairing import group_by_prompt
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, Score
 
-"""The part of a held-out completion's score that is the gold scorer's; no member of a scorer can have that name."""
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -27,26 +27,28 @@ def evaluate(
     reference_logps: Sequence[float],
     block: "Resampling",
     seed: int,
-    initial_logps: Sequence[float] = (),
+    initial_logprobs: Sequence[Sequence[float]] = (),
     gold: Sequence[Score] = (),
     win_rates: VersionRates | None = None,
 ) -> Evaluation:
     """Summarise held-out completions of one policy version.
 
-    `candidates` is prompt-major; `scores`, `reference_logps` and `initial_logps` (summed log-probability, in nats,
-    under the reference and under the policy before round 1; empty where there is none to ask) run parallel to it, and
-    so does `gold`, the scores of a gold scorer, empty without one. The score is the mean over prompts of the mean over
-    their scored completions; unscored ones are counted and left out. Its interval is the percentile bootstrap over
-    prompts, drawn with `seed`. `win_rates` are those of `raylign.evaluation.win_rate.against_versions`.
+    `candidates` is prompt-major; `scores`, `reference_logps` (summed log-probability, in nats, under the reference) and
+    `initial_logprobs` (that of each token under the policy before round 1) run parallel to it, empty where there is
+    nobody to ask, and so does `gold`, the scores of a gold scorer, empty without one. The score is the mean over
+    prompts of the mean over their scored completions; unscored ones are counted and left out. Its interval is the
+    percentile bootstrap over prompts, drawn with `seed`. `win_rates` are those of
+    `raylign.evaluation.win_rate.against_versions`.
 
     The KL estimate, the mean of log pi(y|x) - log pi_ref(y|x), is unbiased only for completions drawn from the policy
     itself, at `temperature` 1. At lower temperatures it describes the likelier completions, at 0 the greedy one only.
 
     Raises ScorerError when every completion is unscored, ValueError when the sequences do not fit together.
     """
+    initial_logps = [math.fsum(own) for own in initial_logprobs]
     means = _prompt_means(prompts, candidates, scores)
     low, high = mean_interval(means, block, seed)
-    golds = _prompt_means(prompts, candidates, gold, "evaluation.gold") if gold else None
+    golds = _prompt_means(prompts, candidates, gold, GOLD) if gold else None
     gold_low, gold_high = (None, None) if golds is None else mean_interval(golds, block, seed)
     return Evaluation(
         score=float(means.mean()),
@@ -61,6 +63,7 @@ def evaluate(
         kl_initial=_kl(candidates, initial_logps),
         kl_initial_per_token=kl_per_token(candidates, initial_logps),
         kl_initial_k3=kl_k3(candidates, initial_logps),
+        kl_initial_k3_per_token=kl_k3_per_token(candidates, initial_logprobs) if initial_logprobs else None,
         entropy=sampled_entropy(candidates),
         distinct_1=distinct_n(candidates, 1),
         distinct_3=distinct_n(candidates, 3),

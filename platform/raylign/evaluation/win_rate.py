@@ -161,7 +161,7 @@ class VersionRates(TypedDict, total=False):
 
 
 def rates_over(won: WinRate) -> VersionRates:
-    """As an `Evaluation` tells of the first opponent."""
+    """As an `Evaluation` tells of an opponent."""
     return {
         "win_rate": won.rate,
         "win_rate_low": won.low,

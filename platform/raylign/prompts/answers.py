@@ -9,11 +9,14 @@ from raylign.config.blocks import PromptsBlock
 from raylign.config.evaluate import AnswersSideBlock
 from raylign.errors import PromptError
 from raylign.prompts.conversations import conversation, conversation_problem
+from raylign.prompts.published import QUESTION_IDS
 from raylign.prompts.sources import read_source
 from raylign.records import Candidate, Prompt
 from raylign.report.text import one_line
 
 _PROMPT = "prompt"
+_Key = tuple[str, str]
+"""A column, and what a row says there: the prompt, or an id of it."""
 _SHOWN = 60
 
 
@@ -22,14 +25,11 @@ def given_answers(
 ) -> list[Candidate]:
     """One candidate for each prompt, in order, of version 0; its tokens are those of `tokenizer`.
 
-    Rows of `block.source` are found by their prompt's last message; without a source the answer is in the prompt's own
-    row. Raises PromptError for prompts without an answer.
+    Rows of `block.source` are found by the id of Arena-Hard's question, else by their prompt's last message; without a
+    source the answer is in the prompt's own row. Raises PromptError for prompts without an answer.
     """
     known = {} if block.source is None else _by_question(block)
-    texts = [
-        prompt.meta.get(block.column) if block.source is None else known.get(_question(prompt.messages))
-        for prompt in prompts
-    ]
+    texts = [prompt.meta.get(block.column) if block.source is None else _found(known, prompt) for prompt in prompts]
     if missing := [prompt for prompt, text in zip(prompts, texts, strict=True) if not isinstance(text, str)]:
         where = f"in column {block.column!r} of " + ("their own rows" if block.source is None else str(block.source))
         raise PromptError(
@@ -43,15 +43,26 @@ def given_answers(
     ]
 
 
-def _by_question(block: AnswersSideBlock) -> Mapping[str, Any]:
+def _by_question(block: AnswersSideBlock) -> Mapping[_Key, Any]:
     table = read_source(PromptsBlock(source=str(block.source), column=_PROMPT)).train
     table.require(block.column)
-    found: dict[str, Any] = {}
+    found: dict[_Key, Any] = {}
     for row in table.rows:
-        asked = row.cells.get(_PROMPT)
+        asked, answer = row.cells.get(_PROMPT), row.cells.get(block.column)
         if not conversation_problem(asked)[0] and isinstance(asked, str | list):
-            found.setdefault(_question(conversation(asked, None)), row.cells.get(block.column))
+            found.setdefault((_PROMPT, _question(conversation(asked, None))), answer)
+        for key in _ids(row.cells):
+            found.setdefault(key, answer)
     return found
+
+
+def _found(known: Mapping[_Key, Any], prompt: Prompt) -> Any:
+    keys = (*_ids(prompt.meta), (_PROMPT, _question(prompt.messages)))
+    return next((known[key] for key in keys if key in known), None)
+
+
+def _ids(cells: Mapping[str, Any]) -> list[_Key]:
+    return [(name, own) for name in QUESTION_IDS if isinstance(own := cells.get(name), str)]
 
 
 def _question(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,8 @@
 
 AlpacaEval (`alpaca_eval.json`: instruction, output, generator, dataset), Arena-Hard (`question.jsonl`; v2: uid,
 category, subcategory, prompt; v0.1: question_id, cluster, turns) and IFEval (`input_data.jsonl`: key, prompt,
-instruction_id_list, kwargs).
+instruction_id_list, kwargs); and models' answers to the first two (`model_outputs.json`, rows as above;
+`model_answer/*.jsonl`, v2: uid, messages; v0.1: question_id, choices).
 """
 
 import json
@@ -13,6 +14,11 @@ from raylign.config.scoring.blocks import IFEVAL
 
 _ALPACA_EVAL = frozenset({"instruction", "output", "generator"})
 _IFEVAL = frozenset({"instruction_id_list", "kwargs"})
+_ARENA_V2, _ARENA_V1 = frozenset({"uid", "ans_id", "messages"}), frozenset({"question_id", "answer_id", "choices"})
+QUESTION_IDS = ("uid", "question_id")
+"""Columns by which Arena-Hard's answers name the question: v0.1 does not repeat it."""
+OUTPUT = "output"
+"""The column of AlpacaEval's answers, which those of Arena-Hard get too."""
 
 
 def as_published(cells: Mapping[str, Any], column: str) -> Mapping[str, Any]:
@@ -22,12 +28,38 @@ def as_published(cells: Mapping[str, Any], column: str) -> Mapping[str, Any]:
     of the set have every key in every row.
     """
     if column not in cells and cells.keys() >= _ALPACA_EVAL:
-        return {column: cells["instruction"], **{name: cell for name, cell in cells.items() if name != "instruction"}}
+        return {column: cells["instruction"], **_without(cells, "instruction")}
     if column not in cells and (question := _first_turn(cells.get("turns"))) is not None:
-        return {column: question, **{name: cell for name, cell in cells.items() if name != "turns"}}
+        return {column: question, **_without(cells, "turns")}
+    if cells.keys() >= _ARENA_V2 and (both := _question_and_answer(cells["messages"])):
+        return {**_without(cells, "messages"), column: both[0], OUTPUT: both[1]}
+    if cells.keys() >= _ARENA_V1 and (answer := _first_choice(cells["choices"])) is not None:
+        return {**_without(cells, "choices"), OUTPUT: answer}
     if cells.keys() >= _IFEVAL and IFEVAL not in cells:
         return {**cells, IFEVAL: _instructions(cells["instruction_id_list"], cells["kwargs"])}
     return cells
+
+
+def _without(cells: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {name: cell for name, cell in cells.items() if name != column}
+
+
+def _question_and_answer(messages: object) -> tuple[object, object] | None:
+    """Of Arena-Hard v2: the user's message, and the assistant's, whose content is `{"answer": ...}`."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return None
+    said = [message for message in messages if message.get("role") != "system"]
+    if [message.get("role") for message in said] != ["user", "assistant"]:
+        return None
+    content = said[1].get("content")
+    return said[0].get("content"), content.get("answer") if isinstance(content, dict) else content
+
+
+def _first_choice(choices: object) -> object:
+    """Of Arena-Hard v0.1: one choice of one turn. More of them are no single answer."""
+    if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict):
+        return _first_turn(choices[0].get("turns"))
+    return None
 
 
 def _first_turn(turns: object) -> object:

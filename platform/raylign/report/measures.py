@@ -53,6 +53,7 @@ MEASURES = (
     Measure("kl_initial", "KL to initial, nats", ".2f", "eval/drift"),
     Measure("kl_initial_per_token", "KL to initial, nats a token", ".3f", "eval/drift", detail=True),
     Measure("kl_initial_k3", "KL to initial by k3, nats", ".2f", "eval/drift", detail=True),
+    Measure("kl_initial_k3_per_token", "KL to initial by k3, nats a token", ".3f", "eval/drift", detail=True),
     Measure("entropy", "entropy, nats a token", ".2f", "eval/drift"),
     Measure("length", "length, tokens", ".1f", "eval/text"),
     Measure("distinct_1", "distinct-1", ".3f", "eval/text", detail=True),
@@ -78,7 +79,8 @@ def measured(evaluation: AnyEvaluation) -> dict[str, float | None]:
     """Names to values, bounds and counts included, but for those of capability; None is what was not measured."""
     match evaluation:
         case Evaluation():
-            return {name: value for name, value in asdict(evaluation).items() if name != "capability"}
+            numbers = {name: value for name, value in asdict(evaluation).items() if not isinstance(value, dict)}
+            return {**numbers, **evaluation.win_rates}
         case HeldOutEvaluation():
             bounds = {f"{evaluation.metric}_low": evaluation.low, f"{evaluation.metric}_high": evaluation.high}
             return {**evaluation.metrics, evaluation.metric: evaluation.value, **bounds, "rows": evaluation.rows}

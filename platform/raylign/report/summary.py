@@ -7,8 +7,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from raylign.config.evaluation import ChoiceBlock
+from raylign.evaluation.guard import best_version, measures
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
-from raylign.report.tables import NOTHING, round_table, step_mean, warnings
+from raylign.report.tables import NOTHING, displacement_notes, round_table, step_mean, warnings
 from raylign.report.text import escape_control, optional
 
 STAGES = ("reference", "train", "evaluate")
@@ -54,6 +56,7 @@ def held_out_warnings(baseline: HeldOutEvaluation, reports: Sequence[RoundReport
             f"held-out {last.metric} went from {interval(baseline)} to {interval(last)}: the intervals overlap, so the "
             "change may be chance; raise data.held_out to tell"
         )
+    notes += displacement_notes(reports)
     losses = [held_out(report.evaluation).metrics["loss"] for report in reports]
     best = min(range(len(losses)), key=losses.__getitem__)
     if losses[-1] > losses[best]:
@@ -109,17 +112,39 @@ def _quality(evaluation: AnyEvaluation) -> str:
             assert_never(evaluation)
 
 
-def alignment_tax(baseline: AnyEvaluation, later: Sequence[AnyEvaluation]) -> str | None:
-    """What training changed of capability, task by task with paired intervals; None where no version after it tells."""
-    last = next((one.capability for one in reversed(later) if one.capability), {})
-    parts = []
+def alignment_tax(
+    baseline: AnyEvaluation, reports: Sequence[RoundReport], choice: ChoiceBlock | None = None
+) -> list[str]:
+    """What training changed of capability, task by task with paired intervals; nothing where no version tells.
+
+    Of the newest version that does, and of the one that `choice` makes the best, where that is another one.
+    """
+    told = {report.policy_version: parts for report in reports if (parts := _changes(baseline, report.evaluation))}
+    if not told:
+        return []
+    newest, last = max(told), reports[-1].policy_version
+    chosen = best_version(choice, measures(baseline, reports)) if choice else None
+    best = chosen.version if chosen else newest
+    lines = [f"alignment tax{'' if newest == last == best else f' of version {newest}'}: {', '.join(told[newest])}"]
+    if best in told and best != newest:
+        lines.append(f"alignment tax of version {best}, the best: {', '.join(told[best])}")
+    elif best not in (0, newest):
+        lines[0] += (
+            f"; of version {best}, the best, it was not measured (evaluation.capability.every=1 measures every round)"
+        )
+    return lines
+
+
+def _changes(baseline: AnyEvaluation, evaluation: AnyEvaluation) -> list[str]:
+    """Task by task, `arithmetic 0.290 -> 0.280 (-0.010, -0.030 to +0.010)`."""
+    found, parts = evaluation.capability, []
     for name, before in baseline.capability.items():
-        if f"{name}_change" in last:
-            form = _form(name, last)
-            change, low, high = (last[f"{name}_change{bound}"] for bound in ("", "_low", "_high"))
+        if f"{name}_change" in found:
+            form = _form(name, found)
+            change, low, high = (found[f"{name}_change{bound}"] for bound in ("", "_low", "_high"))
             change_text = f"{change:+{form}}, {low:+{form}} to {high:+{form}}"
-            parts.append(f"{_words(name)} {before:{form}} -> {last[name]:{form}} ({change_text})")
-    return f"alignment tax: {', '.join(parts)}" if parts else None
+            parts.append(f"{_words(name)} {before:{form}} -> {found[name]:{form}} ({change_text})")
+    return parts
 
 
 def rounds_table(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> Table:

@@ -112,7 +112,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport], *, sure: bool
     return [
         *notes,
         *over_optimisation([baseline, *(report.evaluation for report in reports)]),
-        *_displacement_notes(reports),
+        *displacement_notes(reports),
         *_accuracy_notes(reports),
         *_skipped_notes(reports),
     ]
@@ -174,7 +174,8 @@ def _kl_notes(last: Evaluation) -> list[str]:
     ]
 
 
-def _displacement_notes(reports: Sequence[RoundReport]) -> list[str]:
+def displacement_notes(reports: Sequence[RoundReport]) -> list[str]:
+    """On the newest round."""
     health = reports[-1].health
     if health.get(DISPLACED, 0.0) <= DISPLACEMENT_LIMIT_NATS:
         return []

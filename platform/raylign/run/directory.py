@@ -131,6 +131,10 @@ class RunDirectory:
         path = self.round(index) / GUARD_NAME
         return read_record(path, _DECISIONS) if path.exists() else None
 
+    def decisions_before(self, index: int) -> list[Decision]:
+        """What the guard did after all rounds before that one, in order: by it round `index` was trained."""
+        return [made for earlier in range(1, index) for made in self.decisions(earlier) or ()]
+
     def baseline(self) -> AnyEvaluation:
         """The evaluation before round 1. Raises RecordError when it cannot be read."""
         return read_record(self.round(0) / REPORT_NAME, _BASELINE, _BASELINE_CURE).evaluation

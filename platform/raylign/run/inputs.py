@@ -63,6 +63,11 @@ def rows_digest(rows: Rows) -> str:
     return total.hexdigest()
 
 
+def rows_input(rows: Rows) -> Input:
+    """The rows that a run reads."""
+    return Input(rows_digest(rows), "rows of the data, or how the template writes them", fixed=True)
+
+
 def require_same(run: Path, rows: Rows, found: Mapping[str, Input]) -> None:
     """Raises ConfigError when inputs of the run directory `run` are others than it began with, naming each.
 

@@ -70,13 +70,15 @@ class Trained:
 
     complete: bool
     steps: tuple[Metrics, ...]
+    passed: bool = False
+    """Whether the policy has trained on since: what the round measures of its own can no longer be had."""
 
     @classmethod
     def of(cls, index: int, newest: Checkpoint | None, steps: Sequence[Metrics] = ()) -> "Trained":
         """Of round `index`, from the newest checkpoint if there is one; `steps` are those of a round before its own."""
         if newest is None or newest.round < index:
             return cls(False, ())
-        return cls(newest.complete, newest.steps) if newest.round == index else cls(True, tuple(steps))
+        return cls(newest.complete, newest.steps) if newest.round == index else cls(True, tuple(steps), passed=True)
 
 
 class RoundLog:

@@ -66,6 +66,13 @@ class TraceFile(BaseModel):
     round: int
     time_ms: int
     rows: int = Field(0, ge=0)
+    until: int | None = None
+    """The row before which it ends; None is the end of the table."""
+
+    @property
+    def told(self) -> str:
+        """Which row waits next."""
+        return f"row {self.rows} of {self.path}"
 
 
 class RoundState(BaseModel):
@@ -95,11 +102,18 @@ class FeedState(BaseModel):
     """None makes no traces."""
     traces: list[TraceFile] = Field(default_factory=list)
     """What is not wholly there as traces yet, though its event is."""
+    aside: list[TraceFile] = Field(default_factory=list)
+    """Traces that MLflow has failed at so often that the rest goes on without them: the next process tries again."""
+
+    @property
+    def without_traces(self) -> int:
+        """Events whose table is not wholly there as traces."""
+        return len({file.path for file in (*self.traces, *self.aside)})
 
     @property
     def sent(self) -> int:
         """Events of which MLflow has everything."""
-        return self.sequence - len(self.traces)
+        return self.sequence - self.without_traces
 
 
 class _Stores(BaseModel):
@@ -179,7 +193,7 @@ class MlflowFeed:
         self._thread.join(timeout_s)
         self._stopped.set()
         state = load_state(self._run_dir, self._uri)
-        missing = len(state.traces) + sum(1 for _ in read_events(self._journal, after=state.sequence))
+        missing = state.without_traces + sum(1 for _ in read_events(self._journal, after=state.sequence))
         if self._failures:
             raise self._failures[0]
         return missing

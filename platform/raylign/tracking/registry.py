@@ -7,16 +7,17 @@ files are and how it is exported. A database takes the same.
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities.paged_list import PagedList
 
-from raylign.errors import TrackingError
+from raylign.errors import NotPromoted, TrackingError
 from raylign.records import Evaluation, RoundReport
 from raylign.run.directory import RunDirectory
 from raylign.run.fingerprints import MANIFEST_NAME, fingerprint
@@ -26,6 +27,9 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 CAMPAIGN, RUN, VERSION, WEIGHTS = "raylign.campaign", "raylign.run", "raylign.version", "raylign.weights"
 """Tags that say which policy a version is: the run's own id, its directory, the policy version, the manifest's hash."""
 SINCE, UNTIL = "champion_since", "champion_until"
+PROMOTING = "promoting"
+"""The tag of a version that is being made the champion, since when."""
+_AT_IT = timedelta(minutes=1)
 _TAKEN, _UNKNOWN = "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"
 _PER_PAGE = 200
 _ABOUT = (
@@ -151,12 +155,38 @@ class Registry(MlflowStore):
         number = self.aliases().get(CHAMPION)
         return next((one for one in self.versions() if one.number == number), None)
 
-    def promote(self, policy: Policy, tags: Mapping[str, str]) -> int:
+    def promote(self, policy: Policy, tags: Mapping[str, str], over: int | None) -> int:
         """Make a registered policy the champion, with `tags` that say why; returns its number.
 
-        The champion before it gets the tag `champion_until`; a call that was cut off is made good by another.
+        `over` is the champion that it was compared with, by number; None where there was none. The champion before it
+        gets the tag `champion_until`; a call that was cut off is made good by another. Raises NotPromoted when another
+        call is at it, or has moved the champion since.
         """
         number = next(one.number for one in reversed(self.versions()) if one.is_policy(policy))
+        with self._alone(number):
+            if (now_champion := self.aliases().get(CHAMPION)) != over:
+                raise _overtaken(f"the champion of {self._name} is version {now_champion} by now, not {over}")
+            self._make_champion(number, tags)
+        return number
+
+    @contextmanager
+    def _alone(self, number: int) -> Iterator[None]:
+        """Nobody else moves the champion meanwhile.
+
+        MLflow moves an alias whatever it was before, and has no locks: so each call first tags its version and then
+        looks for other versions with that tag. Of two calls at once the later look sees both tags, so that one of them
+        goes on at most. The tag of a call that was killed counts for a minute, by the clocks of both hosts.
+        """
+        self._tag(number, PROMOTING, datetime.now(UTC).isoformat())
+        try:
+            others = [one for one in self.versions() if one.number != number and _is_recent(one.tags.get(PROMOTING))]
+            if others:
+                raise _overtaken(f"another `raylign promote` is making version {others[0].number} its champion")
+            yield
+        finally:
+            self._ask(lambda: self._client.delete_model_version_tag(self._name, str(number), PROMOTING))
+
+    def _make_champion(self, number: int, tags: Mapping[str, str]) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         for key, value in {**tags, SINCE: now}.items():
             self._tag(number, key, value)
@@ -165,7 +195,6 @@ class Registry(MlflowStore):
             self._tag(before.number, UNTIL, now)
         self._ask(lambda: self._client.delete_model_version_tag(self._name, str(number), UNTIL))
         self._point(CHAMPION, number)
-        return number
 
     def aliases(self) -> dict[str, int]:
         """Numbers of versions by their alias."""
@@ -192,6 +221,19 @@ class Registry(MlflowStore):
 
     def _tag(self, number: int, key: str, value: str) -> None:
         self._ask(lambda: self._client.set_model_version_tag(self._name, str(number), key, value))
+
+
+def _is_recent(time: str | None) -> bool:
+    try:
+        return time is not None and datetime.now(UTC) - datetime.fromisoformat(time) < _AT_IT
+    except (ValueError, TypeError):
+        return False
+
+
+def _overtaken(found: str) -> NotPromoted:
+    error = NotPromoted(found)
+    error.cure = "run the same command again: it compares with whoever is the champion then"
+    return error
 
 
 def _code(error: TrackingError) -> str | None:

@@ -4,13 +4,15 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from raylign.chunks import chunks
 from raylign.config.blocks import TrainerBlock
-from raylign.records import Completions, Preference
+from raylign.records import Completions, Preference, TokenLogps
+from raylign.training.logprobs import CompletionScores
 from raylign.training.preferences import kl_completions, kl_reference_logps
 from raylign.training.sequences import Layout, on_device, token_batch
 
@@ -127,15 +129,27 @@ class Passes:
 
         Every rank runs as many rows, a micro-batch at a time with fillers, so that ZeRO-3 gathers line up.
         """
+        mine, scores = self._of_share(module, rows, rank, block)
+        found = iter([logp for one in scores for logp in one.logps.tolist()])
+        return [[next(found) for _ in row.completions] for row in mine]
+
+    def logprobs(self, module: nn.Module, rows: Sequence[Completions], rank: int, block: TrainerBlock) -> TokenLogps:
+        """The same of every token."""
+        mine, scores = self._of_share(module, rows, rank, block)
+        found = iter([logp for one in scores for logp in one.tokens.logps.tolist()])
+        return [[list(islice(found, len(own))) for own in row.completions] for row in mine]
+
+    def _of_share(
+        self, module: nn.Module, rows: Sequence[Completions], rank: int, block: TrainerBlock
+    ) -> tuple[Sequence[Completions], list[CompletionScores]]:
+        """The rows of `rank`, and what is said of them and the fillers."""
         mine, count = rows[rank :: block.ranks], math.ceil(len(rows) / block.ranks)
         filled = [*mine, *[mine[-1] if mine else Completions((0,), ((0,),))] * (count - len(mine))]
-        groups = chunks(filled, block.per_device_train_batch_size)
-        found = iter([logp for group in groups for logp in self._summed(module, group).tolist()])
-        return [[next(found) for _ in row.completions] for row in mine]
+        return mine, [self._scored(module, group) for group in chunks(filled, block.per_device_train_batch_size)]
 
     def kl_logps(self, module: nn.Module, preferences: Sequence[Preference]) -> Tensor:
         """[G] summed log-probs of the KL samples of `preferences`."""
-        return self._summed(module, [kl_completions(preference) for preference in preferences])
+        return self._scored(module, [kl_completions(preference) for preference in preferences]).logps
 
     def kl_totals(
         self, module: nn.Module, preferences: Sequence[Preference], micro_batches: Iterable[MicroBatch]
@@ -153,7 +167,7 @@ class Passes:
             totals += torch.stack([(logratios * weights).sum(), weights.sum()])
         return totals
 
-    def _summed(self, module: nn.Module, rows: Sequence[Completions]) -> Tensor:
+    def _scored(self, module: nn.Module, rows: Sequence[Completions]) -> CompletionScores:
         with torch.no_grad():
-            logps: Tensor = module(token_batch(rows, self.layout, self.pad_id).to(self.device)).logps
-        return logps
+            scores: CompletionScores = module(token_batch(rows, self.layout, self.pad_id).to(self.device))
+        return scores

@@ -330,3 +330,9 @@ def test_every_recipe_parses_and_is_named_after_its_file(path: Path) -> None:
 
 def test_colocated_tensor_parallelism_is_refused() -> None:
     assert "placement.mode=disaggregated" in refusal("generators.tensor_parallel_size=2")
+
+
+def test_a_share_of_traces_needs_traces() -> None:
+    assert "set traces=true" in refusal(tracking={"traces": False, "traced_preferences": 0.7})
+    assert override(tracking={"traces": False}).tracking.traced_preferences == 0.1
+    assert override(tracking={"traces": False, "traced_preferences": 0}).tracking.traced_preferences == 0

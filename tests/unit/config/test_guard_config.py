@@ -3,8 +3,16 @@
 import pytest
 import yaml
 
-from raylign.config import dump_config, parse_config
+from raylign.config import (
+    OfflineConfig,
+    OfflineDpoConfig,
+    RewardModelConfig,
+    SftConfig,
+    dump_config,
+    parse_config,
+)
 from raylign.config.guard import RaiseRule, StopRule
+from raylign.config.load import overridden, parse_tree
 from raylign.errors import ConfigError
 
 GOLD = "evaluation.gold={type: function, function: 'raylign.scoring.vader:compound'}"
@@ -51,6 +59,7 @@ def test_rules_come_back_as_they_were() -> None:
         ((rule(action="raise_beta"), *GRPO), "take action=raise_kl"),
         ((rule(action="raise_kl"),), "loss.loss_type=sigmoid has no KL term; add one"),
         ((rule(action="raise_kl"), "loss={loss_type: grpo}", "pairing.type=group"), "grpo has no KL term"),
+        ((rule("rewards/margins"),), "the recipe online_dpo does not measure rewards/margins; take one of score,"),
         (("evaluation.metric_for_best_model=gold",), "the measure gold needs a gold scorer"),
         (("evaluation.gold={type: human}",), "people compare candidates, and the gold scorer gets"),
         (("evaluation.early_stopping_patience=2",), "set metric_for_best_model"),
@@ -83,6 +92,53 @@ def test_what_does_not_work_is_refused_with_the_cure(options: tuple[str, ...], m
 )
 def test_what_works_is_taken(options: tuple[str, ...]) -> None:
     parse_config({}, options)
+
+
+DATA = {"data": {"source": "rows.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            OfflineDpoConfig,
+            (rule("gold_drop"),),
+            "the recipe offline_dpo does not measure gold_drop; take one of loss,",
+        ),
+        (SftConfig, (rule("rewards/margins"),), "the recipe sft does not measure rewards/margins; take one of loss,"),
+        (RewardModelConfig, (rule("displacement"),), "the recipe reward_model does not measure displacement"),
+        (OfflineDpoConfig, (rule("displacement"), *SIMPO), "loss.loss_type=simpo does not log"),
+        (OfflineDpoConfig, (rule("loss", "raise_beta"), *SIMPO), "loss.loss_type=simpo has no beta that ties"),
+        (SftConfig, (rule("loss", "raise_beta"),), "loss.loss_type=sft has no beta that ties"),
+        (RewardModelConfig, (rule("loss", "raise_beta"),), "loss.loss_type=bradley_terry has no beta that ties"),
+        (OfflineDpoConfig, ("evaluation.metric_for_best_model=loss",), "set greater_is_better=false"),
+        (SftConfig, ("evaluation.early_stopping_patience=2",), "set metric_for_best_model"),
+    ],
+)
+def test_what_a_run_on_a_data_set_cannot_measure_is_refused(
+    kind: type[OfflineConfig], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_tree(overridden(DATA, options), kind, "config")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (OfflineDpoConfig, (rule("displacement", "raise_beta"), "evaluation.metric_for_best_model=rewards/accuracies")),
+        (OfflineDpoConfig, (rule("rewards/chosen", "stop", "below: -5"),)),
+        (
+            SftConfig,
+            ("evaluation={metric_for_best_model: loss, greater_is_better: false, early_stopping_patience: 1}",),
+        ),
+        (RewardModelConfig, (rule("rewards/accuracies_high", "stop", "below: 0.5"),)),
+    ],
+)
+def test_what_a_run_on_a_data_set_measures_is_taken(kind: type[OfflineConfig], options: tuple[str, ...]) -> None:
+    config = parse_tree(overridden(DATA, options), kind, "config")
+    assert config.rules or config.choice
+    assert parse_tree(yaml.safe_load(dump_config(config)), kind, "config") == config
 
 
 def test_the_gold_scorer_counts_among_the_scorers() -> None:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from raylign.config.offline import HeldOutBlock
 from raylign.data.preferences import PreferenceData
 from raylign.evaluation.held_out import HeldOut, held_out_evaluation
 from raylign.records import Candidate, HeldOutEvaluation, Preference, Prompt
+from raylign.run.checkpoints import Metrics
 from raylign.run.directory import RunDirectory, continue_or_create
 from raylign.tracking.journal import JOURNAL_NAME, Journal, read_events
 from raylign.tracking.tracker import Tracker
+from recipes.commands.export import best_of
 from recipes.offline_dpo import train
-from recipes.run import Run
+from recipes.run import Run, finished_before
 from tests.fakes import CountingRank, Deadly, Killed, NoFeed, fake_trainers
+from tests.unit.run.test_resume import TASKS
 
 
 def row(name: str, better: int, worse: int) -> Preference:
@@ -56,14 +59,40 @@ def config_in(folder: Path, **more: Any) -> OfflineDpoConfig:
     return load_config(folder / "recipe.yaml", kind=OfflineDpoConfig)
 
 
-def run_once(folder: Path, last: int = 10_000, **more: Any) -> tuple[Deadly, RunDirectory, str]:
+class Falling(CountingRank):
+    """Both answers get less likely, by 3 and by 5 nats times the round's number; says which beta it works with."""
+
+    @property
+    def beta(self) -> float:
+        return float(self._loss.beta)
+
+    def begin_round(
+        self, preferences: Sequence[Preference], seed: int, rounds_done: int, steps: Sequence[Metrics]
+    ) -> int:
+        self._events.append(f"round {rounds_done + 1} with beta {self.beta:g}")
+        return super().begin_round(preferences, seed, rounds_done, steps)
+
+    def train_step(self) -> Metrics:
+        fallen = self.beta * (self.version + 1)
+        report = dict(super().train_step())
+        self._reports[-1] = report | {"rewards/chosen": -3.0 * fallen, "rewards/rejected": -5.0 * fallen}
+        return self._reports[-1]
+
+    def evaluate(self, preferences: Sequence[Preference]) -> tuple[Metrics, dict[int, tuple[float, float, float]]]:
+        self._events.append(f"evaluate with beta {self.beta:g}")
+        return super().evaluate(preferences)
+
+
+def run_once(
+    folder: Path, last: int = 10_000, rank: type[CountingRank] = CountingRank, **more: Any
+) -> tuple[Deadly, RunDirectory, str]:
     """One process with fresh trainers on the run directory; it lives for `last` events."""
     config, events, output = config_in(folder, **more), Deadly(last), io.StringIO()
     directory = continue_or_create(config)
     with Journal(directory.path / JOURNAL_NAME) as journal:
-        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200))
+        run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=output, width=200), TASKS)
         run.open_record(DATA, "train")
-        trainers = fake_trainers(CountingRank(events, config), config)
+        trainers = fake_trainers(rank(events, config), config)
         try:
             run.restore(trainers)
             train(run, DATA, trainers, config)
@@ -139,6 +168,71 @@ def test_it_ends_as_if_it_had_not_been_killed(
     assert [p.name for p in directory.checkpoints()] == [p.name for p in whole[1].checkpoints()]
     assert json.loads((directory.round(0) / "report.json").read_text())["evaluation"]["value"] == 0.5
     assert first.count("step") + second.count("step") <= whole[0].count("step") + 2
+
+
+RAISING: dict[str, Any] = {
+    "guard": [
+        {"measure": "displacement", "above": 5.0, "action": "raise_beta"},
+        {"measure": "rewards/accuracies", "below": 0.6, "action": "warn"},
+    ]
+}
+
+
+def betas(events: Sequence[str]) -> dict[str, str]:
+    return dict(event.split(" with beta ") for event in events if event.startswith("round "))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Deadly, RunDirectory, str]:
+    return run_once(tmp_path_factory.mktemp("guarded"), rank=Falling, **RAISING)
+
+
+def test_displacement_raises_beta_and_versions_are_still_evaluated_alike(
+    guarded: tuple[Deadly, RunDirectory, str],
+) -> None:
+    """3, 6, 9 and 12 nats after rounds 1 to 4."""
+    events, directory, output = guarded
+    assert betas(events) == {"round 1": "0.1", "round 2": "0.1", "round 3": "0.2", "round 4": "0.4"}
+    assert {event for event in events if event.startswith("evaluate with")} == {"evaluate with beta 0.1"}
+    health = [report.health for report in directory.reports()]
+    assert [own["logps/displacement"] for own in health] == pytest.approx([3.0, 6.0, 9.0, 12.0])
+    assert [own["beta"] for own in health] == pytest.approx([0.1, 0.1, 0.2, 0.4])
+    assert "round 2: guard: displacement is 6, above 5: loss.beta x 2 from the next round on" in output
+    assert "chosen and rejected answers both fell below the reference's, by 12.0 and 20.0 nats in round 4" in output
+    assert [decision.rule.measure for decision in directory.decisions(1) or ()] == []
+
+
+@pytest.mark.parametrize("last", range(3, 52, 4))
+def test_a_guarded_run_that_was_killed_ends_the_same(
+    last: int, guarded: tuple[Deadly, RunDirectory, str], tmp_path: Path
+) -> None:
+    first, _, _ = run_once(tmp_path, last, rank=Falling, **RAISING)
+    second, directory, _ = run_once(tmp_path, rank=Falling, **RAISING)
+    assert list(came_to(directory)) == list(came_to(guarded[1]))
+    assert betas([*first, *second]) == betas(guarded[0])
+
+
+def test_the_run_ends_without_a_better_version_and_keeps_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every version from 1 on ranks two of three rows rightly."""
+    block = {"metric_for_best_model": "rewards/accuracies", "early_stopping_patience": 2, "capability": {}}
+    options: dict[str, Any] = {"evaluation": block, "trainer": {"save_total_limit": 1}}
+    events, directory, output = run_once(tmp_path, **options)
+    config = config_in(tmp_path, **options)
+    assert directory.rounds_finished() == 3 and best_of(directory, config) == 1
+    assert [path.name for path in directory.checkpoints()] == ["0001", "0003"]
+    assert "ended after round 3: early stopping: rewards/accuracies was best after round 1 (0.6667)" in output
+    assert finished_before(config) is not None and "the run has ended early, early stopping" in capsys.readouterr().out
+    asked = [event for event in events if event.startswith("policy log-probs")]
+    assert [event.rpartition(" ")[2] for event in asked] == ["0", "0", "3", "3"], "capability of the last version"
+    assert "alignment tax of version 3:" in output
+
+
+def test_a_stop_ends_it(tmp_path: Path) -> None:
+    stop = {"measure": "displacement", "above": 5.0, "action": "stop"}
+    _, directory, output = run_once(tmp_path, rank=Falling, guard=[stop])
+    assert directory.rounds_finished() == 2 and "ended after round 2: guard: displacement is 6, above 5" in output
 
 
 def test_the_interval_is_over_rows() -> None:

@@ -148,5 +148,5 @@ def test_tasks_that_are_none_are_refused(tasks: list[str], problem: str) -> None
 
 def test_when_it_is_due() -> None:
     block, often = CapabilityBlock(), CapabilityBlock(every=2)
-    assert [index for index in range(6) if block.is_due(index, 5)] == [0, 5]
-    assert [index for index in range(6) if often.is_due(index, 5)] == [0, 2, 4, 5]
+    assert [index for index in range(6) if block.is_due(index, last=index == 5)] == [0, 5]
+    assert [index for index in range(6) if often.is_due(index, last=index == 5)] == [0, 2, 4, 5]

@@ -10,8 +10,9 @@ from raylign.config import OnlineDpoConfig
 from raylign.errors import ConfigError
 from raylign.evaluation.evidence import Version, evaluated_evidence, own_evidence
 from raylign.evaluation.gate import Evidence, Refusal
+from raylign.records import Prompt
 from raylign.run.directory import RunDirectory
-from tests.promoted import WEIGHTS, add_round, evaluate, new_run, run_config
+from tests.promoted import WEIGHTS, add_round, evaluate, new_run, offline_run, run_config
 
 NEW = [f"Never asked {number}?" for number in range(20)]
 
@@ -122,6 +123,22 @@ def test_an_evaluation_of_something_else_is_refused(
     bench = Bench(tmp_path)
     refused = refusal(bench.evaluated(make(bench)))
     assert refused.condition == condition and found in refused.found and "--evaluation RUN" in refused.cure
+
+
+def test_a_run_on_a_data_set_is_promoted_by_an_evaluation_on_prompts_that_it_has_not_read(tmp_path: Path) -> None:
+    config, run = offline_run(tmp_path)
+    mine, initial = Version(run.path, "c", 1), Version(run.path, "c", 0)
+    own = refusal(own_evidence(run, config, run.finished_round(1), mine, initial))
+    assert own.condition == "unused prompts" and "a run of the recipe offline_dpo" in own.found
+    assert f"policy={{type: run, run: {run.path}, version: 1}}" in own.cure and "--evaluation RUN" in own.cure
+    path = evaluate(tmp_path, f"version 1 of {run.path}", f"version 0 of {run.path}", NEW, 18, run.checkpoint(1))
+
+    def asked(text: str) -> Evidence | Refusal:
+        rows = [Prompt("t", ({"role": "user", "content": text},), (1,))]
+        return evaluated_evidence(path, run, config, mine, initial, rows)
+
+    assert evidence(asked("Read in training?")).rate == 0.9
+    assert "1 of its prompts were asked by the run too" in refusal(asked("never  ASKED 3?")).found
 
 
 def test_an_evaluation_of_weights_that_were_trained_again_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from transformers.trainer_callback import EarlyStoppingCallback
 
 from raylign.config import parse_config
-from raylign.config.evaluation import MEASURES, EvaluationBlock
+from raylign.config.evaluation import MEASURES, OF_PAIRS, EvaluationBlock
 from raylign.config.guard import GuardRule, GuardUnion
 from raylign.config.losses import LossBlock
 from raylign.evaluation.guard import (
@@ -24,9 +24,10 @@ from raylign.evaluation.guard import (
     over_optimisation,
 )
 from raylign.evaluation.health import DISPLACED
-from raylign.records import Evaluation, RoundReport
+from raylign.records import Evaluation, HeldOutEvaluation, RoundReport
 
 BASELINE = Evaluation(0.1, 0.0, 0.2, 0.0, 40.0, 0.8, 0.6, 32, 0, gold=0.5, gold_low=0.4, gold_high=0.6)
+BOUNDS = {"": 0.6, "_low": 0.5, "_high": 0.7}
 _RULE: TypeAdapter[GuardRule] = TypeAdapter(GuardUnion)
 
 
@@ -49,10 +50,20 @@ def golds(*means: float, score: float = 1.0) -> list[RoundReport]:
 
 def test_every_measure_is_there_once_it_was_measured() -> None:
     full = {name: 0.5 for name in ("kl_initial", "kl_initial_per_token", "kl_initial_k3", "entropy", "distinct_1")}
+    full["kl_initial_k3_per_token"] = 0.5
     full |= {"distinct_3": 0.5, "seq_rep_4": 0.0, "truncated_rate": 0.1}
     rates = ("win_rate", "win_rate_length_controlled", "win_rate_previous")
     full |= {f"{rate}{bound}": 0.5 for rate in rates for bound in ("", "_low", "_high")}
     assert measures(BASELINE, [after(1, 3.0, **full)])[1].keys() == set(MEASURES)
+
+
+def test_measures_of_held_out_rows_are_trls_with_bounds_and_displacement() -> None:
+    rows = HeldOutEvaluation("rewards/accuracies", 0.6, 0.5, 0.7, 20, {"loss": 0.6, "rewards/accuracies": 0.6})
+    report = RoundReport(1, 1, {"preferences": 1}, (), {}, rows, {}, {}, {DISPLACED: 2.5})
+    first, second = measures(rows, [report])
+    expected = {"loss": 0.6, **{f"rewards/accuracies{bound}": value for bound, value in BOUNDS.items()}}
+    assert (first, second) == (expected, {**expected, "displacement": 2.5})
+    assert set(second) <= set(OF_PAIRS)
 
 
 def test_measures_of_rounds_by_hand() -> None:

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from raylign.config.losses import GrpoLossBlock, MixLossBlock, SigmoidLossBlock,
 from raylign.evaluation.health import (
     distinct_n,
     kl_k3,
+    kl_k3_per_token,
     kl_per_token,
     round_health,
     sampled_entropy,
@@ -50,6 +52,37 @@ def test_k3_is_positive_on_any_sample_and_k1_is_not() -> None:
     assert kl_k3(DRAWN[3:], LOGPS[3:]) == pytest.approx(1 - math.log(2))
 
 
+Chain = Mapping[tuple[int, ...], tuple[float, ...]]
+CHAIN: Chain = {(): POLICY, (0,): (0.7, 0.2, 0.1), (1,): (0.1, 0.8, 0.1), (2,): (0.3, 0.3, 0.4)}
+"""Distributions of the policy by what it has said: the second token depends on the first."""
+OTHER: Chain = {(): INITIAL, (0,): (0.6, 0.2, 0.2), (1,): (0.2, 0.6, 0.2), (2,): (0.3, 0.4, 0.3)}
+PAIRS = [(first, second) for first in range(3) for second in range(3)]
+
+
+def by_token(chain: Chain, pair: tuple[int, int]) -> tuple[float, float]:
+    return math.log(chain[()][pair[0]]), math.log(chain[pair[:1]][pair[1]])
+
+
+def test_estimates_by_sequence_and_by_token_agree_with_the_exact_kl() -> None:
+    """Every completion of two tokens as often as the policy draws it, in hundredths of a percent."""
+    drawn = [pair for pair in PAIRS for _ in range(round(10_000 * math.exp(sum(by_token(CHAIN, pair)))))]
+    candidates = [sampled(pair, by_token(CHAIN, pair)) for pair in drawn]
+    logprobs = [by_token(OTHER, pair) for pair in drawn]
+    of_pairs = [(sum(by_token(CHAIN, pair)), sum(by_token(OTHER, pair))) for pair in PAIRS]
+    exact = sum(math.exp(own) * (own - other) for own, other in of_pairs)
+    sums = [sum(own) for own in logprobs]
+    assert kl_k3(candidates, sums) == pytest.approx(exact)
+    assert kl_per_token(candidates, sums) == pytest.approx(exact / 2)
+    assert kl_k3_per_token(candidates, logprobs) == pytest.approx(exact / 2)
+
+
+def test_k3_of_tokens_stays_low_where_whole_completions_are_nats_apart() -> None:
+    """100 tokens of 0.05 nats each: 5 nats a completion, where its own k3 is e^-5 - 1 + 5."""
+    candidates, logprobs = [sampled((1,) * 100, (-1.0,) * 100)], [(-1.05,) * 100]
+    assert kl_k3_per_token(candidates, logprobs) == pytest.approx(math.expm1(-0.05) + 0.05)
+    assert kl_k3(candidates, [-105.0]) == pytest.approx(math.expm1(-5) + 5)
+
+
 def test_kl_per_token_weighs_by_tokens() -> None:
     """3 nats over 1 token and 1 nat over 3: one nat a token; a mean of means would be 5/3."""
     candidates = [sampled((1,), (-1.0,)), sampled((1, 2, 3), (-1.0, -1.0, -1.0))]
@@ -60,6 +93,7 @@ def test_what_cannot_be_measured_is_none() -> None:
     assert (kl_per_token(DRAWN, []), kl_k3(DRAWN, [])) == (None, None)
     assert kl_per_token([sampled((), ())], [0.0]) is None and sampled_entropy([sampled((), ())]) is None
     assert kl_k3([sampled((1,), (-800.0,))], [-1.0]) is None, "e^799 is no float"
+    assert kl_k3_per_token([sampled((1,), (-800.0,))], [[-1.0]]) is None and kl_k3_per_token([], []) is None
 
 
 def test_the_sampled_entropy_is_the_entropy_in_expectation() -> None:

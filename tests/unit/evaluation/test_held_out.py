@@ -123,7 +123,7 @@ def test_between_rounds_a_new_group_evaluates(monkeypatch: pytest.MonkeyPatch) -
     without_processes(monkeypatch)
     ranks = Ranks()
     assert ranks.trainers.evaluate([preference(1)]).losses == (0.1,)
-    assert ranks.calls == ["evaluate", "evaluate"] and ranks.replaced == 1
+    assert ranks.calls == ["take_loss", "evaluate"] * 2 and ranks.replaced == 1, "the new group knows the loss"
 
 
 def test_a_rank_lost_while_a_round_is_evaluated_begins_the_round_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,5 +136,5 @@ def test_a_rank_lost_while_a_round_is_evaluated_begins_the_round_again(monkeypat
 
     assert ranks.trainers.train_round([preference(1)], 0, Record(), evaluate) == [{"loss": 1.0}]
     assert ranks.replaced == 1
-    steps = ["take_loss", "begin_round", "train_step", "evaluate"]
-    assert ranks.calls == [*steps, *steps, "state_bytes", "save_state", "save_weights"]
+    steps = ["take_loss", "begin_round", "train_step", "take_loss", "evaluate"]
+    assert ranks.calls == [*steps, "take_loss", *steps, "state_bytes", "save_state", "save_weights"]

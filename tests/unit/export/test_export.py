@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from raylign.config import parse_config
+from raylign.config.guard import RaiseRule
 from raylign.errors import ModelError
+from raylign.evaluation.guard import Decision
 from raylign.export.card import Method, PolicyFacts, card_text, framework_versions
 from raylign.export.policy import export_model
 from raylign.records import Evaluation, RoundReport
@@ -280,6 +282,18 @@ def test_the_card_names_the_loss_of_the_run(loss: str, named: str, tmp_path: Pat
     config = parse_config({"run": {"name": "mine"}}, [f"loss={loss}"])
     facts = card_facts(RunDirectory(tmp_path), config, report)
     assert (facts.name, facts.method.name) == ("mine", f"iterative online DPO, loss {named}")
+
+
+def test_the_card_names_the_beta_that_the_guard_had_raised_by_then(tmp_path: Path) -> None:
+    """Twice: after round 1 and after round 3."""
+    directory, config = RunDirectory(tmp_path), parse_config({})
+    raising = Decision(RaiseRule(measure="kl", above=1.0, action="raise_beta", factor=3.0), 2.0)
+    for index, made in enumerate(((raising,), (), (raising,)), 1):
+        directory.round(index).mkdir(parents=True)
+        directory.write_decisions(index, made)
+    reports = [RoundReport(index, index, {}, (), {}, FACTS.evaluation, {}) for index in (1, 2, 3, 4)]
+    names = [card_facts(directory, config, report).method.name.rpartition(" ")[2] for report in reports]
+    assert names == ["0.1", "0.3", "0.3", "0.9"]
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,54 @@ def test_all_prompts_are_taken_to_evaluate_on_with_what_their_rows_say(tmp_path:
     assert answer.text == "Why not."
 
 
+ARENA_ANSWER: dict[str, Any] = {
+    "uid": ARENA["uid"],
+    "ans_id": "eCgoSmOXT3mUkgkMAmqPwA",
+    "model": "o3-mini-2025-01-31",
+    "messages": [
+        {"role": "user", "content": ARENA["prompt"]},
+        {"role": "assistant", "content": {"answer": "Below is one way to do it."}},
+    ],
+    "tstamp": 1744943384.5,
+    "metadata": {"token_len": 7, "header_count": {"h1": 0}},
+}
+OLD_ARENA_ANSWER: dict[str, Any] = {
+    "question_id": OLD_ARENA["question_id"],
+    "answer_id": "8KBbeNuzLtnvDTvpgLLXPg",
+    "model_id": "gpt-4-0314",
+    "choices": [{"index": 0, "turns": [{"content": "X:1\nT:Untitled Folk Tune", "token_len": 12}]}],
+    "tstamp": 1698958213.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "text"),
+    [
+        (ARENA, ARENA_ANSWER, "Below is one way to do it."),
+        (OLD_ARENA, OLD_ARENA_ANSWER, "X:1\nT:Untitled Folk Tune"),
+        ({**ARENA, "uid": "of another copy"}, ARENA_ANSWER, "Below is one way to do it."),
+        (ALPACA, {**ALPACA, "output": "Hugh Jackman.", "generator": "gpt4"}, "Hugh Jackman."),
+    ],
+)
+def test_published_answers_are_found_by_their_question(
+    question: dict[str, Any], answer: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    """A question in another place than its answer, and one more answer that nobody asks for."""
+    tokenizer = load_tokenizer(resolve_model("embedded:smollm2-135m"))
+    asked = load_all(PromptsBlock(source=str(written(tmp_path / "question.jsonl", question))), tokenizer, 200).held_out
+    other = {**answer, "uid": "x", "question_id": "y", "instruction": "Else?", "messages": [], "choices": []}
+    path = written(tmp_path / "answers.jsonl", other, answer)
+    (found,) = given_answers(AnswersSideBlock(source=path), asked, tokenizer)
+    assert (found.prompt_id, found.text) == (asked[0].id, text)
+
+
+def test_several_answers_to_one_question_are_no_answer() -> None:
+    twice = {**OLD_ARENA_ANSWER, "choices": OLD_ARENA_ANSWER["choices"] * 2}
+    assert as_published(twice, "prompt") == twice
+    turns = {**ARENA_ANSWER, "messages": ARENA_ANSWER["messages"] * 2}
+    assert as_published(turns, "prompt") == turns
+
+
 def test_answers_of_a_row_without_any_are_refused() -> None:
     prompt = Prompt("h1", ({"role": "user", "content": "?"},), (1,), {"output": None})
     tokenizer: Any = None

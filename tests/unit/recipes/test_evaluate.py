@@ -18,6 +18,7 @@ from raylign.errors import ConfigError
 from raylign.evaluation.comparison import Comparison
 from raylign.prompts import PromptSet
 from raylign.records import Candidate, Prompt
+from raylign.report.measures import chart_name
 from raylign.report.win_rates import win_rate_table
 from raylign.roles import Generators, Scorer
 from raylign.run.directory import continue_or_create
@@ -134,6 +135,16 @@ def test_what_the_journal_and_the_folder_have(tmp_path: Path) -> None:
     assert json.loads((folder / "rounds/0000/report.json").read_text())["evaluation"]["completions"] == 3
 
 
+def test_every_opponents_rate_is_measured(tmp_path: Path) -> None:
+    bench = Bench(config_of(tmp_path))
+    bench.compare(side("policy", 2), side("initial", 0), side("given", 0, "good " * 3, "good good", "none"))
+    (event,) = [event for event in read_events(tmp_path / "evaluate" / JOURNAL_NAME) if event.name == "evaluation"]
+    found = event.payload["evaluation"]
+    assert (found["win_rate"], found["win_rate/initial"], found["win_rate/given"]) == (1.0, 1.0, 0.5)
+    assert found["win_rate_low/given"] < 0.5 < found["win_rate_high/given"]
+    assert chart_name("win_rate_low/given") == "eval/win_rate_low/given"
+
+
 def test_the_table_has_opponents_and_their_categories(tmp_path: Path) -> None:
     found = Bench(config_of(tmp_path)).compare(side("policy", 2), side("initial", 0))
     file = io.StringIO()
@@ -149,6 +160,7 @@ def test_the_table_has_opponents_and_their_categories(tmp_path: Path) -> None:
     [
         ({"evaluation": {"max_new_tokens": 1024}}, "evaluation.max_new_tokens=1024 leaves no room for a prompt"),
         ({"model": {"lora": {}}}, "nothing is trained here"),
+        ({"trainer": {"learning_rate": 1e-3, "ranks": 2}}, "trainer.ranks, trainer.learning_rate: nothing is trained"),
         ({"model": {"path": "/x"}}, "whose answers are evaluated is said by policy and opponents"),
         ({"opponents": {}}, "at least 1"),
         ({"opponents": {"a b": {"type": "model"}}}, "opponents"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from actors.placement import plan_evaluation
 from raylign.config import EvaluateConfig, load_config
 from raylign.config.load import parse_tree
-from raylign.errors import ConfigError, RaylignError
+from raylign.errors import ConfigError, PlacementError, RaylignError
 from raylign.records import Evaluation, RoundReport
 from raylign.run.directory import RunDirectory, create_run
+from raylign.training.memory import GIB
 from recipes.commands.plan_evaluate import show_evaluation_plan
+from recipes.memory import evaluation_memory
 from recipes.sides import find_sides, side_inputs
-from tests.unit.tiny_policy import save_recipe
+from tests.unit.tiny_policy import PARAMETERS, save_recipe
 
 FOUND = Evaluation(0.5, 0.4, 0.6, 2.0, 8.0, 0.5, 1.0, 3, 0)
 
@@ -105,3 +109,38 @@ def test_the_plan_tells_who_answers_how_much(run: RunDirectory) -> None:
     assert "2 sides to sample, 1 a prompt: at most 200 tokens" in text
     assert "1 CPU of" in text and "to score, when the generators are gone" in text
     assert not (run.path.parent / "compared").exists()
+
+
+def test_every_engine_has_the_gpu_to_itself_and_must_fit(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 has an adapter of one weight; the first version and the folder are one model."""
+    monkeypatch.setattr("recipes.commands.plan.gpus", lambda: 0)
+    policy, initial = run.path.parents[1] / "policy", {"type": "run", "run": str(run.path), "version": 0}
+    placement = {"gpu_memory_gb": 24, "scorer_gpus": 0.25, "scorer_cpus": 1}
+    opponents = {"initial": initial, "base": {"type": "model", "path": str(policy)}}
+    config = config_of(run, opponents, placement=placement)
+    sides, (answering, scoring) = find_sides(config), plan_evaluation(config, {"CPU": 64, "GPU": 8}, samples=True)
+    found = evaluation_memory(config, sides, answering, scoring, 24 * GIB)
+    assert [(phase.where, phase.name) for phase in found.phases] == [
+        ("generator", "answering as policy"),
+        ("generator", "answering as initial, base"),
+        ("scorer", "scoring"),
+    ]
+    weights = [phase.rows.get("engine weights*") for phase in found.phases]
+    assert weights == [2 * (PARAMETERS + 1), 2 * PARAMETERS, None]
+    assert sum(found.phases[0].rows.values()) == int(0.85 * 24 * GIB) and found.phases[2].total == 6 * GIB
+    found.require_fit()
+    with pytest.raises(PlacementError, match=r"an engine needs 1.00 GiB .*generators.gpu_memory_utilization=0.85 of"):
+        evaluation_memory(config, sides, answering, scoring, GIB).require_fit()
+    file = io.StringIO()
+    show_evaluation_plan(config, Console(file=file, width=300))
+    text = " ".join(file.getvalue().split())
+    assert "GiB of a GPU" in text and "answering as initial, base" in text and "together 20.40 20.40 6.00" in text
+    with pytest.raises(PlacementError, match="an engine needs"):
+        show_evaluation_plan(config_of(run, opponents, placement=placement | {"gpu_memory_gb": 1}), Console(file=file))
+
+
+def test_without_a_side_to_sample_there_is_no_engine(run: RunDirectory) -> None:
+    config = config_of(run, {"initial": {"type": "run", "run": str(run.path), "version": 0}})
+    side, _ = find_sides(config)
+    answering, scoring = plan_evaluation(config, {"CPU": 64}, samples=False)
+    assert evaluation_memory(config, [replace(side, given=())], answering, scoring, None).phases == ()

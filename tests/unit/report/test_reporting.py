@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from raylign.config.evaluation import EvaluationBlock
 from raylign.records import Evaluation, Prompt, RoundReport, Score
 from raylign.report.console import stage_progress
 from raylign.report.summary import alignment_tax, headline
@@ -85,18 +86,33 @@ def test_a_round_without_steps_or_times_shows_dashes() -> None:
     assert row.split()[-11:] == ["47"] + ["-"] * 10
 
 
+def scored(version: int, score: float, capability: dict[str, float]) -> RoundReport:
+    return report(version, replace(BETTER, score=score, capability=capability))
+
+
 def test_the_alignment_tax_is_a_line_with_paired_intervals() -> None:
     before = replace(BETTER, capability={"multiple_choice": 0.41, "multiple_choice_low": 0.3, "perplexity": 12.1})
     after = {"multiple_choice": 0.4, "multiple_choice_low": 0.3, "perplexity": 12.4, "perplexity_nats_per_token": 2.5}
     change = {"_change": -0.01, "_change_low": -0.04, "_change_high": 0.02}
     after |= {f"multiple_choice{name}": value for name, value in change.items()}
     after |= {f"perplexity{name}": -30 * value for name, value in change.items()}
-    later = [replace(BETTER, capability=after), BETTER]
-    assert alignment_tax(before, later) == (
-        "alignment tax: multiple choice 0.410 -> 0.400 (-0.010, -0.040 to +0.020), "
-        "perplexity 12.10 -> 12.40 (+0.30, +1.20 to -0.60)"
+    told = (
+        "multiple choice 0.410 -> 0.400 (-0.010, -0.040 to +0.020), perplexity 12.10 -> 12.40 (+0.30, +1.20 to -0.60)"
     )
-    assert alignment_tax(BETTER, later) is None and alignment_tax(before, [BETTER]) is None
+    first, second, bare = scored(1, 0.3, after), scored(2, 0.2, after), scored(3, 0.1, {})
+    assert alignment_tax(before, [first]) == [f"alignment tax: {told}"]
+    assert alignment_tax(before, [first, bare]) == [f"alignment tax of version 1: {told}"]
+    assert alignment_tax(BETTER, [first]) == [] and alignment_tax(before, [bare]) == []
+    best = EvaluationBlock(metric_for_best_model="score")
+    assert alignment_tax(replace(before, score=0.0), [first, second], best) == [
+        f"alignment tax of version 2: {told}",
+        f"alignment tax of version 1, the best: {told}",
+    ]
+    assert alignment_tax(replace(before, score=0.0), [scored(1, 0.3, {}), second], best) == [
+        f"alignment tax of version 2: {told}; of version 1, the best, it was not measured "
+        "(evaluation.capability.every=1 measures every round)"
+    ]
+    assert alignment_tax(before, [first, second], best) == [f"alignment tax of version 2: {told}"], "0 is the best"
     assert headline(before).endswith(" nats, multiple choice 0.410")
 
 

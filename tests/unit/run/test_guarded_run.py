@@ -39,6 +39,7 @@ from tests.fakes import (
     NoFeed,
     fake_trainers,
 )
+from tests.unit.run.test_resume import TASKS
 
 SETTINGS: dict[str, Any] = {
     "sampling": {"num_generations": 3},
@@ -111,7 +112,7 @@ class Played:
         rank = self._rank(events, config)
         rank.begun = self.losses
         with Journal(directory.path / JOURNAL_NAME) as journal:
-            run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=file, width=200))
+            run = Run(config, directory, Tracker(journal, NoFeed()), Console(file=file, width=200), TASKS)
             run.open_record(PROMPTS, "train")
             group, generators = fake_trainers(rank, config), FakeGenerators([FakeEngine(events)])
             transport = ShmTransport(OneNode(self.folder), {WEIGHT: (1,)}, 1)
@@ -319,6 +320,46 @@ def test_a_best_version_that_there_is_not_cannot_be_exported(play: Callable[...,
         best_of(directory, config)
     with pytest.raises(ConfigError, match="metric_for_best_model is null"):
         best_of(directory, played.config())
+
+
+KNOWING = {**BEST, "capability": {}}
+STOPPED = [{**ON_GOLD_DROP, "action": "stop"}]
+
+
+def asked_of(events: Sequence[str]) -> list[int]:
+    """Versions whose capability was measured."""
+    found = [event for event in events if event.startswith("policy log-probs")]
+    return sorted({int(event.rpartition(" ")[2]) for event in found})
+
+
+@pytest.mark.parametrize(
+    ("guard", "patience", "last"), [(STOPPED, None, 2), ([], 1, 2), ([], 2, 3), ([], None, 4)], ids=str
+)
+def test_capability_is_that_of_the_last_version_wherever_the_run_ends(
+    guard: list[dict[str, Any]], patience: int | None, last: int, play: Callable[..., Played]
+) -> None:
+    played = play()
+    config = played.config(guard=guard, evaluation={**KNOWING, "early_stopping_patience": patience})
+    assert asked_of(played.process(config)) == [0, last]
+    reports = directory_of(config).reports()
+    assert [bool(report.evaluation.capability) for report in reports] == [index == last for index in range(1, last + 1)]
+    assert "perplexity_change" in reports[-1].evaluation.capability and "capability" in reports[-1].seconds
+    assert f"alignment tax of version {last}: multiple choice" in played.output
+    assert "of version 1, the best, it was not measured" in played.output
+
+
+def test_capability_of_a_run_that_ends_early_survives_any_kill(tmp_path: Path) -> None:
+    reference = Played(tmp_path / "whole")
+    config = reference.config(guard=STOPPED, evaluation=KNOWING)
+    events = len(reference.process(config))
+    expected = [report.evaluation for report in directory_of(config).reports()]
+    for last in range(events - 6, events):
+        played = Played(tmp_path / str(last))
+        config = played.config(guard=STOPPED, evaluation=KNOWING)
+        first, second = played.process(config, last), played.process(config)
+        assert [report.evaluation for report in directory_of(config).reports()] == expected
+        measured = [event for event in [*first, *second] if event.startswith("policy log-probs")]
+        assert asked_of(measured) == [0, 2]
 
 
 def test_without_rules_nothing_is_written(play: Callable[..., Played]) -> None:

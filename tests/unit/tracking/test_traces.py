@@ -288,6 +288,86 @@ def test_what_mlflow_refuses_is_left_out_and_said(tmp_path: Path, caplog: pytest
     assert "does not take trace tr-" in caplog.text
 
 
+class Broken(Store):
+    """Fails at every request with one of these rows' traces, and at all where it is `away`."""
+
+    def __init__(self, rows: Sequence[int] = (), spans: Sequence[int] = (), away: bool = False) -> None:
+        super().__init__()
+        self._rows, self._spans, self._away = rows, spans, away
+
+    def start_trace(self, info: TraceInfo) -> None:
+        self._fail_at([info], self._rows)
+        super().start_trace(info)
+
+    def log_spans(self, experiment_id: str, spans: Sequence[Span]) -> None:
+        self._fail_at(spans, self._spans)
+        super().log_spans(experiment_id, spans)
+
+    def has(self, run_id: str) -> bool:
+        self._fail_at([], [])
+        return True
+
+    def _fail_at(self, traces: Sequence[TraceInfo | Span], rows: Sequence[int]) -> None:
+        broken = {self.ids[row] for row in rows}
+        if self._away or broken & {trace.trace_id for trace in traces}:
+            raise TrackingError("too many 500 error responses")
+
+    ids: Sequence[str] = ()
+
+
+def worked_off(store: Broken, folder: Path, owner: FeedState, file: TraceFile | None, most: int = 200) -> int:
+    """How often waiting was asked for until nothing is pending."""
+    if file is not None:
+        store.ids = [trace.info.trace_id for trace in traces_of(folder, file, owner)]
+    feed, errors = feed_of(store, folder, owner), 0
+    if file is not None:
+        feed.add(file)
+    for _ in range(most):
+        try:
+            if not feed.step() and not owner.traces:
+                break
+        except TrackingError:
+            errors += 1
+    return errors
+
+
+@pytest.mark.parametrize(("rows", "spans"), [([2], []), ([], [2]), ([1], [2])])
+def test_a_trace_that_mlflow_always_fails_at_is_set_aside_and_tried_again_by_the_next_process(
+    rows: list[int], spans: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, owner, file = Broken(rows, spans), state(), table(tmp_path, 5)
+    with caplog.at_level(logging.WARNING):
+        errors = worked_off(store, tmp_path, owner, file)
+    assert errors == 4 * len([*rows, *spans]), "each is tried five times"
+    bad = sorted([*rows, *spans])
+    assert not owner.traces and [(one.rows, one.until) for one in owner.aside] == [(row, row + 1) for row in bad]
+    sent = [trace for batch in store.spans for trace in batch]
+    assert sorted(sent) == sorted(own for row, own in enumerate(store.ids) if row not in bad)
+    for row in bad:
+        assert f"trace {store.ids[row]} (row {row} of samples.parquet) is set aside" in caplog.text
+    assert (owner.without_traces, owner.sequence - owner.sent) == (1, 1), "the event of that table is not all there"
+
+    mended, again = Broken(), FeedState.model_validate_json(owner.model_dump_json())
+    assert worked_off(mended, tmp_path, again, None) == 0
+    assert mended.started == [store.ids[row] for row in bad] and [len(batch) for batch in mended.spans] == [1] * len(
+        bad
+    )
+    assert not again.aside and again.without_traces == 0
+
+
+def test_an_mlflow_that_is_away_loses_nothing(tmp_path: Path) -> None:
+    owner = state()
+    assert worked_off(Broken(away=True), tmp_path, owner, table(tmp_path, 5), most=20) == 20
+    assert not owner.aside and len(owner.traces) == 1
+
+
+def test_an_mlflow_that_takes_no_traces_is_waited_for(tmp_path: Path) -> None:
+    """Five are set aside, then it is no matter of single traces."""
+    store, owner = Broken(range(12)), state()
+    errors = worked_off(store, tmp_path, owner, table(tmp_path, 12), most=60)
+    assert [one.rows for one in owner.aside] == [0, 1, 2, 3, 4] and len(owner.traces) == 1 and errors == 55
+
+
 def test_a_damaged_table_costs_its_own_traces_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store, owner = Store(), state()
     feed = feed_of(store, tmp_path, owner)

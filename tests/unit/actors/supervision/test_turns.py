@@ -15,7 +15,7 @@ from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import IPC, DeviceTransport, LoraTransport, ShmTransport, WeightTransport
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.errors import GeneratorError
-from raylign.records import Candidate, Completions, Preference, Prompt
+from raylign.records import Candidate, Completions, Preference, Prompt, TokenLogps
 from raylign.roles import DeviceLink, Generator, NodePath, TrainerRank
 from raylign.run.checkpoints import Metrics
 from raylign.run.directory import continue_or_create
@@ -133,9 +133,9 @@ class LedgerRank(FakeRank):
         self._compute("weights", "states")
         return super().train_step()
 
-    def initial_logps(self, rows: Sequence[Completions]) -> list[list[float]]:
+    def initial_logprobs(self, rows: Sequence[Completions]) -> TokenLogps:
         self._compute("weights")
-        return super().initial_logps(rows)
+        return super().initial_logprobs(rows)
 
     def reference_candidates(self, preferences: Sequence[Preference], seed: int, rounds_done: int) -> dict[int, Any]:
         self._compute("weights")

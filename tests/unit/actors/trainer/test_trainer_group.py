@@ -49,13 +49,13 @@ def preference(*lengths: int) -> Preference:
 
 def test_rows_come_back_in_order_from_ranks_that_took_them_in_turn() -> None:
     rows = [Completions((1,), ((number,),)) for number in range(5)]
-    group = Ranks(InitialReferenceBlock(), [[[0.0], [3.0]], [[1.0], [4.0]], [[2.0]]])
-    assert group.group.reference_logps(rows) == [[0.0], [1.0], [2.0], [3.0], [4.0]]
-    assert group.calls == [("reference_logps", rows)]
+    group = Ranks(InitialReferenceBlock(), [[[[0.0]], [[3.0]]], [[[1.0]], [[4.0]]], [[[2.0]]]])
+    assert group.group.reference_logprobs(rows) == [[[0.0]], [[1.0]], [[2.0]], [[3.0]], [[4.0]]]
+    assert group.calls == [("reference_logprobs", rows)]
 
 
 def test_ranks_without_a_reference_have_nothing_to_say() -> None:
-    assert Ranks(NoReferenceBlock(), [[], []]).group.reference_logps([Completions((1,), ((2,),))]) == []
+    assert Ranks(NoReferenceBlock(), [[], []]).group.reference_logprobs([Completions((1,), ((2,),))]) == []
 
 
 @pytest.mark.parametrize("block", [InitialReferenceBlock(), PreviousRoundReferenceBlock()])

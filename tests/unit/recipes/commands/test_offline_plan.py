@@ -73,6 +73,28 @@ def test_the_facts_of_a_plan(load: Load) -> None:
     assert "offline_dpo" in text and "4 rows to train on, 2 held out" in text and "6 rounds" in text
 
 
+GUARDED = (
+    "guard=[{measure: displacement, above: 5, action: raise_beta, factor: 3}, "
+    "{measure: rewards/chosen, below: -2, action: stop, after_rounds: 2}]",
+    "evaluation={metric_for_best_model: loss, greater_is_better: false, early_stopping_patience: 1, "
+    "early_stopping_threshold: 0.01}",
+)
+
+
+def test_a_plan_says_what_is_watched_and_when_the_run_ends(load: Load) -> None:
+    plain, text = shown(make_offline_plan(load())), " ".join(shown(make_offline_plan(load(*GUARDED))).split())
+    assert "guard" not in plain and "best version" not in plain
+    assert "guard displacement above 5: loss.beta x 3 from the next round on" in text
+    assert "rewards/chosen below -2, from round 3 on: the run ends here" in text
+    assert "best version the one with the lowest loss: its checkpoint stays, raylign export --version best" in text
+    assert "the run ends once 1 round in a row gave none that was better by more than 0.01" in text
+
+
+def test_a_run_goes_on_with_another_guard(load: Load) -> None:
+    directory = continue_or_create(load()).path
+    assert resumed_config(directory, list(GUARDED)).rules == load(*GUARDED).rules
+
+
 def test_ktos_rows_carry_answers_of_other_rows(load: Load) -> None:
     plain, data = (make_offline_plan(load(f"loss={{loss_type: {name}}}")).data for name in ("sigmoid", "kto"))
     assert [row.kl_sample for row in plain.train + plain.held_out] == [None] * 6
