@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylign.config import OnlineDpoConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig
 from raylign.errors import ConfigError
 from raylign.evaluation.held_out import mean_interval
 from raylign.records import AnyEvaluation
@@ -58,6 +58,11 @@ def _sides(paths: Sequence[Path]) -> list[Side]:
     sides = []
     for path in paths:
         record = read_run(open_run(path))
+        if isinstance(record.config, EvaluateConfig):
+            raise ConfigError(
+                f"{path} is a run of the recipe evaluate, a comparison itself; read what came of it: "
+                f"raylign review show {path}"
+            )
         if not record.reports:
             raise ConfigError(f"{path} has no finished round to compare; go on with it: raylign resume {path}")
         sides.append(Side(record.path.name, record, record.reports[-1].evaluation))
@@ -70,18 +75,18 @@ def _sides(paths: Sequence[Path]) -> list[Side]:
 
 
 def _results(sides: Sequence[Side]) -> Table:
+    """A run a column: measures are many, and a terminal is narrow."""
     measures = shown([side.last for side in sides])
-    heads = ["run", "verdict", "rounds", *(measure.title for measure in measures), "score against\nthe first"]
-    table = _table(*heads)
-    for side in sides:
-        values, rounds = measured(side.last), f"{len(side.record.reports)} of {side.record.config.rounds}"
-        cells = [
-            side.name,
-            verdict(side.record).word,
-            rounds,
-            *(_folded(written(measure, values)) for measure in measures),
-        ]
-        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (*cells, _against(sides[0], side))))
+    values = [measured(side.last) for side in sides]
+    rows = [
+        ("verdict", [verdict(side.record).word for side in sides]),
+        ("rounds", [f"{len(side.record.reports)} of {side.record.config.rounds}" for side in sides]),
+        *((measure.title, [_folded(written(measure, own)) for own in values]) for measure in measures),
+        ("score against the first", [_against(sides[0], side) for side in sides]),
+    ]
+    table = _table("run", *(side.name for side in sides))
+    for title, cells in rows:
+        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (title, *cells)))
     return table
 
 

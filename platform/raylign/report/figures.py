@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from raylign.records import Evaluation
 from raylign.report.measures import Measure, measured, shown
 from raylign.report.record import RunRecord
-from raylign.report.tables import step_mean
+from raylign.report.tables import EVEN, step_mean
+from raylign.report.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 3.6, 100
+_LONGEST = 44
+"""Characters of a name beside a bar."""
 _MARGINS = "rewards/margins"
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9730d", "#777777"
 
@@ -32,6 +35,7 @@ class Picture:
 def pictures(record: RunRecord) -> tuple[Picture, ...]:
     """Those that the record has something for, in the order to read them. Takes seconds: matplotlib is loaded here."""
     drawings: Mapping[str, tuple[str, Callable[[RunRecord], Figure | None]]] = {
+        "win_rates": ("Win rates with their intervals", _win_rates),
         "score": ("Held-out quality by round, with its interval", _quality),
         "frontier": ("Score by KL: what each nat has bought", _frontier),
         "margins": ("Reward margins in training and held out", _margins),
@@ -77,9 +81,34 @@ def _by_round(axes: "Axes", rounds: Sequence[int]) -> None:
     axes.set_xlim(min(rounds) - 0.4, max(rounds) + 0.4)
 
 
+def _win_rates(record: RunRecord) -> "Figure | None":
+    """Of a comparison: each opponent, and each category of prompts below it."""
+    if record.comparison is None:
+        return None
+    rows = [
+        row
+        for name, opponent in record.comparison.opponents.items()
+        for row in [(f"over {name}", opponent.overall), *opponent.categories.items()]
+    ]
+    figure, (axes,) = _figure()
+    figure.set_size_inches(_WIDTH, max(1.6, 0.8 + 0.3 * len(rows)))
+    whole = {f"over {name}" for name in record.comparison.opponents}
+    for place, (name, won) in enumerate(rows):
+        color = _BLUE if name in whole else _GREY
+        axes.plot([won.low, won.high], [place, place], color=color, linewidth=1.4)
+        axes.plot([won.rate], [place], marker="o", color=color)
+    axes.axvline(EVEN, color=_GREY, linewidth=0.8, linestyle="--")
+    names = [one_line(f"{name}, {won.prompts} prompts", _LONGEST) for name, won in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9, parse_math=False)
+    axes.set(xlim=(-0.02, 1.02), xlabel="win rate")
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    return figure
+
+
 def _quality(record: RunRecord) -> "Figure | None":
     """Every measure with an interval has a panel."""
-    if not record.evaluations:
+    if not record.evaluations or record.comparison is not None:
         return None
     rounds = [index for index, _ in record.evaluations]
     found = [measured(evaluation) for _, evaluation in record.evaluations]

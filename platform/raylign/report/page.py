@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 
+from raylign.config import EvaluateConfig
 from raylign.records import RoundReport
 from raylign.report.figures import Picture
 from raylign.report.measures import measured, shown, written
@@ -17,6 +18,7 @@ from raylign.report.record import Answer, Incident, RunRecord
 from raylign.report.tables import step_mean
 from raylign.report.text import escape_control, one_line
 from raylign.report.verdict import Verdict
+from raylign.report.win_rates import INDENT, win_rate_rows
 
 SAMPLES = 12
 """Prompts whose answers a report shows."""
@@ -53,15 +55,15 @@ def report_page(record: RunRecord, found: Verdict, drawn: Sequence[Picture]) -> 
         f'src="data:image/png;base64,{base64.b64encode(one.png).decode()}"></figure>'
         for one in drawn
     )
-    notes = "".join(f"<li>{_shown(note)}</li>" for note in found.notes)
+    notes = "".join(f"<li>{_shown(note)}</li>" for note in (*found.notes, *found.outcomes))
     what = " · ".join(f"{_shown(key)} <strong>{_shown(value)}</strong>" for key, value in record.what.items())
     parts = [
         f"<h1>{name}</h1><p>{what}</p>",
         f'<p class="verdict {found.word}">{_shown(found.sentence)}</p>',
         f"<ul>{notes}</ul>" if notes else "",
-        _section("Rounds", _html_table(*rounds_rows(record))),
+        _section("Rounds" if record.comparison is None else "Win rates", _html_table(*results(record))),
         _section("Figures", f'<div class="figures">{figures}</div>' if figures else ""),
-        _section("Held-out answers before and after", _html_samples(record.before, record.after)),
+        _section(f"Held-out answers {' and '.join(_whose(record))}", _html_samples(record)),
         _section("Incidents", _html_incidents(record.incidents)),
         _section("Commands", f"<pre>{_shown(chr(10).join(record.commands.values()))}</pre>"),
         f'<p class="small">{_shown(str(record.path))}</p>',
@@ -72,6 +74,15 @@ def report_page(record: RunRecord, found: Verdict, drawn: Sequence[Picture]) -> 
         f'content="{_POLICY}"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{name}</title><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
+
+
+def results(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """The table of rounds, or of win rates: its head and rows."""
+    if record.comparison is None:
+        return rounds_rows(record)
+    head, rows = win_rate_rows(record.comparison)
+    flat = [name.replace("\n", " ") for name in head]
+    return flat, [[name.replace(INDENT, "· "), *cells] for name, *cells in rows]
 
 
 def rounds_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
@@ -104,15 +115,18 @@ def _mean(report: RoundReport, name: str, form: str = "g") -> str:
 
 def description(record: RunRecord, found: Verdict, status: str, picture: str | None) -> str:
     """What stands on the run's page in MLflow; `picture` is the address of the first figure there."""
-    head, rows = _without(_MORE, *rounds_rows(record))
+    head, rows = _without(_MORE, *results(record))
+    done = (
+        "" if isinstance(record.config, EvaluateConfig) else f"{len(record.reports)} of {record.config.rounds} rounds, "
+    )
     left_out = rows[1 : len(rows) - _ROUNDS_IN_NOTE + 1] if len(rows) > _ROUNDS_IN_NOTE else []
     rows = [row for row in rows if row not in left_out]
     table = [_cells(head), _cells(["---"] * len(head)), *map(_cells, rows)] if rows else []
     lines = [
         f"**{_inline(found.sentence)}**",
         " · ".join(f"{key} **{_inline(value)}**" for key, value in record.what.items()),
-        f"{len(record.reports)} of {record.config.rounds} rounds, {status.lower()}.",
-        "\n".join(f"- {_inline(note)}" for note in found.notes),
+        f"{done}{status.lower()}.",
+        "\n".join(f"- {_inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
         "" if picture is None else f"![score by round]({picture})",
         "Figures, and report.html with answers before and after, are under Artifacts.",
@@ -145,7 +159,7 @@ def _shown(text: str) -> str:
 
 
 def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>\n{body}" if body else ""
+    return f"<h2>{_shown(title)}</h2>\n{body}" if body else ""
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "number") -> str:
@@ -156,13 +170,22 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = 
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _html_samples(before: Sequence[Answer], after: Sequence[Answer]) -> str:
+def _whose(record: RunRecord) -> tuple[str, str]:
+    """Of which policy the answers are that stand beside each other."""
+    return (
+        ("before", "after")
+        if record.comparison is None
+        else (f"of {next(iter(record.comparison.opponents))}", "of the policy")
+    )
+
+
+def _html_samples(record: RunRecord) -> str:
     """The first answer to each of the first prompts, in the order of the data: nobody has picked them."""
-    first, last = _firsts(before), _firsts(after)
+    first, last, whose = _firsts(record.before), _firsts(record.after), _whose(record)
     both = [(answer, last[prompt]) for prompt, answer in first.items() if prompt in last]
     shown_pairs = "".join(
-        f'<p class="prompt">{_shown(one.prompt)}</p><div class="pair">{_html_answer("before", one)}'
-        f"{_html_answer('after', other)}</div>"
+        f'<p class="prompt">{_shown(one.prompt)}</p><div class="pair">'
+        f"{_html_answer(whose[0], one)}{_html_answer(whose[1], other)}</div>"
         for one, other in both[:SAMPLES]
     )
     if not shown_pairs:
@@ -180,7 +203,7 @@ def _firsts(answers: Iterable[Answer]) -> dict[str, Answer]:
 
 def _html_answer(when: str, answer: Answer) -> str:
     score = f"no score ({_shown(answer.reason)})" if answer.score is None else f"score {answer.score:.3f}"
-    return f'<div><span class="small">{when}, {score}</span><div class="text">{_shown(answer.text)}</div></div>'
+    return f'<div><span class="small">{_shown(when)}, {score}</span><div class="text">{_shown(answer.text)}</div></div>'
 
 
 def _html_incidents(incidents: Sequence[Incident]) -> str:

@@ -4,21 +4,28 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
-from raylign.config import RunConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
+from raylign.config.evaluate import RunSideBlock
 from raylign.errors import RaylignError
+from raylign.evaluation.comparison import Comparison
+from raylign.evaluation.guard import Decision
 from raylign.records import AnyEvaluation, RoundReport
-from raylign.run.directory import RunDirectory
-from raylign.run.files import unreadable
+from raylign.run.directory import REPORT_NAME, RunDirectory
+from raylign.run.files import read_record, unreadable
 from raylign.tracking.journal import JOURNAL_NAME
 
 _SAMPLES, _CANDIDATES = "samples.parquet", "candidates*.parquet"
+_OF_POLICY, _OF_OPPONENT = "candidates.parquet", "candidates-1.parquet"
+"""Of the recipe `evaluate`, which scores its sides one after the other."""
+_COMPARISON = TypeAdapter(Comparison)
 _ANSWER_COLUMNS = ("prompt_id", "index", "messages", "text", "score", "score_reason")
 _INCIDENT = b'"event": "incident"'
 
@@ -50,7 +57,11 @@ class RunRecord:
     """Made by `read_run`, read by the verdict, figures and pages.
 
     `before` and `after` are the held-out answers of the initial and of the newest policy. `lags[r]` counts candidates
-    of round r by how many versions older their sampler was than the policy that the round began with.
+    of round r by how many versions older their sampler was than the policy that the round began with. `decisions[r]`
+    are those of the guard after round r.
+
+    `comparison` is what the recipe `evaluate` has found, once it is finished. Its answers are `after` those of the
+    policy and `before` those of the first opponent, unless a judge has seen both at once.
     """
 
     path: Path
@@ -61,6 +72,8 @@ class RunRecord:
     after: tuple[Answer, ...]
     lags: Mapping[int, Mapping[int, int]]
     incidents: tuple[Incident, ...]
+    decisions: Mapping[int, tuple[Decision, ...]] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     @property
     def evaluations(self) -> tuple[tuple[int, AnyEvaluation], ...]:
@@ -77,11 +90,14 @@ class RunRecord:
     def commands(self) -> dict[str, str]:
         """What a person may want to do next, and the command for it."""
         run = str(self.path)
+        if isinstance(self.config, EvaluateConfig):
+            return _after_evaluation(run, self.config, self.comparison)
         lines = {
-            "resume": ["raylign", "resume", run],
-            "export": ["raylign", "export", run, "--to", "exported"],
-            "compare": ["raylign", "compare", run, "OTHER_RUN"],
+            **({"resume": ["raylign", "resume", run]} if len(self.reports) < self.config.rounds else {}),
             "report": ["raylign", "review", "show", run],
+            "compare": ["raylign", "compare", run, "OTHER_RUN"],
+            **({"promote": ["raylign", "promote", run]} if isinstance(self.config, OnlineDpoConfig) else {}),
+            "export": ["raylign", "export", run, "--to", "exported"],
         }
         return {name: shlex.join(words) for name, words in lines.items()}
 
@@ -95,26 +111,59 @@ def read_run(directory: RunDirectory) -> RunRecord:
             raise
         baseline = None
     reports = tuple(directory.reports())
-    newest = directory.round(reports[-1].index) if reports else None
+    config = directory.config()
+    comparison = _comparison(directory, config)
+    before, after = _both_answers(directory, config, reports)
     return RunRecord(
         directory.path,
-        directory.config(),
+        config,
         baseline,
         reports,
-        _answers(directory.round(0) / _SAMPLES),
-        () if newest is None else _answers(newest / _SAMPLES),
+        before,
+        after,
         {report.index: lags for report in reports if (lags := _lags(directory.round(report.index), report.index))},
         tuple(_incidents(directory.path / JOURNAL_NAME)),
+        {report.index: made for report in reports if (made := directory.decisions(report.index))},
+        comparison,
     )
+
+
+def _comparison(directory: RunDirectory, config: RunConfig) -> Comparison | None:
+    path = directory.path / REPORT_NAME
+    return read_record(path, _COMPARISON) if isinstance(config, EvaluateConfig) and path.is_file() else None
+
+
+def _both_answers(
+    directory: RunDirectory, config: RunConfig, reports: Sequence[RoundReport]
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
+    """What is held against each other: those before training, and the newest."""
+    first = directory.round(0)
+    if not isinstance(config, EvaluateConfig):
+        newest = _answers(directory.round(reports[-1].index) / _SAMPLES) if reports else ()
+        return _answers(first / _SAMPLES), newest
+    if config.scoring.compares:
+        return (), ()
+    return _answers(first / _OF_OPPONENT), _answers(first / _OF_POLICY)
+
+
+def _after_evaluation(run: str, config: EvaluateConfig, found: Comparison | None) -> dict[str, str]:
+    if found is None:
+        return {"resume": shlex.join(["raylign", "resume", run])}
+    lines = {"report": shlex.join(["raylign", "review", "show", run])}
+    if isinstance(policy := config.policy, RunSideBlock):
+        number = [] if policy.version is None else ["--version", str(policy.version)]
+        lines["promote"] = shlex.join(["raylign", "promote", str(policy.run), *number, "--evaluation", run])
+    return lines
 
 
 def about(config: Mapping[str, Any]) -> dict[str, str]:
     """What a run is of, from its settings as a tree: names to look for in a list of runs."""
     scoring = config.get("scoring") or {}
     rows = (config.get("prompts") or config.get("data") or {}).get("source")
+    policy = config.get("policy") or {}
     found = {
         "recipe": config.get("recipe"),
-        "model": config.get("model", {}).get("path"),
+        "model": policy.get("run") or policy.get("path") or config.get("model", {}).get("path"),
         "rows": rows,
         "loss": config.get("loss", {}).get("loss_type"),
         "scorer": scoring.get("function") or scoring.get("model") or scoring.get("path") or scoring.get("type"),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
@@ -28,6 +29,8 @@ ACCURACY_FLOOR = 0.55
 SKIPPED_LIMIT = 0.1
 EVEN = 0.5
 NOTHING = "-"
+_UNBOUNDED = 10_000
+"""Columns of a console that has room for everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +48,58 @@ def report_console() -> Console:
     return Console(file=out, width=None if out.isatty() else PLAIN_WIDTH)
 
 
-def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
-    """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
+@dataclass(frozen=True, slots=True)
+class RoundsTable:
+    """A row for each evaluation. Groups of columns that a console has no room for stand below, rounds before each."""
+
+    rounds: Sequence[int]
+    groups: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
+    """Heads, and the cells of each row below them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What rich prints."""
+        told, room = list(self.groups[:1]), options.update_width(_UNBOUNDED)
+        for group in self.groups[1:]:
+            if Measurement.get(console, room, self._table([*told, group])).maximum > options.max_width:
+                yield self._table(told)
+                yield ""
+                told = []
+            told.append(group)
+        yield self._table(told)
+
+    def _table(self, groups: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        for header in ("round", *(header for heads, _ in groups for header in heads)):
+            table.add_column(Text(header), justify="right", overflow="fold")
+        for place, index in enumerate(self.rounds):
+            table.add_row(str(index), *(cell for _, rows in groups for cell in rows[place]))
+        return table
+
+
+def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> RoundsTable:
+    """One row per evaluation, round 0 being the policy before training: what it is, its training, and seconds.
 
     KL is that to the reference; that to the policy before round 1 has a column where it is another one, and so have the
     gold score and the win rate over that policy where they were measured.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
     apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
     golden = any(evaluation.gold is not None for evaluation in evaluations)
-    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
     compared = any(evaluation.win_rate is not None for evaluation in evaluations)
+    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
     gold_headers, rates = ("gold\nscore",) if golden else (), ("win rate\n%",) if compared else ()
     measured = ("score [low, high]", *gold_headers, *rates, *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate")
-    for header in ("round", *measured):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    for stage in STAGES:
-        table.add_column(f"{stage}\ns", justify="right", overflow="fold")
-    trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
-    for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
-        shown = _evaluation_cells(evaluation, apart=apart, golden=golden, compared=compared)
-        table.add_row(str(index), *shown, *cells)
-    return table
+    shown = [_evaluation_cells(one, apart=apart, golden=golden, compared=compared) for one in evaluations]
+    training = ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins")
+    seconds = [[_seconds_cell(report.seconds.get(stage)) for stage in STAGES] for report in reports]
+    return RoundsTable(
+        (0, *(report.index for report in reports)),
+        (
+            (measured, shown),
+            (training, [[NOTHING] * len(training), *map(_training_cells, reports)]),
+            (tuple(f"{stage}\ns" for stage in STAGES), [[NOTHING] * len(STAGES), *seconds]),
+        ),
+    )
 
 
 def samples_block(title: str, before: Sequence[Sample], after: Sequence[Sample]) -> RenderableType:
@@ -102,7 +132,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport], *, sure: bool
         *_length_notes(baseline.length, last.length),
         *_kl_notes(last),
     ]
-    notes += _win_rate_notes(last)
+    notes += win_rate_notes(last)
     sure = sure or not _may_be_even(last.win_rate_low, last.win_rate_high)
     if not sure and last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
         notes.append(
@@ -137,7 +167,7 @@ def _length_notes(before: float, after: float) -> list[str]:
     ]
 
 
-def _win_rate_notes(last: Evaluation) -> list[str]:
+def win_rate_notes(last: Evaluation, over: str = "the initial policy") -> list[str]:
     """Less than half of what is won is left at equal lengths, and that may be chance."""
     rate, equal = last.win_rate, last.win_rate_length_controlled
     if rate is None or equal is None or _may_be_even(last.win_rate_low, last.win_rate_high) or rate < EVEN:
@@ -146,7 +176,7 @@ def _win_rate_notes(last: Evaluation) -> list[str]:
     if not _may_be_even(*bounds) or equal - EVEN >= (rate - EVEN) / 2:
         return []
     return [
-        f"the win rate over the initial policy is {rate:.2f}, and at equal lengths {equal:.2f}, which may be "
+        f"the win rate over {over} is {rate:.2f}, and at equal lengths {equal:.2f}, which may be "
         "chance: the scorer may reward length rather than quality; set pairing.length_penalty, or pairing.type="
         "length_matched"
     ]
@@ -234,7 +264,6 @@ def _training_cells(report: RoundReport) -> list[str]:
         _cell(first_loss, ".3f"),
         _cell(step_mean(report, "rewards/accuracies"), ".2f"),
         _cell(step_mean(report, "rewards/margins"), ".3f"),
-        *[_seconds_cell(report.seconds.get(stage)) for stage in STAGES],
     ]
 
 

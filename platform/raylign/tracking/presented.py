@@ -26,7 +26,7 @@ from raylign.tracking.mlflow_store import MlflowStore
 FIGURES, REPORT = "figures", "report.html"
 _OPTIONS = {
     "recipe": ("recipe",),
-    "model": ("model.path",),
+    "model": ("policy.run", "policy.path", "model.path"),
     "loss": ("loss.loss_type",),
     "scorer": ("scoring.function", "scoring.model", "scoring.path", "scoring.type"),
 }
@@ -70,12 +70,14 @@ def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw
 
 
 def _outcome(record: RunRecord, found: Verdict) -> dict[str, str]:
-    return {"verdict": found.word, "rounds": f"{len(record.reports)} of {record.config.rounds}"}
+    rounds = {"rounds": f"{len(record.reports)} of {record.config.rounds}"} if record.config.rounds else {}
+    return {"verdict": found.word, **rounds}
 
 
 def _address(run_id: str, record: RunRecord) -> str | None:
     """Of the first figure, as the pages of MLflow's own server ask for it."""
-    return f"get-artifact?path={FIGURES}/score.png&run_uuid={run_id}" if record.reports else None
+    name = "win_rates" if record.comparison else "score" if record.reports else None
+    return name and f"get-artifact?path={FIGURES}/{name}.png&run_uuid={run_id}"
 
 
 def _send(store: MlflowStore, run_id: str, drawn: tuple[Picture, ...], report: str) -> None:

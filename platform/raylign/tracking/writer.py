@@ -267,6 +267,8 @@ class MlflowWriter:
         if sent and self.state.tracing and kind in _TRACED and relative.endswith(".parquet"):
             time_ms = _milliseconds(event.time)
             self._traces.add(TraceFile(kind=kind, path=relative, round=index, time_ms=time_ms))
+        if kind == "report":
+            self._page, self._measured = "RUNNING", True
         if sent and kind == "preferences" and round_state and not round_state.has_preferences:
             dataset = preferences_input(self._run_dir, relative, index, event.get("sha256", _TEXT))
             self._store.log_dataset(round_state.run_id, dataset)

@@ -73,6 +73,17 @@ def test_the_table_has_a_row_per_evaluation_and_fits_140_columns() -> None:
     assert rows[1:] == [["1", *expected], ["2", *expected]]
 
 
+def test_a_narrow_console_has_the_groups_of_columns_below_each_other() -> None:
+    table = round_table(BETTER, [report(1)])
+    narrow = rendered(table, 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    lines = [line.split() for line in narrow.splitlines()]
+    (measured, training, seconds) = [line[1:] for line in lines if line[:1] == ["1"]]
+    whole = next(line.split() for line in rendered(table, 140).splitlines() if line.split()[:1] == ["1"])
+    assert [*measured, *training, *seconds] == whole[1:]
+    assert all(word in narrow for word in ("[low, high]", "accuracies", *STAGES)), "heads are not folded"
+
+
 def test_the_table_head_names_every_column() -> None:
     text = rendered(round_table(BASELINE, []), 140)
     assert "…" not in text

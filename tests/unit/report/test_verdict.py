@@ -1,5 +1,6 @@
 """The verdict on a run: better, worse or neither, by the answers to the same prompts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from raylign.config import OfflineDpoConfig
+from raylign.config.guard import StopRule, WarnRule
 from raylign.config.load import parse_tree
+from raylign.evaluation.guard import Decision
 from raylign.records import Evaluation, HeldOutEvaluation, RoundReport
 from raylign.report.measures import MEASURES, chart_name, measured, shown, written
 from raylign.report.record import Answer, RunRecord, read_run
@@ -60,6 +63,32 @@ def test_without_a_finished_round_there_is_nothing_to_tell(tmp_path: Path) -> No
     directory.write_baseline(BASELINE)
     save_answers(directory.round(0), [0.1])
     assert verdict(read_run(directory)).word == "untrained"
+
+
+def test_what_guard_and_choice_came_to_is_told_in_order_of_rounds(tmp_path: Path) -> None:
+    warned = Decision(WarnRule(measure="kl_initial", above=2.0, action="warn"), 2.5)
+    stopped = Decision(StopRule(measure="length", above=30.0, action="stop"), 40.0)
+    directory = save_run(tmp_path, STEADY)
+    directory.write_decisions(2, (warned, stopped))
+    directory.write_decisions(1, (warned,))
+    record = read_run(directory)
+    block = record.config.evaluation.model_copy(update={"metric_for_best_model": "kl", "greater_is_better": False})
+    config = record.config.model_copy(update={"guard": (stopped.rule,), "evaluation": block})
+    assert verdict(replace(record, config=config)).outcomes == (
+        "guard after round 1: kl_initial is 2.5, above 2: warning",
+        "guard after round 2: kl_initial is 2.5, above 2: warning",
+        "guard after round 2: length is 40, above 30: the run ends here",
+        "ended after round 2: guard: length is 40, above 30",
+        "best by kl: version 0 (0)",
+    )
+    assert verdict(read_run(save_run(tmp_path, STEADY, "plain"))).outcomes == ()
+
+
+def test_commands_are_those_that_make_sense_next(tmp_path: Path) -> None:
+    record = read_run(save_run(tmp_path, STEADY))
+    assert list(record.commands) == ["resume", "report", "compare", "promote", "export"]
+    done = record.config.model_copy(update={"schedule": record.config.schedule.model_copy(update={"rounds": 2})})
+    assert list(replace(record, config=done).commands) == ["report", "compare", "promote", "export"]
 
 
 @pytest.mark.parametrize(("metric", "word"), [("loss", "worse"), ("rewards/accuracies", "better")])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raylign.config import parse_config
+from raylign.config import EvaluateConfig, parse_config
+from raylign.config.evaluate import EvaluateRunBlock
 from raylign.errors import ConfigError
 from raylign.report.record import read_run
 from raylign.run.directory import create_run
@@ -22,11 +23,13 @@ def compared(*paths: Path) -> str:
 def test_the_difference_is_paired_by_prompt_and_against_the_first(tmp_path: Path) -> None:
     first = save_run(tmp_path, [0.1] * 20, "first")
     second = save_run(tmp_path, [0.3 + 0.01 * (i % 2) for i in range(20)], "second")
-    lines = [line.rstrip() for line in compared(first.path, second.path).splitlines()]
-    rows = {line.split()[0]: number for number, line in enumerate(lines) if line.split()}
-    assert lines[rows["first"]].endswith("-")
-    assert lines[rows["second"]].endswith("+0.205")
-    assert lines[rows["second"] + 1].endswith("20 prompts") and "[+0.20" in lines[rows["second"] + 1]
+    lines = [line.strip() for line in compared(first.path, second.path).splitlines()]
+    rows = {line.partition("  ")[0]: number for number, line in enumerate(lines)}
+    assert lines[rows["run"]].split() == ["run", "first", "second"]
+    place = rows["score against the first"]
+    assert lines[place].split()[-2:] == ["-", "+0.205"]
+    assert lines[place + 1].startswith("[+0.20") and lines[place + 1].endswith("20 prompts")
+    assert max(map(len, lines)) < 80
     assert "no option differs" in lines, "names and folders are no options to compare"
 
 
@@ -45,3 +48,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compared(done.path)
     with pytest.raises(ConfigError, match="no finished round"):
         compared(done.path, begun.path)
+    evaluated = EvaluateConfig(run=EvaluateRunBlock(dir=tmp_path))
+    create_run(evaluated.run, evaluated)
+    with pytest.raises(ConfigError, match="read what came of it: raylign review show"):
+        compared(done.path, tmp_path / "evaluate")
