@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,12 +11,11 @@ from rich.text import Text
 
 from raylign.config import EvaluateConfig, OnlineDpoConfig
 from raylign.errors import ConfigError
-from raylign.evaluation.held_out import mean_interval
 from raylign.records import AnyEvaluation
 from raylign.report.measures import measured, shown, written
 from raylign.report.record import RunRecord, read_run
 from raylign.report.text import escape_control
-from raylign.report.verdict import paired_gains, verdict
+from raylign.report.verdict import mean_gain, paired_gains, verdict
 from raylign.run.directory import open_run
 from raylign.tracking.facts import publishable
 
@@ -96,8 +93,8 @@ def _against(first: Side, side: Side) -> str:
     gains = [] if side is first else paired_gains(first.record.after, side.record.after)
     if not gains or not isinstance(config, OnlineDpoConfig):
         return "-"
-    low, high = mean_interval(np.array(gains), config.evaluation, config.run.seed)
-    return _folded(f"{fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {len(gains)} prompts")
+    _, _, span = mean_gain(gains, config)
+    return _folded(f"{span}, {len(gains)} prompts")
 
 
 def _folded(cell: str) -> str:

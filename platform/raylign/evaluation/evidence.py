@@ -123,10 +123,9 @@ def evaluated_evidence(
 
 def _cure(own: Version, other: Version) -> str:
     """How to come by an evaluation that will do."""
-    return (
-        "evaluate on prompts that the run has not seen (recipe evaluate with "
-        f"policy={own.option} opponents.other={other.option} prompts.source=...) and give --evaluation RUN"
-    )
+    options = (f"policy={own.option}", f"opponents={{other: {other.option}}}", "prompts.source=FILE")
+    command = shlex.join(["raylign", "run", "recipes/evaluate_smollm2.yaml", *options])
+    return f"evaluate on prompts that the run has not seen, and give --evaluation RUN: {command}"
 
 
 def _is(told: str, version: Version) -> bool:

@@ -27,7 +27,7 @@ _LONGEST_TEXT = 4000
 _LONGEST_NOTE = 7500
 """Characters of a description; MLflow takes 8,000."""
 _ROUNDS_IN_NOTE = 16
-_TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": ".3f", "loss": ".3f"}
+_TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": "z.3f", "loss": ".3f"}
 _MORE, _SPACE = frozenset({"preferences", "loss", "seconds"}), "\u00a0"
 """Columns of the report that the narrow description goes without."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -202,7 +202,7 @@ def _firsts(answers: Iterable[Answer]) -> dict[str, Answer]:
 
 
 def _html_answer(when: str, answer: Answer) -> str:
-    score = f"no score ({_shown(answer.reason)})" if answer.score is None else f"score {answer.score:.3f}"
+    score = f"no score ({_shown(answer.reason)})" if answer.score is None else f"score {answer.score:z.3f}"
     return f'<div><span class="small">{_shown(when)}, {score}</span><div class="text">{_shown(answer.text)}</div></div>'
 
 

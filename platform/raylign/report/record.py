@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
 from raylign.config.evaluate import RunSideBlock
+from raylign.config.evaluation import GOLD
 from raylign.errors import RaylignError
 from raylign.evaluation.comparison import Comparison
 from raylign.evaluation.guard import Decision
@@ -26,19 +27,23 @@ _SAMPLES, _CANDIDATES = "samples.parquet", "candidates*.parquet"
 _OF_POLICY, _OF_OPPONENT = "candidates.parquet", "candidates-1.parquet"
 """Of the recipe `evaluate`, which scores its sides one after the other."""
 _COMPARISON = TypeAdapter(Comparison)
-_ANSWER_COLUMNS = ("prompt_id", "index", "messages", "text", "score", "score_reason")
+_ANSWER_COLUMNS = ("prompt_id", "index", "messages", "text", "score", "score_parts", "score_reason")
 _INCIDENT = b'"event": "incident"'
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A held-out completion. `prompt` is the last message; `score` is None where the scorer gave none, and why."""
+    """A held-out completion. `prompt` is the last message; `score` is None where the scorer gave none, and why.
+
+    `gold` is the gold scorer's, None without one.
+    """
 
     prompt_id: str
     prompt: str
     text: str
     score: float | None
     reason: str
+    gold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +94,20 @@ class RunRecord:
     @property
     def commands(self) -> dict[str, str]:
         """What a person may want to do next, and the command for it."""
-        run = str(self.path)
+        run, best = str(self.path), ["--version", "best"] if self.config.choice else []
         if isinstance(self.config, EvaluateConfig):
             return _after_evaluation(run, self.config, self.comparison)
         lines = {
-            **({"resume": ["raylign", "resume", run]} if len(self.reports) < self.config.rounds else {}),
+            "resume": ["raylign", "resume", run],
             "report": ["raylign", "review", "show", run],
             "compare": ["raylign", "compare", run, "OTHER_RUN"],
-            **({"promote": ["raylign", "promote", run]} if isinstance(self.config, OnlineDpoConfig) else {}),
-            "export": ["raylign", "export", run, "--to", "exported"],
+            "promote": ["raylign", "promote", run, *best],
+            "export": ["raylign", "export", run, *best, "--to", "exported"],
         }
-        return {name: shlex.join(words) for name, words in lines.items()}
+        left_out = {"resume"} if len(self.reports) == self.config.rounds else set()
+        left_out |= set() if isinstance(self.config, OnlineDpoConfig) else {"promote"}
+        left_out |= set() if self.reports else {"compare", "promote", "export"}
+        return {name: shlex.join(words) for name, words in lines.items() if name not in left_out}
 
 
 def read_run(directory: RunDirectory) -> RunRecord:
@@ -175,9 +183,24 @@ def _answers(path: Path) -> tuple[Answer, ...]:
     if not path.is_file():
         return ()
     return tuple(
-        Answer(row["prompt_id"], _last_message(row["messages"]), row["text"], row["score"], row["score_reason"])
+        Answer(
+            row["prompt_id"],
+            _last_message(row["messages"]),
+            row["text"],
+            row["score"],
+            row["score_reason"],
+            _gold(row["score_parts"]),
+        )
         for row in _table(path, _ANSWER_COLUMNS)
     )
+
+
+def _gold(parts: str) -> float | None:
+    try:
+        found = json.loads(parts).get(GOLD)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

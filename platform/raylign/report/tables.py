@@ -1,5 +1,6 @@
 """What a run with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -29,6 +30,7 @@ ACCURACY_FLOOR = 0.55
 SKIPPED_LIMIT = 0.1
 EVEN = 0.5
 NOTHING = "-"
+_SURE = 1.96
 _UNBOUNDED = 10_000
 """Columns of a console that has room for everything."""
 
@@ -91,13 +93,14 @@ def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> RoundsT
     measured = ("score [low, high]", *gold_headers, *rates, *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate")
     shown = [_evaluation_cells(one, apart=apart, golden=golden, compared=compared) for one in evaluations]
     training = ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins")
-    seconds = [[_seconds_cell(report.seconds.get(stage)) for stage in STAGES] for report in reports]
+    stages = tuple(dict.fromkeys((*STAGES, *(stage for report in reports for stage in report.seconds))))
+    seconds = [[_seconds_cell(report.seconds.get(stage)) for stage in stages] for report in reports]
     return RoundsTable(
         (0, *(report.index for report in reports)),
         (
             (measured, shown),
             (training, [[NOTHING] * len(training), *map(_training_cells, reports)]),
-            (tuple(f"{stage}\ns" for stage in STAGES), [[NOTHING] * len(STAGES), *seconds]),
+            (tuple(f"{stage}\ns" for stage in stages), [[NOTHING] * len(stages), *seconds]),
         ),
     )
 
@@ -128,7 +131,7 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport], *, sure: bool
     last = sampled(reports[-1].evaluation)
     notes = [
         *_fall_note("distinct-2", baseline.distinct_2, last.distinct_2, "completions repeat themselves"),
-        *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
+        *_eos_notes(baseline, last),
         *_length_notes(baseline.length, last.length),
         *_kl_notes(last),
     ]
@@ -155,6 +158,16 @@ def _fall_note(name: str, before: float, after: float, meaning: str) -> list[str
         f"{name} fell from {before:.2f} to {after:.2f} ({after / before - 1:.0%}): {meaning}; "
         "read the samples before trusting the score"
     ]
+
+
+def _eos_notes(before: Evaluation, after: Evaluation) -> list[str]:
+    """Where the two shares differ by more than 1.96 standard errors (the pooled test of two proportions)."""
+    first, last = before.completions, after.completions
+    share = (before.eos_rate * first + after.eos_rate * last) / max(1, first + last)
+    error = math.sqrt(share * (1 - share) * (1 / max(1, first) + 1 / max(1, last)))
+    if before.eos_rate - after.eos_rate <= _SURE * error:
+        return []
+    return _fall_note("EOS rate", before.eos_rate, after.eos_rate, "completions run into the length limit")
 
 
 def _length_notes(before: float, after: float) -> list[str]:
@@ -247,7 +260,7 @@ def sampled(evaluation: AnyEvaluation) -> Evaluation:
 def _evaluation_cells(evaluation: Evaluation, *, apart: bool, golden: bool, compared: bool) -> list[str]:
     return [
         _interval_text(evaluation),
-        *([_cell(evaluation.gold, ".3f")] if golden else []),
+        *([_cell(evaluation.gold, "z.3f")] if golden else []),
         *([_percentages(evaluation)] if compared else []),
         optional(evaluation.kl),
         *([optional(evaluation.kl_initial)] if apart else []),
@@ -263,7 +276,7 @@ def _training_cells(report: RoundReport) -> list[str]:
         str(report.counts["preferences"]),
         _cell(first_loss, ".3f"),
         _cell(step_mean(report, "rewards/accuracies"), ".2f"),
-        _cell(step_mean(report, "rewards/margins"), ".3f"),
+        _cell(step_mean(report, "rewards/margins"), "z.3f"),
     ]
 
 
@@ -282,7 +295,7 @@ def _seconds_cell(seconds: float | None) -> str:
 
 
 def _interval_text(evaluation: Evaluation) -> str:
-    return f"{evaluation.score:.3f} [{evaluation.score_low:.3f}, {evaluation.score_high:.3f}]"
+    return f"{evaluation.score:z.3f} [{evaluation.score_low:z.3f}, {evaluation.score_high:z.3f}]"
 
 
 def _percentages(evaluation: Evaluation) -> str:
@@ -294,7 +307,7 @@ def _percentages(evaluation: Evaluation) -> str:
 
 
 def _score_text(score: Score) -> str:
-    return f"none ({escape_control(score.reason)})" if score.value is None else f"{score.value:.3f}"
+    return f"none ({escape_control(score.reason)})" if score.value is None else f"{score.value:z.3f}"
 
 
 def _last_message(prompt: Prompt) -> str:

@@ -29,4 +29,4 @@ def one_line(text: str, most: int | None = None) -> str:
 
 def optional(value: float | None) -> str:
     """Two decimals, or a dash for what was not measured."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:z.2f}"

@@ -1,8 +1,8 @@
 """Whether training has helped, in one word and one sentence."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
@@ -56,7 +56,8 @@ def verdict(record: RunRecord) -> Verdict:
     words = f"held-out {lead.title} went from {both[0]} to {both[1]} in {rounds}"
     word, change = _compared(record)
     notes = tuple(rounds_warnings(record.baseline, record.reports, sure=word in ("better", "worse")))
-    others = tuple(outcomes(record.config, record.baseline, record.reports, record.decisions))
+    gold = _gold_change(record)
+    others = (*gold, *outcomes(record.config, record.baseline, record.reports, record.decisions))
     return Verdict(word, f"{_OPENINGS[word]}: {words}{change}.", notes, others)
 
 
@@ -87,11 +88,26 @@ def _compared(record: RunRecord) -> tuple[Word, str]:
     if not gains or not isinstance(record.config, OnlineDpoConfig):
         apart = before.score_low > after.score_high or after.score_low > before.score_high
         return (_word(after.score - before.score) if apart else "unclear"), ""
-    block = record.config.evaluation
-    low, high = mean_interval(np.array(gains), block, record.config.run.seed)
-    span = f", by {fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}] prompt by prompt"
-    found = f"{span} ({block.confidence:.0%} interval, {len(gains)} prompts)"
+    low, high, span = mean_gain(gains, record.config)
+    found = f", by {span} prompt by prompt ({record.config.confidence:.0%} interval, {len(gains)} prompts)"
     return ("unclear" if low <= 0 <= high else _word(low)), found
+
+
+def mean_gain(gains: Sequence[float], config: OnlineDpoConfig) -> tuple[float, float, str]:
+    """The bounds of the mean, and `+0.110 [+0.090, +0.130]`."""
+    low, high = mean_interval(np.array(gains), config.evaluation, config.run.seed)
+    return low, high, f"{fmean(gains):+z.3f} [{low:+z.3f}, {high:+z.3f}]"
+
+
+def _gold_change(record: RunRecord) -> list[str]:
+    """What the scorer that nobody trains on says of the same answers."""
+    before, after = ([replace(one, score=one.gold) for one in answers] for answers in (record.before, record.after))
+    gains = paired_gains(before, after)
+    if not gains or not isinstance(record.config, OnlineDpoConfig):
+        return []
+    low, high, span = mean_gain(gains, record.config)
+    told = "may be chance" if low <= 0 <= high else "rose" if low > 0 else "fell"
+    return [f"gold score: {span} prompt by prompt ({told}), by a scorer that no round trains on"]
 
 
 def _word(gain: float) -> Word:

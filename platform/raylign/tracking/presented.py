@@ -24,6 +24,8 @@ from raylign.run.settings import CONFIG_NAME
 from raylign.tracking.mlflow_store import MlflowStore
 
 FIGURES, REPORT = "figures", "report.html"
+AT_FIRST = {"verdict": "untrained", "status": "running"}
+"""Tags that a run begins with: MLflow's pages show tags in the order in which they came, and these are read most."""
 _OPTIONS = {
     "recipe": ("recipe",),
     "model": ("policy.run", "policy.path", "model.path"),

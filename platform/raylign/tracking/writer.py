@@ -21,7 +21,7 @@ from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.feed import FeedState, RoundState, TraceFile, Tracing, load_state, save_state, tracing
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
-from raylign.tracking.presented import present, tags_of
+from raylign.tracking.presented import AT_FIRST, present, tags_of
 from raylign.tracking.trace_feed import TraceFeed
 
 METRICS_PER_CALL = 1000
@@ -170,7 +170,7 @@ class MlflowWriter:
         campaign, name = event.get("campaign", _TEXT), event.get("name", _TEXT)
         facts, params = event.get("tags", _TEXTS), event.get("params", _TEXTS)
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
-        run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
+        run_id = self.state.run_id or self._find_or_create(identity, AT_FIRST, name, event)
         self._store.set_running(run_id)
         tags = {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)}
         self._log_params(run_id, params, tags)
@@ -284,11 +284,11 @@ class MlflowWriter:
         self._store.set_ended(self._parent(event), status, end)
         self._page = status
 
-    def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
+    def _find_or_create(self, identity: dict[str, str], tags: Mapping[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""
         experiment, start = self.state.experiment_id, _milliseconds(event.time)
         found = self._store.find_run(experiment, identity)
-        return found or self._store.create_run(experiment, start, {**identity, **tags}, name)
+        return found or self._store.create_run(experiment, start, {**tags, **identity}, name)
 
     def _log(self, run_id: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
         timestamp = _milliseconds(event.time)

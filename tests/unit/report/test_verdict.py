@@ -8,14 +8,16 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from raylign.config import OfflineDpoConfig
+from raylign.config.evaluation import GOLD
 from raylign.config.guard import StopRule, WarnRule
 from raylign.config.load import parse_tree
 from raylign.evaluation.guard import Decision
-from raylign.records import Evaluation, HeldOutEvaluation, RoundReport
+from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, RoundReport, Score
 from raylign.report.measures import MEASURES, chart_name, measured, shown, written
 from raylign.report.record import Answer, RunRecord, read_run
 from raylign.report.verdict import paired_gains, verdict
 from raylign.run.directory import create_run
+from raylign.run.tables import write_candidates
 from tests.unit.report.run_records import BASELINE, config_of, evaluated, save_answers, save_run
 
 STEADY = [0.1 + 0.01 * (i % 3) for i in range(20)]
@@ -84,11 +86,30 @@ def test_what_guard_and_choice_came_to_is_told_in_order_of_rounds(tmp_path: Path
     assert verdict(read_run(save_run(tmp_path, STEADY, "plain"))).outcomes == ()
 
 
+@pytest.mark.parametrize(("change", "told"), [(0.2, "rose"), (-0.2, "fell"), (0.0, "may be chance")])
+def test_what_a_gold_scorer_says_is_told_prompt_by_prompt(tmp_path: Path, change: float, told: str) -> None:
+    directory = save_run(tmp_path, STEADY)
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": "Why?"},), (1, 2)) for i in range(20)]
+    candidates = [Candidate(prompt.id, 0, (3,), (-0.5,), "text", "stop", 0, 7) for prompt in prompts]
+    for index, gain in ((0, 0.0), (2, change)):
+        golds = [0.1 + gain + 0.05 * (-1 if index and place % 2 else 0 if not index else 1) for place in range(20)]
+        scores = [Score(0.5, {GOLD: gold}) for gold in golds]
+        write_candidates(directory.round(index) / "samples.parquet", prompts, candidates, scores)
+    (line,) = verdict(read_run(directory)).outcomes
+    assert line.startswith(f"gold score: {change:+.3f} [") and f"({told}), by a scorer that no round trains on" in line
+
+
 def test_commands_are_those_that_make_sense_next(tmp_path: Path) -> None:
     record = read_run(save_run(tmp_path, STEADY))
     assert list(record.commands) == ["resume", "report", "compare", "promote", "export"]
     done = record.config.model_copy(update={"schedule": record.config.schedule.model_copy(update={"rounds": 2})})
     assert list(replace(record, config=done).commands) == ["report", "compare", "promote", "export"]
+    assert list(replace(record, reports=()).commands) == ["resume", "report"]
+    offline = parse_tree({"recipe": "offline_dpo", "data": {"source": "rows.json"}}, OfflineDpoConfig, "config")
+    chosen = record.config.evaluation.model_copy(update={"metric_for_best_model": "score"})
+    best = replace(record, config=record.config.model_copy(update={"evaluation": chosen})).commands
+    assert all("--version best" in best[name] for name in ("promote", "export"))
+    assert "promote" not in replace(record, config=offline).commands
 
 
 @pytest.mark.parametrize(("metric", "word"), [("loss", "worse"), ("rewards/accuracies", "better")])
