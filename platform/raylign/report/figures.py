@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 3.6, 100
+_NARROW = 5.4
+"""Inches of what stands in MLflow's description, whose text is as wide as its picture, however narrow the window is."""
 _LONGEST = 44
 """Characters of a name beside a bar."""
 _MARGINS = "rewards/margins"
@@ -47,14 +49,14 @@ def pictures(record: RunRecord) -> tuple[Picture, ...]:
     return tuple(Picture(name, title, _png(figure)) for name, title, figure in drawn if figure is not None)
 
 
-def _figure(panels: int = 1) -> "tuple[Figure, list[Axes]]":
+def _figure(panels: int = 1, width: float = _WIDTH) -> "tuple[Figure, list[Axes]]":
     """With so many panels, two beside each other at most."""
     # Takes a second to load, also for commands that draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns, rows = min(2, panels), math.ceil(panels / 2)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT if rows == 1 else 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(width, _HEIGHT if rows == 1 else 2.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in axes[panels:]:
@@ -91,7 +93,7 @@ def _win_rates(record: RunRecord) -> "Figure | None":
         for row in [(f"over {name}", opponent.overall), *opponent.categories.items()]
     ]
     figure, (axes,) = _figure()
-    figure.set_size_inches(_WIDTH, max(1.6, 0.8 + 0.3 * len(rows)))
+    figure.set_size_inches(_NARROW, max(1.6, 0.8 + 0.3 * len(rows)))
     whole = {f"over {name}" for name in record.comparison.opponents}
     for place, (name, won) in enumerate(rows):
         color = _BLUE if name in whole else _GREY
@@ -113,7 +115,7 @@ def _quality(record: RunRecord) -> "Figure | None":
     rounds = [index for index, _ in record.evaluations]
     found = [measured(evaluation) for _, evaluation in record.evaluations]
     ranged = [measure for measure in shown([each for _, each in record.evaluations]) if measure.low]
-    figure, panels = _figure(len(ranged))
+    figure, panels = _figure(len(ranged), _NARROW)
     for axes, measure in zip(panels, ranged, strict=True):
         points = [
             (index, *span) for index, values in zip(rounds, found, strict=True) if (span := _span(values, measure))

@@ -3,7 +3,7 @@
 A new field of `Evaluation` gets a line of `MEASURES`, or of `BOOKKEEPING`; without one it is a curve and no more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -123,3 +123,9 @@ _SECTIONS = {measure.name: measure.section for measure in MEASURES}
 def chart_name(name: str) -> str:
     """The name of an evaluation's value in MLflow."""
     return f"run/held_out/{name}" if name in BOOKKEEPING else f"{_SECTIONS.get(name, 'eval')}/{name}"
+
+
+def capability_chart(name: str, found: Collection[str]) -> str:
+    """The name in MLflow of a value of capability, one of `found`: what sums a task up, and its change, stand first."""
+    leads = f"{name.removesuffix('_change')}_low" in found
+    return f"{'eval' if leads else 'run'}/capability/{name}"

@@ -28,8 +28,14 @@ _LONGEST_NOTE = 7500
 """Characters of a description; MLflow takes 8,000."""
 _ROUNDS_IN_NOTE = 16
 _TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": "z.3f", "loss": ".3f"}
-_MORE, _SPACE = frozenset({"preferences", "loss", "seconds"}), "\u00a0"
-"""Columns of the report that the narrow description goes without."""
+_SPACE = "\u00a0"
+_NOT_IN_NOTE = frozenset(
+    {
+        *("preferences", "rewards/accuracies", "loss", "seconds", "entropy, nats a token", "distinct-2", "EOS rate"),
+        *("win rate at equal lengths", "wins %", "ties %", "losses %"),
+    }
+)
+"""Columns of the report that the description goes without: it is cut where it is wider than the window."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem 1.5rem;color:#1c1c1c;background:#fff}
@@ -37,7 +43,7 @@ h1{margin:.2em 0}h2{margin:1.8em 0 .5em;border-bottom:1px solid #ddd}
 .verdict{font-size:1.15rem;padding:.7em 1em;border-left:6px solid #777;background:#f5f5f5}
 .better{border-color:#2a8f4d}.worse{border-color:#c0392b}.unclear{border-color:#d9a30d}
 .wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.35em .7em;border-bottom:1px solid #e3e3e3}
-th{text-align:left;font-weight:600}td.number,th.number{text-align:right}td.number{white-space:nowrap}
+th{text-align:left;font-weight:600}td.number,th.number{text-align:right;vertical-align:top}td.number{white-space:nowrap}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0;flex:1 1 28rem;max-width:40rem;min-width:0}
 figure img{max-width:100%;height:auto}figcaption{font-weight:600}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>div{min-width:0}
@@ -115,7 +121,7 @@ def _mean(report: RoundReport, name: str, form: str = "g") -> str:
 
 def description(record: RunRecord, found: Verdict, status: str, picture: str | None) -> str:
     """What stands on the run's page in MLflow; `picture` is the address of the first figure there."""
-    head, rows = _without(_MORE, *results(record))
+    head, rows = _narrow(*results(record))
     done = (
         "" if isinstance(record.config, EvaluateConfig) else f"{len(record.reports)} of {record.config.rounds} rounds, "
     )
@@ -128,7 +134,7 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
         f"{done}{status.lower()}.",
         "\n".join(f"- {_inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
-        "" if picture is None else f"![score by round]({picture})",
+        "" if picture is None else f"With their {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",
         "Figures, and report.html with answers before and after, are under Artifacts.",
         "\n".join(["```", *map(escape_control, record.commands.values()), "```"]),
     ]
@@ -136,15 +142,20 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}…"
 
 
-def _without(names: frozenset[str], head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    kept = [place for place, name in enumerate(head) if name not in names]
+def _narrow(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The first two columns, and of the others what the description has room for."""
+    kept = [place for place, name in enumerate(head) if place < 2 or name not in _NOT_IN_NOTE]
     return [head[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _cells(row: Iterable[str]) -> str:
-    """MLflow's tables have no room between columns and break values: spaces that do not break do both."""
-    cells = (cell if cell == "---" else f"{_inline(cell).replace(' ', _SPACE)}{_SPACE * 2}" for cell in row)
+    """MLflow's tables have no room between columns and break intervals: spaces that do not break do both."""
+    cells = (cell if cell == "---" else f"{_whole_intervals(_inline(cell))}{_SPACE * 2}" for cell in row)
     return f"| {' | '.join(cells)} |"
+
+
+def _whole_intervals(cell: str) -> str:
+    return cell.replace(", ", f",{_SPACE}")
 
 
 def _inline(text: str) -> str:
@@ -165,8 +176,8 @@ def _section(title: str, body: str) -> str:
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "number") -> str:
     if not rows:
         return ""
-    top = "".join(f'<th class="{kind}">{_shown(cell).replace("/", "/<wbr>")}</th>' for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td class={kind}>{_shown(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    top = "".join(f'<th class="{kind}">{_cell(cell, kind).replace("rewards/", "rewards/<wbr>")}</th>' for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td class={kind}>{_cell(cell, kind)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -177,6 +188,12 @@ def _whose(record: RunRecord) -> tuple[str, str]:
         if record.comparison is None
         else (f"of {next(iter(record.comparison.opponents))}", "of the policy")
     )
+
+
+def _cell(text: str, kind: str) -> str:
+    """An interval stands below its value: many measures fit a window."""
+    value, bracket, interval = text.partition(" [") if kind == "number" else (text, "", "")
+    return _shown(value) + (f'<div class="small">[{_shown(interval)}</div>' if bracket else "")
 
 
 def _html_samples(record: RunRecord) -> str:

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Status, StatusCode
 
 from raylign.boundary.secrets import without_secrets
+from raylign.config.evaluation import GOLD
 from raylign.run.files import unreadable
 from raylign.tracking.facts import redacted
 from raylign.tracking.feed import FeedState, ScoreSource, TraceFile, Tracing
@@ -171,12 +172,17 @@ class _Given:
 
 
 def _scores(name: str, value: float | None, reason: str, parts: Mapping[str, float]) -> list[_Given]:
-    """The score and its parts: `score`, `score.quality`, `training.chosen`.
+    """The score and its parts: `score`, `score.quality`, `gold`, `training.chosen`.
 
     MLflow's pages go by the alphabet, and show of a name what stands behind its last `/`.
     """
-    own = [_Given(f"{name}.{part.replace('/', '.')}", part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
+    own = [_Given(_named(name, part), part, value) for part, value in list(parts.items())[:_MAX_PARTS]]
     return [_Given(name, "", value, reason), *own]
+
+
+def _named(name: str, part: str) -> str:
+    """The gold scorer's value is no part of the score."""
+    return "gold" if part == GOLD else f"{name}.{part.replace('/', '.')}"
 
 
 def _trace(

@@ -16,7 +16,7 @@ from tenacity import Retrying
 from raylign.chunks import chunks
 from raylign.config.blocks import TrackingBlock
 from raylign.errors import TrackingError
-from raylign.report.measures import chart_name
+from raylign.report.measures import capability_chart, chart_name
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.feed import FeedState, RoundState, TraceFile, Tracing, load_state, save_state, tracing
 from raylign.tracking.journal import Event, read_from
@@ -313,7 +313,8 @@ def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, floa
 
 def _capability(event: Event) -> dict[str, float | None]:
     """Journals of earlier versions have none."""
-    return _prefixed("capability", event.get("capability", _VALUES) if "capability" in event.payload else {})
+    found = event.get("capability", _VALUES) if "capability" in event.payload else {}
+    return {capability_chart(name, found): value for name, value in found.items()}
 
 
 def _safe_name(name: str) -> str:

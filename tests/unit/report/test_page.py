@@ -52,7 +52,7 @@ def test_control_characters_are_written_out(tmp_path: Path) -> None:
 def test_a_page_has_verdict_rounds_samples_incidents_and_commands(tmp_path: Path) -> None:
     text = page_of(tmp_path, "an answer")
     assert 'class="verdict better">Better: held-out score went from' in text
-    assert "0.600 [0.500, 0.700]" in text
+    assert '<td class=number>0.600<div class="small">[0.500, 0.700]</div></td>' in text
     assert text.count(", score ") == 2 * SAMPLES
     assert "an answer after" in text
     assert f"The first {SAMPLES} of 20 held-out prompts" in text
@@ -73,7 +73,11 @@ def test_a_description_is_markdown_within_mlflows_limit(tmp_path: Path) -> None:
     assert "2 of 3 rounds, running." in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len({row.count("|") - row.count("\\|") for row in rows}) == 1
-    assert "![score by round](get-artifact?path=figures/score.png&run_uuid=1)" in text
+    assert "\u00a00.300\\]" in rows[2] and "0.200 \\[" in rows[2], (
+        "a narrow page may break before an interval, not in it"
+    )
+    assert max(map(len, rows)) < 120
+    assert "95% intervals:\n\n![figure](get-artifact?path=figures/score.png&run_uuid=1)" in text
     assert f"raylign resume {tmp_path / 'demo'}" in text
     assert len(text) < 8000
 

@@ -13,7 +13,7 @@ from raylign.config.guard import StopRule, WarnRule
 from raylign.config.load import parse_tree
 from raylign.evaluation.guard import Decision
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, RoundReport, Score
-from raylign.report.measures import MEASURES, chart_name, measured, shown, written
+from raylign.report.measures import MEASURES, capability_chart, chart_name, measured, shown, written
 from raylign.report.record import Answer, RunRecord, read_run
 from raylign.report.verdict import paired_gains, verdict
 from raylign.run.directory import create_run
@@ -131,6 +131,15 @@ def test_measures_that_are_absent_are_left_out() -> None:
     assert "kl_initial" not in {measure.name for measure in shown([evaluated(0.3)])}, "it is the KL shown"
     assert written(MEASURES[0], measured(bare)) == "0.200 [0.100, 0.300]"
     assert written(MEASURES[1], measured(bare)) == "-"
+
+
+def test_charts_of_capability_are_a_task_and_its_change_and_the_rest_is_bookkeeping() -> None:
+    sums = ("perplexity", "perplexity_change")
+    bounds = tuple(f"{name}{end}" for name in sums for end in ("_low", "_high"))
+    others = ("perplexity_nats_per_token", "perplexity_bits_per_byte")
+    found = (*sums, *bounds, *others)
+    assert [capability_chart(name, found) for name in sums] == [f"eval/capability/{name}" for name in sums]
+    assert all(capability_chart(name, found) == f"run/capability/{name}" for name in (*bounds, *others))
 
 
 def test_charts_begin_with_the_score_and_bookkeeping_stands_behind_trls() -> None:
