@@ -125,6 +125,8 @@ def _quality(record: RunRecord) -> "Figure | None":
         axes.fill_between(own, low, high, color=_BLUE, alpha=0.18, linewidth=0)
         axes.vlines(own, low, high, color=_BLUE, linewidth=1.4)
         axes.plot(own, middle, marker="o", color=_BLUE)
+        if measure.name.startswith("win_rate"):
+            axes.axhline(EVEN, color=_GREY, linewidth=0.8, linestyle="--")
         axes.set_title(f"held-out {measure.title}" + (" (lower is better)" if measure.falls else ""), fontsize=10)
         _by_round(axes, rounds)
     return figure

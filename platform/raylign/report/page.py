@@ -129,10 +129,10 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     rows = [row for row in rows if row not in left_out]
     table = [_cells(head), _cells(["---"] * len(head)), *map(_cells, rows)] if rows else []
     lines = [
-        f"**{_inline(found.sentence)}**",
-        " · ".join(f"{key} **{_inline(value)}**" for key, value in record.what.items()),
+        f"**{inline(found.sentence)}**",
+        " · ".join(f"{key} **{inline(value)}**" for key, value in record.what.items()),
         f"{done}{status.lower()}.",
-        "\n".join(f"- {_inline(note)}" for note in (*found.notes, *found.outcomes)),
+        "\n".join(f"- {inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
         "" if picture is None else f"With their {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",
         "Figures, and report.html with answers before and after, are under Artifacts.",
@@ -150,7 +150,7 @@ def _narrow(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[lis
 
 def _cells(row: Iterable[str]) -> str:
     """MLflow's tables have no room between columns and break intervals: spaces that do not break do both."""
-    cells = (cell if cell == "---" else f"{_whole_intervals(_inline(cell))}{_SPACE * 2}" for cell in row)
+    cells = (cell if cell == "---" else f"{_whole_intervals(inline(cell))}{_SPACE * 2}" for cell in row)
     return f"| {' | '.join(cells)} |"
 
 
@@ -158,7 +158,7 @@ def _whole_intervals(cell: str) -> str:
     return cell.replace(", ", f",{_SPACE}")
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """One line of Markdown that reads as it is."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", one_line(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 

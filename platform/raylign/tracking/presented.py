@@ -16,7 +16,8 @@ from mlflow.utils.mlflow_tags import (
 
 from raylign.errors import RaylignError, TrackingError
 from raylign.report.figures import Picture, pictures
-from raylign.report.page import description, report_page
+from raylign.report.measures import MEASURES, Values, written
+from raylign.report.page import description, inline, report_page
 from raylign.report.record import RunRecord, read_run
 from raylign.report.verdict import Verdict, verdict
 from raylign.run.directory import RunDirectory
@@ -44,6 +45,20 @@ def tags_of(params: Mapping[str, str], facts: Mapping[str, str]) -> dict[str, st
     own = {tag: facts[name] for tag, name in _FACTS.items() if name in facts}
     others = {name: value for name, value in facts.items() if name not in _SHOWN_BY_MLFLOW}
     return {**{tag: value for tag, value in found.items() if value}, MLFLOW_SOURCE_TYPE: "LOCAL", **own, **others}
+
+
+def round_note(index: int, name: str, values: Values | None = None) -> str:
+    """The description of a round's own run; `values` are those of its evaluation once it is finished."""
+    where = (
+        f"Its curves are by optimizer step; those by round, the verdict and the report are on the run {inline(name)}."
+    )
+    if values is None:
+        return f"Round {index}, not finished. {where}"
+    known = [measure for measure in MEASURES if not measure.detail and values.get(measure.name) is not None]
+    told = [f"{measure.title}: {written(measure, values)}" for measure in known] or [
+        f"{key}: {value:.3f}" for key, value in values.items() if value is not None and "/" not in key
+    ]
+    return f"Round {index}, held out: {inline('; '.join(told))}. {where}"
 
 
 def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from pydantic import Field, TypeAdapter
 from tenacity import Retrying
 
@@ -21,7 +21,7 @@ from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.feed import FeedState, RoundState, TraceFile, Tracing, load_state, save_state, tracing
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
-from raylign.tracking.presented import AT_FIRST, present, tags_of
+from raylign.tracking.presented import AT_FIRST, present, round_note, tags_of
 from raylign.tracking.trace_feed import TraceFeed
 
 METRICS_PER_CALL = 1000
@@ -209,7 +209,8 @@ class MlflowWriter:
                 "raylign.kind": "round",
                 "raylign.round": str(index),
             }
-            run_id = self._find_or_create(identity, parent, f"{self.state.name}-round-{index}", event)
+            tags = {MLFLOW_RUN_NOTE: round_note(index, self.state.name), **parent}
+            run_id = self._find_or_create(identity, tags, f"{self.state.name}-round-{index}", event)
             self.state.rounds[index] = RoundState(run_id=run_id)
         round_state = self.state.rounds[index]
         if round_state.status != "FINISHED":
@@ -248,9 +249,11 @@ class MlflowWriter:
         }
         train: Mapping[str, float | None] = event.get("train", _VALUES)
         of_parent = {**measured, **_prefixed("run/seconds", event.get("seconds", _VALUES)), **train}
+        note = round_note(index, self.state.name, event.get("evaluation", _VALUES))
+        self._store.log_tags(round_state.run_id, [RunTag(MLFLOW_RUN_NOTE, note)])
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
-        self._log(round_state.run_id, event, index, measured)
+        self._log(round_state.run_id, event, index, {_single(name): value for name, value in measured.items()})
         self._log(self._parent(event), event, index, of_parent)
         self._page, self._measured = "RUNNING", True
 
@@ -309,6 +312,11 @@ def _evaluated(event: Event) -> dict[str, float | None]:
 
 def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, float | None]:
     return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+def _single(name: str) -> str:
+    """Of a round's own run, whose charts begin with the curves of its steps: one value is no curve."""
+    return name if name.startswith("run/") else f"run/{name}"
 
 
 def _capability(event: Event) -> dict[str, float | None]:
