@@ -6,7 +6,6 @@ lets a browser load and run nothing.
 
 import base64
 import html
-import re
 import time
 from collections.abc import Iterable, Sequence
 
@@ -16,7 +15,7 @@ from raylign.report.figures import Picture
 from raylign.report.measures import measured, shown, written
 from raylign.report.record import Answer, Incident, RunRecord
 from raylign.report.tables import step_mean
-from raylign.report.text import escape_control, one_line
+from raylign.report.text import escape_control, inline
 from raylign.report.verdict import Verdict
 from raylign.report.win_rates import INDENT, win_rate_rows
 
@@ -156,11 +155,6 @@ def _cells(row: Iterable[str]) -> str:
 
 def _whole_intervals(cell: str) -> str:
     return cell.replace(", ", f",{_SPACE}")
-
-
-def inline(text: str) -> str:
-    """One line of Markdown that reads as it is."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", one_line(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _shown(text: str) -> str:

@@ -1,5 +1,6 @@
 """Values as people read them; text from a model or from user code is made safe to print."""
 
+import re
 import unicodedata
 
 _JOINERS = "\u200c\u200d"
@@ -25,6 +26,11 @@ def one_line(text: str, most: int | None = None) -> str:
     """`text` as one line that is safe to print, at most `most` characters of it."""
     line = escape_control(" ".join(text.split()))
     return line if most is None or len(line) <= most else f"{line[: most - 1]}…"
+
+
+def inline(text: str) -> str:
+    """One line of Markdown that reads as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", one_line(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def optional(value: float | None) -> str:

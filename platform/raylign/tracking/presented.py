@@ -17,8 +17,9 @@ from mlflow.utils.mlflow_tags import (
 from raylign.errors import RaylignError, TrackingError
 from raylign.report.figures import Picture, pictures
 from raylign.report.measures import MEASURES, Values, written
-from raylign.report.page import description, inline, report_page
+from raylign.report.page import description, report_page
 from raylign.report.record import RunRecord, read_run
+from raylign.report.text import inline
 from raylign.report.verdict import Verdict, verdict
 from raylign.run.directory import RunDirectory
 from raylign.run.settings import CONFIG_NAME
