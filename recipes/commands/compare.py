@@ -21,6 +21,8 @@ from raylign.tracking.facts import publishable
 
 _NOT_COMPARED = ("run.", "tracking.", "placement.")
 """Options that decide nothing of what is learned, but for the seed."""
+_NONE = "-"
+_UNSET = frozenset({_NONE, "null", "[]"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +105,15 @@ def _folded(cell: str) -> str:
 
 
 def differing_options(records: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """By name of an option that two of the runs have otherwise: its value in each; secrets are withheld."""
+    """By name of an option that two of the runs have otherwise: its value in each; secrets are withheld.
+
+    What one run does not have is no difference where another one has set nothing.
+    """
     flat = [publishable(record.config.model_dump(mode="json")) for record in records]
     names = dict.fromkeys(name for one in flat for name in one)
     kept = [name for name in names if name == "run.seed" or not name.startswith(_NOT_COMPARED)]
-    values = {name: [one.get(name, "-") for one in flat] for name in kept}
-    return {name: own for name, own in values.items() if len(set(own)) > 1}
+    values = {name: [one.get(name, _NONE) for one in flat] for name in kept}
+    return {name: own for name, own in values.items() if len({_NONE if one in _UNSET else one for one in own}) > 1}
 
 
 def _table(*heads: str) -> Table:

@@ -134,7 +134,7 @@ def test_capability_has_metrics_of_its_own(run_dir: Path, uri: str) -> None:
     client = MlflowClient(tracking_uri=uri)
     parent, rounds = campaign_and_rounds(client)
     assert history(client, parent, "eval/capability/perplexity") == [(0, 12.5), (1, 12.0)]
-    assert rounds[0].data.metrics["run/eval/capability/perplexity_change"] == -0.5
+    assert rounds[0].data.metrics["run/capability/perplexity_change"] == -0.5
     assert rounds[0].data.metrics["run/capability/perplexity_low"] == 11.0
 
 

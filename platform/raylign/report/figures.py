@@ -127,7 +127,7 @@ def _quality(record: RunRecord) -> "Figure | None":
         axes.plot(own, middle, marker="o", color=_BLUE)
         if measure.name.startswith("win_rate"):
             axes.axhline(EVEN, color=_GREY, linewidth=0.8, linestyle="--")
-        axes.set_title(f"held-out {measure.title}" + (" (lower is better)" if measure.falls else ""), fontsize=10)
+        axes.set_title(measure.title + (" (lower is better)" if measure.falls else ""), fontsize=10)
         _by_round(axes, rounds)
     return figure
 

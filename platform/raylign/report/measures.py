@@ -126,6 +126,6 @@ def chart_name(name: str) -> str:
 
 
 def capability_chart(name: str, found: Collection[str]) -> str:
-    """The name in MLflow of a value of capability, one of `found`: what sums a task up, and its change, stand first."""
-    leads = f"{name.removesuffix('_change')}_low" in found
+    """The name in MLflow of a value of capability, one of `found`: what sums a task up stands first."""
+    leads = f"{name}_low" in found and not name.endswith("_change")
     return f"{'eval' if leads else 'run'}/capability/{name}"

@@ -30,7 +30,16 @@ _TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": "z.3f", "loss": ".3
 _SPACE = "\u00a0"
 _NOT_IN_NOTE = frozenset(
     {
-        *("preferences", "rewards/accuracies", "loss", "seconds", "entropy, nats a token", "distinct-2", "EOS rate"),
+        *(
+            "preferences",
+            "rewards/accuracies",
+            "rewards/margins",
+            "loss",
+            "seconds",
+            "entropy, nats a token",
+            "distinct-2",
+            "EOS rate",
+        ),
         *("win rate at equal lengths", "wins %", "ties %", "losses %"),
     }
 )
@@ -133,9 +142,9 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
         f"{done}{status.lower()}.",
         "\n".join(f"- {inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
-        "" if picture is None else f"With their {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",
+        "" if picture is None else f"Held out, with {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",
         "Figures, and report.html with answers before and after, are under Artifacts.",
-        "\n".join(["```", *map(escape_control, record.commands.values()), "```"]),
+        "\n".join(f"- {_code(command)}" for command in record.commands.values()),
     ]
     text = "\n\n".join(filter(None, lines))
     return text if len(text) <= _LONGEST_NOTE else f"{text[:_LONGEST_NOTE]}…"
@@ -157,6 +166,12 @@ def _whole_intervals(cell: str) -> str:
     return cell.replace(", ", f",{_SPACE}")
 
 
+def _code(command: str) -> str:
+    """Markdown of a command that may be broken into lines, as no block of code is; two backticks hold single ones."""
+    text = escape_control(command)
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
 def _shown(text: str) -> str:
     left_out = len(text) - _LONGEST_TEXT
     ending = f" ... ({left_out} more characters)" if left_out > 0 else ""
@@ -170,7 +185,7 @@ def _section(title: str, body: str) -> str:
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "number") -> str:
     if not rows:
         return ""
-    top = "".join(f'<th class="{kind}">{_cell(cell, kind).replace("rewards/", "rewards/<wbr>")}</th>' for cell in head)
+    top = "".join(f'<th class="{kind}">{_head(cell)}</th>' for cell in head)
     body = "".join(f"<tr>{''.join(f'<td class={kind}>{_cell(cell, kind)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -182,6 +197,11 @@ def _whose(record: RunRecord) -> tuple[str, str]:
         if record.comparison is None
         else (f"of {next(iter(record.comparison.opponents))}", "of the policy")
     )
+
+
+def _head(title: str) -> str:
+    """May be broken behind a slash, not at a hyphen."""
+    return _shown(title).replace("/", "/<wbr>").replace("-", "&#8209;")
 
 
 def _cell(text: str, kind: str) -> str:

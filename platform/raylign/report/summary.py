@@ -101,7 +101,8 @@ def _quality(evaluation: AnyEvaluation) -> str:
             initial = f", {optional(evaluation.kl_initial)} to the initial policy" if apart else ""
             gold = "" if evaluation.gold is None else f", gold {evaluation.gold:z.3f}"
             won = f", win rate {rate:.2f}" if (rate := evaluation.win_rate) is not None else ""
-            return f"held-out score {evaluation.score:z.3f}{gold}, KL {optional(evaluation.kl)} nats{initial}{won}"
+            kl = "" if evaluation.kl is None else f", KL {evaluation.kl:z.2f} nats"
+            return f"held-out score {evaluation.score:z.3f}{gold}{kl}{initial}{won}"
         case HeldOutEvaluation():
             loss = "" if evaluation.metric == "loss" else f", loss {evaluation.metrics['loss']:.3f}"
             return f"held-out {evaluation.metric} {interval(evaluation)}{loss}"

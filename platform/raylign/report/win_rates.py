@@ -47,7 +47,7 @@ def _cells(rate: WinRate) -> list[str]:
         str(rate.prompts),
         _interval(rate.rate, rate.low, rate.high),
         _interval(rate.controlled, rate.controlled_low, rate.controlled_high),
-        *(f"{100 * share:.1f}" for share in (rate.wins, rate.ties, rate.losses)),
+        *(f"{100 * share:z.1f}" for share in (rate.wins, rate.ties, rate.losses)),
     ]
 
 

@@ -55,7 +55,12 @@ def round_note(index: int, name: str, values: Values | None = None) -> str:
     )
     if values is None:
         return f"Round {index}, not finished. {where}"
-    known = [measure for measure in MEASURES if not measure.detail and values.get(measure.name) is not None]
+    same = values.get("kl_initial") == values.get("kl")
+    known = [
+        measure
+        for measure in MEASURES
+        if not measure.detail and values.get(measure.name) is not None and not (same and measure.name == "kl_initial")
+    ]
     told = [f"{measure.title}: {written(measure, values)}" for measure in known] or [
         f"{key}: {value:.3f}" for key, value in values.items() if value is not None and "/" not in key
     ]

@@ -1,5 +1,6 @@
 """Runs side by side."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_the_difference_is_paired_by_prompt_and_against_the_first(tmp_path: Path
 def test_options_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
     records = [read_run(save_run(tmp_path, [0.1] * 4, name)) for name in ("a", "b")]
     other = parse_config(records[1].config.model_dump(), ["loss.beta=0.3", "run.seed=5"])
+    rule = {"measure": "kl", "above": 1.0, "action": "warn"}
+    guarded = replace(records[1], config=parse_config(records[1].config.model_dump() | {"guard": [rule]}))
+    assert differing_options([records[0], guarded]) == {
+        "guard.0.measure": ["-", "kl"],
+        "guard.0.above": ["-", "1.0"],
+        "guard.0.after_rounds": ["-", "0"],
+        "guard.0.action": ["-", "warn"],
+    }, "no line for an empty list, and none for a bound that the rule does not have"
     changed = type(records[1])(records[1].path, other, None, (), (), (), {}, ())
     assert differing_options([records[0], changed]) == {"run.seed": ["0", "5"], "loss.beta": ["0.1", "0.3"]}
 
