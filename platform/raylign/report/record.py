@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
-from raylign.config.evaluate import RunSideBlock
 from raylign.config.evaluation import GOLD
 from raylign.errors import RaylignError
-from raylign.evaluation.comparison import Comparison
+from raylign.evaluation.comparison import OF_A_RUN, Comparison
 from raylign.evaluation.guard import Decision
 from raylign.records import AnyEvaluation, RoundReport
 from raylign.run.directory import REPORT_NAME, RunDirectory
@@ -96,7 +95,7 @@ class RunRecord:
         """What a person may want to do next, and the command for it."""
         run, best = str(self.path), ["--version", "best"] if self.config.choice else []
         if isinstance(self.config, EvaluateConfig):
-            return _after_evaluation(run, self.config, self.comparison)
+            return _after_evaluation(run, self.comparison)
         lines = {
             "resume": ["raylign", "resume", run],
             "report": ["raylign", "review", "show", run],
@@ -154,13 +153,13 @@ def _both_answers(
     return _answers(first / _OF_OPPONENT), _answers(first / _OF_POLICY)
 
 
-def _after_evaluation(run: str, config: EvaluateConfig, found: Comparison | None) -> dict[str, str]:
+def _after_evaluation(run: str, found: Comparison | None) -> dict[str, str]:
     if found is None:
         return {"resume": shlex.join(["raylign", "resume", run])}
     lines = {"report": shlex.join(["raylign", "review", "show", run])}
-    if isinstance(policy := config.policy, RunSideBlock):
-        number = [] if policy.version is None else ["--version", str(policy.version)]
-        lines["promote"] = shlex.join(["raylign", "promote", str(policy.run), *number, "--evaluation", run])
+    if (policy := OF_A_RUN.fullmatch(found.policy)) is not None:
+        number, of = policy.groups()
+        lines["promote"] = shlex.join(["raylign", "promote", of, "--version", number, "--evaluation", run])
     return lines
 
 

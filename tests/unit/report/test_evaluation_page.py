@@ -104,6 +104,11 @@ def test_an_unfinished_comparison_says_so_and_how_it_goes_on(tmp_path: Path) -> 
     assert list(record.commands) == ["resume"]
 
 
+def test_a_model_that_is_no_runs_policy_has_nothing_to_promote(tmp_path: Path) -> None:
+    record = read_run(save_evaluation(tmp_path, replace(found(), policy="exported")))
+    assert list(record.commands) == ["report"]
+
+
 def test_its_tags_name_the_policy_and_no_model_that_nobody_evaluated(tmp_path: Path) -> None:
     record = read_run(save_evaluation(tmp_path, found()))
     assert tags_of(publishable(record.config.model_dump(mode="json")), {})["model"] == "runs/reviews"
