@@ -27,9 +27,11 @@ from raylign.evaluation.guard import (
 from raylign.prompts import InvalidRows, set_aside
 from raylign.records import AnyEvaluation, Preference, RoundReport
 from raylign.report.console import keep_library_log
-from raylign.report.summary import alignment_tax, headline, rounds_table, rounds_warnings
+from raylign.report.record import read_run
+from raylign.report.summary import headline, rounds_table
 from raylign.report.tables import Sample, report_console, samples_block
 from raylign.report.text import escape_control
+from raylign.report.verdict import verdict
 from raylign.roles import Trainers
 from raylign.run.checkpoints import Checkpoint, Metrics
 from raylign.run.directory import REPORT_NAME, RunDirectory, require_continuable, run_path
@@ -228,24 +230,19 @@ class Run:
         self._judge()
 
     def summary(self) -> None:
-        """The table of rounds, samples before and after, and what may be wrong."""
+        """Samples before and after, the table of rounds, the verdict and what may be wrong."""
         if not self._reports:
             return
         baseline = self._evaluations[0]
         if self._samples[0] and len(self._samples) > 1:
             self._console.print(samples_block("held-out samples", self._samples[0], self._samples[-1]))
         self._console.print(rounds_table(baseline, self._reports))
-        for tax in alignment_tax(baseline, self._reports, self._config.choice):
-            self.say(tax)
-        for warning in rounds_warnings(baseline, self._reports):
-            self.say(f"note: {warning}")
-        for report in self._reports:
-            for decision in self.directory.decisions(report.index) or ():
-                self.say(f"guard after round {report.index}: {decision.told}")
-        if reason := self._ended_early():
-            self.say(f"ended after round {self._reports[-1].index}: {reason}")
-        if (choice := self._config.choice) and (best := best_version(choice, self._measures())):
-            self.say(f"best by {choice.metric_for_best_model}: version {best.version} ({best.value:.4g})")
+        found = verdict(read_run(self.directory))
+        self.say(found.sentence)
+        for note in found.notes:
+            self.say(f"note: {note}")
+        for outcome in found.outcomes:
+            self.say(outcome)
         self.say(f"results: {self.directory.path}")
         self._say_where(default_uri(self._config.tracking, self.directory.path))
         self.say(f"report:  raylign review show {self.directory.path}")

@@ -3,27 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylign.config import OnlineDpoConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig
 from raylign.errors import ConfigError
-from raylign.evaluation.held_out import mean_interval
 from raylign.records import AnyEvaluation
 from raylign.report.measures import measured, shown, written
 from raylign.report.record import RunRecord, read_run
 from raylign.report.text import escape_control
-from raylign.report.verdict import paired_gains, verdict
+from raylign.report.verdict import mean_gain, paired_gains, verdict
 from raylign.run.directory import open_run
 from raylign.tracking.facts import publishable
 
 _NOT_COMPARED = ("run.", "tracking.", "placement.")
 """Options that decide nothing of what is learned, but for the seed."""
+_NONE = "-"
+_UNSET = frozenset({_NONE, "null", "[]"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,11 @@ def _sides(paths: Sequence[Path]) -> list[Side]:
     sides = []
     for path in paths:
         record = read_run(open_run(path))
+        if isinstance(record.config, EvaluateConfig):
+            raise ConfigError(
+                f"{path} is a run of the recipe evaluate, a comparison itself; read what came of it: "
+                f"raylign review show {path}"
+            )
         if not record.reports:
             raise ConfigError(f"{path} has no finished round to compare; go on with it: raylign resume {path}")
         sides.append(Side(record.path.name, record, record.reports[-1].evaluation))
@@ -70,18 +74,18 @@ def _sides(paths: Sequence[Path]) -> list[Side]:
 
 
 def _results(sides: Sequence[Side]) -> Table:
+    """A run a column: measures are many, and a terminal is narrow."""
     measures = shown([side.last for side in sides])
-    heads = ["run", "verdict", "rounds", *(measure.title for measure in measures), "score against\nthe first"]
-    table = _table(*heads)
-    for side in sides:
-        values, rounds = measured(side.last), f"{len(side.record.reports)} of {side.record.config.rounds}"
-        cells = [
-            side.name,
-            verdict(side.record).word,
-            rounds,
-            *(_folded(written(measure, values)) for measure in measures),
-        ]
-        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (*cells, _against(sides[0], side))))
+    values = [measured(side.last) for side in sides]
+    rows: list[tuple[str, list[str]]] = [
+        ("verdict", [verdict(side.record).word for side in sides]),
+        ("rounds", [f"{len(side.record.reports)} of {side.record.config.rounds}" for side in sides]),
+        *((measure.title, [_folded(written(measure, own)) for own in values]) for measure in measures),
+        ("score against the first", [_against(sides[0], side) for side in sides]),
+    ]
+    table = _table("run", *(side.name for side in sides))
+    for title, cells in rows:
+        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (title, *cells)))
     return table
 
 
@@ -91,8 +95,8 @@ def _against(first: Side, side: Side) -> str:
     gains = [] if side is first else paired_gains(first.record.after, side.record.after)
     if not gains or not isinstance(config, OnlineDpoConfig):
         return "-"
-    low, high = mean_interval(np.array(gains), config.evaluation, config.run.seed)
-    return _folded(f"{fmean(gains):+.3f} [{low:+.3f}, {high:+.3f}], {len(gains)} prompts")
+    _, _, span = mean_gain(gains, config)
+    return _folded(f"{span}, {len(gains)} prompts")
 
 
 def _folded(cell: str) -> str:
@@ -101,12 +105,15 @@ def _folded(cell: str) -> str:
 
 
 def differing_options(records: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """By name of an option that two of the runs have otherwise: its value in each; secrets are withheld."""
+    """By name of an option that two of the runs have otherwise: its value in each; secrets are withheld.
+
+    What one run does not have is no difference where another one has set nothing.
+    """
     flat = [publishable(record.config.model_dump(mode="json")) for record in records]
     names = dict.fromkeys(name for one in flat for name in one)
     kept = [name for name in names if name == "run.seed" or not name.startswith(_NOT_COMPARED)]
-    values = {name: [one.get(name, "-") for one in flat] for name in kept}
-    return {name: own for name, own in values.items() if len(set(own)) > 1}
+    values = {name: [one.get(name, _NONE) for one in flat] for name in kept}
+    return {name: own for name, own in values.items() if len({_NONE if one in _UNSET else one for one in own}) > 1}
 
 
 def _table(*heads: str) -> Table:

@@ -58,6 +58,7 @@ def show_run(run: Path, to: Path | None, console: Console) -> Path:
     from raylign.report.record import read_run  # noqa: PLC0415
     from raylign.report.summary import rounds_table  # noqa: PLC0415
     from raylign.report.verdict import verdict  # noqa: PLC0415
+    from raylign.report.win_rates import win_rate_table  # noqa: PLC0415
     from raylign.run.directory import open_run  # noqa: PLC0415
     from raylign.run.files import disk_errors  # noqa: PLC0415
 
@@ -69,7 +70,11 @@ def show_run(run: Path, to: Path | None, console: Console) -> Path:
     say(found.sentence, "bold")
     for note in found.notes:
         say(f"note: {note}")
-    if record.baseline is not None:
+    for outcome in found.outcomes:
+        say(outcome)
+    if record.comparison is not None:
+        console.print(win_rate_table(record.comparison))
+    elif record.baseline is not None:
         console.print(rounds_table(record.baseline, record.reports))
     file = (to or record.path / REPORT).absolute()
     with disk_errors(file):

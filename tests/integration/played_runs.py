@@ -128,7 +128,7 @@ def assert_recorded_once(client: MlflowClient) -> None:
         assert history(client, run, "loss") == [(1, round(0.7 - 0.1 * index, 6)), (2, round(0.7 - 0.2 * index, 6))]
         assert history(client, run, "rewards/margins") == [(1, 0.5), (2, 1.0)]
         assert history(client, run, "run/seconds/train") == [(index, 1.5)]
-        assert history(client, run, "eval/drift/kl") == [(index, 0.02)]
+        assert history(client, run, "run/eval/drift/kl") == [(index, 0.02)]
         assert history(client, run, "run/counts/candidates") == [(index, 8)]
     traces = all_traces(client)
     found = Counter((trace.info.tags["mlflow.traceName"], trace.info.tags["round"]) for trace in traces)

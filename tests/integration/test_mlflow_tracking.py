@@ -127,14 +127,15 @@ def test_capability_has_metrics_of_its_own(run_dir: Path, uri: str) -> None:
     tracker.run_started(CONFIG, {})
     tracker.baseline(replace(evaluation(0.1), capability={"perplexity": 12.5, "perplexity_low": 11.0}))
     tracker.round_started(1)
-    after = replace(evaluation(0.2), capability={"perplexity": 12.0, "perplexity_change": -0.5})
+    told = {"perplexity": 12.0, "perplexity_low": 11.0, "perplexity_change": -0.5}
+    after = replace(evaluation(0.2), capability=told)
     tracker.round_finished(RoundReport(1, 1, {"preferences": 1}, (), {}, after, {}))
     assert tracker.close("FINISHED", timeout_s=120) == 0
     client = MlflowClient(tracking_uri=uri)
     parent, rounds = campaign_and_rounds(client)
-    assert history(client, parent, "capability/perplexity") == [(0, 12.5), (1, 12.0)]
-    assert rounds[0].data.metrics["capability/perplexity_change"] == -0.5
-    assert not [name for name in parent.data.metrics if name.startswith("eval/capability")]
+    assert history(client, parent, "eval/capability/perplexity") == [(0, 12.5), (1, 12.0)]
+    assert rounds[0].data.metrics["run/capability/perplexity_change"] == -0.5
+    assert rounds[0].data.metrics["run/capability/perplexity_low"] == 11.0
 
 
 def test_the_page_of_a_run_tells_what_came_of_it(run_dir: Path, uri: str) -> None:

@@ -1,5 +1,6 @@
 """A policy against its opponents on one set of prompts: what the recipe `evaluate` reports."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ import numpy as np
 from raylign.evaluation.length_control import difficulties
 from raylign.evaluation.win_rate import Pair, WinRate, by_category, win_rate
 from raylign.records import Evaluation, Prompt
+
+OF_A_RUN = re.compile(r"version (\d+) of (.+)", re.DOTALL)
+"""How a side that is the policy of a run is told: its version and the run directory."""
 
 
 @dataclass(frozen=True, slots=True)

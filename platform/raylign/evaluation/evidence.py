@@ -1,6 +1,5 @@
 """Win rates that may promote a policy version: on prompts that were never used to choose it."""
 
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pydantic import TypeAdapter
 
 from raylign.config import EvaluateConfig, OnlineDpoConfig, RunConfig
 from raylign.errors import ConfigError
-from raylign.evaluation.comparison import Comparison, Opponent
+from raylign.evaluation.comparison import OF_A_RUN, Comparison, Opponent
 from raylign.evaluation.gate import Evidence, Refusal
 from raylign.evaluation.win_rate import scored_pairs, win_rate
 from raylign.records import Message, Prompt, RoundReport
@@ -22,7 +21,6 @@ from raylign.run.rounds import HELD_OUT, candidate_files
 from raylign.run.tables import read_candidates, read_messages
 
 _REPORT = TypeAdapter(Comparison)
-_TOLD = re.compile(r"version (\d+) of (.+)", re.DOTALL)
 _POLICY = "policy"
 _UNUSED, _EVALUATION = "unused prompts", "evaluation"
 """Conditions of refusals."""
@@ -131,15 +129,14 @@ def evaluated_evidence(
 
 def _cure(own: Version, other: Version) -> str:
     """How to come by an evaluation that will do."""
-    return (
-        "evaluate on prompts that the run has not seen (recipe evaluate with "
-        f"policy={own.option} opponents.other={other.option} prompts.source=...) and give --evaluation RUN"
-    )
+    options = (f"policy={own.option}", f"opponents={{other: {other.option}}}", "prompts.source=FILE")
+    command = shlex.join(["raylign", "run", "recipes/evaluate_smollm2.yaml", *options])
+    return f"evaluate on prompts that the run has not seen, and give --evaluation RUN: {command}"
 
 
 def _is(told: str, version: Version) -> bool:
     """Whether a side of an evaluation is this version."""
-    match = _TOLD.fullmatch(told)
+    match = OF_A_RUN.fullmatch(told)
     if match is None:
         return False
     return int(match[1]) == version.version and Path(match[2]).resolve() == version.run.resolve()

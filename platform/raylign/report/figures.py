@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 from raylign.records import Evaluation
 from raylign.report.measures import Measure, measured, shown
 from raylign.report.record import RunRecord
-from raylign.report.tables import step_mean
+from raylign.report.tables import EVEN, step_mean
+from raylign.report.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 3.6, 100
+_NARROW = 5.4
+"""Inches of what stands in MLflow's description, whose text is as wide as its picture, however narrow the window is."""
+_LONGEST = 44
+"""Characters of a name beside a bar."""
 _MARGINS = "rewards/margins"
 _BLUE, _ORANGE, _GREY = "#1f6fb4", "#d9730d", "#777777"
 
@@ -32,6 +37,7 @@ class Picture:
 def pictures(record: RunRecord) -> tuple[Picture, ...]:
     """Those that the record has something for, in the order to read them. Takes seconds: matplotlib is loaded here."""
     drawings: Mapping[str, tuple[str, Callable[[RunRecord], Figure | None]]] = {
+        "win_rates": ("Win rates with their intervals", _win_rates),
         "score": ("Held-out quality by round, with its interval", _quality),
         "frontier": ("Score by KL: what each nat has bought", _frontier),
         "margins": ("Reward margins in training and held out", _margins),
@@ -43,14 +49,14 @@ def pictures(record: RunRecord) -> tuple[Picture, ...]:
     return tuple(Picture(name, title, _png(figure)) for name, title, figure in drawn if figure is not None)
 
 
-def _figure(panels: int = 1) -> "tuple[Figure, list[Axes]]":
+def _figure(panels: int = 1, width: float = _WIDTH) -> "tuple[Figure, list[Axes]]":
     """With so many panels, two beside each other at most."""
     # Takes a second to load, also for commands that draw nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns, rows = min(2, panels), math.ceil(panels / 2)
-    figure = Figure(figsize=(_WIDTH, _HEIGHT if rows == 1 else 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(width, _HEIGHT if rows == 1 else 2.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in axes[panels:]:
@@ -77,14 +83,39 @@ def _by_round(axes: "Axes", rounds: Sequence[int]) -> None:
     axes.set_xlim(min(rounds) - 0.4, max(rounds) + 0.4)
 
 
+def _win_rates(record: RunRecord) -> "Figure | None":
+    """Of a comparison: each opponent, and each category of prompts below it."""
+    if record.comparison is None:
+        return None
+    rows = [
+        row
+        for name, opponent in record.comparison.opponents.items()
+        for row in [(f"over {name}", opponent.overall), *opponent.categories.items()]
+    ]
+    figure, (axes,) = _figure()
+    figure.set_size_inches(_NARROW, max(1.6, 0.8 + 0.3 * len(rows)))
+    whole = {f"over {name}" for name in record.comparison.opponents}
+    for place, (name, won) in enumerate(rows):
+        color = _BLUE if name in whole else _GREY
+        axes.plot([won.low, won.high], [place, place], color=color, linewidth=1.4)
+        axes.plot([won.rate], [place], marker="o", color=color)
+    axes.axvline(EVEN, color=_GREY, linewidth=0.8, linestyle="--")
+    names = [one_line(f"{name}, {won.prompts} prompts", _LONGEST) for name, won in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=9, parse_math=False)
+    axes.set(xlim=(-0.02, 1.02), xlabel="win rate")
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    return figure
+
+
 def _quality(record: RunRecord) -> "Figure | None":
     """Every measure with an interval has a panel."""
-    if not record.evaluations:
+    if not record.evaluations or record.comparison is not None:
         return None
     rounds = [index for index, _ in record.evaluations]
     found = [measured(evaluation) for _, evaluation in record.evaluations]
     ranged = [measure for measure in shown([each for _, each in record.evaluations]) if measure.low]
-    figure, panels = _figure(len(ranged))
+    figure, panels = _figure(len(ranged), _NARROW)
     for axes, measure in zip(panels, ranged, strict=True):
         points = [
             (index, *span) for index, values in zip(rounds, found, strict=True) if (span := _span(values, measure))
@@ -94,7 +125,9 @@ def _quality(record: RunRecord) -> "Figure | None":
         axes.fill_between(own, low, high, color=_BLUE, alpha=0.18, linewidth=0)
         axes.vlines(own, low, high, color=_BLUE, linewidth=1.4)
         axes.plot(own, middle, marker="o", color=_BLUE)
-        axes.set_title(f"held-out {measure.title}" + (" (lower is better)" if measure.falls else ""), fontsize=10)
+        if measure.name.startswith("win_rate"):
+            axes.axhline(EVEN, color=_GREY, linewidth=0.8, linestyle="--")
+        axes.set_title(measure.title + (" (lower is better)" if measure.falls else ""), fontsize=10)
         _by_round(axes, rounds)
     return figure
 

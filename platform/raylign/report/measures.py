@@ -3,7 +3,7 @@
 A new field of `Evaluation` gets a line of `MEASURES`, or of `BOOKKEEPING`; without one it is a curve and no more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ class Measure:
 
     name: str
     title: str
-    form: str = ".3f"
+    form: str = "z.3f"
     section: Section = "eval"
     low: str = ""
     high: str = ""
@@ -33,7 +33,7 @@ class Measure:
 MEASURES = (
     Measure("score", "score", low="score_low", high="score_high"),
     Measure("gold", "gold score", low="gold_low", high="gold_high"),
-    Measure("win_rate", "win rate", ".2f", low="win_rate_low", high="win_rate_high"),
+    Measure("win_rate", "win rate", "z.2f", low="win_rate_low", high="win_rate_high"),
     Measure(
         "win_rate_length_controlled",
         "win rate at equal lengths",
@@ -49,19 +49,19 @@ MEASURES = (
         high="win_rate_previous_high",
         detail=True,
     ),
-    Measure("kl", "KL, nats", ".2f", "eval/drift"),
-    Measure("kl_initial", "KL to initial, nats", ".2f", "eval/drift"),
-    Measure("kl_initial_per_token", "KL to initial, nats a token", ".3f", "eval/drift", detail=True),
-    Measure("kl_initial_k3", "KL to initial by k3, nats", ".2f", "eval/drift", detail=True),
-    Measure("kl_initial_k3_per_token", "KL to initial by k3, nats a token", ".3f", "eval/drift", detail=True),
-    Measure("entropy", "entropy, nats a token", ".2f", "eval/drift"),
-    Measure("length", "length, tokens", ".1f", "eval/text"),
-    Measure("distinct_1", "distinct-1", ".3f", "eval/text", detail=True),
-    Measure("distinct_2", "distinct-2", ".3f", "eval/text"),
-    Measure("distinct_3", "distinct-3", ".3f", "eval/text", detail=True),
-    Measure("seq_rep_4", "repeated 4-grams", ".3f", "eval/text", detail=True),
-    Measure("eos_rate", "EOS rate", ".2f", "eval/text"),
-    Measure("truncated_rate", "truncated", ".2f", "eval/text", detail=True),
+    Measure("kl", "KL, nats", "z.2f", "eval/drift"),
+    Measure("kl_initial", "KL to initial, nats", "z.2f", "eval/drift"),
+    Measure("kl_initial_per_token", "KL to initial, nats a token", "z.3f", "eval/drift", detail=True),
+    Measure("kl_initial_k3", "KL to initial by k3, nats", "z.2f", "eval/drift", detail=True),
+    Measure("kl_initial_k3_per_token", "KL to initial by k3, nats a token", "z.3f", "eval/drift", detail=True),
+    Measure("entropy", "entropy, nats a token", "z.2f", "eval/drift"),
+    Measure("length", "length, tokens", "z.1f", "eval/text"),
+    Measure("distinct_1", "distinct-1", "z.3f", "eval/text", detail=True),
+    Measure("distinct_2", "distinct-2", "z.3f", "eval/text"),
+    Measure("distinct_3", "distinct-3", "z.3f", "eval/text", detail=True),
+    Measure("seq_rep_4", "repeated 4-grams", "z.3f", "eval/text", detail=True),
+    Measure("eos_rate", "EOS rate", "z.2f", "eval/text"),
+    Measure("truncated_rate", "truncated", "z.2f", "eval/text", detail=True),
 )
 """Of samples; KL without more words is that to the reference.
 
@@ -125,3 +125,9 @@ _SECTIONS = {measure.name: measure.section for measure in MEASURES}
 def chart_name(name: str) -> str:
     """The name of an evaluation's value in MLflow."""
     return f"run/held_out/{name}" if name in BOOKKEEPING else f"{_SECTIONS.get(name, 'eval')}/{name}"
+
+
+def capability_chart(name: str, found: Collection[str]) -> str:
+    """The name in MLflow of a value of capability, one of `found`: what sums a task up stands first."""
+    leads = f"{name}_low" in found and not name.endswith("_change")
+    return f"{'eval' if leads else 'run'}/capability/{name}"

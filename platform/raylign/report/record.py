@@ -4,34 +4,45 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
-from raylign.config import RunConfig
+from raylign.config import EvaluateConfig, RewardModelConfig, RunConfig
+from raylign.config.evaluation import GOLD
 from raylign.errors import RaylignError
+from raylign.evaluation.comparison import OF_A_RUN, Comparison
+from raylign.evaluation.guard import Decision
 from raylign.records import AnyEvaluation, RoundReport
-from raylign.run.directory import RunDirectory
-from raylign.run.files import unreadable
+from raylign.run.directory import REPORT_NAME, RunDirectory
+from raylign.run.files import read_record, unreadable
 from raylign.tracking.journal import JOURNAL_NAME
 
 _SAMPLES, _CANDIDATES = "samples.parquet", "candidates*.parquet"
-_ANSWER_COLUMNS = ("prompt_id", "index", "messages", "text", "score", "score_reason")
+_OF_POLICY, _OF_OPPONENT = "candidates.parquet", "candidates-1.parquet"
+"""Of the recipe `evaluate`, which scores its sides one after the other."""
+_COMPARISON = TypeAdapter(Comparison)
+_ANSWER_COLUMNS = ("prompt_id", "index", "messages", "text", "score", "score_parts", "score_reason")
 _INCIDENT = b'"event": "incident"'
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A held-out completion. `prompt` is the last message; `score` is None where the scorer gave none, and why."""
+    """A held-out completion. `prompt` is the last message; `score` is None where the scorer gave none, and why.
+
+    `gold` is the gold scorer's, None without one.
+    """
 
     prompt_id: str
     prompt: str
     text: str
     score: float | None
     reason: str
+    gold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,11 @@ class RunRecord:
     """Made by `read_run`, read by the verdict, figures and pages.
 
     `before` and `after` are the held-out answers of the initial and of the newest policy. `lags[r]` counts candidates
-    of round r by how many versions older their sampler was than the policy that the round began with.
+    of round r by how many versions older their sampler was than the policy that the round began with. `decisions[r]`
+    are those of the guard after round r.
+
+    `comparison` is what the recipe `evaluate` has found, once it is finished. Its answers are `after` those of the
+    policy and `before` those of the first opponent, unless a judge has seen both at once.
     """
 
     path: Path
@@ -61,6 +76,8 @@ class RunRecord:
     after: tuple[Answer, ...]
     lags: Mapping[int, Mapping[int, int]]
     incidents: tuple[Incident, ...]
+    decisions: Mapping[int, tuple[Decision, ...]] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     @property
     def evaluations(self) -> tuple[tuple[int, AnyEvaluation], ...]:
@@ -76,14 +93,20 @@ class RunRecord:
     @property
     def commands(self) -> dict[str, str]:
         """What a person may want to do next, and the command for it."""
-        run = str(self.path)
+        run, best = str(self.path), ["--version", "best"] if self.config.choice else []
+        if isinstance(self.config, EvaluateConfig):
+            return _after_evaluation(run, self.comparison)
         lines = {
             "resume": ["raylign", "resume", run],
-            "export": ["raylign", "export", run, "--to", "exported"],
-            "compare": ["raylign", "compare", run, "OTHER_RUN"],
             "report": ["raylign", "review", "show", run],
+            "compare": ["raylign", "compare", run, "OTHER_RUN"],
+            "promote": ["raylign", "promote", run, *best],
+            "export": ["raylign", "export", run, *best, "--to", "exported"],
         }
-        return {name: shlex.join(words) for name, words in lines.items()}
+        left_out = {"resume"} if len(self.reports) == self.config.rounds else set()
+        left_out |= {"promote"} if isinstance(self.config, RewardModelConfig) else set()
+        left_out |= set() if self.reports else {"compare", "promote", "export"}
+        return {name: shlex.join(words) for name, words in lines.items() if name not in left_out}
 
 
 def read_run(directory: RunDirectory) -> RunRecord:
@@ -95,26 +118,59 @@ def read_run(directory: RunDirectory) -> RunRecord:
             raise
         baseline = None
     reports = tuple(directory.reports())
-    newest = directory.round(reports[-1].index) if reports else None
+    config = directory.config()
+    comparison = _comparison(directory, config)
+    before, after = _both_answers(directory, config, reports)
     return RunRecord(
         directory.path,
-        directory.config(),
+        config,
         baseline,
         reports,
-        _answers(directory.round(0) / _SAMPLES),
-        () if newest is None else _answers(newest / _SAMPLES),
+        before,
+        after,
         {report.index: lags for report in reports if (lags := _lags(directory.round(report.index), report.index))},
         tuple(_incidents(directory.path / JOURNAL_NAME)),
+        {report.index: made for report in reports if (made := directory.decisions(report.index))},
+        comparison,
     )
+
+
+def _comparison(directory: RunDirectory, config: RunConfig) -> Comparison | None:
+    path = directory.path / REPORT_NAME
+    return read_record(path, _COMPARISON) if isinstance(config, EvaluateConfig) and path.is_file() else None
+
+
+def _both_answers(
+    directory: RunDirectory, config: RunConfig, reports: Sequence[RoundReport]
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...]]:
+    """What is held against each other: those before training, and the newest."""
+    first = directory.round(0)
+    if not isinstance(config, EvaluateConfig):
+        newest = _answers(directory.round(reports[-1].index) / _SAMPLES) if reports else ()
+        return _answers(first / _SAMPLES), newest
+    if config.scoring.compares:
+        return (), ()
+    return _answers(first / _OF_OPPONENT), _answers(first / _OF_POLICY)
+
+
+def _after_evaluation(run: str, found: Comparison | None) -> dict[str, str]:
+    if found is None:
+        return {"resume": shlex.join(["raylign", "resume", run])}
+    lines = {"report": shlex.join(["raylign", "review", "show", run])}
+    if (policy := OF_A_RUN.fullmatch(found.policy)) is not None:
+        number, of = policy.groups()
+        lines["promote"] = shlex.join(["raylign", "promote", of, "--version", number, "--evaluation", run])
+    return lines
 
 
 def about(config: Mapping[str, Any]) -> dict[str, str]:
     """What a run is of, from its settings as a tree: names to look for in a list of runs."""
     scoring = config.get("scoring") or {}
     rows = (config.get("prompts") or config.get("data") or {}).get("source")
+    policy = config.get("policy") or {}
     found = {
         "recipe": config.get("recipe"),
-        "model": config.get("model", {}).get("path"),
+        "model": policy.get("run") or policy.get("path") or config.get("model", {}).get("path"),
         "rows": rows,
         "loss": config.get("loss", {}).get("loss_type"),
         "scorer": scoring.get("function") or scoring.get("model") or scoring.get("path") or scoring.get("type"),
@@ -126,9 +182,24 @@ def _answers(path: Path) -> tuple[Answer, ...]:
     if not path.is_file():
         return ()
     return tuple(
-        Answer(row["prompt_id"], _last_message(row["messages"]), row["text"], row["score"], row["score_reason"])
+        Answer(
+            row["prompt_id"],
+            _last_message(row["messages"]),
+            row["text"],
+            row["score"],
+            row["score_reason"],
+            _gold(row["score_parts"]),
+        )
         for row in _table(path, _ANSWER_COLUMNS)
     )
+
+
+def _gold(parts: str) -> float | None:
+    try:
+        found = json.loads(parts).get(GOLD)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

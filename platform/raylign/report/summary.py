@@ -3,41 +3,40 @@
 from collections.abc import Mapping, Sequence
 from typing import assert_never
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from raylign.config import RunConfig
 from raylign.config.evaluation import ChoiceBlock
-from raylign.evaluation.guard import best_version, measures
+from raylign.evaluation.guard import Decision, best_version, ended_early, measures
 from raylign.records import AnyEvaluation, Evaluation, HeldOutEvaluation, RoundReport
-from raylign.report.tables import NOTHING, displacement_notes, round_table, step_mean, warnings
+from raylign.report.tables import NOTHING, RoundsTable, displacement_notes, round_table, step_mean, warnings
 from raylign.report.text import escape_control, optional
 
 STAGES = ("reference", "train", "evaluate")
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "mean_token_accuracy")
 
 
-def held_out_table(baseline: HeldOutEvaluation, reports: Sequence[RoundReport]) -> Table:
+def held_out_table(baseline: HeldOutEvaluation, reports: Sequence[RoundReport]) -> RoundsTable:
     """One row per evaluation, round 0 being the model before training."""
     shown = [name for name in _SHOWN if name in baseline.metrics and name != baseline.metric]
     stages = [stage for stage in STAGES if any(stage in report.seconds for report in reports)]
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for header in ("round", f"held-out {baseline.metric}\n[low, high]", *(f"held-out\n{name}" for name in shown)):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    for header in ("rows", "steps", "train\nloss", *(f"{stage}\ns" for stage in stages)):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    table.add_row("0", *_cells(baseline, shown), *[NOTHING] * (3 + len(stages)))
-    for report in reports:
-        loss = step_mean(report, "loss")
-        table.add_row(
-            str(report.index),
-            *_cells(held_out(report.evaluation), shown),
+    measured = (f"held-out {baseline.metric}\n[low, high]", *(f"held-out\n{name}" for name in shown))
+    training = ("rows", "steps", "train\nloss", *(f"{stage}\ns" for stage in stages))
+    trained = [
+        [
             str(report.counts["preferences"]),
             str(len(report.steps)),
-            NOTHING if loss is None else f"{loss:.3f}",
+            NOTHING if (loss := step_mean(report, "loss")) is None else f"{loss:.3f}",
             *(f"{report.seconds.get(stage, 0.0):.1f}" for stage in stages),
-        )
-    return table
+        ]
+        for report in reports
+    ]
+    evaluations = (baseline, *(held_out(report.evaluation) for report in reports))
+    return RoundsTable(
+        (0, *(report.index for report in reports)),
+        (
+            (measured, [_cells(evaluation, shown) for evaluation in evaluations]),
+            (training, [[NOTHING] * len(training), *trained]),
+        ),
+    )
 
 
 def held_out(evaluation: AnyEvaluation) -> HeldOutEvaluation:
@@ -102,9 +101,10 @@ def _quality(evaluation: AnyEvaluation) -> str:
         case Evaluation():
             apart = evaluation.kl_initial not in (None, evaluation.kl)
             initial = f", {optional(evaluation.kl_initial)} to the initial policy" if apart else ""
-            gold = "" if evaluation.gold is None else f", gold {evaluation.gold:.3f}"
+            gold = "" if evaluation.gold is None else f", gold {evaluation.gold:z.3f}"
             won = f", win rate {rate:.2f}" if (rate := evaluation.win_rate) is not None else ""
-            return f"held-out score {evaluation.score:.3f}{gold}, KL {optional(evaluation.kl)} nats{initial}{won}"
+            kl = "" if evaluation.kl is None else f", KL {evaluation.kl:z.2f} nats"
+            return f"held-out score {evaluation.score:z.3f}{gold}{kl}{initial}{won}"
         case HeldOutEvaluation():
             loss = "" if evaluation.metric == "loss" else f", loss {evaluation.metrics['loss']:.3f}"
             return f"held-out {evaluation.metric} {interval(evaluation)}{loss}"
@@ -147,7 +147,29 @@ def _changes(baseline: AnyEvaluation, evaluation: AnyEvaluation) -> list[str]:
     return parts
 
 
-def rounds_table(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> Table:
+def outcomes(
+    config: RunConfig,
+    baseline: AnyEvaluation,
+    reports: Sequence[RoundReport],
+    decisions: Mapping[int, Sequence[Decision]],
+) -> list[str]:
+    """What a run has come to beside its verdict, a line each: alignment tax, guard, why it ended early, best version.
+
+    `decisions` are the guard's, by round.
+    """
+    if not reports:
+        return []
+    told = alignment_tax(baseline, reports, config.choice)
+    told += [f"guard after round {index}: {own.told}" for index, made in sorted(decisions.items()) for own in made]
+    measured, newest = measures(baseline, reports), reports[-1].index
+    if reason := ended_early(config.rules, config.choice, decisions.get(newest, ()), measured):
+        told.append(f"ended after round {newest}: {reason}")
+    if (choice := config.choice) and (best := best_version(choice, measured)):
+        told.append(f"best by {choice.metric_for_best_model}: version {best.version} ({best.value:.4g})")
+    return told
+
+
+def rounds_table(baseline: AnyEvaluation, reports: Sequence[RoundReport]) -> RoundsTable:
     """One row per evaluation, round 0 being the model before training."""
     match baseline:
         case Evaluation():

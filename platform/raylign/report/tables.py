@@ -1,11 +1,13 @@
 """What a run with samples shows: a table of rounds, samples to read, and notes that point at reward hacking."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
@@ -28,6 +30,9 @@ ACCURACY_FLOOR = 0.55
 SKIPPED_LIMIT = 0.1
 EVEN = 0.5
 NOTHING = "-"
+_SURE = 1.96
+_UNBOUNDED = 10_000
+"""Columns of a console that has room for everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +50,59 @@ def report_console() -> Console:
     return Console(file=out, width=None if out.isatty() else PLAIN_WIDTH)
 
 
-def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> Table:
-    """One row per evaluation, round 0 being the policy before training. Needs 150 columns.
+@dataclass(frozen=True, slots=True)
+class RoundsTable:
+    """A row for each evaluation. Groups of columns that a console has no room for stand below, rounds before each."""
+
+    rounds: Sequence[int]
+    groups: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
+    """Heads, and the cells of each row below them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What rich prints."""
+        told, room = list(self.groups[:1]), options.update_width(_UNBOUNDED)
+        for group in self.groups[1:]:
+            if Measurement.get(console, room, self._table([*told, group])).maximum > options.max_width:
+                yield self._table(told)
+                yield ""
+                told = []
+            told.append(group)
+        yield self._table(told)
+
+    def _table(self, groups: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        for header in ("round", *(header for heads, _ in groups for header in heads)):
+            table.add_column(Text(header), justify="right", overflow="fold")
+        for place, index in enumerate(self.rounds):
+            table.add_row(str(index), *(cell for _, rows in groups for cell in rows[place]))
+        return table
+
+
+def round_table(baseline: Evaluation, reports: Sequence[RoundReport]) -> RoundsTable:
+    """One row per evaluation, round 0 being the policy before training: what it is, its training, and seconds.
 
     KL is that to the reference; that to the policy before round 1 has a column where it is another one, and so have the
     gold score and the win rate over that policy where they were measured.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     evaluations = [baseline, *(sampled(report.evaluation) for report in reports)]
     apart = any(evaluation.kl_initial not in (None, evaluation.kl) for evaluation in evaluations)
     golden = any(evaluation.gold is not None for evaluation in evaluations)
-    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
     compared = any(evaluation.win_rate is not None for evaluation in evaluations)
+    kl_headers = ("KL\nnats", "KL to\ninitial") if apart else ("KL\nnats",)
     gold_headers, rates = ("gold\nscore",) if golden else (), ("win rate\n%",) if compared else ()
     measured = ("score [low, high]", *gold_headers, *rates, *kl_headers, "length\ntokens", "distinct\n-2", "EOS\nrate")
-    for header in ("round", *measured):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    for header in ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins"):
-        table.add_column(Text(header), justify="right", overflow="fold")
-    for stage in STAGES:
-        table.add_column(f"{stage}\ns", justify="right", overflow="fold")
-    trained = [[NOTHING] * (4 + len(STAGES)), *map(_training_cells, reports)]
-    for index, evaluation, cells in zip((0, *(r.index for r in reports)), evaluations, trained, strict=True):
-        shown = _evaluation_cells(evaluation, apart=apart, golden=golden, compared=compared)
-        table.add_row(str(index), *shown, *cells)
-    return table
+    shown = [_evaluation_cells(one, apart=apart, golden=golden, compared=compared) for one in evaluations]
+    training = ("pairs\nkept", "first\nloss", "rewards/\naccuracies", "rewards/\nmargins")
+    stages = tuple(dict.fromkeys((*STAGES, *(stage for report in reports for stage in report.seconds))))
+    seconds = [[_seconds_cell(report.seconds.get(stage)) for stage in stages] for report in reports]
+    return RoundsTable(
+        (0, *(report.index for report in reports)),
+        (
+            (measured, shown),
+            (training, [[NOTHING] * len(training), *map(_training_cells, reports)]),
+            (tuple(f"{stage}\ns" for stage in stages), [[NOTHING] * len(stages), *seconds]),
+        ),
+    )
 
 
 def samples_block(title: str, before: Sequence[Sample], after: Sequence[Sample]) -> RenderableType:
@@ -98,11 +131,11 @@ def warnings(baseline: Evaluation, reports: Sequence[RoundReport], *, sure: bool
     last = sampled(reports[-1].evaluation)
     notes = [
         *_fall_note("distinct-2", baseline.distinct_2, last.distinct_2, "completions repeat themselves"),
-        *_fall_note("EOS rate", baseline.eos_rate, last.eos_rate, "completions run into the length limit"),
+        *_eos_notes(baseline, last),
         *_length_notes(baseline.length, last.length),
         *_kl_notes(last),
     ]
-    notes += _win_rate_notes(last)
+    notes += win_rate_notes(last)
     sure = sure or not _may_be_even(last.win_rate_low, last.win_rate_high)
     if not sure and last.score_low <= baseline.score_high and baseline.score_low <= last.score_high:
         notes.append(
@@ -127,6 +160,16 @@ def _fall_note(name: str, before: float, after: float, meaning: str) -> list[str
     ]
 
 
+def _eos_notes(before: Evaluation, after: Evaluation) -> list[str]:
+    """Where the two shares differ by more than 1.96 standard errors (the pooled test of two proportions)."""
+    first, last = before.completions, after.completions
+    share = (before.eos_rate * first + after.eos_rate * last) / max(1, first + last)
+    error = math.sqrt(share * (1 - share) * (1 / max(1, first) + 1 / max(1, last)))
+    if before.eos_rate - after.eos_rate <= _SURE * error:
+        return []
+    return _fall_note("EOS rate", before.eos_rate, after.eos_rate, "completions run into the length limit")
+
+
 def _length_notes(before: float, after: float) -> list[str]:
     if abs(after - before) <= LENGTH_CHANGE_LIMIT * before:
         return []
@@ -137,7 +180,7 @@ def _length_notes(before: float, after: float) -> list[str]:
     ]
 
 
-def _win_rate_notes(last: Evaluation) -> list[str]:
+def win_rate_notes(last: Evaluation, over: str = "the initial policy") -> list[str]:
     """Less than half of what is won is left at equal lengths, and that may be chance."""
     rate, equal = last.win_rate, last.win_rate_length_controlled
     if rate is None or equal is None or _may_be_even(last.win_rate_low, last.win_rate_high) or rate < EVEN:
@@ -146,7 +189,7 @@ def _win_rate_notes(last: Evaluation) -> list[str]:
     if not _may_be_even(*bounds) or equal - EVEN >= (rate - EVEN) / 2:
         return []
     return [
-        f"the win rate over the initial policy is {rate:.2f}, and at equal lengths {equal:.2f}, which may be "
+        f"the win rate over {over} is {rate:.2f}, and at equal lengths {equal:.2f}, which may be "
         "chance: the scorer may reward length rather than quality; set pairing.length_penalty, or pairing.type="
         "length_matched"
     ]
@@ -218,7 +261,7 @@ def sampled(evaluation: AnyEvaluation) -> Evaluation:
 def _evaluation_cells(evaluation: Evaluation, *, apart: bool, golden: bool, compared: bool) -> list[str]:
     return [
         _interval_text(evaluation),
-        *([_cell(evaluation.gold, ".3f")] if golden else []),
+        *([_cell(evaluation.gold, "z.3f")] if golden else []),
         *([_percentages(evaluation)] if compared else []),
         optional(evaluation.kl),
         *([optional(evaluation.kl_initial)] if apart else []),
@@ -234,8 +277,7 @@ def _training_cells(report: RoundReport) -> list[str]:
         str(report.counts["preferences"]),
         _cell(first_loss, ".3f"),
         _cell(step_mean(report, "rewards/accuracies"), ".2f"),
-        _cell(step_mean(report, "rewards/margins"), ".3f"),
-        *[_seconds_cell(report.seconds.get(stage)) for stage in STAGES],
+        _cell(step_mean(report, "rewards/margins"), "z.3f"),
     ]
 
 
@@ -254,7 +296,7 @@ def _seconds_cell(seconds: float | None) -> str:
 
 
 def _interval_text(evaluation: Evaluation) -> str:
-    return f"{evaluation.score:.3f} [{evaluation.score_low:.3f}, {evaluation.score_high:.3f}]"
+    return f"{evaluation.score:z.3f} [{evaluation.score_low:z.3f}, {evaluation.score_high:z.3f}]"
 
 
 def _percentages(evaluation: Evaluation) -> str:
@@ -266,7 +308,7 @@ def _percentages(evaluation: Evaluation) -> str:
 
 
 def _score_text(score: Score) -> str:
-    return f"none ({escape_control(score.reason)})" if score.value is None else f"{score.value:.3f}"
+    return f"none ({escape_control(score.reason)})" if score.value is None else f"{score.value:z.3f}"
 
 
 def _last_message(prompt: Prompt) -> str:

@@ -1,5 +1,6 @@
 """Values as people read them; text from a model or from user code is made safe to print."""
 
+import re
 import unicodedata
 
 _JOINERS = "\u200c\u200d"
@@ -27,6 +28,11 @@ def one_line(text: str, most: int | None = None) -> str:
     return line if most is None or len(line) <= most else f"{line[: most - 1]}…"
 
 
+def inline(text: str) -> str:
+    """One line of Markdown that reads as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", one_line(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
 def optional(value: float | None) -> str:
     """Two decimals, or a dash for what was not measured."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:z.2f}"

@@ -16,17 +16,21 @@ from mlflow.utils.mlflow_tags import (
 
 from raylign.errors import RaylignError, TrackingError
 from raylign.report.figures import Picture, pictures
+from raylign.report.measures import MEASURES, Values, written
 from raylign.report.page import description, report_page
 from raylign.report.record import RunRecord, read_run
+from raylign.report.text import inline
 from raylign.report.verdict import Verdict, verdict
 from raylign.run.directory import RunDirectory
 from raylign.run.settings import CONFIG_NAME
 from raylign.tracking.mlflow_store import MlflowStore
 
 FIGURES, REPORT = "figures", "report.html"
+AT_FIRST = {"verdict": "untrained", "status": "running"}
+"""Tags that a run begins with: MLflow's pages show tags in the order in which they came, and these are read most."""
 _OPTIONS = {
     "recipe": ("recipe",),
-    "model": ("model.path",),
+    "model": ("policy.run", "policy.path", "model.path"),
     "loss": ("loss.loss_type",),
     "scorer": ("scoring.function", "scoring.model", "scoring.path", "scoring.type"),
 }
@@ -42,6 +46,25 @@ def tags_of(params: Mapping[str, str], facts: Mapping[str, str]) -> dict[str, st
     own = {tag: facts[name] for tag, name in _FACTS.items() if name in facts}
     others = {name: value for name, value in facts.items() if name not in _SHOWN_BY_MLFLOW}
     return {**{tag: value for tag, value in found.items() if value}, MLFLOW_SOURCE_TYPE: "LOCAL", **own, **others}
+
+
+def round_note(index: int, name: str, values: Values | None = None) -> str:
+    """The description of a round's own run; `values` are those of its evaluation once it is finished."""
+    where = (
+        f"Its curves are by optimizer step; those by round, the verdict and the report are on the run {inline(name)}."
+    )
+    if values is None:
+        return f"Round {index}, not finished. {where}"
+    same = values.get("kl_initial") == values.get("kl")
+    known = [
+        measure
+        for measure in MEASURES
+        if not measure.detail and values.get(measure.name) is not None and not (same and measure.name == "kl_initial")
+    ]
+    told = [f"{measure.title}: {written(measure, values)}" for measure in known] or [
+        f"{key}: {value:.3f}" for key, value in values.items() if value is not None and "/" not in key
+    ]
+    return f"Round {index}, held out: {inline('; '.join(told))}. {where}"
 
 
 def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw: bool) -> None:
@@ -70,12 +93,14 @@ def present(store: MlflowStore, run_id: str, run_dir: Path, status: str, *, draw
 
 
 def _outcome(record: RunRecord, found: Verdict) -> dict[str, str]:
-    return {"verdict": found.word, "rounds": f"{len(record.reports)} of {record.config.rounds}"}
+    rounds = {"rounds": f"{len(record.reports)} of {record.config.rounds}"} if record.config.rounds else {}
+    return {"verdict": found.word, **rounds}
 
 
 def _address(run_id: str, record: RunRecord) -> str | None:
     """Of the first figure, as the pages of MLflow's own server ask for it."""
-    return f"get-artifact?path={FIGURES}/score.png&run_uuid={run_id}" if record.reports else None
+    name = "win_rates" if record.comparison else "score" if record.reports else None
+    return name and f"get-artifact?path={FIGURES}/{name}.png&run_uuid={run_id}"
 
 
 def _send(store: MlflowStore, run_id: str, drawn: tuple[Picture, ...], report: str) -> None:

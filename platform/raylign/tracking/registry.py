@@ -19,6 +19,8 @@ from mlflow.store.entities.paged_list import PagedList
 
 from raylign.errors import NotPromoted, TrackingError
 from raylign.records import Evaluation, RoundReport
+from raylign.report.measures import measured, measures_of, written
+from raylign.report.text import inline
 from raylign.run.directory import RunDirectory
 from raylign.run.fingerprints import MANIFEST_NAME, fingerprint
 from raylign.tracking.mlflow_store import MlflowStore
@@ -54,14 +56,26 @@ class Policy:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What to filter versions by."""
-        found = self.identity | {RUN: str(self.directory.path), "round": str(self.report.index)}
+        """What to filter versions by. MLflow's pages cut off all but the first."""
         evaluation = self.report.evaluation
+        found = {"round": str(self.report.index)}
         if isinstance(evaluation, Evaluation):
-            found["score"] = f"{evaluation.score:.6g}"
+            found["score"] = f"{evaluation.score:z.3f}"
             if evaluation.win_rate is not None:
-                found["win_rate"] = f"{evaluation.win_rate:.6g}"
-        return found
+                found["win_rate"] = f"{evaluation.win_rate:.3f}"
+        return found | self.identity | {RUN: str(self.directory.path)}
+
+    @property
+    def about(self) -> str:
+        """Markdown: what it has reached, of which MLflow's list of versions shows the first words, then what it is."""
+        values = measured(self.report.evaluation)
+        reached = [
+            f"{measure.title} {written(measure, values)}"
+            for measure in measures_of(self.report.evaluation)
+            if measure.low and not measure.detail and values.get(measure.name) is not None
+        ]
+        which = f"Policy version {self.report.policy_version} of {inline(str(self.directory.path))}"
+        return f"{inline('; '.join(reached))}. {which}: `{self.export}`"
 
     @property
     def export(self) -> str:
@@ -134,7 +148,6 @@ class Registry(MlflowStore):
         for policy in missing:
             folder = f"policies/{policy.report.policy_version:04d}-{policy.weights[:8]}"
             self.log_text(run_id, policy.pointer, f"{folder}/policy.json")
-            about = f"Version {policy.report.policy_version} of {policy.directory.path}: `{policy.export}`"
             self._ask(
                 partial(
                     self._client.create_model_version,
@@ -142,7 +155,7 @@ class Registry(MlflowStore):
                     f"runs:/{run_id}/{folder}",
                     run_id,
                     tags=policy.tags,
-                    description=about,
+                    description=policy.about,
                     await_creation_for=0,
                 )
             )

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Status, StatusCode
 
 from raylign.boundary.secrets import without_secrets
+from raylign.config.evaluation import GOLD
 from raylign.run.files import unreadable
 from raylign.tracking.facts import redacted
 from raylign.tracking.feed import FeedState, ScoreSource, TraceFile, Tracing
@@ -178,16 +179,20 @@ class _Given:
 
 
 def _scores(name: str, value: float | None, row: Mapping[str, Any]) -> list[_Given]:
-    """The score and its parts: `score`, `score.quality`, `training.chosen`; `row` is the candidate's, or empty.
+    """The score and its parts: `score`, `score.quality`, `gold`, `training.chosen`; `row` is the candidate's, or empty.
 
     MLflow's pages go by the alphabet, and show of a name what stands behind its last `/`.
     """
     parts, told = json.loads(row.get("score_parts") or "{}"), json.loads(row.get(_LATER) or "{}")
     own = [
-        _Given(f"{name}.{part.replace('/', '.')}", part, value, told.get(part, ""))
-        for part, value in list(parts.items())[:_MAX_PARTS]
+        _Given(_named(name, part), part, value, told.get(part, "")) for part, value in list(parts.items())[:_MAX_PARTS]
     ]
     return [_Given(name, "", value, row.get("score_reason", "")), *own]
+
+
+def _named(name: str, part: str) -> str:
+    """The gold scorer's value is no part of the score."""
+    return "gold" if part == GOLD else f"{name}.{part.replace('/', '.')}"
 
 
 def _trace(

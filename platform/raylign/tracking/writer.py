@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from pydantic import Field, TypeAdapter
 from tenacity import Retrying
 
 from raylign.chunks import chunks
 from raylign.config.blocks import TrackingBlock
 from raylign.errors import TrackingError
-from raylign.report.measures import chart_name
+from raylign.report.measures import capability_chart, chart_name
 from raylign.tracking.artifacts import dataset_input, preferences_input, upload
 from raylign.tracking.feed import FeedState, RoundState, TraceFile, Tracing, load_state, save_state, tracing
 from raylign.tracking.journal import Event, read_from
 from raylign.tracking.mlflow_store import MlflowStore
-from raylign.tracking.presented import present, tags_of
+from raylign.tracking.presented import AT_FIRST, present, round_note, tags_of
 from raylign.tracking.trace_feed import TraceFeed
 
 METRICS_PER_CALL = 1000
@@ -170,7 +170,7 @@ class MlflowWriter:
         campaign, name = event.get("campaign", _TEXT), event.get("name", _TEXT)
         facts, params = event.get("tags", _TEXTS), event.get("params", _TEXTS)
         identity = {"raylign.campaign": campaign, "raylign.kind": "campaign"}
-        run_id = self.state.run_id or self._find_or_create(identity, {}, name, event)
+        run_id = self.state.run_id or self._find_or_create(identity, AT_FIRST, name, event)
         self._store.set_running(run_id)
         tags = {**tags_of(params, facts), "raylign.run_dir": str(self._run_dir)}
         self._log_params(run_id, params, tags)
@@ -209,7 +209,8 @@ class MlflowWriter:
                 "raylign.kind": "round",
                 "raylign.round": str(index),
             }
-            run_id = self._find_or_create(identity, parent, f"{self.state.name}-round-{index}", event)
+            tags = {MLFLOW_RUN_NOTE: round_note(index, self.state.name), **parent}
+            run_id = self._find_or_create(identity, tags, f"{self.state.name}-round-{index}", event)
             self.state.rounds[index] = RoundState(run_id=run_id)
         round_state = self.state.rounds[index]
         if round_state.status != "FINISHED":
@@ -248,9 +249,11 @@ class MlflowWriter:
         }
         train: Mapping[str, float | None] = event.get("train", _VALUES)
         of_parent = {**measured, **_prefixed("run/seconds", event.get("seconds", _VALUES)), **train}
+        note = round_note(index, self.state.name, event.get("evaluation", _VALUES))
+        self._store.log_tags(round_state.run_id, [RunTag(MLFLOW_RUN_NOTE, note)])
         self._store.set_ended(round_state.run_id, "FINISHED", _milliseconds(event.time))
         round_state.status = "FINISHED"
-        self._log(round_state.run_id, event, index, measured)
+        self._log(round_state.run_id, event, index, {_single(name): value for name, value in measured.items()})
         self._log(self._parent(event), event, index, of_parent)
         self._page, self._measured = "RUNNING", True
 
@@ -267,6 +270,8 @@ class MlflowWriter:
         if sent and self.state.tracing and kind in _TRACED and relative.endswith(".parquet"):
             time_ms = _milliseconds(event.time)
             self._traces.add(TraceFile(kind=kind, path=relative, round=index, time_ms=time_ms))
+        if kind == "report":
+            self._page, self._measured = "RUNNING", True
         if sent and kind == "preferences" and round_state and not round_state.has_preferences:
             dataset = preferences_input(self._run_dir, relative, index, event.get("sha256", _TEXT))
             self._store.log_dataset(round_state.run_id, dataset)
@@ -282,11 +287,11 @@ class MlflowWriter:
         self._store.set_ended(self._parent(event), status, end)
         self._page = status
 
-    def _find_or_create(self, identity: dict[str, str], tags: dict[str, str], name: str, event: Event) -> str:
+    def _find_or_create(self, identity: dict[str, str], tags: Mapping[str, str], name: str, event: Event) -> str:
         """The run that has `identity` as tags; a run made just before a crash is found again."""
         experiment, start = self.state.experiment_id, _milliseconds(event.time)
         found = self._store.find_run(experiment, identity)
-        return found or self._store.create_run(experiment, start, {**identity, **tags}, name)
+        return found or self._store.create_run(experiment, start, {**tags, **identity}, name)
 
     def _log(self, run_id: str, event: Event, step: int, values: Mapping[str, float | None]) -> None:
         timestamp = _milliseconds(event.time)
@@ -309,9 +314,15 @@ def _prefixed(prefix: str, values: Mapping[str, float | None]) -> dict[str, floa
     return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
+def _single(name: str) -> str:
+    """Of a round's own run, whose charts begin with the curves of its steps: one value is no curve."""
+    return name if name.startswith("run/") else f"run/{name}"
+
+
 def _capability(event: Event) -> dict[str, float | None]:
     """Journals of earlier versions have none."""
-    return _prefixed("capability", event.get("capability", _VALUES) if "capability" in event.payload else {})
+    found = event.get("capability", _VALUES) if "capability" in event.payload else {}
+    return {capability_chart(name, found): value for name, value in found.items()}
 
 
 def _safe_name(name: str) -> str:

@@ -1,12 +1,14 @@
 """Which prompts may promote a policy version, on run directories made by hand."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raylign.config import OnlineDpoConfig
+from raylign.config import EvaluateConfig, OnlineDpoConfig, load_recipe
+from raylign.config.evaluate import RunSideBlock
 from raylign.errors import ConfigError
 from raylign.evaluation.evidence import Version, evaluated_evidence, own_evidence
 from raylign.evaluation.gate import Evidence, Refusal
@@ -70,6 +72,16 @@ def test_the_interval_is_that_of_the_version_and_opponent(tmp_path: Path) -> Non
     add_round(bench.run, 3, [1.0] * 10 + [3.0] * 8 + [None] * 2)  # of 18 that are scored 10 lost to version 2
     found = evidence(bench.own(3, bench.version(2)))
     assert found.rate == pytest.approx(8 / 18) and found.prompts == 18 and found.low < 0.5
+
+
+def test_the_cure_is_a_command_that_a_shell_and_the_recipe_take(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "a folder")
+    words = shlex.split(refusal(bench.own(1)).cure.partition(": ")[2])
+    assert words[:2] == ["raylign", "run"]
+    config = load_recipe(Path(words[2]), words[3:])
+    assert isinstance(config, EvaluateConfig)
+    assert config.policy == RunSideBlock(run=bench.run.path, version=1)
+    assert list(config.opponents.values()) == [RunSideBlock(run=bench.run.path, version=0)]
 
 
 def test_held_out_prompts_that_chose_are_refused(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """The report of a run: one file that needs nothing else, in which text of models is text."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from raylign.errors import RecordError
+from raylign.records import HeldOutEvaluation
 from raylign.report.figures import Picture, pictures
+from raylign.report.measures import measured
 from raylign.report.page import SAMPLES, description, report_page
 from raylign.report.record import read_run
 from raylign.report.verdict import verdict
+from raylign.tracking.presented import round_note
 from recipes.commands.review import show_run
-from tests.unit.report.run_records import save_run
+from tests.unit.report.run_records import BASELINE, save_run
 from tests.unit.report.test_inert_output import CONTROL, HOSTILE, Page
 
 GAINS = [0.1 + 0.01 * (i % 3) for i in range(20)]
@@ -52,7 +56,7 @@ def test_control_characters_are_written_out(tmp_path: Path) -> None:
 def test_a_page_has_verdict_rounds_samples_incidents_and_commands(tmp_path: Path) -> None:
     text = page_of(tmp_path, "an answer")
     assert 'class="verdict better">Better: held-out score went from' in text
-    assert "0.600 [0.500, 0.700]" in text
+    assert '<td class=number>0.600<div class="small">[0.500, 0.700]</div></td>' in text
     assert text.count(", score ") == 2 * SAMPLES
     assert "an answer after" in text
     assert f"The first {SAMPLES} of 20 held-out prompts" in text
@@ -73,9 +77,21 @@ def test_a_description_is_markdown_within_mlflows_limit(tmp_path: Path) -> None:
     assert "2 of 3 rounds, running." in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len({row.count("|") - row.count("\\|") for row in rows}) == 1
-    assert "![score by round](get-artifact?path=figures/score.png&run_uuid=1)" in text
+    assert "\u00a00.300\\]" in rows[2] and "0.200 \\[" in rows[2], (
+        "a narrow page may break before an interval, not in it"
+    )
+    assert max(map(len, rows)) < 120
+    assert "95% intervals:\n\n![figure](get-artifact?path=figures/score.png&run_uuid=1)" in text
     assert f"raylign resume {tmp_path / 'demo'}" in text
     assert len(text) < 8000
+
+
+def test_the_run_of_a_round_says_which_and_what_came_of_it() -> None:
+    assert round_note(3, "a*b").startswith("Round 3, not finished. ") and "the run a\\*b." in round_note(3, "a*b")
+    told = round_note(3, "demo", measured(replace(BASELINE, kl=2.5)))
+    assert told.startswith("Round 3, held out: score: 0.200 \\[0.100, 0.300\\]; KL, nats: 2.50")
+    rows = HeldOutEvaluation("rewards/accuracies", 0.6, 0.5, 0.7, 40, {"loss": 0.61})
+    assert "loss: 0.610" in round_note(1, "demo", measured(rows))
 
 
 def test_markdown_of_a_name_is_text(tmp_path: Path) -> None:

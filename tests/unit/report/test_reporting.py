@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from scipy.stats import chi2_contingency
 
 from raylign.config.evaluation import EvaluationBlock
 from raylign.records import Evaluation, Prompt, RoundReport, Score
@@ -72,6 +73,23 @@ def test_the_table_has_a_row_per_evaluation_and_fits_140_columns() -> None:
         *seconds,
     ]
     assert rows[1:] == [["1", *expected], ["2", *expected]]
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    start = replace(BASELINE, score=-0.0001, score_low=-0.0004, gold=-0.0002, kl=-0.001)
+    assert headline(start) == "held-out score 0.000, gold 0.000, KL 0.00 nats, 0.00 to the initial policy"
+    assert "-0.00" not in rendered(round_table(start, []))
+
+
+def test_a_narrow_console_has_the_groups_of_columns_below_each_other() -> None:
+    table = round_table(BETTER, [report(1)])
+    narrow = rendered(table, 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    lines = [line.split() for line in narrow.splitlines()]
+    (measured, training, seconds) = [line[1:] for line in lines if line[:1] == ["1"]]
+    whole = next(line.split() for line in rendered(table, 140).splitlines() if line.split()[:1] == ["1"])
+    assert [*measured, *training, *seconds] == whole[1:]
+    assert all(word in narrow for word in ("[low, high]", "accuracies", *STAGES)), "heads are not folded"
 
 
 def test_the_table_head_names_every_column() -> None:
@@ -235,6 +253,23 @@ def test_each_sign_has_its_note_with_numbers(change: dict[str, float], note: str
 @pytest.mark.parametrize("change", [{"distinct_2": 0.4}, {"eos_rate": 0.3}, {"length": 60.0}, {"kl": 10.0}])
 def test_the_limits_themselves_are_allowed(change: dict[str, float]) -> None:
     assert warnings(BASELINE, [settled(1), settled(2, changed(change))]) == []
+
+
+@pytest.mark.parametrize(("before", "after", "of"), [(4, 1, 24), (40, 10, 240), (9, 2, 24), (12, 4, 24), (12, 5, 24)])
+def test_a_fall_of_the_eos_rate_is_noted_where_scipy_too_calls_it_no_chance(before: int, after: int, of: int) -> None:
+    table = [[before, of - before], [after, of - after]]
+    sure = chi2_contingency(table, correction=False).pvalue < 0.05
+    start = replace(BASELINE, eos_rate=before / of, completions=of)
+    last = replace(BETTER, eos_rate=after / of, completions=of)
+    found = [note for note in warnings(start, [settled(1), settled(2, last)]) if note.startswith("EOS rate")]
+    assert len(found) == sure
+
+
+def test_the_table_has_a_column_for_every_stage_that_took_time() -> None:
+    long = replace(report(1), seconds={"sample": 3.0, "sample-1": 1.0, "capability": 124.0})
+    text = rendered(round_table(BASELINE, [long]), 160)
+    assert "capability" in text and "sample-1" in text
+    assert next(line.split() for line in text.splitlines() if line.split()[:1] == ["1"])[-2:] == ["1.0", "124"]
 
 
 def test_flat_accuracy_is_noted_from_the_second_round_on() -> None:

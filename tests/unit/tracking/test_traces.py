@@ -13,6 +13,7 @@ import pytest
 from mlflow.entities import Feedback, Span, TraceInfo
 
 from raylign.config import parse_config
+from raylign.config.evaluation import GOLD
 from raylign.errors import RecordError, TrackingError
 from raylign.records import Candidate, Preference, Prompt, Score
 from raylign.run.tables import write_candidates, write_preferences
@@ -83,6 +84,12 @@ def test_a_completion_shows_its_prompt_answer_and_who_scored_it(tmp_path: Path) 
     assert [own.rationale for own in feedback(first)] == ["clear", None, None, None]
     (unscored,) = feedback(second)
     assert unscored.value is None and unscored.error and unscored.error.error_message == "quality: no answer"
+
+
+def test_a_gold_scorers_value_has_a_name_of_its_own(tmp_path: Path) -> None:
+    file = held_out(tmp_path, [prompt(0)], ["yes"], [Score(0.5, {"quality": 0.5, GOLD: 0.1})])
+    (trace,) = traces_of(tmp_path, file, state())
+    assert [(own.name, own.value) for own in feedback(trace)] == [("score", 0.5), ("score.quality", 0.5), ("gold", 0.1)]
 
 
 def shown_tags(trace: Trace) -> dict[str, str]:
