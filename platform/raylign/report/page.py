@@ -28,6 +28,7 @@ _ROUNDS_IN_NOTE = 16
 _TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": ".3f", "loss": ".3f"}
 _MORE, _SPACE = frozenset({"preferences", "loss", "seconds"}), "\u00a0"
 """Columns of the report that the narrow description goes without."""
+_STATUS = {"SCHEDULED": "waiting for answers of people"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem 1.5rem;color:#1c1c1c;background:#fff}
@@ -111,7 +112,7 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     lines = [
         f"**{_inline(found.sentence)}**",
         " · ".join(f"{key} **{_inline(value)}**" for key, value in record.what.items()),
-        f"{len(record.reports)} of {record.config.rounds} rounds, {status.lower()}.",
+        f"{len(record.reports)} of {record.config.rounds} rounds, {_STATUS.get(status, status.lower())}.",
         "\n".join(f"- {_inline(note)}" for note in found.notes),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
         "" if picture is None else f"![score by round]({picture})",

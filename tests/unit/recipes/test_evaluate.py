@@ -149,6 +149,7 @@ def test_the_table_has_opponents_and_their_categories(tmp_path: Path) -> None:
     [
         ({"evaluation": {"max_new_tokens": 1024}}, "evaluation.max_new_tokens=1024 leaves no room for a prompt"),
         ({"model": {"lora": {}}}, "nothing is trained here"),
+        ({"scoring": {"type": "human"}}, "raylign review send RUN"),
         ({"model": {"path": "/x"}}, "whose answers are evaluated is said by policy and opponents"),
         ({"opponents": {}}, "at least 1"),
         ({"opponents": {"a b": {"type": "model"}}}, "opponents"),
