@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mlflow.entities import AssessmentSource, AssessmentSourceType, Feedback
@@ -14,12 +15,13 @@ from actors.weight_sync.folder import OneNode
 from actors.weight_sync.publish import Canary, WeightPublisher
 from actors.weight_sync.transports import ShmTransport
 from raylign.config import OnlineDpoConfig, parse_config
-from raylign.config.scoring import Composition
+from raylign.config.scoring import CompositionBlock, ScoringBlock
 from raylign.prompts import PromptSet
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.waiting import require_answers
 from raylign.run.directory import continue_or_create
-from raylign.scoring import ScoringItem
+from raylign.sampling.curriculum import attempt_seed
+from raylign.scoring import ItemScorer, ScoringItem
 from raylign.scoring.composition import composed
 from raylign.tracking.review_queue import WHICH, WHY
 from raylign.tracking.tracker import open_tracker
@@ -40,26 +42,32 @@ def prompts(*names: str) -> tuple[Prompt, ...]:
 PROMPTS = PromptSet(prompts("a", "b"), prompts("x", "y"), "embedded:review-topics", "0" * 64)
 
 
-def config(folder: Path, uri: str) -> OnlineDpoConfig:
-    """One round, two prompts with three candidates: six questions."""
-    return parse_config(
-        {
-            "scoring": {"type": "human"},
-            "sampling": {"num_generations": 3},
-            "schedule": {"rounds": 1, "prompts_per_round": 2},
-            "trainer": {"per_device_train_batch_size": 1},
-            "tracking": {"uri": uri, "experiment": EXPERIMENT},
-            "run": {"seed": 7, "name": "asks", "dir": str(folder / "runs")},
-        }
-    )
+def config(folder: Path, uri: str, name: str = "asks", *settings: str) -> OnlineDpoConfig:
+    """One round, two prompts with three candidates: six questions. `settings` are KEY=VALUE."""
+    tree = {
+        "scoring": {"type": "human"},
+        "sampling": {"num_generations": 3},
+        "schedule": {"rounds": 1, "prompts_per_round": 2},
+        "trainer": {"per_device_train_batch_size": 1},
+        "tracking": {"uri": uri, "experiment": EXPERIMENT},
+        "run": {"seed": 7, "name": name, "dir": str(folder / "runs")},
+    }
+    return parse_config(tree, settings)
+
+
+def built(block: ScoringBlock) -> ItemScorer:
+    """Compositions as they are; in the place of every other scorer the number of "good" in a completion."""
+    if isinstance(block, CompositionBlock):
+        return composed(block, {name: built(member) for name, member in block.members.items()})
+    return Told(lambda text: Score(float(text.count("good"))))
 
 
 class ComposedScorer(FakeScorer):
-    """The scorer of a composition, without its actor; held-out completions are scored by their number of "good"."""
+    """The scorer of a composition, without its actor."""
 
-    def __init__(self, events: list[str], block: Composition) -> None:
+    def __init__(self, events: list[str], block: ScoringBlock) -> None:
         super().__init__(events, block)
-        self._scorer = composed(block, {"held_out": Told(lambda text: Score(float(text.count("good"))))})
+        self._scorer = built(block)
 
     def score(
         self,
@@ -71,6 +79,21 @@ class ComposedScorer(FakeScorer):
         return self._scorer.score([ScoringItem(by_id[own.prompt_id], own.text) for own in candidates])
 
 
+class Engine(FakeEngine):
+    """What it is asked again for a prompt it answers with a word more."""
+
+    def _candidate(self, prompt: Prompt, index: int, of: int, version: int, seed: int) -> Candidate:
+        found = super()._candidate(prompt, index, of, version, seed)
+        if seed < attempt_seed(0, 1):
+            return found
+        return replace(
+            found,
+            text=f"again {found.text}",
+            token_ids=(5, *found.token_ids),
+            logprobs=found.logprobs[:1] + found.logprobs,
+        )
+
+
 def play(config: OnlineDpoConfig, folder: Path) -> list[str]:
     """What `recipes.online_dpo.main` does, with fakes in the place of actors; the events of the team."""
     events: list[str] = []
@@ -79,10 +102,9 @@ def play(config: OnlineDpoConfig, folder: Path) -> list[str]:
     with directory.locked(), recorded(tracker := open_tracker(directory.path, config.tracking), directory):
         run = Run(config, directory, tracker, Console(file=io.StringIO()))
         run.open_record(PROMPTS, "train")
-        generators, group = FakeGenerators([FakeEngine(events)]), fake_trainers(FakeRank(events, config), config)
+        generators, group = FakeGenerators([Engine(events)]), fake_trainers(FakeRank(events, config), config)
         transport = ShmTransport(OneNode(folder), {WEIGHT: (1,)}, 1)
         publisher = WeightPublisher(group, generators, transport, Canary(((1, 2, 3),), 0.25), 1.0)
-        assert config.scoring.type == "human"
         train(run, PROMPTS, FakeTeam(generators, group, ComposedScorer(events, config.scoring), publisher), config)
     return events
 

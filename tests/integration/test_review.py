@@ -12,9 +12,11 @@ from typer.testing import CliRunner, Result
 
 from raylign.config import OnlineDpoConfig
 from raylign.errors import RaylignError, Waiting
+from raylign.records import Evaluation
 from raylign.review.record import ReviewRecord
 from raylign.review.run_review import RunReview
-from raylign.run.directory import run_path
+from raylign.run.directory import RunDirectory, run_path
+from raylign.run.tables import read_candidates
 from recipes.commands.cli import app
 from recipes.commands.failures import WAITING
 from tests.integration.played_reviews import EXPERIMENT, Reviewer, config, fewer_good, play
@@ -76,7 +78,7 @@ def test_a_round_trains_on_what_people_said(server: str, tmp_path: Path, caplog:
 
 
 def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path: Path) -> None:
-    asks = renamed(config(tmp_path, server), "loses")
+    asks = config(tmp_path, server, "loses")
     with pytest.raises(Waiting):
         play(asks, tmp_path)
     bob = Reviewer(server, "loses: pairs", "bob")
@@ -96,8 +98,49 @@ def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path
     play(asks, tmp_path)
 
 
+WEIGHED = """scoring={type: weighted, weights: {people: 1.0, words: 2.0}, scorers: {
+    people: {type: human}, words: {type: function, function: some:words}}}"""
+
+
+def test_people_are_weighed_with_a_function(server: str, tmp_path: Path) -> None:
+    """Who likes fewer words is outvoted by twice the number of words."""
+    asks = config(tmp_path, server, "weighs", WEIGHED)
+    with pytest.raises(Waiting, match="6 of 6"):
+        play(asks, tmp_path)
+    ann = Reviewer(server, "weighs: pairs")
+    ann.answer(ann.items(), fewer_good)
+    play(asks, tmp_path)
+    run = run_path(asks.run)
+    _, scores = read_candidates(run / "rounds/0001/candidates.parquet")
+    found = sorted((score.parts["people"], score.parts["words"], score.value) for score in scores)
+    assert found == [(0.0, 2.0, 4.0)] * 2 + [(0.5, 1.0, 2.5)] * 2 + [(1.0, 0.0, 1.0)] * 2
+    rows = pq.read_table(run / "rounds/0001/preferences.parquet").to_pylist()
+    assert {(row["chosen"].count("good"), row["rejected"].count("good")) for row in rows} == {(2, 0)}
+    (report,) = RunDirectory(run).reports()
+    assert isinstance(report.evaluation, Evaluation) and report.evaluation.win_rate == 1.0, "by `held_out`"
+    pulled = review("pull", str(run))
+    assert pulled.exit_code == 0, pulled.output
+    (words,) = json.loads((run / "review/report.json").read_text())["scorers"].items()
+    assert (words[0], words[1]["same"]["count"], words[1]["same"]["value"]) == ("words", 6, 0.0)
+
+
+def test_what_is_sampled_again_is_asked_about_beside_what_was_there(server: str, tmp_path: Path) -> None:
+    asks = config(tmp_path, server, "again", "sampling.max_resamples=1")
+    with pytest.raises(Waiting, match="6 of 6"):
+        play(asks, tmp_path)
+    ann = Reviewer(server, "again: pairs")
+    ann.answer(ann.items(), lambda a, b: "tie")
+    with pytest.raises(Waiting, match="24 of 30"):
+        play(asks, tmp_path)
+    ann.answer(ann.items(), fewer_good)  # of the first ones, too, which are corrected so
+    events = play(asks, tmp_path)
+    assert not [event for event in events if event.startswith("sample ")]
+    _, scores = read_candidates(run_path(asks.run) / "rounds/0001/candidates-1.parquet")
+    assert len(scores) == 12 and {score.value for score in scores} == {0.1, 0.5, 0.9}
+
+
 def test_pairs_are_sent_once_and_agreement_is_measured(server: str, tmp_path: Path) -> None:
-    asks = renamed(config(tmp_path, server), "sends")
+    asks = config(tmp_path, server, "sends")
     with pytest.raises(Waiting):
         play(asks, tmp_path)
     ann = Reviewer(server, "sends: pairs")
@@ -133,7 +176,3 @@ def test_waiting_has_a_status_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ended = CliRunner().invoke(app, ["run", str(tmp_path / "asks.yaml"), f"run.dir={tmp_path}"])
     assert ended.exit_code == WAITING == 3
     assert ended.output.strip() == "waiting for people: 3 of 6 questions"
-
-
-def renamed(config: OnlineDpoConfig, name: str) -> OnlineDpoConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})

@@ -18,7 +18,7 @@ from raylign.config.blocks import (
 )
 from raylign.config.losses import SigmoidLossBlock, TrainerLoss
 from raylign.config.reference import NoReferenceBlock, ReferenceBlock
-from raylign.config.scoring import FunctionScoringBlock, ScoringUnion, leaves
+from raylign.config.scoring import FunctionScoringBlock, ScoringUnion, asks_people, leaves
 from raylign.config.tree import RunConfig
 
 
@@ -154,6 +154,15 @@ class EvaluateConfig(RunConfig):
     @model_validator(mode="after")
     def answers_leave_room_for_a_prompt(self) -> Self:
         self.generators.require_room_for_a_prompt("evaluation.max_new_tokens", self.evaluation.max_new_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def nobody_is_asked(self) -> Self:
+        if asks_people(self.scoring):
+            raise ValueError(
+                "scoring of type human would never ask anybody here: people answer between the rounds of a run that "
+                "samples; take another type, or ask them about a run's pairs with: raylign review send RUN"
+            )
         return self
 
     @model_validator(mode="after")

@@ -29,21 +29,11 @@ _ROUNDS_IN_NOTE = 16
 _TRAINING = {"rewards/accuracies": ".2f", "rewards/margins": "z.3f", "loss": ".3f"}
 _SPACE = "\u00a0"
 _NOT_IN_NOTE = frozenset(
-    {
-        *(
-            "preferences",
-            "rewards/accuracies",
-            "rewards/margins",
-            "loss",
-            "seconds",
-            "entropy, nats a token",
-            "distinct-2",
-            "EOS rate",
-        ),
-        *("win rate at equal lengths", "wins %", "ties %", "losses %"),
-    }
+    ("preferences", "rewards/accuracies", "rewards/margins", "loss", "seconds", "entropy, nats a token", "distinct-2")
+    + ("EOS rate", "win rate at equal lengths", "wins %", "ties %", "losses %")
 )
 """Columns of the report that the description goes without: it is cut where it is wider than the window."""
+_STATUS = {"SCHEDULED": "waiting for answers of people"}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1rem 1.5rem;color:#1c1c1c;background:#fff}
@@ -139,7 +129,7 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
     lines = [
         f"**{inline(found.sentence)}**",
         " · ".join(f"{key} **{inline(value)}**" for key, value in record.what.items()),
-        f"{done}{status.lower()}.",
+        f"{done}{_STATUS.get(status, status.lower())}.",
         "\n".join(f"- {inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
         "" if picture is None else f"Held out, with {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from raylign.boundary.secrets import without_credentials
 from raylign.config import RunConfig
-from raylign.errors import RaylignError, TrackingError
+from raylign.errors import TrackingError
 from raylign.report.text import one_line
 from raylign.review.record import Answer, Chosen, Pair, ReviewRecord, Said, readable
 from raylign.run.directory import run_path
@@ -31,10 +31,10 @@ class Pulled:
 
 
 class RunReview:
-    """The record of one run's review and its queue in MLflow."""
+    """The record of one run's review and its queue in MLflow. Every method raises TrackingError, naming the cure."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Connects to MLflow. Raises RaylignError, naming the cure, when it does not answer."""
+        """Connects to MLflow."""
         self._config, self.record = config, ReviewRecord(run_path(config.run))
         self._uri = default_uri(config.tracking, self.record.run_dir)
         with self._asking("nothing is lost"):
@@ -46,7 +46,7 @@ class RunReview:
         try:
             yield
         except TrackingError as error:
-            failure = RaylignError(
+            failure = TrackingError(
                 f"MLflow at {without_credentials(self._uri)}, where people answer, fails ({error}); {meanwhile}"
             )
             failure.cure = error.cure or "put it right and run the same command again"

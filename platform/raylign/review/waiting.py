@@ -1,5 +1,6 @@
 """Rounds that train on what people say: asks about every pair of candidates, and ends the run until they answered."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -7,12 +8,15 @@ from statistics import fmean
 
 from raylign.config import OnlineDpoConfig
 from raylign.config.scoring import asks_people
-from raylign.errors import Waiting
+from raylign.errors import ConfigError, TrackingError, Waiting
 from raylign.records import Candidate, Prompt
 from raylign.review.record import Answer, Pair, ReviewRecord, pair_of, readable, run_identity, share_of_first
-from raylign.run.directory import run_path
+from raylign.run.directory import RunDirectory, run_path
 from raylign.scoring.composition import PEOPLE
+from raylign.tracking.journal import JOURNAL_NAME, read_events
+from raylign.tracking.tracker import open_tracker
 
+log = logging.getLogger(__name__)
 Texts = tuple[str, str]
 
 
@@ -21,14 +25,15 @@ def with_answers(
 ) -> Sequence[Prompt]:
     """The prompts with what people said of their candidates in `meta`; as they are where the scorer asks no people.
 
-    Questions without an answer are put into the queue. Raises Waiting when there still are some.
+    Questions without an answer are put into the queue, and what was corrected since it was read counts as it is now.
+    Raises Waiting when questions are still open.
     """
     if not asks_people(config.scoring):
         return prompts
     record = ReviewRecord(run_path(config.run))
     pairs = [*_questions(config, record, index, prompts, candidates)]
     with record.locked():
-        _require_answers(config, record, pairs)
+        _require_answers(config, record, pairs, anew=True)
         by_pair = record.said().by_pair()
     return [
         replace(prompt, meta={**prompt.meta, PEOPLE: shares})
@@ -41,19 +46,44 @@ def require_answers(config: OnlineDpoConfig) -> None:
     record = ReviewRecord(run_path(config.run))
     if not asks_people(config.scoring) or not record.folder.is_dir():
         return
-    with record.locked():
-        _require_answers(config, record, [pair for pair in record.pairs() if pair.by == "scoring"])
+    try:
+        with record.locked():
+            _require_answers(config, record, [pair for pair in record.pairs() if pair.by == "scoring"], anew=False)
+    except Waiting:
+        _record_waiting(config)
+        raise
 
 
-def _require_answers(config: OnlineDpoConfig, record: ReviewRecord, pairs: Sequence[Pair]) -> None:
-    """MLflow is asked only where the record does not have every answer. Raises Waiting."""
-    if not _open(pairs, record):
+def _record_waiting(config: OnlineDpoConfig) -> None:
+    """A start that was killed did not say that the run waits: MLflow would go on showing it at work."""
+    directory = RunDirectory(run_path(config.run))
+    names = [event.name for event in read_events(directory.path / JOURNAL_NAME)]
+    if names[-1:] == ["campaign_finished"]:
+        return
+    try:
+        with directory.locked():
+            open_tracker(directory.path, config.tracking).close("SCHEDULED")
+    except ConfigError:
+        return  # another process is at work on the run, and says itself how it ends
+
+
+def _require_answers(config: OnlineDpoConfig, record: ReviewRecord, pairs: Sequence[Pair], *, anew: bool) -> None:
+    """MLflow is asked where the record does not have every answer, and `anew` in any case. Raises Waiting."""
+    is_open = _open(pairs, record) > 0
+    if not pairs or not (is_open or anew):
         return
     from raylign.review.run_review import RunReview  # noqa: PLC0415 - MLflow, for runs that ask people alone
 
-    run_review = RunReview(config)
-    run_review.send(pairs)
-    run_review.pull()
+    try:
+        run_review = RunReview(config)
+        if is_open:
+            run_review.send(pairs)
+        run_review.pull()
+    except TrackingError as error:
+        if is_open:
+            raise
+        log.warning("%s; the round is scored by the answers that were read before", error)
+        return
     if left := _open(pairs, record):
         raise Waiting(
             f"waiting for people: {left} of {len({pair.id for pair in pairs})} questions have no answer yet; answer "

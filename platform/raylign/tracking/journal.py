@@ -70,17 +70,15 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Raises RecordError when a line before the last is not an event, DiskError when nothing can be written."""
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        size = self._sequence = 0
-        if path.exists():
-            for event, offset in read_from(path):
-                self._sequence, size = event.sequence, offset
         self.path = path
         self._lock = threading.Lock()
+        self._end = (0, 0)
+        """Sequence and end of the last event. One assignment, which a signal comes before or after."""
         with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
-            self._file.truncate(size)
+        self._settle()
+        with disk_errors(path):
             _sync_directory(path.parent)
 
     def append(self, name: str, payload: Mapping[str, Any]) -> Event:
@@ -92,12 +90,30 @@ class Journal:
         if non_finite:
             body["non_finite"] = non_finite
         with self._lock:
-            offset = os.fstat(self._file.fileno()).st_size
-            event = Event(time.time(), self._sequence + 1, name, body, self.path, offset)
-            line = {"time": event.time, "sequence": event.sequence, "event": name, **body}
-            self._write(json.dumps(line, allow_nan=False).encode() + b"\n", offset)
-            self._sequence = event.sequence
+            self._settle()
+            sequence, offset = self._end
+            event = Event(time.time(), sequence + 1, name, body, self.path, offset)
+            record = {"time": event.time, "sequence": event.sequence, "event": name, **body}
+            line = json.dumps(record, allow_nan=False).encode() + b"\n"
+            self._write(line, offset)
+            self._end = (event.sequence, offset + len(line))
         return event
+
+    def _settle(self) -> None:
+        """Count what is behind the last known event, and cut off a torn line.
+
+        That is all of a journal that was just opened; later what an append left that a signal cut off. Its event may
+        be whole, and a feed may have read it: the next one must not have its sequence.
+        """
+        descriptor = self._file.fileno()
+        sequence, end = self._end
+        if os.fstat(descriptor).st_size <= end:
+            return
+        for event, after in read_from(self.path, end):
+            sequence, end = event.sequence, after
+        with disk_errors(self.path):
+            os.ftruncate(descriptor, end)
+        self._end = (sequence, end)
 
     def _write(self, line: bytes, size: int) -> None:
         """All of the line behind the `size` bytes that are there, or nothing: a torn one would hide what follows it."""

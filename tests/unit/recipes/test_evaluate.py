@@ -161,6 +161,7 @@ def test_the_table_has_opponents_and_their_categories(tmp_path: Path) -> None:
         ({"evaluation": {"max_new_tokens": 1024}}, "evaluation.max_new_tokens=1024 leaves no room for a prompt"),
         ({"model": {"lora": {}}}, "nothing is trained here"),
         ({"trainer": {"learning_rate": 1e-3, "ranks": 2}}, "trainer.ranks, trainer.learning_rate: nothing is trained"),
+        ({"scoring": {"type": "human"}}, "raylign review send RUN"),
         ({"model": {"path": "/x"}}, "whose answers are evaluated is said by policy and opponents"),
         ({"opponents": {}}, "at least 1"),
         ({"opponents": {"a b": {"type": "model"}}}, "opponents"),

@@ -75,6 +75,7 @@ def test_a_description_is_markdown_within_mlflows_limit(tmp_path: Path) -> None:
     text = description(record, verdict(record), "RUNNING", "get-artifact?path=figures/score.png&run_uuid=1")
     assert "**Better: held-out score went from 0.200 \\[0.100, 0.300\\]" in text
     assert "2 of 3 rounds, running." in text
+    assert "2 of 3 rounds, waiting for answers of people." in description(record, verdict(record), "SCHEDULED", None)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len({row.count("|") - row.count("\\|") for row in rows}) == 1
     assert "\u00a00.300\\]" in rows[2] and "0.200 \\[" in rows[2], (

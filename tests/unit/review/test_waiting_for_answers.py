@@ -10,11 +10,11 @@ import pytest
 
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.scoring import HumanScoringBlock, WeightedScoringBlock, asks_people, leaves
-from raylign.errors import RaylignError
+from raylign.errors import RaylignError, Waiting
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.record import Answer, Choice, Pair, ReviewRecord, Said, pair_of
 from raylign.review.waiting import require_answers, with_answers
-from raylign.run.directory import run_path
+from raylign.run.directory import RunDirectory, run_path
 from raylign.scoring import ScoringItem, batches, longest_s
 from raylign.scoring.composition import PEOPLE, composed
 from raylign.tracking.journal import JOURNAL_NAME, Journal
@@ -91,6 +91,77 @@ def test_an_open_question_asks_mlflow_which_is_named_when_it_is_away(asks: Onlin
     ReviewRecord(run_path(asks.run)).add([pair("a", "c")])
     with pytest.raises(RaylignError, match="where people answer, fails"):
         require_answers(asks)
+
+
+class Queue:
+    """MLflow's side: a pull finds `found`."""
+
+    found = Said()
+    sent = 0
+
+    def __init__(self, config: OnlineDpoConfig) -> None:
+        self._record = ReviewRecord(run_path(config.run))
+
+    def send(self, pairs: Sequence[Pair]) -> None:
+        self._record.add(pairs)
+        type(self).sent += len(pairs)
+
+    def pull(self) -> None:
+        self._record.keep(self.found)
+
+    def address(self) -> str:
+        return "http://here"
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> type[Queue]:
+    class Own(Queue):
+        pass
+
+    monkeypatch.setattr("raylign.review.run_review.RunReview", Own)
+    return Own
+
+
+def test_an_answer_that_was_corrected_since_it_was_read_counts_as_it_is(
+    asks: OnlineDpoConfig, queue: type[Queue]
+) -> None:
+    say(asks, ("a", "b", ["first"]))
+    queue.found = Said((Answer(pair("a", "b").id, "ann", "second", "", 9),))
+    assert shares(asks, "a", "b") == {"a": 0.0, "b": 1.0}
+    queue.found = Said()  # taken back in MLflow
+    with pytest.raises(Waiting, match="1 of 1 questions have no answer yet; answer them at http://here"):
+        shares(asks, "a", "b")
+    assert queue.sent == 0
+
+
+def test_answers_that_were_read_do_without_mlflow(asks: OnlineDpoConfig, caplog: pytest.LogCaptureFixture) -> None:
+    say(asks, ("a", "b", ["first"]))
+    assert shares(asks, "a", "b") == {"a": 1.0, "b": 0.0}
+    assert "where people answer, fails" in caplog.text
+    assert "the round is scored by the answers that were read before" in caplog.text
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_start_that_was_killed_waits_in_mlflow_too(
+    asks: OnlineDpoConfig, queue: type[Queue], monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    closed: list[str] = []
+
+    class Tracked:
+        def close(self, status: str) -> None:
+            closed.append(status)
+
+    monkeypatch.setattr("raylign.review.waiting.open_tracker", lambda run_dir, block: Tracked())
+    ReviewRecord(run_path(asks.run)).add([pair("a", "b")])
+    if ended:
+        with Journal(run_path(asks.run) / JOURNAL_NAME) as journal:
+            journal.append("campaign_finished", {"status": "SCHEDULED"})
+    for _ in range(2):
+        with pytest.raises(Waiting):
+            require_answers(asks)
+        with RunDirectory(run_path(asks.run)).locked(), pytest.raises(Waiting):
+            require_answers(asks)
+    assert closed == ([] if ended else ["SCHEDULED"] * 2)
 
 
 def test_other_scorers_ask_nobody(asks: OnlineDpoConfig, tmp_path: Path) -> None:

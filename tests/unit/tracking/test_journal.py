@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,6 +43,27 @@ def test_reopening_continues_the_sequence(path: Path) -> None:
     write(path, "c")
     assert [(event.sequence, event.name) for event in read_events(path)] == [(1, "a"), (2, "b"), (3, "c")]
     assert [event.name for event in read_events(path, after=2)] == ["c"]
+
+
+@pytest.mark.parametrize(("call", "written"), [("fsync", 1.0), ("write", 1.0), ("write", 0.5), ("write", 0.0)])
+def test_a_signal_in_the_middle_of_an_append_gives_no_sequence_twice(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str, written: float
+) -> None:
+    """A feed that has read the first would take the second for known: the end of a stopped run, say."""
+    write_bytes = os.write
+
+    def interrupted(descriptor: int, content: bytes = b"") -> int:
+        write_bytes(descriptor, content[: int(written * len(content))])
+        raise KeyboardInterrupt
+
+    with Journal(path) as journal:
+        journal.append("a", {})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(f"raylign.tracking.journal.os.{call}", interrupted)
+            journal.append("step", {"step": 1})
+        journal.append("campaign_finished", {})
+    names = ["a", "step", "campaign_finished"] if written == 1 else ["a", "campaign_finished"]
+    assert [(event.sequence, event.name) for event in read_events(path)] == [*enumerate(names, 1)]
 
 
 @pytest.mark.parametrize("torn", [b'{"time": 1.0, "sequence": 3, "ev', b'{"time": 1.0\n', b"\x00\x00\x00\n", b"17\n"])
