@@ -1,4 +1,7 @@
-"""A whole GRPO run with a judge, secrets in its environment and hostile prompts: what it leaves and shows."""
+"""A whole GRPO run on what a judge and people say, with secrets in its environment and hostile prompts.
+
+What it leaves behind, shows and passes on, and that it waits for answers and trains on them.
+"""
 
 import json
 import os
@@ -12,16 +15,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from actors.cluster import actor_environment, cluster
+from raylign.review.record import ReviewRecord
 from raylign.run.directory import open_run
+from raylign.run.tables import read_candidates
 from raylign.scoring.judge_client import QUESTIONS
+from recipes.commands.failures import WAITING
 from tests.faults import record
-from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line, foreign_lines
+from tests.integration.played_reviews import Reviewer
+from tests.integration.tiny import (
+    SMALLEST,
+    SPREAD_SCORES,
+    START_S,
+    Watched,
+    campaign_record,
+    command_line,
+    foreign_lines,
+)
 from tests.judges import Asked, Reply, goodness, reasoned, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -116,9 +132,14 @@ def never_tied(asked: Asked) -> Reply:
     return Reply(str(1 + keys[0][1] % 10) if asked.is_rating else "A" if keys[0] > keys[1] else "B")
 
 
+def preferred(answer_a: str, answer_b: str) -> object:
+    """A person with a firm opinion of any two texts."""
+    return "A" if zlib.crc32(answer_a.encode()) > zlib.crc32(answer_b.encode()) else "B"
+
+
 @pytest.fixture(scope="module")
 def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """GRPO by a judge, with a function for the gold score, on hostile prompts and with secrets in its environment."""
+    """GRPO by a judge and people, with a gold scorer, on hostile prompts and with secrets around: two starts."""
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "spread.py").write_text(SPREAD_SCORES)
     save_prompts(folder)
@@ -132,12 +153,20 @@ def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     temporary = tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True)
     with serving(reasoned(never_tied)) as server, temporary as ray_folder:
         options = "model: judge-1, api_key_env: JUDGE_KEY, batch_size: 4, reasons: true"
-        judge = f"scoring={{type: judge, base_url: '{server.base_url}', {options}}}"
-        command = command_line(*settings, judge, recipe="recipes/grpo_smollm2.yaml")
-        with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
-            lines, environments = watch(run)
-            output = run.output
-            assert run.finish(START_S)[0] == 0, output
+        judge = f"judge: {{type: judge, base_url: '{server.base_url}', {options}}}"
+        people = "people: {type: human, held_out: {type: function, function: 'spread:score'}}"
+        scoring = f"scoring={{type: weighted, weights: {{judge: 1, people: 1}}, scorers: {{{judge}, {people}}}}}"
+        command = command_line(*settings, scoring, recipe="recipes/grpo_smollm2.yaml")
+        output, lines, environments = "", set[str](), dict[str, bytes]()
+        for status in (WAITING, 0):
+            with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
+                seen, others = watch(run)
+                lines, environments, output = lines | seen, environments | others, output + run.output
+                assert run.finish(START_S)[0] == status, output
+            if status == WAITING:
+                assert campaign_record(folder / "runs").info.status == "SCHEDULED"
+                ann = Reviewer(f"sqlite:///{folder}/runs/mlflow.db", "quiet: pairs", experiment="raylign")
+                ann.answer(ann.items(), preferred)
         logs = "".join(path.read_text(errors="replace") for path in Path(ray_folder).rglob("worker-*.err"))
         yield Finished(folder, before, Path(ray_folder), output, lines, environments, server.asked, logs)
 
@@ -192,22 +221,41 @@ def test_a_judge_compares_in_both_orders_and_rates_what_is_held_out(finished: Fi
     rows = pq.read_table(rounds / "0001/candidates.parquet").to_pylist()
     shares: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        shares[row["prompt_id"]].append(row["score"])
+        shares[row["prompt_id"]].append(json.loads(row["score_parts"])["judge"])
     assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
     before, held_out = (pq.read_table(rounds / f"{number}/samples.parquet").to_pylist() for number in ("0000", "0001"))
-    assert all(row["score"] * 9 == pytest.approx(round(row["score"] * 9)) for row in held_out)
-    assert {len(row["score_reason"].splitlines()) for row in rows} == {2}, "one for each other candidate"
-    assert all(row["score_reason"].startswith('A is this answer, B "') for row in rows)
-    assert all(re.fullmatch(r"It has \d+ good words\.", row["score_reason"]) for row in held_out)
+    ratings = [json.loads(row["score_parts"])["judge"] * 9 for row in held_out]
+    assert ratings == pytest.approx([round(rating) for rating in ratings])
+    told, of_ratings = ([json.loads(row["part_reasons"])["judge"] for row in found] for found in (rows, held_out))
+    assert {len(reason.splitlines()) for reason in told} == {2}, "one for each other candidate"
+    assert all(reason.startswith('A is this answer, B "') for reason in told)
+    assert all(re.fullmatch(r"It has \d+ good words\.", reason) for reason in of_ratings)
     first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
-    # One call for each evaluation that has completions without a score; the four groups of three do not fit together
-    # into calls of four.
-    assert finished.logs.count("judge judge-1: ") == 1 + bool(second - first) + 4 and SECRET not in finished.logs
-    # The start check; the scorer's own questions; six for each prompt; two evaluations of two, without repetitions.
-    assert len(finished.asked) == 1 + (1 + 2 * len(QUESTIONS)) + 4 * 6 + len(first | second)
+    assert SECRET not in finished.logs and "judge judge-1: " in finished.logs
     report = json.loads((rounds / "0001/report.json").read_text())
-    taken = {name: report["scoring"][f"judge/{name}"] for name in ("calls", "items", "comparisons", "requests")}
-    assert taken == {"calls": 4, "items": 12, "comparisons": 12, "requests": 24}
+    assert {name: report["scoring"][f"judge/{name}"] for name in ("items", "comparisons")} == {
+        "items": 12,
+        "comparisons": 12,
+    }
+    assert report["scoring"]["judge/requests"] == 24 + 1 + 2 * len(QUESTIONS), "its canaries before them"
+    # Six questions for each prompt and two evaluations of two, without repetitions: the second start asks none again.
+    mine = [asked for asked in finished.asked if "Write <b onclick" in asked.user]
+    assert len(mine) == 4 * 6 + len(first | second)
+
+
+def test_it_trains_on_what_people_said(finished: Finished) -> None:
+    asked = re.findall(r"^waiting for people: (\d+) of (\d+) questions have no answer yet; ", finished.output, re.M)
+    directory = open_run(finished.folder / "runs/quiet")
+    said = ReviewRecord(directory.path).said()
+    assert asked == [(str(len(said.answers)),) * 2] and said.answers
+    candidates, scores = read_candidates(directory.round(1) / "candidates.parquet")
+    keys = [(found.prompt_id, zlib.crc32(found.text.encode())) for found in candidates]
+    for (prompt, key), score in zip(keys, scores, strict=True):
+        others = [other for own, other in keys if own == prompt and other != key]
+        assert not others or score.parts["people"] == fmean(key > other for other in others)
+    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
+    assert rows and all(len(set(row["scores"])) > 1 for row in rows)
+    assert campaign_record(finished.folder / "runs").info.status == "FINISHED"
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
