@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from raylign.config import OfflineDpoConfig
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig
 from raylign.config.evaluation import GOLD
 from raylign.config.guard import StopRule, WarnRule
 from raylign.config.load import parse_tree
@@ -74,6 +74,7 @@ def test_what_guard_and_choice_came_to_is_told_in_order_of_rounds(tmp_path: Path
     directory.write_decisions(2, (warned, stopped))
     directory.write_decisions(1, (warned,))
     record = read_run(directory)
+    assert isinstance(record.config, OnlineDpoConfig)
     block = record.config.evaluation.model_copy(update={"metric_for_best_model": "kl", "greater_is_better": False})
     config = record.config.model_copy(update={"guard": (stopped.rule,), "evaluation": block})
     assert verdict(replace(record, config=config)).outcomes == (
@@ -101,6 +102,7 @@ def test_what_a_gold_scorer_says_is_told_prompt_by_prompt(tmp_path: Path, change
 
 def test_commands_are_those_that_make_sense_next(tmp_path: Path) -> None:
     record = read_run(save_run(tmp_path, STEADY))
+    assert isinstance(record.config, OnlineDpoConfig)
     assert list(record.commands) == ["resume", "report", "compare", "promote", "export"]
     done = record.config.model_copy(update={"schedule": record.config.schedule.model_copy(update={"rounds": 2})})
     assert list(replace(record, config=done).commands) == ["report", "compare", "promote", "export"]
