@@ -80,12 +80,12 @@ def _results(sides: Sequence[Side]) -> Table:
     rows: list[tuple[str, list[str]]] = [
         ("verdict", [verdict(side.record).word for side in sides]),
         ("rounds", [f"{len(side.record.reports)} of {side.record.config.rounds}" for side in sides]),
-        *((measure.title, [_folded(written(measure, own)) for own in values]) for measure in measures),
+        *((measure.title, [_folded(written(measure, each)) for each in values]) for measure in measures),
         ("score against the first", [_against(sides[0], side) for side in sides]),
     ]
     table = _table("run", *(side.name for side in sides))
-    for title, cells in rows:
-        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (title, *cells)))
+    for title, own in rows:
+        table.add_row(*(Text(escape_control(cell, keep="\n")) for cell in (title, *own)))
     return table
 
 

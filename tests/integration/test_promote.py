@@ -67,7 +67,7 @@ def test_refused_then_moved_and_nothing_twice(store: str, tmp_path: Path) -> Non
     assert "is not above 0.5" in refused.output and "--force REASON" in refused.output
     aliases, versions = found(store, MODEL)
     assert aliases == {"candidate": 2} and [own["raylign.version"] for own in versions.values()] == ["1", "2"]
-    assert (versions[2]["score"], versions[2]["win_rate"], versions[2]["round"]) == ("0.25", "0.5", "2")
+    assert (versions[2]["score"], versions[2]["win_rate"], versions[2]["round"]) == ("0.250", "0.500", "2")
 
     add_round(run, 3, WON)
     done = promote(run.path)

@@ -219,7 +219,8 @@ def _staleness(record: RunRecord) -> "Figure | None":
     if not any(lags):
         return None
     shares = {
-        f"{lag} versions": [_share(record.lags.get(report.index, {}), lag) for report in record.reports] for lag in lags
+        f"{lag} versions old": [_share(record.lags.get(report.index, {}), lag) for report in record.reports]
+        for lag in lags
     }
     return _stacked(record, shares, "share of candidates")
 

@@ -40,8 +40,8 @@ body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:76rem;padding:1r
 h1{margin:.2em 0}h2{margin:1.8em 0 .5em;border-bottom:1px solid #ddd}
 .verdict{font-size:1.15rem;padding:.7em 1em;border-left:6px solid #777;background:#f5f5f5}
 .better{border-color:#2a8f4d}.worse{border-color:#c0392b}.unclear{border-color:#d9a30d}
-.wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.35em .7em;border-bottom:1px solid #e3e3e3}
-th{text-align:left;font-weight:600}td.number,th.number{text-align:right;vertical-align:top}td.number{white-space:nowrap}
+.wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.35em .5em;border-bottom:1px solid #e3e3e3}
+th{text-align:left;font-weight:600}td.number,th.number{text-align:right;vertical-align:top}td.number{white-space:nowrap}th:first-child,td:first-child{text-align:left}
 .figures{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0;flex:1 1 28rem;max-width:40rem;min-width:0}
 figure img{max-width:100%;height:auto}figcaption{font-weight:600}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}.pair>div{min-width:0}
@@ -132,8 +132,10 @@ def description(record: RunRecord, found: Verdict, status: str, picture: str | N
         f"{done}{_STATUS.get(status, status.lower())}.",
         "\n".join(f"- {inline(note)}" for note in (*found.notes, *found.outcomes)),
         "\n".join(table) + (f"\n\n{len(left_out)} earlier rounds are in report.html." if left_out else ""),
-        "" if picture is None else f"Held out, with {record.config.confidence:.0%} intervals:\n\n![figure]({picture})",
-        "Figures, and report.html with answers before and after, are under Artifacts.",
+        ""
+        if picture is None
+        else f"With {record.config.confidence:.0%} intervals, over held-out prompts or rows:\n\n![figure]({picture})",
+        f"Figures, and report.html with answers {inline(' and '.join(_whose(record)))}, are under Artifacts.",
         "\n".join(f"- {_code(command)}" for command in record.commands.values()),
     ]
     text = "\n\n".join(filter(None, lines))
@@ -231,8 +233,14 @@ def _html_incidents(incidents: Sequence[Incident]) -> str:
     if not incidents:
         return "<p>None: no actor was lost.</p>"
     rows = [
-        [time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(one.time)), str(one.round), one.role, one.happened, one.detail]
+        [
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(one.time)).replace(" ", _SPACE),
+            str(one.round),
+            one.role,
+            one.happened,
+            one.detail,
+        ]
         for one in incidents[-_INCIDENTS:]
     ]
     told = f"<p>The last {len(rows)} of {len(incidents)}.</p>" if len(rows) < len(incidents) else ""
-    return told + _html_table(["time (UTC)", "round", "role", "what", "detail"], rows, "words")
+    return told + _html_table([f"time{_SPACE}(UTC)", "round", "role", "what", "detail"], rows, "words")

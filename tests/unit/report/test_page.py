@@ -82,7 +82,7 @@ def test_a_description_is_markdown_within_mlflows_limit(tmp_path: Path) -> None:
         "a narrow page may break before an interval, not in it"
     )
     assert max(map(len, rows)) < 120
-    assert "95% intervals:\n\n![figure](get-artifact?path=figures/score.png&run_uuid=1)" in text
+    assert "over held-out prompts or rows:\n\n![figure](get-artifact?path=figures/score.png&run_uuid=1)" in text
     assert f"raylign resume {tmp_path / 'demo'}" in text
     assert len(text) < 8000
 

@@ -233,7 +233,7 @@ def test_without_a_reference_nothing_is_measured_against_one(open_desk: Open, tm
     assert [step["loss"] for step in report.steps] == pytest.approx([math.log1p(math.exp(0.5))] * 2)
     assert [row["reference_logps"] for row in desk.rows(1, "preferences")] == [[0.0, 0.0]] * 2
     desk.run.finish_round(report, [])
-    assert "held-out score 1.000, KL - nats" in desk.output.getvalue()
+    assert "held-out score 1.000, 2 preferences" in desk.output.getvalue()
 
 
 def test_ktos_preferences_carry_samples_of_the_policy(open_desk: Open, tmp_path: Path) -> None:
