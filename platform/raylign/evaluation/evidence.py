@@ -123,7 +123,7 @@ def evaluated_evidence(
         wrong = f"{len(shared)} of its prompts were asked by the run too, 0 may be; the first: {shared[0][:80]!r}"
         return Refusal(_UNUSED, f"{path}: {wrong}", cure)
     won = opponent.overall
-    where = f"prompts of {path}, by {found.scorer}"
+    where = f"prompts of {evaluation.path}, by {found.scorer}"
     return Evidence(won.rate, won.low, won.high, won.prompts, found.confidence, other.told, where)
 
 
