@@ -2,7 +2,7 @@ PYTHON ?= python3
 DEVICE ?= auto
 RECIPE ?= recipes/sentiment_smollm2.yaml
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 MINUTES ?= 60
 BIN := .venv/bin
 
