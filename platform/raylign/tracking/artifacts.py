@@ -114,11 +114,15 @@ def _cell(value: Any) -> str:
 def dataset_input(
     name: str, digest: str, source_type: str, source: Mapping[str, Any], profile: Mapping[str, int]
 ) -> DatasetInput:
-    """A training data set as MLflow shows it; the digest is cut to MLflow's 36 characters, whole in a tag."""
+    """A data set as MLflow shows it: for training, unless all of its rows are held out.
+
+    The digest is cut to MLflow's 36 characters, whole in a tag.
+    """
+    context = "evaluation" if profile.get("train") == 0 else "training"
     dataset = Dataset(
         name, digest[:_MAX_DIGEST], source_type, json.dumps(dict(source)), None, json.dumps(dict(profile))
     )
-    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training"), InputTag("raylign.digest", digest)])
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context), InputTag("raylign.digest", digest)])
 
 
 def upload(store: MlflowStore, run_id: str, run_dir: Path, name: str, kind: str) -> bool:

@@ -18,6 +18,7 @@ from raylign.report.record import read_run
 from raylign.report.verdict import Word, verdict
 from raylign.run.directory import RunDirectory, create_run
 from raylign.run.tables import write_candidates
+from raylign.tracking.artifacts import dataset_input
 from raylign.tracking.facts import publishable
 from raylign.tracking.presented import tags_of
 from recipes.commands.review import show_run
@@ -121,3 +122,9 @@ def test_show_prints_the_table_of_win_rates(tmp_path: Path) -> None:
     text = console.export_text()
     assert text.startswith("Better: ") and "75.0 [60.0, 85.0]" in text and f"--evaluation {directory.path}" in text
     assert file.read_text().count("data:image/png;base64,") == 1
+
+
+@pytest.mark.parametrize(("train", "context"), [(0, "evaluation"), (96, "training")])
+def test_prompts_that_nobody_trains_on_are_for_evaluation(train: int, context: str) -> None:
+    found = dataset_input("prompts", "ab" * 32, "local", {"uri": "x.jsonl"}, {"train": train, "held_out": 24})
+    assert {tag.key: tag.value for tag in found.tags}["mlflow.data.context"] == context
