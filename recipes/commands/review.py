@@ -107,11 +107,12 @@ def send(
     run_review = RunReview(config)
     with run_review.record.locked():
         new = new_pairs(run_review.record.pairs(), chosen, by.value, count)
-        sent, total = run_review.send(new), len(run_review.record.pairs())
-    _say(
-        report_console(),
-        f"{len(new)} pairs chosen by {by.value}, {sent} sent; the queue has {total}: {run_review.address()}",
-    )
+        sent, pairs = run_review.send(new), run_review.record.pairs()
+    console, found = report_console(), sum(pair.by == by.value for pair in pairs)
+    where = run_review.address()
+    _say(console, f"{len(new)} pairs chosen by {by.value}, {sent} sent; the queue has {len(pairs)}: {where}")
+    if found < count:
+        _say(console, f"note: {found} of {count}: the run has no other pair of this kind that nobody was asked about")
 
 
 @review.command("pull")

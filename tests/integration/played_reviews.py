@@ -20,7 +20,6 @@ from raylign.prompts import PromptSet
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.waiting import require_answers
 from raylign.run.directory import continue_or_create
-from raylign.sampling.curriculum import attempt_seed
 from raylign.scoring import ItemScorer, ScoringItem
 from raylign.scoring.composition import composed
 from raylign.tracking.review_queue import WHICH, WHY
@@ -80,18 +79,12 @@ class ComposedScorer(FakeScorer):
 
 
 class Engine(FakeEngine):
-    """What it is asked again for a prompt it answers with a word more."""
+    """No two answers of it are the same, whatever it was asked before."""
 
     def _candidate(self, prompt: Prompt, index: int, of: int, version: int, seed: int) -> Candidate:
         found = super()._candidate(prompt, index, of, version, seed)
-        if seed < attempt_seed(0, 1):
-            return found
-        return replace(
-            found,
-            text=f"again {found.text}",
-            token_ids=(5, *found.token_ids),
-            logprobs=found.logprobs[:1] + found.logprobs,
-        )
+        ids, logprobs = (5, *found.token_ids), found.logprobs[:1] + found.logprobs
+        return replace(found, text=f"{seed} {found.text}", token_ids=ids, logprobs=logprobs)
 
 
 def play(config: OnlineDpoConfig, folder: Path) -> list[str]:
@@ -112,9 +105,9 @@ def play(config: OnlineDpoConfig, folder: Path) -> list[str]:
 class Reviewer:
     """Somebody who answers the questions of a queue."""
 
-    def __init__(self, uri: str, queue: str, name: str = "ann") -> None:
+    def __init__(self, uri: str, queue: str, name: str = "ann", experiment: str = EXPERIMENT) -> None:
         self.store, self._client = TracingClient(uri).store, TracingClient(uri)
-        found = MlflowClient(uri).get_experiment_by_name(EXPERIMENT)
+        found = MlflowClient(uri).get_experiment_by_name(experiment)
         assert found is not None
         self.experiment, self._name = found.experiment_id, name
         self.queue = self.store.get_review_queue_by_name(self.experiment, name=queue)

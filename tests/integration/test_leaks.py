@@ -1,23 +1,41 @@
-"""A whole GRPO run with secrets in its environment and hostile prompts: what it leaves behind, shows and passes on."""
+"""A whole GRPO run that asks people, with secrets in its environment and hostile prompts.
+
+What it leaves behind, shows and passes on, and that it waits for answers and trains on them.
+"""
 
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 
 from actors.cluster import actor_environment, cluster
+from raylign.review.record import ReviewRecord
 from raylign.run.directory import open_run
+from raylign.run.tables import read_candidates
+from recipes.commands.failures import WAITING
 from tests.faults import record
-from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, command_line, foreign_lines
+from tests.integration.played_reviews import Reviewer
+from tests.integration.tiny import (
+    SMALLEST,
+    SPREAD_SCORES,
+    START_S,
+    Watched,
+    campaign_record,
+    command_line,
+    foreign_lines,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -99,24 +117,36 @@ class Finished:
     environments: dict[str, bytes]
 
 
+def preferred(answer_a: str, answer_b: str) -> object:
+    """A person with a firm opinion of any two texts."""
+    return "A" if zlib.crc32(answer_a.encode()) > zlib.crc32(answer_b.encode()) else "B"
+
+
 @pytest.fixture(scope="module")
 def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """GRPO with a function that scores, on hostile prompts and with secrets in its environment."""
+    """GRPO on what people say of answers to hostile prompts, with secrets in its environment: two starts."""
     folder = tmp_path_factory.mktemp("quiet")
     (folder / "spread.py").write_text(SPREAD_SCORES)
     save_prompts(folder)
+    human = "scoring={type: human, held_out: {type: function, function: 'spread:score'}}"
     before = set(files(folder))
     settings = (
         *(setting for setting in SMALLEST if not setting.startswith("pairing.")),
-        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl", "scoring.function=spread:score"),
+        *("run.dir=runs", "run.name=quiet", "prompts.source=prompts.jsonl", human),
         *(f"model.path={served_llama}", "trainer.per_device_train_batch_size=1"),
     )
     command = command_line(*settings, recipe="recipes/grpo_smollm2.yaml")
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
-            lines, environments = watch(run)
-            output = run.output
-            assert run.finish(START_S)[0] == 0, output
+        output, lines, environments = "", set(), {}
+        for status in (WAITING, 0):
+            with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
+                seen, others = watch(run)
+                lines, environments, output = lines | seen, environments | others, output + run.output
+                assert run.finish(START_S)[0] == status, output
+            if status == WAITING:
+                assert campaign_record(folder / "runs").info.status == "SCHEDULED"
+                ann = Reviewer(f"sqlite:///{folder}/runs/mlflow.db", "quiet: pairs", experiment="raylign")
+                ann.answer(ann.items(), preferred)
         yield Finished(folder, before, Path(ray_folder), output, lines, environments)
 
 
@@ -162,6 +192,21 @@ def test_the_recipe_trains_groups_and_says_what_trl_would(finished: Finished) ->
     for row in rows:
         assert [len(values) for values in row["old_logprobs"]] == [len(ids) for ids in row["token_ids"]]
         assert row["reference_logprobs"] is None
+
+
+def test_it_trains_on_what_people_said(finished: Finished) -> None:
+    asked = re.findall(r"^waiting for people: (\d+) of (\d+) questions have no answer yet; ", finished.output, re.M)
+    directory = open_run(finished.folder / "runs/quiet")
+    said = ReviewRecord(directory.path).said()
+    assert asked == [(str(len(said.answers)),) * 2] and said.answers
+    candidates, scores = read_candidates(directory.round(1) / "candidates.parquet")
+    keys = [(found.prompt_id, zlib.crc32(found.text.encode())) for found in candidates]
+    for (prompt, key), score in zip(keys, scores, strict=True):
+        others = [other for own, other in keys if own == prompt and other != key]
+        assert not others or score.value == fmean(key > other for other in others)
+    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
+    assert rows and all(len(set(row["scores"])) > 1 for row in rows)
+    assert campaign_record(finished.folder / "runs").info.status == "FINISHED"
 
 
 def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:

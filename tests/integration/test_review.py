@@ -88,10 +88,11 @@ def test_a_deleted_queue_is_made_again_and_takes_no_answer(server: str, tmp_path
     with pytest.raises(Waiting, match="3 of 6"):
         play(asks, tmp_path)
     bob.store.delete_review_queue(bob.queue.queue_id)
+    bob.store.delete_traces(bob.experiment, trace_ids=[items[0], items[3]])
     with pytest.raises(Waiting, match="3 of 6"):
         play(asks, tmp_path)
     again = Reviewer(server, "loses: pairs", "bob")
-    assert sorted(again.items()) == sorted(items) and again.queue.queue_id != bob.queue.queue_id
+    assert sorted(again.items()) == sorted(items[3:]) and again.queue.queue_id != bob.queue.queue_id, "what is open"
     record = ReviewRecord(run_path(asks.run))
     assert len(record.said().answers) == 2
     again.answer(items[3:], fewer_good)
@@ -134,7 +135,7 @@ def test_what_is_sampled_again_is_asked_about_beside_what_was_there(server: str,
         play(asks, tmp_path)
     ann.answer(ann.items(), fewer_good)  # of the first ones, too, which are corrected so
     events = play(asks, tmp_path)
-    assert not [event for event in events if event.startswith("sample ")]
+    assert not [event for event in events if event in ("sample a", "sample b")]  # of an earlier start
     _, scores = read_candidates(run_path(asks.run) / "rounds/0001/candidates-1.parquet")
     assert len(scores) == 12 and {score.value for score in scores} == {0.1, 0.5, 0.9}
 
@@ -151,7 +152,7 @@ def test_pairs_are_sent_once_and_agreement_is_measured(server: str, tmp_path: Pa
         sent = review("send", run, "--by", "random", "--count", "4")
         assert sent.exit_code == 0 and sent.output.startswith("0 pairs chosen by random, 0 sent; the queue has 6")
     refused = review("send", run, "--by", "disagreement")
-    assert refused.exit_code == 1 and "no two scorers of this run contradict" in refused.output
+    assert refused.exit_code == 1 and "people aside, contradict each other" in refused.output
     bob = Reviewer(server, "sends: pairs", "bob")
     bob.answer(bob.items(), lambda a, b: "A")
     pulled = review("pull", run)

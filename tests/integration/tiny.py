@@ -80,6 +80,7 @@ _OWN_LINES = re.compile(
     r"|round \d+ [a-z]+(-\d+)? \d+(/\d+)? [a-z ]+( in [\d.]+ s)?"
     r"|round \d+: held-out [a-z_/]+ .*"
     r"|(INFO|WARNING|ERROR) (raylign|actors|recipes)\.[\w.]+: .*"
+    r"|waiting for people: \d+ of \d+ questions have no answer yet; answer them at .* and run the same command again"
     r"|(note|guard|results|MLflow|page|report|export): .*"
     r"|-+ held-out samples -+|prompt \S+|(before|after), score .*"
     r"|round {2,}\S.*|[ ─].*"

@@ -90,7 +90,7 @@ def choose(answers: Sequence[Scored], by: By, block: ScoringBlock, identity: str
     """
     keyed = list(_keyed(answers, by, block, seed))
     if not keyed:
-        raise RaylignError(_NOTHING[by])
+        raise RaylignError((_NOTHING_BESIDE_PEOPLE if asks_people(block) else _NOTHING)[by])
     keyed.sort(key=lambda entry: entry[0])
     seen: dict[tuple[int, str], int] = {}
     ranked = []
@@ -109,6 +109,12 @@ _NOTHING: Mapping[By, str] = {
     "--by random",
     "disagreement": "no two scorers of this run contradict each other about a pair: take --by uncertainty, or a run "
     "whose scoring.type is a composition of two scorers at least",
+}
+
+_NOTHING_BESIDE_PEOPLE: Mapping[By, str] = {
+    **_NOTHING,
+    "uncertainty": "the scores of this run are what people said, which leaves nobody to be uncertain; take --by random",
+    "disagreement": "no two scorers of this run, people aside, contradict each other about a pair; take --by random",
 }
 
 

@@ -53,10 +53,13 @@ class RunReview:
             raise failure from error
 
     def send(self, pairs: Iterable[Pair]) -> int:
-        """Record `pairs`, then put every recorded one into the queue that is not there; returns how many that were."""
-        known = self.record.add(pairs)
+        """Record `pairs`, then put every open one into the queue that is not there; returns how many that were.
+
+        One that was answered, and whose trace was deleted since, would come back without its answers.
+        """
+        known, settled = self.record.add(pairs), self.record.said().settled
         with self._asking(f"all {len(known)} questions are kept in {self.record.folder}"):
-            return self._queue.send([self._question(pair) for pair in known])
+            return self._queue.send([self._question(pair) for pair in known if pair.id not in settled])
 
     def pull(self) -> Pulled:
         """Read what people said, and keep it. What MLflow has lost since it was read before stays."""

@@ -20,11 +20,16 @@ from mlflow.tracing.client import TracingClient
 from raylign.boundary.secrets import without_credentials
 from raylign.chunks import chunks
 from raylign.errors import TrackingError
+from raylign.report.text import without_images
 from raylign.tracking.mlflow_store import MlflowStore
 
 CHOICES = ("A", "B", "tie")
 WHICH, WHY = "Which answer is better?", "Why?"
 """Names of the questions: what people read, and the names of their feedback."""
+_HOW = (
+    "Read the prompt and both answers; take tie if neither is better. If you do not see them, close MLflow's Assistant "
+    "at the right, or make the window wider."
+)
 TRACE_PREFIX = "tr-"
 _LONGEST_WHY = 2000
 _PER_CALL, _PER_PAGE = 50, 100
@@ -128,7 +133,7 @@ class ReviewQueue(MlflowStore):
     def _new_queue(self) -> str:
         # The page shows the newest first.
         why = self._schema(WHY, InputText(_LONGEST_WHY), "A sentence is enough; it may stay empty.")
-        which = self._schema(WHICH, InputCategorical([*CHOICES]), "Read the prompt and both answers. Tie: neither is.")
+        which = self._schema(WHICH, InputCategorical([*CHOICES]), _HOW)
         made = self._made(
             lambda: self._traces.create_review_queue(
                 self._experiment, name=self._name, queue_type="custom", schema_ids=[which, why]
@@ -210,11 +215,18 @@ def _given(own: str, assessments: Sequence[Assessment]) -> Iterator[Given]:
 
 
 def _previews(question: Question) -> tuple[str, str]:
-    """What the page of a review shows at once: the prompt, and both answers, of which each has half of the room."""
+    """What the page of a review shows at once: the prompt, and both answers, of which each has half of the room.
+
+    The page reads Markdown: quoted, an answer that leaves a block of code open does not take in the other one.
+    """
     frame = "**Answer A**\n\n{}\n\n---\n\n**Answer B**\n\n{}"
     room = (_PREVIEW - len(frame)) // 2
-    answers = (_cut(text, room) for text in (question.answer_a, question.answer_b))
-    return _cut(question.prompt, _PREVIEW), frame.format(*answers)
+    answers = (_cut(_quoted(text), room) for text in (question.answer_a, question.answer_b))
+    return _cut(without_images(question.prompt), _PREVIEW), frame.format(*answers)
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in without_images(text).split("\n"))
 
 
 def _cut(text: str, most: int) -> str:
@@ -240,8 +252,11 @@ def _span(question: Question, now_ns: int) -> Span:
     span_id = hashlib.sha256(question.id.encode()).digest()[:8]
     attributes = {
         "mlflow.traceRequestId": question.trace_id,
-        "mlflow.spanInputs": {"prompt": question.prompt},
-        "mlflow.spanOutputs": {"Answer A": question.answer_a, "Answer B": question.answer_b},
+        "mlflow.spanInputs": {"prompt": without_images(question.prompt)},
+        "mlflow.spanOutputs": {
+            "Answer A": without_images(question.answer_a),
+            "Answer B": without_images(question.answer_b),
+        },
         "mlflow.spanType": "UNKNOWN",
     }
     return Span.from_dict(

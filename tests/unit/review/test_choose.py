@@ -52,6 +52,14 @@ def test_unscored_answers_are_drawn_but_have_no_margin() -> None:
         texts(half, "uncertainty")
 
 
+def test_people_leave_nobody_to_be_uncertain_and_the_cure_helps() -> None:
+    theirs = [answer("p", "a", {}), answer("p", "b", {})]
+    for by in ("uncertainty", "disagreement"):
+        with pytest.raises(RaylignError, match="take --by random"):
+            texts(theirs, by, HumanScoringBlock())
+    assert len(texts(theirs, "random", HumanScoringBlock())) == 1
+
+
 def opposed(prompt: str, good: float, short: float) -> tuple[Scored, Scored]:
     return answer(prompt, "a", {"good": 0.0, "short": 0.0}), answer(prompt, "b", {"good": good, "short": short})
 
