@@ -233,11 +233,8 @@ def test_a_judge_compares_in_both_orders_and_rates_what_is_held_out(finished: Fi
     first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
     assert SECRET not in finished.logs and "judge judge-1: " in finished.logs
     report = json.loads((rounds / "0001/report.json").read_text())
-    assert {name: report["scoring"][f"judge/{name}"] for name in ("items", "comparisons")} == {
-        "items": 12,
-        "comparisons": 12,
-    }
-    assert report["scoring"]["judge/requests"] == 24 + 1 + 2 * len(QUESTIONS), "its canaries before them"
+    items, comparisons, requests = (report["scoring"][f"judge/{name}"] for name in ("items", "comparisons", "requests"))
+    assert (items, comparisons, requests) == (12, 12, 24 + 1 + 2 * len(QUESTIONS)), "its canaries before them"
     # Six questions for each prompt and two evaluations of two, without repetitions: the second start asks none again.
     mine = [asked for asked in finished.asked if "Write <b onclick" in asked.user]
     assert len(mine) == 4 * 6 + len(first | second)

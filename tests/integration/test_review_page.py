@@ -18,8 +18,9 @@ FLAGS = (
 LOAD_MS = 600_000
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 TAGS = {"raylign.run": "page", "raylign.round": "1"}
-SHORT = Question("a" * 32, "Write a *short* line.", "Good <b>film</b>.", "A dull film.", TAGS)
-LONG = Question("b" * 32, "Write a review.", "It was long. " * 90, "It was longer. " * 90, TAGS)
+IMAGE = "![x](http://images.invalid/x.png)"
+SHORT = Question("a" * 32, "Write a *short* line.", "Good <b>film</b>.", f"```\nA dull film. {IMAGE}", TAGS)
+LONG = Question("b" * 32, f"Write a review. {IMAGE}", f"{IMAGE} It was long. " * 90, "It was longer. " * 90, TAGS)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> 
         )
         page = browser.new_page()
         page.set_default_timeout(LOAD_MS)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         page.get_by_role("button", name="Start review").click()
         page.get_by_text("Answer B", exact=True).wait_for()
@@ -51,8 +54,12 @@ def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> 
         page.get_by_role("textbox").first.fill("shorter")
         page.get_by_role("button", name="Submit").click()
         page.get_by_text("1 of 2 reviewed").wait_for()
-        page.get_by_text("It was long. It was long.").wait_for()  # the next one, cut with a word where the rest is
+        page.get_by_text("It was longer. It was longer.").wait_for()  # the next one, cut with a word where the rest is
         assert page.inner_text("body").count("View full trace") == 3
+        page.get_by_text("View full trace").first.click()
+        page.get_by_text("Outputs", exact=True).wait_for()
+        page.get_by_text("![x](").first.wait_for()
         browser.close()
+    assert asked and [url for url in asked if "images.invalid" in url] == [], "images that a model names"
     (given,) = queue.read([SHORT.id, LONG.id]).given
     assert (given.id, given.choice, given.why) == (SHORT.id, "B", "shorter")

@@ -22,6 +22,11 @@ def _written_out(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
+def without_images(text: str) -> str:
+    """For pages that read text as Markdown, as MLflow's do: a browser would ask for an image wherever it is."""
+    return text.replace("![", "!\\[")
+
+
 def one_line(text: str, most: int | None = None) -> str:
     """`text` as one line that is safe to print, at most `most` characters of it."""
     line = escape_control(" ".join(text.split()))

@@ -20,6 +20,7 @@ from mlflow.tracing.client import TracingClient
 from raylign.boundary.secrets import without_credentials
 from raylign.chunks import chunks
 from raylign.errors import TrackingError
+from raylign.report.text import without_images
 from raylign.tracking.mlflow_store import MlflowStore
 
 CHOICES = ("A", "B", "tie")
@@ -216,21 +217,16 @@ def _given(own: str, assessments: Sequence[Assessment]) -> Iterator[Given]:
 def _previews(question: Question) -> tuple[str, str]:
     """What the page of a review shows at once: the prompt, and both answers, of which each has half of the room.
 
-    The page reads Markdown: quoted, an answer ends where it ends, whatever headings or open blocks of code it has.
+    The page reads Markdown: quoted, an answer that leaves a block of code open does not take in the other one.
     """
     frame = "**Answer A**\n\n{}\n\n---\n\n**Answer B**\n\n{}"
     room = (_PREVIEW - len(frame)) // 2
     answers = (_cut(_quoted(text), room) for text in (question.answer_a, question.answer_b))
-    return _cut(_without_images(question.prompt), _PREVIEW), frame.format(*answers)
+    return _cut(without_images(question.prompt), _PREVIEW), frame.format(*answers)
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in _without_images(text).split("\n"))
-
-
-def _without_images(text: str) -> str:
-    """The address of an image would be asked for as soon as the page is opened."""
-    return text.replace("![", "!\\[")
+    return "\n".join(f"> {line}" for line in without_images(text).split("\n"))
 
 
 def _cut(text: str, most: int) -> str:
@@ -256,8 +252,11 @@ def _span(question: Question, now_ns: int) -> Span:
     span_id = hashlib.sha256(question.id.encode()).digest()[:8]
     attributes = {
         "mlflow.traceRequestId": question.trace_id,
-        "mlflow.spanInputs": {"prompt": question.prompt},
-        "mlflow.spanOutputs": {"Answer A": question.answer_a, "Answer B": question.answer_b},
+        "mlflow.spanInputs": {"prompt": without_images(question.prompt)},
+        "mlflow.spanOutputs": {
+            "Answer A": without_images(question.answer_a),
+            "Answer B": without_images(question.answer_b),
+        },
         "mlflow.spanType": "UNKNOWN",
     }
     return Span.from_dict(

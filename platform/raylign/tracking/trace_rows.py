@@ -24,6 +24,7 @@ from opentelemetry.trace import Status, StatusCode
 
 from raylign.boundary.secrets import without_secrets
 from raylign.config.evaluation import GOLD
+from raylign.report.text import without_images
 from raylign.run.files import unreadable
 from raylign.tracking.facts import redacted
 from raylign.tracking.feed import FeedState, ScoreSource, TraceFile, Tracing
@@ -339,8 +340,8 @@ def _shown(text: str) -> str:
 
 
 def _storable(text: str) -> str:
-    """As every database can hold it."""
-    return text.encode("utf-8", "replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    """As every database can hold it, and every browser may show it."""
+    return without_images(text.encode("utf-8", "replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}"))
 
 
 def _cut(text: str, most: int) -> str:

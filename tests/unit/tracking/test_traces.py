@@ -118,8 +118,13 @@ def test_a_row_is_the_same_trace_whenever_it_is_sent_and_no_other_row_is(tmp_pat
 
 def test_text_is_data(tmp_path: Path) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 50_000}}
-    contents = [f"\x00\ud800 <script> {KEY}", [{"type": "text", "text": "see"}, image], "ask", [["x" * 30_000] * 9]]
-    texts = [f"漢 {KEY} password=hunter2hunter2", "b", f"{'long ' * 10_000}{KEY}", "c"]
+    contents = [
+        f"\x00\ud800 <script> {KEY}",
+        [{"type": "text", "text": "see"}, image],
+        "![a](z)",
+        [["x" * 30_000] * 9],
+    ]
+    texts = [f"漢 {KEY} password=hunter2hunter2", "![b](http://x.invalid/y.png)", f"{'long ' * 10_000}{KEY}", "c"]
     prompts = [prompt(number, content) for number, content in enumerate(contents)]
     file = held_out(tmp_path, prompts, texts, [Score(0.5, {}, KEY)] * 4)
     found = traces_of(tmp_path, file, state())
@@ -128,6 +133,7 @@ def test_text_is_data(tmp_path: Path) -> None:
     assert "<script>" in sent[0] and found[0].span.outputs["choices"][0]["message"]["content"].startswith(
         "漢 [redacted]"
     )
+    assert not any("![" in text for text in sent) and found[1].info.response_preview == "!\\[b](http://x.invalid/y.png)"
     url = found[1].span.inputs["messages"][0]["content"][1]["image_url"]["url"]
     assert url.startswith("data:image/png;base64,AAA") and url.endswith("more characters]") and len(url) <= 100
     assert found[1].info.request_preview == "see"
