@@ -67,7 +67,7 @@ class Policy:
 
     @property
     def about(self) -> str:
-        """Markdown: what it has reached, of which MLflow's list of versions shows the first words, then what it is."""
+        """Markdown: what it has reached, then what it is. MLflow's list of versions shows the first words, as typed."""
         values = measured(self.report.evaluation)
         reached = [
             f"{measure.title} {written(measure, values)}"
@@ -75,7 +75,7 @@ class Policy:
             if measure.low and not measure.detail and values.get(measure.name) is not None
         ]
         which = f"Policy version {self.report.policy_version} of {inline(str(self.directory.path))}"
-        return f"{inline('; '.join(reached))}. {which}: `{self.export}`"
+        return f"{'; '.join(reached)}. {which}: `{self.export}`"
 
     @property
     def export(self) -> str:

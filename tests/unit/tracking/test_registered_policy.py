@@ -34,9 +34,7 @@ def test_what_people_filter_by_stands_before_what_raylign_finds_it_by(tmp_path: 
 
 def test_the_description_begins_with_what_was_reached(tmp_path: Path) -> None:
     text = policy(tmp_path / "a*b").about
-    assert text.startswith(
-        "score 0.000 \\[-0.100, 0.100\\]; gold score 0.050 \\[0.000, 0.100\\]; win rate 0.65 \\[0.46, 0.80\\]. "
-    )
+    assert text.startswith("score 0.000 [-0.100, 0.100]; gold score 0.050 [0.000, 0.100]; win rate 0.65 [0.46, 0.80]. ")
     assert (
         "Policy version 3 of" in text
         and "a\\*b: `raylign export" in text
