@@ -293,6 +293,10 @@ def promote(
     above: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="What the lower bound of the win rate must exceed.")
     ] = 0.5,
+    tolerated: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="By which share a task of capability may be worse than before training."),
+    ] = 0.05,
     force: Annotated[
         str | None, typer.Option(metavar="REASON", help="Promote it all the same; the reason is kept.")
     ] = None,
@@ -307,7 +311,9 @@ def promote(
     from recipes.commands.promote import promote_run  # noqa: PLC0415 - mlflow, scipy, transformers
 
     wanted, console = _wanted(version), report_console()
-    promote_run(run_directory, console, version=wanted, evaluation=evaluation, above=above, force=force)
+    promote_run(
+        run_directory, console, version=wanted, evaluation=evaluation, above=above, tolerated=tolerated, force=force
+    )
 
 
 @app.command()

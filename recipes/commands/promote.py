@@ -36,6 +36,7 @@ def promote_run(
     version: int | Literal["best"] | None = None,
     evaluation: Path | None = None,
     above: float = 0.5,
+    tolerated: float = 0.05,
     force: str | None = None,
 ) -> int:
     """Register what is missing of the run directory `run`, then promote `version` (None: the newest) if it may be.
@@ -60,7 +61,7 @@ def promote_run(
         _say(console, f"{told} is the champion already: models:/{name}@{CHAMPION}")
         return champion.number
     evidence = _evidence(directory, config, own, champion, evaluation)
-    refused = refusals(evidence, _facts(directory, own), above)
+    refused = refusals(evidence, _facts(directory, own), above, tolerated)
     if refused and force is None:
         error = NotPromoted(f"{told} is not promoted:" + "".join(f"\n  {refusal.told}" for refusal in refused))
         error.cure = "see above, condition by condition; or promote it all the same and say why: --force REASON"

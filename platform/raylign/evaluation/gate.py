@@ -1,6 +1,6 @@
 """Whether a policy version may become the champion: what is known of it, and every condition that it does not meet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylign.config.guard import StopRule
@@ -57,14 +57,15 @@ class Facts:
     versions: Sequence[AnyEvaluation]
 
 
-def refusals(evidence: Evidence | Refusal, facts: Facts, above: float) -> list[Refusal]:
+def refusals(evidence: Evidence | Refusal, facts: Facts, above: float, tolerated: float) -> list[Refusal]:
     """Every condition that keeps the version from becoming the champion.
 
     The lower bound of its win rate must be above `above`; no stop rule of the guard may hold; the score must not have
-    risen while the gold score fell; and no task of capability may be worse by more than its interval.
+    risen while the gold score fell; and no task of capability may be worse than before training by more than the share
+    `tolerated` of what it was, bounds included, or unmeasured where the run measures any.
     """
     won = [evidence] if isinstance(evidence, Refusal) else _win_rate(evidence, above)
-    return [*won, *_stops(facts.decisions), *_hacked(facts.versions), *_capability(facts.versions[-1].capability)]
+    return [*won, *_stops(facts.decisions), *_hacked(facts.versions), *_capability(facts.versions, tolerated)]
 
 
 def _win_rate(evidence: Evidence, above: float) -> list[Refusal]:
@@ -84,18 +85,23 @@ def _hacked(versions: Sequence[AnyEvaluation]) -> list[Refusal]:
     return [Refusal("gold score", note, cure) for note in over_optimisation(versions)]
 
 
-def _capability(found: Mapping[str, float]) -> list[Refusal]:
+def _capability(versions: Sequence[AnyEvaluation], tolerated: float) -> list[Refusal]:
     """Perplexity is worse where it is higher, shares of right answers where they are lower."""
+    found = versions[-1].capability
+    if versions[0].capability and not found:
+        cure = "take a version that was (the last one is), or begin a run with evaluation.capability.every=1"
+        return [Refusal("capability", "it was measured before training and not of this version", cure)]
     worse = []
-    for name, high in found.items():
+    for name in found:
         if not name.endswith(_CHANGE_HIGH):
             continue
         task = name.removesuffix(_CHANGE_HIGH)
-        low, change = found[f"{task}_change_low"], found[f"{task}_change"]
+        low, high, change = found[f"{task}_change_low"], found[name], found[f"{task}_change"]
         rises = f"{task}_nats_per_token" in found
-        if (low > 0) if rises else (high < 0):
+        limit = tolerated * (found[task] - change) * (1 if rises else -1)
+        if (low > limit) if rises else (high < limit):
             bounds = f"{task} changed by {change:+.4g} [{low:+.4g}, {high:+.4g}] since before training"
-            limit = "its lower bound is above 0" if rises else "its upper bound is below 0"
+            passed = f"its {'lower' if rises else 'upper'} bound is {'above' if rises else 'below'} {limit:+.4g}"
             cure = "take an earlier version, or train with a larger loss.beta, a smaller learning rate or fewer rounds"
-            worse.append(Refusal("capability", f"{bounds}: {limit}", cure))
+            worse.append(Refusal("capability", f"{bounds}: {passed}, {tolerated:.0%} of before", cure))
     return worse

@@ -23,13 +23,15 @@ def refused(
     decisions: Sequence[Decision] = (),
     after: Evaluation = AFTER,
     above: float = 0.5,
+    tolerated: float = 0.0,
+    before: Evaluation = BASELINE,
 ) -> list[str]:
-    return [one.told for one in refusals(evidence, Facts(decisions, [BASELINE, after]), above)]
+    return [one.told for one in refusals(evidence, Facts(decisions, [before, after]), above, tolerated)]
 
 
 def test_what_meets_every_condition_passes() -> None:
-    better = replace(AFTER, capability={"arithmetic_change": 0.0, "arithmetic_change_low": -0.1})
-    better = replace(better, capability={**better.capability, "arithmetic_change_high": 0.1})
+    same = {"arithmetic": 0.3, "arithmetic_change": 0.0, "arithmetic_change_low": -0.1, "arithmetic_change_high": 0.1}
+    better = replace(AFTER, capability=same)
     assert refused(decisions=[WARN, RAISE], after=better) == []
 
 
@@ -79,8 +81,32 @@ def test_a_task_that_is_worse_beyond_its_interval_refuses(low: float, high: floa
     if worse:
         assert f"own changed by {(low + high) / 2:+.4g} [{low:+.4g}, {high:+.4g}]" in told[0]
         assert (
-            told[0].split(": ")[2].startswith("its lower bound is above 0" if rises else "its upper bound is below 0")
+            told[0].split(": ")[2].startswith("its lower bound is above +0" if rises else "its upper bound is below -0")
         )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rises", "worse"),
+    [
+        (0.72, 1.01, True, False),  # of 33.79: within 5 %
+        (1.70, 2.40, True, True),
+        (-3.0, -1.68, False, False),
+        (-3.0, -1.70, False, True),
+    ],
+)
+def test_what_is_tolerated_is_a_share_of_what_it_was(low: float, high: float, rises: bool, worse: bool) -> None:
+    change = (low + high) / 2
+    found = {"own": 33.79 + change, "own_change": change, "own_change_low": low, "own_change_high": high}
+    found |= {"own_nats_per_token": 3.5} if rises else {}
+    told = refused(after=replace(AFTER, capability=found), tolerated=0.05)
+    assert bool(told) == worse
+    assert not told or "1.69, 5% of before" in told[0]
+
+
+def test_a_version_that_was_not_measured_refuses_where_others_were() -> None:
+    before = replace(BASELINE, capability={"arithmetic": 0.3})
+    (line,) = refused(before=before)
+    assert line.startswith("capability: it was measured before training and not of this version; take a version that")
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
