@@ -85,7 +85,13 @@ class MlflowStore:
         found = self._ask(lambda: self._client.get_experiment_by_name(name))
         if found is None:
             where = artifact_location(self._uri)
-            return _id(self._ask(lambda: self._client.create_experiment(name, where, tags=_TRAINING)), "experiment")
+            try:
+                return _id(self._ask(lambda: self._client.create_experiment(name, where, tags=_TRAINING)), "experiment")
+            except TrackingError as error:
+                # Another process may have made it meanwhile.
+                found = self._ask(lambda: self._client.get_experiment_by_name(name))
+                if found is None:
+                    raise error
         if self._ask(lambda: found.lifecycle_stage) != LifecycleStage.ACTIVE:
             raise _refusal(
                 f"tracking.experiment={name!r} is deleted in MLflow; restore it there or choose another name"

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from raylign.tracking.feed import MlflowFeed
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.mlflow_store import MlflowStore
+from tests.mlflow_servers import put_database
 
 STARTED = {"campaign": "c", "name": "run", "params": {}, "tags": {}}
 
@@ -37,3 +39,21 @@ def test_what_a_closed_feed_was_at_is_not_finished(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     store = MlflowStore(uri)
     assert store.find_run(store.experiment("raylign"), {"raylign.kind": "campaign"}) is None
+
+
+def test_an_experiment_that_another_process_makes_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = put_database(tmp_path / "mlflow.db")
+    first, second = MlflowStore(uri), MlflowStore(uri)
+    create = MlflowClient.create_experiment
+    made: list[str] = []
+
+    def later(self: MlflowClient, *arguments: object, **options: object) -> str:
+        if not made:
+            made.append("")
+            made[0] = first.experiment("raylign")
+        return create(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "create_experiment", later)
+    assert second.experiment("raylign") == made[0] != ""
