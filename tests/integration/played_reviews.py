@@ -35,7 +35,10 @@ Person = Callable[[str, str], object]
 
 
 def prompts(*names: str) -> tuple[Prompt, ...]:
-    return tuple(Prompt(name, ({"role": "user", "content": f"Write {name}."},), (1, 2, 3)) for name in names)
+    return tuple(
+        Prompt(name, ({"role": "user", "content": f"Write {name}. ![{name}](http://x.invalid/y)"},), (1, 2, 3))
+        for name in names
+    )
 
 
 PROMPTS = PromptSet(prompts("a", "b"), prompts("x", "y"), "embedded:review-topics", "0" * 64)

@@ -137,7 +137,9 @@ def finished(served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     )
     command = command_line(*settings, recipe="recipes/grpo_smollm2.yaml")
     with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        output, lines, environments = "", set(), {}
+        output = ""
+        lines: set[str] = set()
+        environments: dict[str, bytes] = {}
         for status in (WAITING, 0):
             with Watched(command, folder, RAY_TMPDIR=ray_folder, **SECRETS) as run:
                 seen, others = watch(run)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def test_a_round_trains_on_what_people_said(server: str, tmp_path: Path, caplog:
     with pytest.raises(Waiting, match="6 of 6"):
         play(asks, tmp_path)
     assert sorted(ann.items()) == sorted(items) and len(items) == 6
+    shown = ann.store.get_trace_info(items[0])
+    assert re.fullmatch(r"Write [ab]\. !\\\[[ab]\]\(http://x\.invalid/y\)", shown.request_preview or "")
+    assert re.fullmatch(r"\*\*Answer A\*\*\n\n> .*\n\n---\n\n\*\*Answer B\*\*\n\n> .*", shown.response_preview or "")
 
     ann.answer(items[:5], fewer_good, "fewer words")
     ann.answer(items[5:], lambda a, b: "C")
