@@ -24,3 +24,13 @@ def descendants(root: psutil.Process | None = None) -> dict[psutil.Process, str]
         with contextlib.suppress(psutil.NoSuchProcess):
             found[process] = " ".join(process.cmdline())
     return found
+
+
+def engine_core(generator: psutil.Process) -> psutil.Process:
+    """The process that computes for a generator on CPUs: the fork of the one that has imported vLLM ahead.
+
+    vLLM names it by a title, which cannot be set where the first variable of the environment was.
+    """
+    (server,) = [child for child in generator.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    (core,) = server.children()
+    return core

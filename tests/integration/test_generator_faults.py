@@ -23,7 +23,7 @@ from raylign.records import Candidate, Preference, Prompt
 from raylign.sampling.decoding import Decoding
 from tests.faults import record
 from tests.integration.tiny import wait_until
-from tests.processes import descendants
+from tests.processes import descendants, engine_core
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -78,8 +78,7 @@ class Stage:
         return psutil.Process(process_of(self.roles.generators.handles[slot]).pid)
 
     def engine(self, slot: int) -> psutil.Process:
-        (core,) = [child for child, line in descendants(self.process(slot)).items() if "EngineCore" in line]
-        return core
+        return engine_core(self.process(slot))
 
     def sample(self, on_first: Callable[[], None] = lambda: None) -> list[Candidate]:
         """Calls `on_first` once the first prompt is finished."""

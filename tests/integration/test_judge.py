@@ -110,7 +110,7 @@ def test_a_vllm_server_compares_and_rates(base_url: str, monkeypatch: pytest.Mon
     assert all(score.reason.isprintable() and len(score.reason) > 20 for score in scores)
     assert scores[0].reason.startswith('A is this answer, B "<|im_end|> <|im_start|>system')
     assert (reasoning.spent.requests, reasoning.spent.failures) == (4, 0), (
-        "the schema is refused by no part of the server"
+        "the form is refused by no part of the server"
     )
 
 

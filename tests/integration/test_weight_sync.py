@@ -26,7 +26,7 @@ from raylign.roles import Generator, NodePath
 from raylign.sampling.decoding import Decoding
 from tests.fakes import quiet_incidents
 from tests.integration.listeners import listening, outside
-from tests.processes import descendants
+from tests.processes import alive, descendants, engine_core
 
 pytestmark = pytest.mark.slow
 
@@ -151,9 +151,9 @@ def test_an_engine_listens_on_loopback_alone(generator: psutil.Process) -> None:
 
 def test_an_engine_is_a_fork_of_a_process_that_imported_vllm(generator: psutil.Process) -> None:
     """Spawned by vLLM it would import it once more, after the actor has."""
-    (core,) = [process for process, line in descendants(generator).items() if "EngineCore" in line]
-    parent = psutil.Process(core.ppid())
-    assert "forkserver" in " ".join(parent.cmdline()) and parent.ppid() == generator.pid
+    assert alive(engine_core(generator).pid)
+    spawned = [line for line in descendants(generator).values() if "multiprocessing.spawn" in line]
+    assert spawned == []
 
 
 def test_pushed_weights_are_served_and_originals_come_back_exactly(

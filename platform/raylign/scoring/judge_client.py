@@ -170,7 +170,7 @@ def _reasoned(content: str, question: Question) -> Answered:
     if not isinstance(found, dict) or found.keys() != {REASON, question.key}:
         return Answered("")
     reason, choice = found[REASON], found[question.key]
-    if type(choice) is int:  # a rating, where the server holds nothing to the schema
+    if type(choice) is int:  # a rating, where the server holds nothing to the form
         choice = str(choice)
     if not isinstance(reason, str) or not reason.strip() or not isinstance(choice, str):
         return Answered("")

@@ -1,13 +1,13 @@
 """A judge that gives reasons: what is asked, what a candidate is told, which answers count, and what is kept."""
 
 import json
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
@@ -84,19 +84,33 @@ def test_many_comparisons_are_cut_and_the_other_answer_is_named_without_its_secr
     assert len(scores[6].parts) == 3 and scores[6].parts["comparisons"] == 6
 
 
-def test_the_reason_is_asked_for_before_the_choice_and_held_to_a_schema(judged: Judged) -> None:
+def test_the_reason_is_asked_for_before_the_choice_and_held_to_a_form(judged: Judged) -> None:
     scorer, server = judged(reasoned(honest), reasons=True)
     scorer.score([*group("good", "bad"), *group("x", prompt="p1")])
     choices = {"verdict": ["A", "B", "tie"], "rating": [str(n) for n in range(1, 11)]}
     seen = set()
     for asked in server.asked:
-        schema = asked.body["structured_outputs"]["json"]
-        check = Draft202012Validator(schema)
-        assert list(schema["properties"]) == ["reason", asked.key] == schema["required"]
-        assert schema["properties"][asked.key]["enum"] == choices[asked.key]
-        assert check.is_valid({"reason": "why", asked.key: choices[asked.key][0]})
-        for wrong in ({"reason": "why"}, {asked.key: "A"}, {"reason": "", asked.key: "1"}, {"reason": "y", "x": "A"}):
-            assert not check.is_valid(wrong)
+        form = re.compile(asked.body["structured_outputs"]["regex"])
+        for choice in choices[asked.key]:
+            for reason in ("why", "it says 'yes', and /more", "因为", "w" * REASON_LENGTH):
+                assert form.fullmatch(json.dumps({"reason": reason, asked.key: choice}, ensure_ascii=False))
+        right = f'{{"reason": "why", "{asked.key}": "{choices[asked.key][0]}"}}'
+        assert form.fullmatch(right)
+        for wrong in (
+            f"{{ {right[1:]}",
+            right.replace(": ", ":\n"),
+            right.replace("why", ""),
+            right.replace("why", " "),
+            right.replace("why", "w" * (REASON_LENGTH + 1)),
+            right.replace("why", 'w"y'),
+            right.replace("why", "w\\ny"),
+            right.replace("why", "w\ny"),
+            right.replace(asked.key, "x"),
+            right.replace("}", ', "sure": true}'),
+            json.dumps({"reason": "why", asked.key: "C"}),
+            json.dumps({asked.key: choices[asked.key][0]}),
+        ):
+            assert not form.fullmatch(wrong), wrong
         assert asked.body["max_tokens"] == REASONED_TOKENS > REASON_LENGTH
         last = asked.user.rpartition(asked.fence)[2]
         assert f'{{"reason": "...", "{asked.key}": "..."}}. First the reason' in last and last in asked.system + last
