@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from raylign.config import EvaluateConfig, OnlineDpoConfig
+from raylign.config.scoring import HumanScoringBlock
 from raylign.evaluation.comparison import Comparison
 from raylign.evaluation.held_out import mean_interval
 from raylign.records import Evaluation, HeldOutEvaluation
@@ -53,12 +54,18 @@ def verdict(record: RunRecord) -> Verdict:
     lead = measures_of(record.baseline)[0]
     both = [written(lead, measured(each)) for each in (record.baseline, last)]
     rounds = f"{len(record.reports)} of {record.config.rounds} rounds"
-    words = f"held-out {lead.title} went from {both[0]} to {both[1]} in {rounds}"
+    words = f"held-out {lead.title}{_held_out_by(record)} went from {both[0]} to {both[1]} in {rounds}"
     word, change = _compared(record)
     notes = tuple(rounds_warnings(record.baseline, record.reports, sure=word in ("better", "worse")))
     gold = _gold_change(record)
     others = (*gold, *outcomes(record.config, record.baseline, record.reports, record.decisions))
     return Verdict(word, f"{_OPENINGS[word]}: {words}{change}.", notes, others)
+
+
+def _held_out_by(record: RunRecord) -> str:
+    """Who scores held-out completions, where that is not who scores those that are trained on."""
+    scoring = record.config.scoring if isinstance(record.config, OnlineDpoConfig) else None
+    return f" by {scoring.held_out.title}" if isinstance(scoring, HumanScoringBlock) else ""
 
 
 def _won(found: Comparison) -> Verdict:

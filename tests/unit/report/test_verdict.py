@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from raylign.config import OfflineDpoConfig, RewardModelConfig
+from raylign.config import OfflineDpoConfig, OnlineDpoConfig, RewardModelConfig
 from raylign.config.evaluation import GOLD
 from raylign.config.guard import StopRule, WarnRule
 from raylign.config.load import parse_tree
+from raylign.config.scoring import HumanScoringBlock
 from raylign.evaluation.guard import Decision
 from raylign.records import Candidate, Evaluation, HeldOutEvaluation, Prompt, RoundReport, Score
 from raylign.report.measures import MEASURES, capability_chart, chart_name, measured, shown, written
@@ -33,6 +34,14 @@ def test_a_small_steady_gain_is_better_though_the_intervals_of_the_means_overlap
     assert found.sentence.startswith("Better: held-out score went from 0.200 [0.100, 0.300] to 0.600 [0.500, 0.700]")
     assert "in 2 of 3 rounds, by +0.110 [+0.10" in found.sentence and "20 prompts" in found.sentence
     assert not any("chance" in note for note in found.notes)
+
+
+def test_who_scored_what_is_held_out_is_named_where_people_score_the_rest(tmp_path: Path) -> None:
+    record = read_run(save_run(tmp_path, STEADY))
+    assert isinstance(record.config, OnlineDpoConfig)
+    asked = record.config.model_copy(update={"scoring": HumanScoringBlock()})
+    found = verdict(replace(record, config=asked)).sentence
+    assert found.startswith("Better: held-out score by raylign.scoring.vader:compound went from 0.200")
 
 
 def test_a_loss_is_worse_and_noise_is_neither(tmp_path: Path) -> None:
