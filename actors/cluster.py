@@ -197,9 +197,9 @@ def _without_spectators() -> Iterator[None]:
 
     `ray.init` has no options for them; with `include_dashboard=False` the server still starts, with nothing to serve.
     """
-    params = functools.partial(parameter.RayParams, include_log_monitor=False, no_monitor=True)
+    left_out: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
     with (
-        _replaced(parameter, "RayParams", params),
+        _replaced(parameter, "RayParams", functools.partial(parameter.RayParams, **left_out)),
         _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
     ):
         yield

@@ -74,12 +74,13 @@ def test_a_cluster_that_is_joined_gets_the_environment_of_actors_with_the_job(mo
 
 
 def test_no_process_that_only_watches_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[bool | str, ...]] = []
-    real = parameter.RayParams, services.start_api_server
+    asked: list[Any] = []
+    real: Any = parameter.RayParams, services.start_api_server
 
     def init(**options: Any) -> None:
         made: Any = parameter.RayParams(num_cpus=options["num_cpus"])
-        asked.append((made.include_log_monitor, made.no_monitor, *services.start_api_server(None, False)))
+        start: Any = services.start_api_server
+        asked.append((made.include_log_monitor, made.no_monitor, *start(None, False)))
 
     monkeypatch.setattr("ray.init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
