@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants, services
+from ray._private import parameter, ray_constants, services
 from ray.exceptions import RayError
 
 from actors.supervision.cures import cure_of
@@ -95,7 +97,13 @@ def _join(num_cpus: int | None) -> None:
         # Workers that Ray starts ahead: one for each core, and few would be used.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         # Actors inherit the environment of Ray's processes; one that travels with the job costs each start a second.
-        with _variables(environment), _on_loopback(), _ended_with_this_process(), _in_own_groups():
+        with (
+            _variables(environment),
+            _on_loopback(),
+            _ended_with_this_process(),
+            _in_own_groups(),
+            _without_spectators(),
+        ):
             _start(num_cpus or os.cpu_count())
     except (OSError, RuntimeError, ValueError, RayError) as cause:
         what = f"RAY_ADDRESS={address}: cannot join the cluster" if address else "Ray cannot start on this machine"
@@ -166,13 +174,11 @@ def _on_loopback() -> Iterator[None]:
 
     `_node_ip_address="127.0.0.1"` would not do: on Linux Ray puts the outer address in its place.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with _variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+    with (
+        _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),
+        _variables({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}),
+    ):
+        yield
 
 
 @contextmanager
@@ -181,12 +187,32 @@ def _in_own_groups() -> Iterator[None]:
 
     Without Ray it could not close what is open.
     """
-    popen = services.ConsolePopen
-    services.ConsolePopen = functools.partial(popen, process_group=0)  # type: ignore[misc,assignment]
+    with _replaced(services, "ConsolePopen", functools.partial(services.ConsolePopen, process_group=0)):
+        yield
+
+
+@contextmanager
+def _without_spectators() -> Iterator[None]:
+    """Ray starts no process that would only watch: no autoscaler, sender of logs to drivers, or dashboard server.
+
+    `ray.init` has no options for them; with `include_dashboard=False` the server still starts, with nothing to serve.
+    """
+    left_out: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
+    with (
+        _replaced(parameter, "RayParams", functools.partial(parameter.RayParams, **left_out)),
+        _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: ModuleType, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        services.ConsolePopen = popen  # type: ignore[misc]
+        setattr(owner, name, before)
 
 
 @contextmanager

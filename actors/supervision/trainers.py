@@ -238,10 +238,9 @@ def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list
     Raises ActorsLost or TrainerError when it does not; a port that somebody took meanwhile is tried again.
     """
     timeout_s = spec.trainer.start_timeout_s
-    find = ray.remote(free_address).options(**{**options[0], "num_cpus": 0, "num_gpus": 0})
     attempts = 0
     while True:
-        address, port = get_all([find.remote()], timeout_s, "finding a port", TrainerError)[0]
+        address, port = _meeting_place(options[0], timeout_s)
         handles: list[Rank] = [
             TrainerActor.options(**own).remote(spec, rank, address, port) for rank, own in enumerate(options)
         ]
@@ -253,3 +252,14 @@ def start_ranks(spec: TrainerSpec, options: Sequence[Mapping[str, Any]]) -> list
             kill(handles)
             if attempts >= _PORT_ATTEMPTS or _IN_USE not in str(error).lower():
                 raise
+
+
+def _meeting_place(options: Mapping[str, Any], timeout_s: float) -> tuple[str, int]:
+    """A free address on the node of the rank with these options.
+
+    Where this node is the only one, no process is started to tell.
+    """
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        return free_address()
+    find = ray.remote(free_address).options(**{**options, "num_cpus": 0, "num_gpus": 0})
+    return get_all([find.remote()], timeout_s, "finding a port", TrainerError)[0]

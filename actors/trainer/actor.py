@@ -1,6 +1,5 @@
 """The actor of a trainer rank, and what it needs to load what it trains."""
 
-import gc
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,9 +50,9 @@ def start_rank(spec: TrainerSpec, rank: int, address: str, port: int) -> Trainer
         from actors.trainer.rank import DeepSpeedRank  # noqa: PLC0415 - DeepSpeed
 
         if spec.model.lora is not None:
-            import peft  # noqa: F401, PLC0415 - it loads bitsandbytes where it finds it
-    # What imports made stays: collections, and whoever looks for tensors, need not walk a million objects each time.
-    gc.freeze()
+            from peft.import_utils import is_bnb_4bit_available  # noqa: PLC0415
+
+            is_bnb_4bit_available()  # once for the process: an adapter loads bitsandbytes where it is found
     # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
     torch.set_num_threads(max(1, spec.threads // 2))
     return DeepSpeedRank(spec, rank, address, port)

@@ -7,7 +7,9 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+import ray
 import torch
+from ray._private.node import Node
 from torch import nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from torch.storage import TypedStorage
@@ -211,3 +213,12 @@ def test_the_senders_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     weights._open("nccl", handles("a"), "host", 5000, 1)
     weights._open("ipc", handles("a"), "host", 5000, 1)
     assert made == [NCCLTrainerWeightTransferEngine, IPCTrainerWeightTransferEngine]
+
+
+def test_what_only_watches_a_cluster_can_be_left_out() -> None:
+    """What `actors.cluster` puts in place of Ray's own is asked for by these names."""
+    assert "ray._private.parameter.RayParams(" in inspect.getsource(ray.init)
+    head, node = inspect.getsource(Node.start_head_processes), inspect.getsource(Node.start_ray_processes)
+    assert "if not self._ray_params.no_monitor" in head and "if self._ray_params.include_log_monitor" in node
+    server = inspect.getsource(Node.start_api_server)
+    assert "= ray._private.services.start_api_server(" in server and "if process_info is not None" in server

@@ -19,9 +19,7 @@ SECONDS = 1e8
 class Block(BaseModel):
     """Frozen, no unknown keys, field docstrings kept as descriptions."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*")
     @classmethod

@@ -128,17 +128,10 @@ def mean_interval(values: Values, block: Resampling, seed: int) -> tuple[float, 
     """Bounds of the mean at `confidence`, by percentile bootstrap; both are the mean when the values do not differ."""
     if np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
-    from scipy.stats import bootstrap  # noqa: PLC0415 - takes seconds to load, for commands that evaluate nothing too
-
-    result = bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=block.bootstrap_samples,
-        confidence_level=block.confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    draws = np.random.default_rng(seed).integers(0, len(values), (block.bootstrap_samples, len(values)))
+    tail = (1 - block.confidence) / 2
+    low, high = np.quantile(values[draws].mean(axis=1), (tail, 1 - tail))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

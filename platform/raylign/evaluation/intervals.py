@@ -38,6 +38,6 @@ def share_interval(shares: Values, confidence: float) -> tuple[Values, Values]:
 
 def quantile(confidence: float, freedom: int) -> float:
     """How many standard errors a two-sided interval reaches, by Student's t."""
-    from scipy.stats import t  # noqa: PLC0415 - takes seconds to load, for commands that evaluate nothing too
+    from scipy.special import stdtrit  # noqa: PLC0415 - for commands that evaluate nothing too; scipy.stats takes seconds
 
-    return float(t.ppf((1 + confidence) / 2, freedom))
+    return float(stdtrit(freedom, (1 + confidence) / 2))

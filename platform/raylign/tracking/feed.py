@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field, TypeAdapter
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_when_event_set, wait_exponential
 
+from raylign.boundary.imports import uncollected
 from raylign.boundary.secrets import without_credentials, without_secrets
 from raylign.config.blocks import TrackingBlock
 from raylign.config.scoring import ScoringBlock
@@ -161,7 +162,12 @@ logger = logging.getLogger(__name__)
 
 def load_ahead() -> None:
     """Load MLflow, which takes seconds, beside what comes next; a feed that needs it meanwhile waits for it."""
-    threading.Thread(target=import_module, args=(_WRITER,), name="mlflow-loading", daemon=True).start()
+    threading.Thread(target=_load_writer, name="mlflow-loading", daemon=True).start()
+
+
+def _load_writer() -> None:
+    with uncollected():
+        import_module(_WRITER)
 
 
 class MlflowFeed:

@@ -61,7 +61,8 @@ class MlflowWriter:
         self._flushed = time.monotonic()
         self._page: str | None = None
         """The run's status that its page must still tell; None when nothing has changed."""
-        self._measured = False
+        self._measured = self._finished = False
+        """Whether there is something that no figure shows yet, and whether a round or a comparison is finished."""
         self._next_figures = 0.0
         self._traces = TraceFeed(store, run_dir, state)
         self.state = state
@@ -133,9 +134,11 @@ class MlflowWriter:
     def _present(self, status: str) -> None:
         """The page's text at once; its figures when there are new ones and a hundred times what they cost has passed.
 
-        So they take 1 % of one core at most, however short rounds are; the end of a run has them in any case.
+        So they take 1 % of one core at most, however short rounds are; the end of a run has them in any case. The start
+        of one has none: the text shows none before the first round is finished.
         """
-        draw = self._measured and (status != "RUNNING" or time.monotonic() >= self._next_figures)
+        due = self._finished and time.monotonic() >= self._next_figures
+        draw = self._measured and (status != "RUNNING" or due)
         began = time.thread_time()
         present(self._store, self.state.run_id, self._run_dir, status, draw=draw)
         if draw:
@@ -255,7 +258,7 @@ class MlflowWriter:
         round_state.status = "FINISHED"
         self._log(round_state.run_id, event, index, {_single(name): value for name, value in measured.items()})
         self._log(self._parent(event), event, index, of_parent)
-        self._page, self._measured = "RUNNING", True
+        self._page, self._measured, self._finished = "RUNNING", True, True
 
     def _incident(self, event: Event) -> None:
         """How many actors of a role were lost or recovered so far, over the round in which it happened."""
@@ -271,7 +274,7 @@ class MlflowWriter:
             time_ms = _milliseconds(event.time)
             self._traces.add(TraceFile(kind=kind, path=relative, round=index, time_ms=time_ms))
         if kind == "report":
-            self._page, self._measured = "RUNNING", True
+            self._page, self._measured, self._finished = "RUNNING", True, True
         if sent and kind == "preferences" and round_state and not round_state.has_preferences:
             dataset = preferences_input(self._run_dir, relative, index, event.get("sha256", _TEXT))
             self._store.log_dataset(round_state.run_id, dataset)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from ray._private import services
+from ray._private import parameter, services
 
 from actors import cluster
 from raylign.errors import PlacementError
@@ -71,3 +71,19 @@ def test_a_cluster_that_is_joined_gets_the_environment_of_actors_with_the_job(mo
     cluster._join(num_cpus=None)
     assert [one["runtime_env"] for one in asked] == [{"env_vars": cluster.actor_environment()}]
     assert "VLLM_HOST_IP" not in cluster.actor_environment()
+
+
+def test_no_process_that_only_watches_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real: Any = parameter.RayParams, services.start_api_server
+
+    def init(**options: Any) -> None:
+        made: Any = parameter.RayParams(num_cpus=options["num_cpus"])
+        start: Any = services.start_api_server
+        asked.append((made.include_log_monitor, made.no_monitor, *start(None, False)))
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cluster._join(num_cpus=1)
+    assert asked == [(False, True, "", None)]
+    assert real == (parameter.RayParams, services.start_api_server)

@@ -2,7 +2,8 @@
 
 import socket
 from collections import defaultdict
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from actors.placement import (
     plan_placement,
     require_resources,
 )
+from actors.supervision import trainers
 from actors.trainer.actor import free_address
 from raylign.config.blocks import GeneratorsBlock, PlacementBlock, TrainerBlock
 from raylign.errors import PlacementError
@@ -162,6 +164,23 @@ def test_a_free_address_can_be_listened_on() -> None:
     with socket.socket() as server:
         server.bind((address, port))
         server.listen()
+
+
+@pytest.mark.parametrize("alive", [1, 2])
+def test_a_process_looks_for_a_free_address_only_where_it_could_be_another_nodes(
+    alive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    def get_all(calls: list[Any], *_: object) -> list[tuple[str, int]]:
+        started.extend(calls)
+        return [("10.0.0.2", 7)]
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * alive + [{"Alive": False}])
+    monkeypatch.setattr(trainers, "get_all", get_all)
+    monkeypatch.setattr("ray.remote", lambda function: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=str)))
+    address, _ = trainers._meeting_place({}, 1.0)
+    assert (address == "10.0.0.2") == (alive == 2) and len(started) == alive - 1
 
 
 def with_scorer(device: Device, mode: Mode, gpus: float, cpus: float = 0.0) -> PlacementPlan:

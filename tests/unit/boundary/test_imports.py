@@ -1,7 +1,9 @@
 """Imports of large libraries: what they leave out, and that nothing else notices."""
 
+import email
 import gc
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 
@@ -13,9 +15,14 @@ from raylign.boundary.imports import lean_imports
 def test_what_is_left_out_can_be_imported_afterwards() -> None:
     code = """
 from raylign.boundary.imports import lean_imports
-with lean_imports():
+with lean_imports("bitsandbytes"):
     import deepspeed, sys
+    from peft.import_utils import is_bnb_4bit_available
     from transformers import AutoModelForCausalLM
+    is_bnb_4bit_available()
+import peft, torch
+peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+assert "bitsandbytes" not in sys.modules, "an adapter looks for it once, as ranks rely on"
 assert not {"mlflow", "scipy", "sklearn"} & sys.modules.keys(), sys.modules.keys()
 import mlflow, scipy, sklearn
 print(mlflow.__name__, scipy.__name__, sklearn.__name__)
@@ -23,6 +30,7 @@ print(mlflow.__name__, scipy.__name__, sklearn.__name__)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stdout.endswith("mlflow scipy sklearn\n")
+    assert "leaked" not in child.stderr
 
 
 def test_what_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +54,20 @@ def test_garbage_is_collected_again_as_before(collecting: bool) -> None:
         assert gc.isenabled() == collecting
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_what_imports_made_is_not_looked_at_again() -> None:
+    made: list[list[object]] = []
+    with lean_imports():
+        made.append([])
+    assert not any(found is made[0] for found in gc.get_objects()) and gc.get_freeze_count()
+    gc.unfreeze()
+    assert any(found is made[0] for found in gc.get_objects())
+
+
+def test_packages_are_known_by_the_headers_of_their_metadata() -> None:
+    parse, known = email.message_from_string, importlib.metadata.packages_distributions()
+    with lean_imports():
+        assert importlib.metadata.packages_distributions() == known and email.message_from_string is not parse
+        assert importlib.metadata.metadata("pytest")["Name"] == "pytest"
+    assert email.message_from_string is parse

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
 from raylign.config.evaluation import EvaluationBlock
 from raylign.errors import ScorerError
-from raylign.evaluation.held_out import evaluate
+from raylign.evaluation.held_out import evaluate, mean_interval
 from raylign.records import Candidate, FinishReason, Prompt, Score
 
 BLOCK = EvaluationBlock(bootstrap_samples=2000)
@@ -92,3 +93,17 @@ def test_reference_logps_must_be_parallel() -> None:
 
 def test_without_a_reference_there_is_no_kl() -> None:
     assert evaluate(prompts(1), [candidate(0, 0, (1,), 0.0)], [Score(0.4)], [], BLOCK, seed=0).kl is None
+
+
+@pytest.mark.parametrize("count", [2, 37])
+def test_the_interval_of_a_mean_is_scipys_percentile_bootstrap(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=count)
+    theirs = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=BLOCK.bootstrap_samples,
+        confidence_level=BLOCK.confidence,
+        method="percentile",
+        rng=np.random.default_rng(3),
+    ).confidence_interval
+    assert mean_interval(values, BLOCK, 3) == pytest.approx((theirs.low, theirs.high), rel=1e-12)

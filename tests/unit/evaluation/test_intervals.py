@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, multinomial, t, ttest_1samp
 
-from raylign.evaluation.intervals import Values, share_interval
+from raylign.evaluation.intervals import Values, quantile, share_interval
 
 EVALUATIONS = 1000
 LEAST, MOST = 0.93, 0.97
@@ -94,3 +94,8 @@ def test_it_widens_with_confidence_and_stays_within_0_and_1() -> None:
 def test_what_is_no_share_is_refused(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="share"):
         share_interval(np.array(shares), 0.95)
+
+
+@pytest.mark.parametrize("freedom", [1, 7, 500])
+def test_the_quantile_is_that_of_students_t(freedom: int) -> None:
+    assert quantile(0.95, freedom) == t.ppf(0.975, freedom)
