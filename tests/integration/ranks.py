@@ -8,12 +8,14 @@ from typing import Any
 
 import ray
 from deepspeed.accelerator import get_accelerator
+from ray.actor import ActorHandle
 
 from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec, free_address
 from actors.trainer.device_memory import storages
-from actors.trainer.group import TrainerGroup
+from actors.trainer.group import Rank, TrainerGroup
 from actors.trainer.rank import DeepSpeedRank
+from actors.trainer.reference_policy import FrozenCopy
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
@@ -47,10 +49,11 @@ class _Process(DeepSpeedRank):
         self._memory.smallest = SMALLEST
 
     def _supported_layout(self) -> Layout:
-        """The start check, once for each kind of model and group: it takes as long as a round of a test."""
-        spec = self._spec
-        shape = (spec.trainer.packing, spec.trainer.zero_stage, spec.trainer.ranks, spec.trainer.gradient_checkpointing)
-        kind = (spec.folder, spec.reference_folder, spec.model, shape, type(spec.loss), type(spec.reference))
+        """The start check, once for each kind of what it computes: it takes as long as a round of a test."""
+        spec, reference = self._spec, self._references.reference
+        forms = (spec.trainer.packing, self._sharding.zero3, spec.trainer.gradient_checkpointing)
+        copy = spec.reference_folder if isinstance(reference, FrozenCopy) else None
+        kind = (spec.folder, copy, spec.model, forms, type(self._engine.module))
         if kind in self._packed:
             return spec.trainer.packing
         layout = super()._supported_layout()
@@ -98,6 +101,13 @@ class Processes:
                 if attempt == _PORTS - 1 or "already in use" not in str(error):
                     raise
         return group_of(handles, spec)
+
+    def start_ranks(self, spec: TrainerSpec, options: object) -> list[Rank]:
+        """In place of `actors.supervision.trainers.start_ranks`."""
+        return list(self.group(spec).handles)
+
+    def owns(self, handle: ActorHandle[Any]) -> bool:
+        return any(handle in group for group in self._groups.values())
 
     def end(self, ranks: int) -> None:
         """Whoever asks for a group of that size next gets another."""
