@@ -1,73 +1,43 @@
 """Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
 
-import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from deepspeed.accelerator import get_accelerator
 from ray.actor import ActorHandle
 
+from actors.calls import actor_class
 from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec, free_address
-from actors.trainer.device_memory import storages
 from actors.trainer.group import Rank, TrainerGroup
-from actors.trainer.rank import DeepSpeedRank
-from actors.trainer.reference_policy import FrozenCopy
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
+from raylign.roles import TrainerRank
 from raylign.run.checkpoints import Metrics
-from raylign.training.sequences import Layout
 
 _START_S = 1200.0
 _PORTS = 5
 _STEP_S = 1200.0
-SMALLEST = 4096
-"""Bytes of a tensor that leaves the device; those of tiny models are smaller than others'."""
 
 
-class _Process(DeepSpeedRank):
-    """A process of a group of fixed size that is made one trainer rank after another."""
-
-    def __init__(self) -> None:
-        """Empty until `become`."""
-        self._packed: set[object] = set()
+class _Reused(TrainerRank, Protocol):
+    """What `tests.integration.rank_process.Process` has beside a rank's methods."""
 
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
-        # What DeepSpeed keeps of the rank before is no tensor of this one, and nobody looks for it among a million.
-        self.__dict__ = {"_packed": self._packed}
-        gc.collect()
-        gc.freeze()
-        # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
-        get_accelerator().is_fp16_supported = lambda: True
-        DeepSpeedRank.__init__(self, spec, rank, address, port)
-        self._memory.smallest = SMALLEST
-
-    def _supported_layout(self) -> Layout:
-        """The start check, once for each kind of what it computes: it takes as long as a round of a test."""
-        spec, reference = self._spec, self._references.reference
-        forms = (spec.trainer.packing, self._sharding.zero3, spec.trainer.gradient_checkpointing)
-        copy = spec.reference_folder if isinstance(reference, FrozenCopy) else None
-        kind = (spec.folder, copy, spec.model, forms, type(self._engine.module))
-        if kind in self._packed:
-            return spec.trainer.packing
-        layout = super()._supported_layout()
-        if layout == spec.trainer.packing != "padded":
-            self._packed.add(kind)
-        return layout
+        """Take on a rank; the one before is gone."""
 
     def held_bytes(self) -> int:
         """What the tensors of this rank take that could be moved away."""
-        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
-        return sum(nbytes for nbytes in held if nbytes >= SMALLEST)
 
-    def set_loss_scale(self, scale: float) -> None:
-        self._engine.set_loss_scaler({"cur_scale": scale})
+    def set_loss_scale(self, scale: float) -> None: ...
+
+
+_Process = actor_class(_Reused, "tests.integration.rank_process:Process")
 
 
 class Processes:
@@ -83,8 +53,7 @@ class Processes:
 
     def _of(self, ranks: int) -> list[Any]:
         if ranks not in self._groups:
-            process = ray.remote(_Process)
-            self._groups[ranks] = [process.options(num_cpus=0).remote() for _ in range(ranks)]
+            self._groups[ranks] = [_Process.options(num_cpus=0).remote() for _ in range(ranks)]
         return self._groups[ranks]
 
     def group(self, spec: TrainerSpec) -> TrainerGroup:
