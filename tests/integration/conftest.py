@@ -25,7 +25,7 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def ranks_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random 2-layer Llama with tied embeddings for token ids of tests: no tokenizer, and so a small head."""
-    return random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=8192, width=32, spread=0.2)
+    return random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=4096, width=32, spread=0.2)
 
 
 @pytest.fixture(scope="session")

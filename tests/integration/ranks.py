@@ -120,7 +120,7 @@ def _candidate(index: int, token_ids: Sequence[int]) -> Candidate:
 
 def preferences(number: int) -> list[Preference]:
     """Pairs over prompts of 5 to 7 tokens with completions of 3 to 6, every token another and sampled at -1.25 nats."""
-    tokens = (1000 + 7 * step for step in count())
+    tokens = (1000 + 3 * step for step in count())
     made = []
     for index in range(number):
         prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5 + index % 3)))

@@ -45,7 +45,7 @@ METRICS = ("loss", "grad_norm", "rewards/margins", "clip_ratio/region_mean", "sa
 
 def sampled_groups(group: TrainerGroup) -> list[Preference]:
     """Groups of four and of three completions, sampled with the log-probs that the trainers' policy gives them."""
-    tokens = (1000 + 7 * step for step in count())
+    tokens = (1000 + 3 * step for step in count())
     drawn = []
     for index in range(GROUPS):
         prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5)))
