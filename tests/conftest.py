@@ -14,7 +14,8 @@ from xdist.scheduler import LoadFileScheduling
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHARING_RANKS = (
+SHARING = (
+    *("integration/test_weight_sync.py", "integration/test_lora_sync.py", "integration/test_qlora_sync.py"),
     "integration/test_reference_policies.py",
     "integration/test_kl_estimates.py",
     "integration/test_reward_trainer.py",
@@ -22,14 +23,14 @@ SHARING_RANKS = (
     "integration/test_group_policy.py",
     "integration/test_trainer_ranks.py",
 )
-"""Files whose trainer ranks are the same processes if one test process has all of them."""
+"""Files whose trainer ranks and engines are in the same processes if one test process has all of them."""
 LONG = (
     "integration/test_job_submission.py",
-    *SHARING_RANKS,
+    *SHARING,
     *("integration/test_leaks.py", "integration/test_raw_errors.py", "integration/test_bad_input.py"),
-    *("integration/test_interrupts.py", "integration/test_judge.py", "integration/test_lora_sync.py"),
-    *("integration/test_weight_sync.py", "integration/test_offline_recipes.py", "integration/test_mlflow_faults.py"),
-    *("integration/test_qlora_sync.py", "integration/test_scorer_faults.py", "integration/test_export_serving.py"),
+    *("integration/test_interrupts.py", "integration/test_judge.py"),
+    *("integration/test_offline_recipes.py", "integration/test_mlflow_faults.py"),
+    *("integration/test_scorer_faults.py", "integration/test_export_serving.py"),
 )
 """Begin first of the integration tests, so that no process is left alone with one at the end.
 
@@ -70,7 +71,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     scheduling = LoadFileScheduling(config, log)
     file_of = scheduling._split_scope
-    scheduling._split_scope = lambda test: "ranks" if _name(file_of(test)) in SHARING_RANKS else file_of(test)
+    scheduling._split_scope = lambda test: "shared" if _name(file_of(test)) in SHARING else file_of(test)
     return scheduling
 
 

@@ -1,12 +1,17 @@
 """One Ray cluster for the integration tests of a process, and small models to run on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
+from ray.actor import ActorHandle
 
+from actors import team
 from actors.cluster import cluster
+from actors.supervision.processes import kill
 from raylign.models import resolve_model
+from tests.integration.engines import Engines
 from tests.integration.ranks import Processes
 from tests.integration.tiny import random_llama
 
@@ -20,7 +25,7 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def ranks_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random 2-layer Llama with tied embeddings for token ids of tests: no tokenizer, and so a small head."""
-    return random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=12288, width=32, spread=0.2)
+    return random_llama(tmp_path_factory.mktemp("ranks-llama"), "", vocabulary=4096, width=32, spread=0.2)
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +41,15 @@ def served_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> str:
 
 
 class Shared:
-    """What the tests of one process share: a private Ray cluster, and processes in it that become trainer ranks.
+    """What the tests of one process share: a private Ray cluster, and processes in it for trainer ranks and an engine.
 
-    Either is started when it is first asked for.
+    Each is started when it is first asked for.
     """
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._resources: dict[str, float] = {}
-        self._ranks = Processes()
+        self._ranks, self._engines = Processes(), Engines()
 
     def resources(self) -> dict[str, float]:
         """The cluster's; four logical CPUs whatever the machine has."""
@@ -59,9 +64,20 @@ class Shared:
         self._ranks.start(1, 2)
         return self._ranks
 
+    def lend(self, patch: pytest.MonkeyPatch) -> None:
+        """From now on `actors.team.team` takes the shared processes instead of new ones, and leaves them behind."""
+        ranks, engines = self.ranks(), self._engines
+
+        def spare(handles: Sequence[ActorHandle[Any]]) -> None:
+            kill([handle for handle in engines.give_back(handles) if not ranks.owns(handle)])
+
+        patch.setattr(team, "GeneratorActor", engines)
+        patch.setattr(team, "start_ranks", ranks.start_ranks)
+        patch.setattr(team, "kill", spare)
+
     def stop(self) -> None:
         self._open.close()
-        self._resources, self._ranks = {}, Processes()
+        self._resources, self._ranks, self._engines = {}, Processes(), Engines()
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +97,14 @@ def resources(shared: Shared) -> dict[str, float]:
 def ranks(shared: Shared) -> Processes:
     """Groups of trainer ranks that other test modules use too."""
     return shared.ranks()
+
+
+@pytest.fixture(scope="module")
+def lent(shared: Shared) -> Iterator[dict[str, float]]:
+    """`resources`, for a module whose `actors.team.team` is made of processes that other test modules use too."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared.lend(patch)
+        yield shared.resources()
 
 
 @pytest.fixture(scope="module")

@@ -1,70 +1,43 @@
 """Trainer ranks for tests. Each process takes on one rank after another: starting processes is what takes time."""
 
-import gc
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from deepspeed.accelerator import get_accelerator
+from ray.actor import ActorHandle
 
+from actors.calls import actor_class
 from actors.supervision.watch import get_all
 from actors.trainer.actor import TrainerSpec, free_address
-from actors.trainer.device_memory import storages
-from actors.trainer.group import TrainerGroup
-from actors.trainer.rank import DeepSpeedRank
+from actors.trainer.group import Rank, TrainerGroup
 from raylign.config.blocks import ModelBlock, TrainerBlock
 from raylign.config.losses import LossBlock, SigmoidLossBlock
 from raylign.config.reference import InitialReferenceBlock, ReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference, Prompt
+from raylign.roles import TrainerRank
 from raylign.run.checkpoints import Metrics
-from raylign.training.sequences import Layout
 
 _START_S = 1200.0
 _PORTS = 5
 _STEP_S = 1200.0
-SMALLEST = 4096
-"""Bytes of a tensor that leaves the device; those of tiny models are smaller than others'."""
 
 
-class _Process(DeepSpeedRank):
-    """A process of a group of fixed size that is made one trainer rank after another."""
-
-    def __init__(self) -> None:
-        """Empty until `become`."""
-        self._packed: set[object] = set()
+class _Reused(TrainerRank, Protocol):
+    """What `tests.integration.rank_process.Process` has beside a rank's methods."""
 
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
-        # What DeepSpeed keeps of the rank before is no tensor of this one, and nobody looks for it among a million.
-        self.__dict__ = {"_packed": self._packed}
-        gc.collect()
-        gc.freeze()
-        # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
-        get_accelerator().is_fp16_supported = lambda: True
-        DeepSpeedRank.__init__(self, spec, rank, address, port)
-        self._memory.smallest = SMALLEST
-
-    def _supported_layout(self) -> Layout:
-        """The start check, once for each kind of model and group: it takes as long as a round of a test."""
-        spec = self._spec
-        shape = (spec.trainer.packing, spec.trainer.zero_stage, spec.trainer.ranks, spec.trainer.gradient_checkpointing)
-        kind = (spec.folder, spec.reference_folder, spec.model, shape, type(spec.loss), type(spec.reference))
-        if kind in self._packed:
-            return spec.trainer.packing
-        layout = super()._supported_layout()
-        if layout == spec.trainer.packing != "padded":
-            self._packed.add(kind)
-        return layout
+        """Take on a rank; the one before is gone."""
 
     def held_bytes(self) -> int:
         """What the tensors of this rank take that could be moved away."""
-        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
-        return sum(nbytes for nbytes in held if nbytes >= SMALLEST)
 
-    def set_loss_scale(self, scale: float) -> None:
-        self._engine.set_loss_scaler({"cur_scale": scale})
+    def set_loss_scale(self, scale: float) -> None: ...
+
+
+_Process = actor_class(_Reused, "tests.integration.rank_process:Process")
 
 
 class Processes:
@@ -80,8 +53,7 @@ class Processes:
 
     def _of(self, ranks: int) -> list[Any]:
         if ranks not in self._groups:
-            process = ray.remote(_Process)
-            self._groups[ranks] = [process.options(num_cpus=0).remote() for _ in range(ranks)]
+            self._groups[ranks] = [_Process.options(num_cpus=0).remote() for _ in range(ranks)]
         return self._groups[ranks]
 
     def group(self, spec: TrainerSpec) -> TrainerGroup:
@@ -98,6 +70,13 @@ class Processes:
                 if attempt == _PORTS - 1 or "already in use" not in str(error):
                     raise
         return group_of(handles, spec)
+
+    def start_ranks(self, spec: TrainerSpec, options: object) -> list[Rank]:
+        """In place of `actors.supervision.trainers.start_ranks`."""
+        return list(self.group(spec).handles)
+
+    def owns(self, handle: ActorHandle[Any]) -> bool:
+        return any(handle in group for group in self._groups.values())
 
     def end(self, ranks: int) -> None:
         """Whoever asks for a group of that size next gets another."""
@@ -141,7 +120,7 @@ def _candidate(index: int, token_ids: Sequence[int]) -> Candidate:
 
 def preferences(number: int) -> list[Preference]:
     """Pairs over prompts of 5 to 7 tokens with completions of 3 to 6, every token another and sampled at -1.25 nats."""
-    tokens = (1000 + 7 * step for step in count())
+    tokens = (1000 + 3 * step for step in count())
     made = []
     for index in range(number):
         prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5 + index % 3)))

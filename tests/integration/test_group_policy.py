@@ -45,15 +45,19 @@ METRICS = ("loss", "grad_norm", "rewards/margins", "clip_ratio/region_mean", "sa
 
 def sampled_groups(group: TrainerGroup) -> list[Preference]:
     """Groups of four and of three completions, sampled with the log-probs that the trainers' policy gives them."""
-    tokens = (1000 + 7 * step for step in count())
-    made = []
+    tokens = (1000 + 3 * step for step in count())
+    drawn = []
     for index in range(GROUPS):
         prompt = Prompt(f"p{index}", (), tuple(next(tokens) for _ in range(5)))
         answers = [tuple(next(tokens) for _ in range(3 + (index + i) % 4)) for i in range(SIZE - index % 2)]
-        logps = group.token_logps([[*prompt.token_ids, *answer] for answer in answers])
+        drawn.append((prompt, answers))
+    rows = [(*prompt.token_ids, *answer) for prompt, answers in drawn for answer in answers]
+    logps = iter(group.token_logps(rows))
+    made = []
+    for index, (prompt, answers) in enumerate(drawn):
         candidates = tuple(
-            Candidate(prompt.id, i, answer, tuple(values[len(prompt.token_ids) - 1 :]), "", "stop", 0, 0)
-            for i, (answer, values) in enumerate(zip(answers, logps, strict=True))
+            Candidate(prompt.id, i, answer, tuple(next(logps)[len(prompt.token_ids) - 1 :]), "", "stop", 0, 0)
+            for i, answer in enumerate(answers)
         )
         scores = tuple(float(index % 5 - i) for i in range(len(answers)))
         made.append(Preference(prompt, candidates, scores, (1.0,) * len(answers)))

@@ -29,6 +29,16 @@ from tests.integration.tiny import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
+_SERVER = """
+import multiprocessing, runpy
+from raylign.boundary.imports import lean_imports
+with lean_imports():
+    from vllm.v1.engine import core, utils
+    import vllm.v1.worker.cpu_worker
+utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+"""
+"""vLLM's server, whose engine on CPUs would be a process that imports vLLM once more."""
 KEY = "hush-1234-judge-key"
 ANSWERS = (
     "Rain makes the garden green.",
@@ -47,7 +57,7 @@ def base_url(served_llama: str) -> Iterator[str]:
     # One process, as generators have it on CPUs: a worker beside the engine would keep a core busy while it waits.
     options += " --dtype float32 --distributed-executor-backend uni"
     memory = f"--max-num-batched-tokens 2048 --no-enable-chunked-prefill --kv-cache-memory-bytes {256 * 2**20}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", served_llama]
+    command = [sys.executable, "-c", _SERVER, "--model", served_llama]
     command += f"{options} {memory}".split()
     environment = clean_environment(
         {"VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}

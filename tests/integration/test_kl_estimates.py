@@ -116,7 +116,7 @@ def test_a_round_against_the_policy_itself_starts_at_a_kl_of_0(
 
 def test_bcos_shift_is_0_where_the_reference_has_caught_up(ranks_llama: str, ranks: Processes) -> None:
     reference = PreviousRoundReferenceBlock()
-    group = ranks.group(spec_of(ranks_llama, {}, {**ONE, "num_train_epochs": 3}, loss=BCO, reference=reference))
+    group = ranks.group(spec_of(ranks_llama, {}, {**ONE, "num_train_epochs": 2}, loss=BCO, reference=reference))
     for rounds_done in range(2):
         steps = train_round(group, PAIRS, rounds_done=rounds_done)
         assert steps[0]["loss"] == LN_4 and abs(steps[-1]["reward_shift"]) > 0.01

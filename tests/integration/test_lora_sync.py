@@ -56,14 +56,14 @@ def pair(served_llama: str) -> tuple[Candidate, ...]:
 
 
 @pytest.fixture(scope="module")
-def roles(served_llama: str, prompt: Prompt, resources: dict[str, float]) -> Iterator[ActorTeam]:
+def roles(served_llama: str, prompt: Prompt, lent: dict[str, float]) -> Iterator[ActorTeam]:
     config = parse_config(_CONFIG)
     with team(
         config,
         folder=served_llama,
         pad_id=2,
         canary_ids=(prompt.token_ids[-40:],),
-        plan=plan_team(config, resources),
+        plan=plan_team(config, lent),
         incidents=quiet_incidents(),
     ) as roles:
         yield roles

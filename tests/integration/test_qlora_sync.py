@@ -48,15 +48,13 @@ def prompt(smollm2: str) -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def roles(
-    served_llama: str, config: OnlineDpoConfig, prompt: Prompt, resources: dict[str, float]
-) -> Iterator[ActorTeam]:
+def roles(served_llama: str, config: OnlineDpoConfig, prompt: Prompt, lent: dict[str, float]) -> Iterator[ActorTeam]:
     start = team(
         config,
         folder=served_llama,
         pad_id=2,
         canary_ids=(prompt.token_ids,),
-        plan=plan_team(config, resources),
+        plan=plan_team(config, lent),
         incidents=quiet_incidents(),
     )
     with start as roles:

@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from actors.scorer import client as scorer_client
 from actors.scorer.client import ACTOR, TRIES, ScorerActor, ScorerClient
 from actors.supervision.incidents import Happened, Incidents
+from actors.supervision.processes import kill
 from actors.supervision.slot import Supervision
 from raylign.config.blocks import RecoveryBlock
 from raylign.config.scoring import FunctionScoringBlock
@@ -35,9 +36,14 @@ LATE_S = 0.1
 
 @dataclass
 class Desk:
-    """A scorer client with what it put on record, and the folder that its function writes to."""
+    """A scorer client with what it put on record, and the folder that its function writes to.
+
+    Its first actor is one of `idle`, if there is any.
+    """
 
     folder: Path
+    stacks: Path
+    idle: list[ActorHandle[Any]]
     block: FunctionScoringBlock
     recovery: RecoveryBlock = field(default_factory=RecoveryBlock)
     seen: list[tuple[Happened, float, Mapping[str, Any]]] = field(default_factory=list)
@@ -46,9 +52,12 @@ class Desk:
 
     def client(self, actor: Any = ScorerActor) -> ScorerClient:
         def spawn() -> ActorHandle[Any]:
-            self.actors.append(
-                actor.remote(self.block, str(self.folder / "scores.sqlite"), str(self.folder / "stacks"), ACTOR)
-            )
+            if actor is ScorerActor and self.idle:
+                self.actors.append(self.idle.pop())
+            else:
+                self.actors.append(
+                    actor.remote(self.block, str(self.folder / "scores.sqlite"), str(self.stacks), ACTOR)
+                )
             return self.actors[-1]
 
         def note(role: str, happened: Happened, detail: Mapping[str, Any]) -> None:
@@ -59,7 +68,7 @@ class Desk:
         return ScorerClient(
             spawn,
             self.block,
-            Supervision("scorer", ScorerError, incidents, self.folder / "stacks"),
+            Supervision("scorer", ScorerError, incidents, self.stacks),
             start_timeout_s=WAIT_S,
             restarts_s=RESTARTS_S,
         )
@@ -80,8 +89,16 @@ class Desk:
 Open = Callable[..., Desk]
 
 
+@pytest.fixture(scope="module")
+def idle(resources: Mapping[str, float]) -> Iterator[list[ActorHandle[Any]]]:
+    """Scorer actors that a test has left behind for the next one; what they are asked says where they write."""
+    actors: list[ActorHandle[Any]] = []
+    yield actors
+    kill(actors)
+
+
 @pytest.fixture
-def open_desk(tmp_path: Path, resources: Mapping[str, float]) -> Iterator[Open]:
+def open_desk(tmp_path: Path, idle: list[ActorHandle[Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     desks: list[Desk] = []
 
     def make(max_unscored: float = 0.2, max_restarts: int = 20) -> Desk:
@@ -92,13 +109,15 @@ def open_desk(tmp_path: Path, resources: Mapping[str, float]) -> Iterator[Open]:
             max_unscored=max_unscored,
             cache=None,
         )
-        desks.append(Desk(tmp_path, block, RecoveryBlock(max_restarts=max_restarts)))
+        stacks = tmp_path_factory.getbasetemp() / "stacks"
+        desks.append(Desk(tmp_path, stacks, idle, block, RecoveryBlock(max_restarts=max_restarts)))
         return desks[-1]
 
     yield make
     for desk in desks:
-        for actor in desk.actors:
-            ray.kill(actor)
+        whole = [] if desk.happened()[-1:] == ["lost"] else desk.actors[-1:]
+        kill([actor for actor in desk.actors if actor not in whole])
+        idle += whole
 
 
 def hit_while_waiting(
@@ -230,6 +249,7 @@ def test_what_the_scorer_itself_refuses_is_no_loss(open_desk: Open) -> None:
     with pytest.raises(ScorerError, match="scoring: scoring.function=m:f cannot be loaded: no weights"):
         desk.score(desk.client(ray.remote(Refusing)), "a", "bb")
     assert desk.seen == []
+    kill([desk.actors.pop()])
 
 
 def test_the_limit_of_unscored_items_is_that_of_the_whole_call(open_desk: Open) -> None:

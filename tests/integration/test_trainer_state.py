@@ -99,10 +99,8 @@ def test_a_saved_state_goes_on_the_same(
         torch.testing.assert_close(
             weight, wanted_weights[name], rtol=0 if same else 1e-3, atol=0 if same else 1e-4, msg=name
         )
-    # The state matters: a fresh group takes other steps.
-    fresh = ranks.group(spec_of(ranks_llama, model, before))
-    begin(fresh, [])
-    assert fresh.train_step()["loss"] != pytest.approx(expected[0]["loss"], abs=1e-4)
+    # The state matters: a fresh group, as the first one was, takes other steps.
+    assert first[0]["loss"] != pytest.approx(expected[0]["loss"], abs=1e-4)
     if before == TWO | {"zero_stage": 3}:
         record(
             "resume on fewer ranks and another ZeRO stage",

@@ -56,14 +56,14 @@ def prompts(served_llama: str) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def roles(served_llama: str, prompts: list[Prompt], resources: dict[str, float]) -> Iterator[ActorTeam]:
+def roles(served_llama: str, prompts: list[Prompt], lent: dict[str, float]) -> Iterator[ActorTeam]:
     config, canary = _config(), tuple(prompt.token_ids for prompt in prompts)
     with team(
         config,
         folder=served_llama,
         pad_id=2,
         canary_ids=canary,
-        plan=plan_team(config, resources),
+        plan=plan_team(config, lent),
         incidents=quiet_incidents(),
     ) as roles:
         yield roles

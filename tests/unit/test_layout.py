@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LONG, SHARING_RANKS
+from tests.conftest import LONG, SHARING
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = ("platform", "actors", "recipes")
@@ -267,9 +267,11 @@ def test_no_weights_and_no_run_output_is_tracked() -> None:
     assert unwanted == []
 
 
-def test_the_order_of_tests_knows_the_files_that_share_ranks() -> None:
+def test_the_order_of_tests_knows_the_files_that_share_processes() -> None:
     """The last of them ends with what no other test can go on with."""
     files = {path.name: path.read_text() for path in (ROOT / "tests/integration").glob("test_*.py")}
-    assert {f"integration/{name}" for name, text in files.items() if "ranks: Processes" in text} == set(SHARING_RANKS)
-    assert "ranks.end(" in files[SHARING_RANKS[-1].removeprefix("integration/")]
+    asked = ("ranks: Processes", "lent: dict")
+    sharing = {f"integration/{name}" for name, text in files.items() if any(fixture in text for fixture in asked)}
+    assert sharing == set(SHARING)
+    assert "ranks.end(" in files[SHARING[-1].removeprefix("integration/")]
     assert all((ROOT / "tests" / name).is_file() for name in LONG)

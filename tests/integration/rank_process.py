@@ -1,0 +1,58 @@
+"""A process of a group of trainer ranks for tests; `tests.integration.ranks` starts it."""
+
+import gc
+
+from raylign.boundary.imports import lean_imports
+
+with lean_imports():
+    import peft  # noqa: F401
+    from deepspeed.accelerator import get_accelerator
+
+    from actors.trainer.device_memory import storages
+    from actors.trainer.rank import DeepSpeedRank
+    from actors.trainer.reference_policy import FrozenCopy
+
+from actors.trainer.actor import TrainerSpec
+from raylign.training.sequences import Layout
+
+_SMALLEST = 4096
+"""Bytes of a tensor that leaves the device; those of tiny models are smaller than others'."""
+
+
+class Process(DeepSpeedRank):
+    """A process of a group of fixed size that is made one trainer rank after another."""
+
+    def __init__(self) -> None:
+        """Empty until `become`."""
+        self._packed: set[object] = set()
+
+    def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
+        # What DeepSpeed keeps of the rank before is no tensor of this one, and nobody looks for it among a million.
+        self.__dict__ = {"_packed": self._packed}
+        gc.collect()
+        gc.freeze()
+        # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
+        get_accelerator().is_fp16_supported = lambda: True
+        DeepSpeedRank.__init__(self, spec, rank, address, port)
+        self._memory.smallest = _SMALLEST
+
+    def _supported_layout(self) -> Layout:
+        """The start check, once for each kind of what it computes: it takes as long as a round of a test."""
+        spec, reference = self._spec, self._references.reference
+        forms = (spec.trainer.packing, self._sharding.zero3, spec.trainer.gradient_checkpointing)
+        copy = spec.reference_folder if isinstance(reference, FrozenCopy) else None
+        kind = (spec.folder, copy, spec.model, forms, type(self._engine.module))
+        if kind in self._packed:
+            return spec.trainer.packing
+        layout = super()._supported_layout()
+        if layout == spec.trainer.packing != "padded":
+            self._packed.add(kind)
+        return layout
+
+    def held_bytes(self) -> int:
+        """What the tensors of this rank take that could be moved away."""
+        held = (storage.nbytes() for _, storage in storages(self._memory.held()))
+        return sum(nbytes for nbytes in held if nbytes >= _SMALLEST)
+
+    def set_loss_scale(self, scale: float) -> None:
+        self._engine.set_loss_scaler({"cur_scale": scale})
