@@ -5,6 +5,8 @@ ARGS ?=
 WORKERS ?= 3
 MINUTES ?= 60
 BIN := .venv/bin
+# Without bytecode each of the many processes that a run or a test starts would compile our sources again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-cluster test-faults fault-table lint bench fuzz clean
 

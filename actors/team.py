@@ -42,7 +42,7 @@ from raylign.errors import GeneratorError, PlacementError, RaylignError, ScorerE
 from raylign.reference.checkpoint import resolve_reference
 from raylign.roles import Engines, Generator, NodePath, ScorerProcess
 from raylign.run.sources import CODE, kept_code
-from raylign.scoring import Compute
+from raylign.scoring.base import Compute
 from raylign.scoring.cache import CACHE_NAME
 from raylign.scoring.load import functions_of
 

@@ -29,7 +29,7 @@ from raylign.run.directory import REPORT_NAME, require_continuable, run_path
 from raylign.run.files import finished_record
 from raylign.run.rounds import RoundLog, numbered
 from raylign.sampling.decoding import Decoding
-from raylign.scoring import check_unscored
+from raylign.scoring.base import check_unscored
 from raylign.scoring.load import public_scorer
 from recipes.commands.failures import as_script
 from recipes.commands.plan_evaluate import show_evaluation_plan

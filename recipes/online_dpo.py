@@ -44,7 +44,7 @@ from raylign.sampling.curriculum import (
     scores_by_place,
 )
 from raylign.sampling.decoding import evaluation_decoding, policy_versions, training_decoding
-from raylign.scoring import check_unscored
+from raylign.scoring.base import check_unscored
 from raylign.scoring.load import public_scorer
 from recipes.capability import report_with_capability, with_capability
 from recipes.commands.failures import as_script

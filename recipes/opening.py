@@ -35,9 +35,9 @@ from raylign.run.directory import continue_or_create, require_continuable, run_p
 from raylign.run.fingerprints import fingerprint, model_digest
 from raylign.run.inputs import Input, Rows, keep, require_same, rows_input
 from raylign.run.sources import module_sources
-from raylign.scoring import require_references
 from raylign.scoring.composition import of_gold
 from raylign.scoring.load import describe_scorer, scorer_inputs
+from raylign.scoring.verifier import require_references
 from raylign.tracking.feed import load_ahead
 from raylign.tracking.tracker import open_tracker
 from raylign.tracking.uri import default_uri

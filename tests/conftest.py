@@ -7,12 +7,11 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
-import torch
 from xdist.scheduler import LoadFileScheduling
 
-# More threads than cores wait for each other: here, and in what the tests start unless it says otherwise.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# More threads than cores wait for each other: here, and in what the tests start unless it says otherwise. Torch reads it
+# when it is imported, which the process that only hands out tests does not wait for.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARING = (
     *("integration/test_weight_sync.py", "integration/test_lora_sync.py", "integration/test_qlora_sync.py"),

@@ -32,7 +32,8 @@ from raylign.reference.versions import reference_version
 from raylign.roles import DeviceLink, Generator, Generators, NodePath, Publisher, Scorer, TrainerRank, Trainers
 from raylign.run.checkpoints import Metrics
 from raylign.sampling.decoding import Decoding, policy_versions, prompt_seed
-from raylign.scoring import Usage, check_unscored, summary
+from raylign.scoring.base import check_unscored
+from raylign.scoring.usage import Usage, summary
 from raylign.tracking.feed import MlflowFeed
 from raylign.training.batches import BatchShape, Step, plan_steps
 from raylign.training.kernels.head import TokenScores

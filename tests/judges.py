@@ -11,7 +11,8 @@ from threading import Event
 from typing import Any
 
 from raylign.records import Prompt, Score
-from raylign.scoring import JudgeScorer, ScoringItem
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.judge import JudgeScorer
 from tests.loopback import Posted, Sent, loopback
 
 WIN = "choose this answer"

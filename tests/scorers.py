@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem
+from raylign.scoring.base import ScoringItem
 
 Judgement = Callable[[str], Score]
 

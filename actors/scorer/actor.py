@@ -9,7 +9,7 @@ from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.roles import ScoredBatch, ScorerProcess
 from raylign.run.sources import KeptSources, take_code
-from raylign.scoring import Compute, ScoringItem
+from raylign.scoring.base import Compute, ScoringItem
 from raylign.scoring.composition import of_gold
 from raylign.scoring.load import ONE_THREAD, load_scorer
 

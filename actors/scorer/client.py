@@ -17,7 +17,9 @@ from raylign.config.scoring import ScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
 from raylign.roles import ScoredBatch, ScorerProcess
-from raylign.scoring import ScoringItem, Usage, add_up, batches, longest_s, most_unscored, skipped, summary
+from raylign.scoring.base import ScoringItem, most_unscored, skipped
+from raylign.scoring.batches import batches, longest_s
+from raylign.scoring.usage import Usage, add_up, summary
 
 T = TypeVar("T")
 Method = Callable[[ScorerProcess, Sequence[ScoringItem], int], ScoredBatch]

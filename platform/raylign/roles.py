@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # processes that only name a role load neither torch nor the 
     from raylign.records import Candidate, Completions, Preference, Prompt, ReferenceLogps, Score, TokenLogps
     from raylign.run.checkpoints import Checkpoint, Metrics
     from raylign.sampling.decoding import Decoding
-    from raylign.scoring import ScoringItem, Usages
+    from raylign.scoring.base import ScoringItem
+    from raylign.scoring.usage import Usages
     from raylign.training.sequences import Layout
 
 P = ParamSpec("P")

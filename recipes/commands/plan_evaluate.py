@@ -7,8 +7,8 @@ from actors.placement import plan_evaluation
 from raylign.config import EvaluateConfig
 from raylign.config.scoring import JudgeScoringBlock, leaves
 from raylign.prompts import left_out
-from raylign.scoring import require_references
 from raylign.scoring.load import describe_scorer
+from raylign.scoring.verifier import require_references
 from raylign.tracking.uri import default_uri
 from recipes.commands.plan import Line, grid, many, needed, present_resources, run_directory
 from recipes.memory import evaluation_memory, gpu_bytes, memory_notes, memory_table

@@ -10,8 +10,9 @@ from mlflow.entities import Metric, Param, RunTag
 from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
 from raylign.errors import TrackingError
 from raylign.records import Prompt, Score
-from raylign.scoring import JudgeScorer, ScoringItem
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.http_service import HttpScorer
+from raylign.scoring.judge import JudgeScorer
 from raylign.tracking.mlflow_store import MlflowStore
 from tests.hostile_servers import sending
 

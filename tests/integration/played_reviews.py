@@ -20,7 +20,7 @@ from raylign.prompts import PromptSet
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.waiting import require_answers
 from raylign.run.directory import continue_or_create
-from raylign.scoring import ItemScorer, ScoringItem
+from raylign.scoring.base import ItemScorer, ScoringItem
 from raylign.scoring.composition import composed
 from raylign.tracking.review_queue import WHICH, WHY
 from raylign.tracking.tracker import open_tracker

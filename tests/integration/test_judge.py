@@ -19,7 +19,8 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt
-from raylign.scoring import JudgeScorer, ScoringItem
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.load import describe_scorer
 from tests.integration.tiny import (
     START_S,

@@ -17,7 +17,7 @@ from raylign.config import parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt
-from raylign.scoring import Compute
+from raylign.scoring.base import Compute
 from tests.integration.tiny import START_S
 
 TEXTS = ["Yes.", "No, never.", "It is a good film, and I would see it again."]

@@ -24,7 +24,7 @@ from raylign.config.blocks import RecoveryBlock
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
-from raylign.scoring import check_unscored
+from raylign.scoring.base import check_unscored
 from tests import faults
 from tests.integration.tiny import wait_until
 from tests.processes import alive

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raylign.config.scoring import JudgeScoringBlock
-from raylign.scoring import JudgeScorer
+from raylign.scoring.judge import JudgeScorer
 from tests.judges import Judge, Judged, Server, serving
 
 

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import time
 
-import numpy
-
 from raylign.records import Score
 
 Prompts = list[list[dict[str, str]]]
@@ -57,10 +55,14 @@ def miscounting(prompts: Prompts, completions: list[str]) -> object:
 
 
 def arrays(prompts: Prompts, completions: list[str]) -> object:
+    import numpy  # noqa: PLC0415 - only here: every test would wait for it
+
     return numpy.arange(len(completions), dtype=numpy.float32)
 
 
 def numpy_scalars(prompts: Prompts, completions: list[str]) -> object:
+    import numpy  # noqa: PLC0415
+
     return [numpy.float32(0.5), numpy.int64(2)]
 
 

@@ -10,6 +10,7 @@ from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
 
 RETURNED_NONE = "scorer returned None"
+REASON_LENGTH = 300
 REASONS_SHOWN = 3
 
 

@@ -23,11 +23,10 @@ from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.report.text import one_line
 from raylign.scoring import relay
-from raylign.scoring.base import ScoringItem, most_unscored, skipped
+from raylign.scoring.base import REASON_LENGTH, ScoringItem, most_unscored, skipped
 
 START_TIMEOUT_S = 600.0
 EXIT_GRACE_S = relay.END_S + 2.0
-REASON_LENGTH = 300
 STDERR = 2
 _LONGEST_FAILURE = 4000
 T = TypeVar("T")

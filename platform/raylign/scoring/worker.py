@@ -26,8 +26,7 @@ from raylign.errors import ScorerError
 from raylign.records import Score
 from raylign.report.text import one_line
 from raylign.scoring import relay
-from raylign.scoring.base import RETURNED_NONE
-from raylign.scoring.process import REASON_LENGTH, Given
+from raylign.scoring.base import REASON_LENGTH, RETURNED_NONE
 from raylign.scoring.resolve import ScoringFunction, require_file_inside, require_inside, resolve, source_of
 
 
@@ -106,22 +105,28 @@ def _as_list(result: object) -> Sequence[object]:
     raise ScorerError(f"returned {_shown(result)}, not a list of scores")
 
 
-def _answer(value: object) -> Given:
+def _answer(value: object) -> list[object]:
+    score, final = _judged(value)
+    return [score.value, score.reason, score.parts, final]
+
+
+def _judged(value: object) -> tuple[Score, bool]:
+    """The score, and whether asking again would give the same."""
     if isinstance(value, Score):
-        return _answer_of(value)
+        return _checked(value)
     if value is None:
-        return Given(None, RETURNED_NONE, {}, True)
+        return Score(None, reason=RETURNED_NONE), True
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return Given(None, f"returned {_shown(value)}, not a number", {}, False)
+        return Score(None, reason=f"returned {_shown(value)}, not a number"), False
     number = float(value)
-    return Given(number, "", {}, True) if math.isfinite(number) else Given(None, f"returned {number}", {}, False)
+    return (Score(number), True) if math.isfinite(number) else (Score(None, reason=f"returned {number}"), False)
 
 
-def _answer_of(score: Score) -> Given:
-    given = _answer(score.value)
-    told = score.reason and (score.value is None or given.value is not None)
-    reason = one_line(score.reason, REASON_LENGTH) if told else given.reason
-    return Given(given.value, reason, {str(name): float(part) for name, part in score.parts.items()}, given.final)
+def _checked(score: Score) -> tuple[Score, bool]:
+    found, final = _judged(score.value)
+    told = score.reason and (score.value is None or found.value is not None)
+    reason = one_line(score.reason, REASON_LENGTH) if told else found.reason
+    return Score(found.value, {str(name): float(part) for name, part in score.parts.items()}, reason), final
 
 
 def _shown(value: object) -> str:

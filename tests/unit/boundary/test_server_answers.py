@@ -19,8 +19,9 @@ from raylign.config.scoring import HttpScoringBlock, JudgeScoringBlock
 from raylign.errors import ScorerError, TrackingError
 from raylign.records import Score
 from raylign.run.directory import RunDirectory, create_run
-from raylign.scoring import HttpScorer, JudgeScorer
 from raylign.scoring.http_client import retry_after_s
+from raylign.scoring.http_service import HttpScorer
+from raylign.scoring.judge import JudgeScorer
 from raylign.tracking import transport
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.mlflow_store import MlflowStore

@@ -1,6 +1,7 @@
 """GRPO and its kin against TRL's own code on random log-probs, against numbers worked out by hand, and in gradients."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
 from raylign.config import OfflineDpoConfig, parse_config
@@ -21,6 +21,11 @@ from raylign.errors import ConfigError
 from raylign.losses import LossInput, LossOutput, LossState, TokenLogps, preference_loss
 from raylign.losses.grpo import advantages
 from tests.unit.losses.test_losses_trl import trainer_of
+
+with pytest.MonkeyPatch.context() as _without:
+    # TRL would load all of vLLM, which the losses do without.
+    _without.setitem(sys.modules, "vllm", None)
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
 LONGEST = 12
 LENGTHS = ((3, 7, 1, 5), (2, 2, 9, 4), (6, 1, 1, 8))

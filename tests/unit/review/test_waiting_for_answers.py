@@ -15,7 +15,8 @@ from raylign.records import Candidate, Prompt, Score
 from raylign.review.record import Answer, Choice, Pair, ReviewRecord, Said, pair_of
 from raylign.review.waiting import require_answers, with_answers
 from raylign.run.directory import RunDirectory, run_path
-from raylign.scoring import ScoringItem, batches, longest_s
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.composition import PEOPLE, composed
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from tests.scorers import table

@@ -17,7 +17,7 @@ from raylign.records import Prompt
 from raylign.run.directory import open_run
 from raylign.run.inputs import INPUTS_NAME, accept
 from raylign.run.sources import KeptSources, kept_code, module_sources
-from raylign.scoring import ScoringItem
+from raylign.scoring.base import ScoringItem
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from raylign.tracking.tracker import Tracker
 from recipes.commands.resume import resumed_config

@@ -10,7 +10,7 @@ import pytest
 from raylign.config import OnlineDpoConfig, parse_config
 from raylign.records import Candidate, Prompt, Score
 from raylign.sampling.curriculum import History, filled_in, joined, regrouped, scores_by_place
-from raylign.scoring import Usage
+from raylign.scoring.usage import Usage
 from recipes.online_dpo import run_round
 from tests.fakes import FakeEngine, FakeScorer
 from tests.unit.run.test_round import HELD_OUT, Desk, Open, open_desk, prompts

@@ -8,8 +8,9 @@ import pytest
 from raylign.config.scoring import VerifierScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt
-from raylign.scoring import ScoringItem, VerifierScorer, require_references
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.ifeval import CHECKS, UNCHECKED, follows, read_instructions
+from raylign.scoring.verifier import VerifierScorer, require_references
 
 CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     ("keywords:existence", {"keywords": ["sun", "moon"]}, ["Sun and moonlight"], ["sun"]),

@@ -15,7 +15,7 @@ from raylign.config.scoring import ImplicitScoringBlock
 from raylign.errors import ScorerError
 from raylign.losses import LossInput, LossState, preference_loss
 from raylign.records import Candidate, Preference, Prompt
-from raylign.scoring import ScoringItem
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.implicit import ImplicitScorer, by_prompt, model_hashes
 from raylign.scoring.load import describe_scorer
 from raylign.training.logprobs import CompletionLogps

@@ -11,7 +11,8 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring import JudgeScorer, check_unscored
+from raylign.scoring.base import check_unscored
+from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.judge_client import QUESTIONS
 from raylign.scoring.load import describe_scorer
 from tests.faults import record

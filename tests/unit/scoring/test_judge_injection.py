@@ -6,7 +6,9 @@ import pytest
 
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.records import Prompt, Score
-from raylign.scoring import JudgeScorer, ScoringItem, judge_prompt
+from raylign.scoring import judge_prompt
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.judge_prompt import MARK, how_good, inert, which_is_better
 from tests.faults import record
 from tests.judges import WIN, Reply, goodness, gullible, serving

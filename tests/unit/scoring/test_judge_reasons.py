@@ -12,10 +12,10 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring import summary
 from raylign.scoring.judge_client import QUESTIONS, REASONED_TOKENS
 from raylign.scoring.judge_prompt import REASON_LENGTH
 from raylign.scoring.load import LoadedScorer, describe_scorer, load_scorer
+from raylign.scoring.usage import summary
 from tests.faults import record
 from tests.judges import Asked, Judge, Judged, Reply, Server, first_is_best, group, gullible, honest, reasoned, values
 from tests.unit.scoring.test_judge_faults import after

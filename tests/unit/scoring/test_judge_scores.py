@@ -13,10 +13,9 @@ from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
-from raylign.scoring import JudgeScorer
-from raylign.scoring import batches as split
+from raylign.scoring.batches import batches as split
 from raylign.scoring.batches import longest_s
-from raylign.scoring.judge import questions
+from raylign.scoring.judge import JudgeScorer, questions
 from raylign.scoring.load import describe_scorer
 from tests.judges import Asked, Judged, Reply, first_is_best, group, honest, slow, values
 

@@ -32,7 +32,7 @@ from raylign.export.card import RewardModelFacts
 from raylign.export.reward_model import export_reward_model
 from raylign.models.reward_model import load_reward_model
 from raylign.records import Completions, Prompt
-from raylign.scoring import ScoringItem
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.load import describe_scorer, load_scorer
 from raylign.scoring.reward_model import RewardModelScorer, model_hashes
 from raylign.training.rewards import CompletionRewards

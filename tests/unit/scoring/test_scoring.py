@@ -16,7 +16,8 @@ from raylign.boundary.code import is_inside, trusted_roots
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import FunctionScorer, ScoringItem, check_unscored, describe_function, most_unscored
+from raylign.scoring.base import ScoringItem, check_unscored, most_unscored
+from raylign.scoring.function import FunctionScorer, describe_function
 from raylign.scoring.process import START_TIMEOUT_S, Given, ScoringProcess, child_environment
 from raylign.scoring.vader import compound
 from tests.faults import record
@@ -94,7 +95,7 @@ def test_a_function_may_give_parts_and_a_reason_of_its_own(make: Make) -> None:
 
 
 def test_the_scoring_process_loads_no_model_library() -> None:
-    heavy = ("torch", "transformers", "sympy")
+    heavy = ("torch", "transformers", "sympy", "numpy", "pydantic", "httpx", "detect_secrets")
     code = f"import sys, raylign.scoring.worker; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
@@ -197,7 +198,8 @@ def test_no_process_outlives_a_killed_parent(make: Make, tmp_path: Path) -> None
         sys.path[:0] = {sys.path!r}
         from raylign.config.scoring import FunctionScoringBlock
         from raylign.records import Prompt
-        from raylign.scoring import FunctionScorer, ScoringItem
+        from raylign.scoring.base import ScoringItem
+        from raylign.scoring.function import FunctionScorer
         scorer = FunctionScorer(FunctionScoringBlock(function="user_scores:spawning"))
         scorer.score([ScoringItem(Prompt("p", (), (1,)), {str(note)!r})])
     """)

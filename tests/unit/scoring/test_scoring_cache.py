@@ -14,7 +14,7 @@ from raylign import scoring
 from raylign.config.scoring import FunctionScoringBlock, HttpScoringBlock, JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.kind import identity
 from raylign.scoring.load import load_scorer

@@ -24,8 +24,8 @@ from raylign.config.scoring import (
 )
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
-from raylign.scoring import ScoringItem, batches, longest_s
-from raylign.scoring.base import ItemScorer
+from raylign.scoring.base import ItemScorer, ScoringItem
+from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.composition import composed
 from raylign.scoring.load import describe_scorer, load_scorer
 from tests.judges import Judged, group, honest, values

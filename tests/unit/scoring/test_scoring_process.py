@@ -11,7 +11,8 @@ import pytest
 from raylign.config.scoring import FunctionScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import FunctionScorer, ScoringItem
+from raylign.scoring.base import ScoringItem
+from raylign.scoring.function import FunctionScorer
 from raylign.scoring.process import START_TIMEOUT_S, Location, NoAnswer, ScoringProcess, read_answers, read_location
 from raylign.scoring.relay import NO_CODE, Frames, TooLarge, frame
 from tests.faults import record

@@ -10,9 +10,9 @@ import pytest
 from raylign.config.scoring import JudgeScoringBlock
 from raylign.errors import ScorerError
 from raylign.records import Score
-from raylign.scoring import JudgeScorer, Usage, add_up, summary
+from raylign.scoring.judge import JudgeScorer
 from raylign.scoring.load import load_scorer
-from raylign.scoring.usage import MeasuredScorer
+from raylign.scoring.usage import MeasuredScorer, Usage, add_up, summary
 from tests.judges import Asked, Judged, Reply, group, honest
 from tests.scorers import Told, of_prompt, table
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from raylign.config.scoring import JudgeScoringBlock
-from raylign.scoring import summary
 from raylign.scoring.load import LoadedScorer, load_scorer
+from raylign.scoring.usage import summary
 from tests.judges import Asked, Judged, Reply, Server, first_is_best, group, honest, values
 
 

@@ -11,8 +11,9 @@ from raylign.config import parse_config
 from raylign.config.scoring import FunctionScoringBlock, GateScoringBlock, VerifierScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
-from raylign.scoring import ScoringItem, VerifierScorer, require_references
+from raylign.scoring.base import ScoringItem
 from raylign.scoring.load import describe_scorer
+from raylign.scoring.verifier import VerifierScorer, require_references
 from raylign.scoring.verify import verify
 from tests.faults import record
 

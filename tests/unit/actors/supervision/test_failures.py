@@ -8,7 +8,6 @@ import pytest
 import torch
 import typer
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RaySystemError
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, PlacementError, RaylignError, TrainerError
@@ -43,10 +42,16 @@ def run(tmp_path: Path) -> RunBlock:
     return RunBlock(dir=tmp_path, name="demo")
 
 
-RAW: list[Callable[[], Exception]] = [
+def engine_dead() -> Exception:
+    from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415 - vLLM takes seconds
+
+    return EngineDeadError()
+
+
+RAW = [
     lambda: OutOfMemoryError("killed\n" * 50),
     lambda: RaySystemError("raylet\nis\ngone"),
-    lambda: EngineDeadError(),
+    pytest.param(engine_dead, id="EngineDeadError"),
     lambda: torch.OutOfMemoryError("CUDA out of memory"),
     lambda: RuntimeError("Error building extension 'cpu_adam'\n" * 20),
     lambda: KeyError("x"),
