@@ -4,7 +4,6 @@ What it leaves behind, shows and passes on, and that it waits for answers and tr
 """
 
 import json
-import os
 import re
 import secrets
 import tempfile
@@ -19,9 +18,7 @@ from statistics import fmean
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from actors.cluster import actor_environment, cluster
 from raylign.review.record import ReviewRecord
 from raylign.run.directory import open_run
 from raylign.run.tables import read_candidates
@@ -253,19 +250,3 @@ def test_it_trains_on_what_people_said(finished: Finished) -> None:
     rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
     assert rows and all(len(set(row["scores"])) > 1 for row in rows)
     assert campaign_record(finished.folder / "runs").info.status == "FINISHED"
-
-
-def test_the_runtime_environment_of_actors_has_no_secrets(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name, value in SECRETS.items():
-        if not name.startswith("RAY_"):
-            monkeypatch.setenv(name, value)
-    with cluster(num_cpus=1):
-        seen = ray.remote(lambda: json.dumps(dict(ray.get_runtime_context().runtime_env)))
-        texts = [json.dumps(dict(ray.get_runtime_context().runtime_env)), ray.get(seen.remote())]
-        inherited = ray.remote(lambda: dict(os.environ))
-        wanted = actor_environment(private=True)
-        assert wanted.items() <= ray.get(inherited.remote()).items()
-    joined = json.dumps(actor_environment())
-    assert "PATH" in joined and all(SECRET not in text for text in [*texts, joined]), texts
-    assert os.environ["HF_TOKEN"] == SECRET
