@@ -27,7 +27,7 @@ from recipes.commands.cli import ended_cleanly
 from recipes.commands.failures import told
 from tests.fakes import quiet_supervision
 from tests.integration.ranks import spec_of
-from tests.integration.test_leaks import SECRET, SECRETS
+from tests.integration.secret_run import OF_NODES, SECRET
 from tests.integration.test_trainer_faults import Trainers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_cluster")]
@@ -99,9 +99,8 @@ def test_a_role_that_cannot_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name, value in SECRETS.items():
-        if not name.startswith("RAY_"):
-            monkeypatch.setenv(name, value)
+    for name, value in OF_NODES.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "demo").mkdir()
     run = RunBlock(dir=tmp_path, name="demo")
     with pytest.raises(typer.Exit) as ended, ended_cleanly(), told(run), cluster(num_cpus=2):
