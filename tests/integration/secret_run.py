@@ -16,7 +16,15 @@ from pathlib import Path
 from recipes.commands.failures import WAITING
 from tests.integration.job_cluster import Cluster, submission
 from tests.integration.played_reviews import Reviewer
-from tests.integration.tiny import SMALLEST, SPREAD_SCORES, START_S, Watched, campaign_record, command_line
+from tests.integration.tiny import (
+    SMALLEST,
+    SPREAD_SCORES,
+    START_S,
+    Watched,
+    campaign_record,
+    command_line,
+    command_line_of,
+)
 from tests.judges import Asked, Reply, goodness, reasoned, serving
 
 SECRET = f"hush{secrets.token_hex(30)}"
@@ -81,7 +89,10 @@ class Seen:
         self.lines.add(line)
         if "raylign.scoring.worker" in line or "recipes.commands.cli run" in line:
             with suppress(OSError):
-                self.environments[f"{pid} {line}"] = Path(f"/proc/{pid}/environ").read_bytes()
+                environment = Path(f"/proc/{pid}/environ").read_bytes()
+                # A child that has only just begun its own program had the command line of its parent.
+                if command_line_of(pid) == line:
+                    self.environments[f"{pid} {line}"] = environment
 
 
 class Elements(HTMLParser):

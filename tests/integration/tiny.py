@@ -172,7 +172,7 @@ class Watched:
         living = _pids()
         self._others &= living
         new = living - self._others
-        return {pid: line for pid in new if (line := _command_line(pid)) and self._owns(pid)}
+        return {pid: line for pid in new if (line := command_line_of(pid)) and self._owns(pid)}
 
     def _owns(self, pid: int) -> bool:
         try:
@@ -193,7 +193,7 @@ def _pids() -> set[int]:
     return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
-def _command_line(pid: int) -> str:
+def command_line_of(pid: int) -> str:
     """Empty for kernel threads, zombies and processes that have just ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
