@@ -56,7 +56,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SMALL_MB = 3.0
 STOP_S = 400.0
-NOT_OURS = re.compile(r"imported \w+ from |[\d:, -]+\tINFO job_manager\.py:")
+NOT_OURS = re.compile(r"imported \w+ from |[\d:, -]+\tINFO job_manager\.py:|Running entrypoint for job raysubmit_")
 """What the copy of the sources says, and Ray's own two lines at the top of a job's log."""
 
 
