@@ -26,7 +26,7 @@ SHARING = (
 LONG = (
     "integration/test_job_submission.py",
     *SHARING,
-    *("integration/test_leaks.py", "integration/test_raw_errors.py", "integration/test_bad_input.py"),
+    *("integration/test_raw_errors.py", "integration/test_bad_input.py"),
     *("integration/test_interrupts.py", "integration/test_judge.py"),
     *("integration/test_offline_recipes.py", "integration/test_mlflow_faults.py"),
     *("integration/test_scorer_faults.py", "integration/test_export_serving.py"),

@@ -23,7 +23,7 @@ RUN_ELSEWHERE = {
     "make bench": "below, make -n",
     "make fuzz": "tests/unit/test_fuzz.py, fewer inputs",
     "make clean": "below, make -n",
-    "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts",
+    "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts and a random model",
     "raylign run": "test_interrupts.py, test_offline_recipes.py, test_model_scorers.py, test_evaluate_recipe.py",
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
     "raylign review show": "tests/unit/report/test_page.py; tests/unit/recipes/commands/test_cli.py",

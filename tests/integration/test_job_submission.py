@@ -1,38 +1,52 @@
-"""The recipe as a Ray job: only the uploaded folder and the installed packages are on the cluster."""
+"""The recipe as a Ray job: only the uploaded folder and the installed packages are on the cluster.
+
+One whole run begins on this machine, with secrets in its environment, waits for people, and goes on as a job.
+"""
 
 import json
 import os
 import re
 import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
+from statistics import fmean
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from raylign.review.record import ReviewRecord
 from raylign.run.directory import open_run
+from raylign.run.tables import read_candidates
+from raylign.scoring.judge_client import QUESTIONS
 from raylign.tracking.journal import read_events
 from recipes.commands.cli import app
 from tests.faults import record
+from tests.integration import secret_run
+from tests.integration.job_cluster import OUTPUTS, PACKAGES, RUNTIME_ENV, Cluster, copy_sources, imported, started
+from tests.integration.secret_run import (
+    OF_NODES,
+    PICKLE_STARTS,
+    PICKLED,
+    SECRET,
+    Elements,
+    Finished,
+    files,
+    finished_run,
+    holders,
+)
 from tests.integration.tiny import (
     LONG_TRAINING,
     RECIPE,
-    ROOT,
     SMALLEST,
-    SPREAD_SCORES,
     START_S,
-    Watched,
     campaign_record,
-    clean_environment,
+    foreign_lines,
     synced_record,
     wait_until,
     weight_folders,
@@ -40,186 +54,47 @@ from tests.integration.tiny import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-BIN = Path(sys.executable).parent
-RUNTIME_ENV = "deploy/ray_runtime_env.yaml"
-UPLOADED = ("platform", "actors", "recipes", "deploy", ".gitignore", "pyproject.toml", "README.md")
-OUTPUTS = (
-    "runs/demo/checkpoints/0001/weights.bin",
-    "runs/mlflow.db",
-    "mlruns/0/meta.yaml",
-    ".venv/bin/python",
-    ".cache/kernels.so",
-    "recipes/policy.safetensors",
-    "deploy/__pycache__/old.pyc",
-    ".git/HEAD",
-)
-TELL = '\nimport sys\n\nprint(f"imported {__name__} from {__file__}", file=sys.stderr)\n'
-PACKAGES = {"raylign": "platform/raylign", "actors": "actors", "recipes": "recipes"}
 SMALL_MB = 3.0
 STOP_S = 400.0
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A one-node cluster of the test's own. `environment` is for Ray's commands, token included."""
-
-    head: Watched
-    folder: Path
-    dashboard: str
-    environment: Mapping[str, str]
-
-    def ray(self, *arguments: str, cwd: Path | None = None, timeout_s: float = START_S) -> str:
-        """Output of a `ray` command that must succeed, without the colours of Ray's own lines."""
-        done = self._run(*arguments, cwd=cwd, timeout_s=timeout_s)
-        assert done.returncode == 0, done.stdout
-        return re.sub(r"\x1b\[\d+m", "", done.stdout)
-
-    def refusal(self, *arguments: str, without: str) -> str:
-        """Output of a `ray` command that must fail when the variable `without` is missing."""
-        environment = {name: value for name, value in self.environment.items() if name != without}
-        done = self._run(*arguments, environment=environment)
-        assert done.returncode != 0, done.stdout
-        return done.stdout
-
-    def submit(self, *arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
-        """`raylign submit` of the recipe in `cwd`, with the code of this checkout and other variables if need be."""
-        return subprocess.run(
-            [sys.executable, "-P", "-m", "recipes.commands.cli", "submit", RECIPE, *arguments],
-            cwd=cwd,
-            env={**self.environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}", **extra},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=2 * START_S,
-            check=False,
-        )
-
-    @property
-    def token(self) -> str:
-        return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-
-    def holders_of(self, secret: str) -> list[str]:
-        """Files of the cluster and command lines of its processes that show it."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        shown = [str(path) for path in files if secret.encode() in path.read_bytes()]
-        return shown + [line for line in self.head.processes().values() if secret in line]
-
-    def _run(
-        self,
-        *arguments: str,
-        cwd: Path | None = None,
-        timeout_s: float = START_S,
-        environment: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [BIN / "ray", *arguments],
-            cwd=cwd,
-            env=dict(environment or self.environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-    def job_log(self, job: str) -> str:
-        """What the job's driver printed, as it is on the head node."""
-        (path,) = self.folder.glob(f"session_2*/logs/job-driver-{job}.log")
-        return path.read_bytes().decode(errors="replace")
-
-    def worker_logs(self) -> str:
-        return "".join(path.read_text(errors="replace") for path in self.folder.glob("session_2*/logs/worker-*.err"))
-
-    def snapshots(self) -> list[Path]:
-        """The uploaded folders as the cluster unpacked them."""
-        return sorted(self.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+NOT_OURS = re.compile(r"imported \w+ from |[\d:, -]+\tINFO job_manager\.py:|Running entrypoint for job raysubmit_")
+"""What the copy of the sources says, and Ray's own two lines at the top of a job's log."""
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources that says where it is imported from, with outputs that must not be uploaded."""
     copy = tmp_path_factory.mktemp("copy")
-    for name in UPLOADED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, copy / name)
-    for folder in PACKAGES.values():
-        with (copy / folder / "__init__.py").open("a") as module:
-            module.write(TELL)
-    for output in OUTPUTS:
-        (copy / output).parent.mkdir(parents=True, exist_ok=True)
-        (copy / output).write_bytes(secrets.token_bytes(100_000))
+    copy_sources(copy)
     return copy
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """`ray start --head` on loopback, on free ports, with a token."""
-    folder = tmp_path_factory.mktemp("head")
-    (folder / "token").write_text(secrets.token_hex(32))
-    (folder / "token").chmod(0o600)
-    port, dashboard, client, agent, agent_grpc, metrics, runtime_env = free_ports(7)
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
-    path = {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": "", "RAY_DISABLE_DASHBOARD_LOG_INFO": "1"}
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True) as short:
-        command = [
-            *(str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
-            *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
-            *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={short}"),
-            *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
-            *(f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}"),
-            *(f"--runtime-env-agent-port={runtime_env}", "--min-worker-port=0", "--max-worker-port=0"),
-        ]
-        # As in clusters that raylign starts: Ray's workers would wait for whatever else the machine does.
-        with _started(command, folder, {**token, **path, "RAY_worker_niceness": "0"}) as head:
-            address = f"http://127.0.0.1:{dashboard}"
-            environment = clean_environment({**token, **path, "RAY_ADDRESS": address})
-            found = Cluster(head, Path(short), address, environment)
-            wait_until(lambda: found._run("job", "list").returncode == 0, START_S, lambda: head.output)
-            yield found
+    """A cluster of one node, with secrets in the environment of the node."""
+    with started(tmp_path_factory.mktemp("head"), OF_NODES) as cluster:
+        yield cluster
 
 
-def _started(command: list[str], folder: Path, environment: Mapping[str, str]) -> Watched:
-    """Once more when the head is late: Ray gives it 30 seconds, by a constant of its own."""
-    head = Watched(command, folder, **environment)
-    wait_until(lambda: "Ray runtime started" in head.output or head.ended, START_S, lambda: head.output)
-    if not head.ended:
-        return head
-    head.__exit__(None, None, None)
-    assert "timed out during startup" in head.output, head.output
-    return _started(command, folder, environment)
-
-
-def imported(text: str) -> dict[str, set[str]]:
-    """Files that each package was imported from, as the copies say."""
-    found: dict[str, set[str]] = {}
-    for name, file in re.findall(r"^.*imported (\w+) from (\S+)$", text, re.MULTILINE):
-        found.setdefault(name, set()).add(file)
-    return found
+@pytest.fixture(scope="module")
+def finished(
+    cluster: Cluster, checkout: Path, served_llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Finished]:
+    with finished_run(cluster, checkout, served_llama, tmp_path_factory.mktemp("quiet")) as found:
+        yield found
 
 
 @pytest.mark.fault
 def test_without_the_token_nothing_is_submitted(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    assert "authentication" in cluster.refusal("job", "list", without="RAY_AUTH_MODE").lower()
+    assert httpx.get(f"{cluster.dashboard}/api/jobs/").status_code == HTTPStatus.UNAUTHORIZED
     (tmp_path / "other").write_text("f" * 64)
     for extra, given in (
         ({"RAY_AUTH_MODE": "disabled"}, "asks for a token and got none; "),
         ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}, "asks for a token and got another; "),
         ({"RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}, "RAY_AUTH_MODE=token, but there is no token; "),
     ):
-        done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", cwd=checkout, **extra)
+        done = cluster.submit(RECIPE, *SMALLEST, f"run.dir={tmp_path}", cwd=checkout, **extra)
         assert done.returncode == 1 and "Traceback" not in done.stdout, done.stdout
         assert given in done.stdout and "set RAY_AUTH_MODE=token and give" in done.stdout, done.stdout
-    assert cluster.ray("job", "list").count("raysubmit_") == 0
+    assert cluster.asked("GET").json() == []
     record(
         "submitting without the token", "no token, another one, an empty home", lost="nothing: refused, with the cure"
     )
@@ -259,8 +134,7 @@ def test_secrets_reach_neither_the_command_nor_the_runtime_environment(
     for setting in (f"tracking.password={hush}", f"tracking.uri=http://me:{hush}@mlflow:5000"):
         told = refused(setting)
         assert "before `ray start`" in told, told
-    jobs = cluster.ray("job", "list")
-    assert hush not in jobs and cluster.holders_of(hush) == []
+    assert hush not in cluster.asked("GET").text and cluster.holders_of(hush) == []
     record(
         "submitting secrets to a cluster with a token",
         f"{len(added)} runtime environments and 2 settings",
@@ -268,12 +142,8 @@ def test_secrets_reach_neither_the_command_nor_the_runtime_environment(
     )
 
 
-def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    shared, name = tmp_path / "shared", f"submitted-{os.getpid()}"
-    settings = (*SMALLEST, f"run.dir={shared}", f"run.name={name}")
-    done = cluster.submit(*settings, cwd=checkout)
-    output = done.stdout
-    assert done.returncode == 0, output
+def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: Path, finished: Finished) -> None:
+    output, log = finished.submitted, finished.job_log
     assert output.startswith(f"submitted to {cluster.dashboard}: job raysubmit_"), "Ray's own talk is left out"
     (job,) = re.findall(r"^submitted to .*: job (raysubmit_\w+)$", output, re.MULTILINE)
     assert f"ray job stop --address {cluster.dashboard} {job}" in output
@@ -290,31 +160,119 @@ def test_a_job_runs_on_its_snapshot_alone_and_again(cluster: Cluster, checkout: 
         name: expected[name] for name in ("raylign", "actors")
     }
 
-    files = {path for path in snapshot.rglob("*") if path.is_file()}
-    assert [output for output in OUTPUTS if snapshot / output in files] == []
-    megabytes = sum(path.stat().st_size for path in files if path.suffix != ".pyc") / 1e6
-    print(f"snapshot: {len(files)} files, {megabytes:.2f} MB")
+    uploaded = {path for path in snapshot.rglob("*") if path.is_file()}
+    assert [output for output in OUTPUTS if snapshot / output in uploaded] == []
+    megabytes = sum(path.stat().st_size for path in uploaded if path.suffix != ".pyc") / 1e6
+    print(f"snapshot: {len(uploaded)} files, {megabytes:.2f} MB")
     assert megabytes < SMALL_MB
 
-    directory = open_run(shared / name)
+    directory = open_run(finished.run)
     (report,) = directory.reports()
     preferences = pq.read_table(directory.round(1) / "preferences.parquet")
     assert report.counts["preferences"] == preferences.num_rows > 0
     assert (directory.checkpoint(1) / "adapter_model.safetensors").is_file()
-    assert campaign_record(shared).info.status == "FINISHED"
-    assert "round 1 train 1/1 steps in " in output
+    assert campaign_record(finished.run.parent).info.status == "FINISHED"
+    assert "round 1 train 4/4 steps in " in output
     assert re.search(r"^round 1: held-out score ", output, re.MULTILINE)
-    log = cluster.job_log(job)
     assert not set("\x1b\r\b") & set(log)
     assert "Traceback" not in log
-    assert weight_folders(name) == []
+    assert weight_folders(finished.name) == []
 
-    again = cluster.submit(*settings, cwd=checkout)
+    again = cluster.submit(secret_run.RECIPE, *finished.settings, cwd=checkout)
     assert (again.returncode, "all 1 rounds are done" in again.stdout) == (0, True), again.stdout
 
 
+@pytest.mark.fault
+def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(cluster: Cluster, finished: Finished) -> None:
+    folder, lines = finished.folder, finished.seen.lines
+    assert any("raylet" in line for line in lines), "the watch saw the processes"
+    environments = finished.seen.environments.items()
+    drivers = [environment for line, environment in environments if "recipes.commands.cli" in line]
+    scoring = [environment for line, environment in environments if "recipes.commands.cli" not in line]
+    had = {environment.count(SECRET.encode()) for environment in drivers}
+    assert had == {9, 10}, "both drivers had them, one that of its private cluster too"
+    assert SECRET not in finished.begun + finished.submitted + finished.job_log
+    assert [line for line in lines if SECRET in line] == []
+    assert scoring and all(b"PATH=" in environment for environment in scoring)
+    assert not any(SECRET.encode() in environment for environment in scoring)
+    assert holders(folder) == holders(finished.ray_folder) == cluster.holders_of(SECRET) == []
+    assert any("mlflow.db" in path.name for path in files(folder))
+
+    run_directory = finished.run
+    assert [path for path in files(run_directory) if path.suffix in PICKLED] == []
+    assert [path for path in files(run_directory) if path.read_bytes()[:4].startswith(PICKLE_STARTS)] == []
+
+    made = {path.relative_to(folder).parts[:2] for path in set(files(folder)) - finished.before}
+    made_in_runs = {parts[1] for parts in made if parts[0] == "runs"}
+    assert {parts[0] for parts in made if parts[0] != "runs" and not parts[0].startswith("output-")} <= {"__pycache__"}
+    assert made_in_runs <= {finished.name, "mlflow.db", "mlartifacts", ".mlflow.db.lock"}
+    pages = [path for path in files(folder / "runs/mlartifacts") if path.suffix == ".html"]
+    assert any("onclick" in page.read_text() for page in pages), "MLflow has pages of the tables"
+    assert all(Elements(page.read_text()).found.isdisjoint({"b", "script"}) for page in pages)
+    record("secrets and hostile prompts in a run", "ten secrets, path-like ids, HTML", lost="nothing")
+
+
+def test_the_recipe_trains_groups_and_says_what_trl_would(finished: Finished) -> None:
+    """Real engines: the ratios of a round's first step are 1, and the generator's log-probs are the trainer's."""
+    assert foreign_lines(finished.begun) == []
+    job_lines = "\n".join(line for line in finished.job_log.splitlines() if not NOT_OURS.match(line))
+    assert foreign_lines(job_lines) == []
+    directory = open_run(finished.run)
+    ((first, *others),) = (report.steps for report in directory.reports())
+    assert others and first["clip_ratio/region_mean"] == 0.0 and first["rewards/margins"] == 0.0
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-3
+    assert others[0]["rewards/margins"] != 0.0
+    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
+    assert {len(row["token_ids"]) for row in rows} == {3}
+    for row in rows:
+        assert [len(values) for values in row["old_logprobs"]] == [len(ids) for ids in row["token_ids"]]
+        assert row["reference_logprobs"] is None
+
+
+def test_a_judge_compares_in_both_orders_and_rates_what_is_held_out(finished: Finished) -> None:
+    assert {asked.authorization for asked in finished.asked} == {f"Bearer {SECRET}"}
+    rounds = finished.run / "rounds"
+    rows = pq.read_table(rounds / "0001/candidates.parquet").to_pylist()
+    shares: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        shares[row["prompt_id"]].append(json.loads(row["score_parts"])["judge"])
+    assert len(shares) == 4 and all(sorted(share) == [0.0, 0.5, 1.0] for share in shares.values())
+    before, held_out = (pq.read_table(rounds / f"{number}/samples.parquet").to_pylist() for number in ("0000", "0001"))
+    ratings = [json.loads(row["score_parts"])["judge"] * 9 for row in held_out]
+    assert ratings == pytest.approx([round(rating) for rating in ratings])
+    told, of_ratings = ([json.loads(row["part_reasons"])["judge"] for row in found] for found in (rows, held_out))
+    assert {len(reason.splitlines()) for reason in told} == {2}, "one for each other candidate"
+    assert all(reason.startswith('A is this answer, B "') for reason in told)
+    assert all(re.fullmatch(r"It has \d+ good words\.", reason) for reason in of_ratings)
+    first, second = ({(row["prompt_id"], row["text"]) for row in evaluated} for evaluated in (before, held_out))
+    assert SECRET not in finished.logs and "judge judge-1: " in finished.logs
+    report = json.loads((rounds / "0001/report.json").read_text())
+    items, comparisons, requests = (report["scoring"][f"judge/{name}"] for name in ("items", "comparisons", "requests"))
+    assert (items, comparisons, requests) == (12, 12, 24 + 1 + 2 * len(QUESTIONS)), "its canaries before them"
+    # Six questions for each prompt and two evaluations of two, without repetitions: the second start asks none again.
+    mine = [asked for asked in finished.asked if "Write <b onclick" in asked.user]
+    assert len(mine) == 4 * 6 + len(first | second)
+
+
+def test_it_trains_on_what_people_said(finished: Finished) -> None:
+    asked = re.findall(
+        r"^waiting for people: (\d+) of (\d+) questions have no answer yet; ", finished.begun + finished.job_log, re.M
+    )
+    directory = open_run(finished.run)
+    said = ReviewRecord(directory.path).said()
+    assert asked == [(str(len(said.answers)),) * 2] and said.answers
+    candidates, scores = read_candidates(directory.round(1) / "candidates.parquet")
+    keys = [(found.prompt_id, zlib.crc32(found.text.encode())) for found in candidates]
+    for (prompt, key), score in zip(keys, scores, strict=True):
+        others = [other for own, other in keys if own == prompt and other != key]
+        assert not others or score.parts["people"] == fmean(key > other for other in others)
+    rows = pq.read_table(directory.round(1) / "preferences.parquet").to_pylist()
+    assert rows and all(len(set(row["scores"])) > 1 for row in rows)
+    assert campaign_record(finished.run.parent).info.status == "FINISHED"
+
+
 def test_the_status_of_a_job_is_that_of_its_submission(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
-    done = cluster.submit(*SMALLEST, f"run.dir={tmp_path}", "prompts.source=/none.jsonl", cwd=checkout)
+    done = cluster.submit(RECIPE, *SMALLEST, f"run.dir={tmp_path}", "prompts.source=/none.jsonl", cwd=checkout)
     assert done.returncode == 1, done.stdout
     assert "error: /none.jsonl: no such file or folder" in done.stdout
     assert "ended with status 1; the same command goes on with it" in done.stdout
@@ -323,7 +281,6 @@ def test_the_status_of_a_job_is_that_of_its_submission(cluster: Cluster, checkou
 def test_a_stopped_job_cleans_up_after_itself(
     cluster: Cluster, checkout: Path, served_llama: str, tmp_path: Path
 ) -> None:
-    (checkout / "spread.py").write_text(SPREAD_SCORES)
     environment = yaml.safe_load((checkout / RUNTIME_ENV).read_text())
     environment["env_vars"]["VLLM_LOGGING_LEVEL"] = "INFO"  # also set by the run itself, which must not clash
     run = tmp_path / f"shared/stopped-{os.getpid()}"
@@ -341,7 +298,9 @@ def test_a_stopped_job_cleans_up_after_itself(
 
     wait_until(lambda: steps() > 0, 2 * START_S, lambda: cluster.job_log("stopped"))
     segments = cluster.head.shared_memory()
-    assert "Job 'stopped' was stopped" in cluster.ray("job", "stop", "stopped", timeout_s=STOP_S)
+    # As `ray job stop` does, without the seconds that this command takes to start while the run takes steps.
+    assert cluster.asked("POST", "stopped/stop").json() == {"stopped": True}
+    wait_until(lambda: cluster.asked("GET", "stopped").json()["status"] == "STOPPED", STOP_S, cluster.worker_logs)
     assert "Job stopped has been terminated gracefully with SIGTERM" in cluster.worker_logs()
     last = list(read_events(run / "events.jsonl"))[-1]
     assert (last.name, last.payload["status"]) == ("campaign_finished", "KILLED")

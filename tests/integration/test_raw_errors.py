@@ -1,5 +1,10 @@
-"""Real errors of vLLM, torch and Ray, as a person gets them: what happened, the cure, and a file with the rest."""
+"""Real errors of vLLM, torch and Ray, as a person gets them: what happened, the cure, and a file with the rest.
 
+The clusters of the roles are started with secrets around, which neither those errors nor runtime environments show.
+"""
+
+import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +16,7 @@ import ray
 import typer
 from ray.actor import ActorHandle
 
-from actors.cluster import cluster
+from actors.cluster import actor_environment, cluster
 from actors.generator.actor import EngineSpec, GeneratorActor
 from actors.supervision.generators import SupervisedGenerators, actor_name
 from actors.weight_sync.transports import ShmTransport
@@ -22,6 +27,7 @@ from recipes.commands.cli import ended_cleanly
 from recipes.commands.failures import told
 from tests.fakes import quiet_supervision
 from tests.integration.ranks import spec_of
+from tests.integration.secret_run import OF_NODES, SECRET
 from tests.integration.test_trainer_faults import Trainers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_cluster")]
@@ -69,6 +75,13 @@ def start_trainers(model: str, folder: Path) -> None:
     Trainers(spec, folder)
 
 
+def passed_on() -> tuple[list[str], dict[str, str]]:
+    """The runtime environments of this driver and of its tasks, and what is around a task."""
+    task = ray.remote(lambda: (dict(ray.get_runtime_context().runtime_env), dict(os.environ)))
+    inside, around = ray.get(task.remote())
+    return [json.dumps(dict(ray.get_runtime_context().runtime_env)), json.dumps(inside)], around
+
+
 @pytest.mark.parametrize(
     ("start", "role", "cure"),
     [
@@ -86,9 +99,12 @@ def test_a_role_that_cannot_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in OF_NODES.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "demo").mkdir()
     run = RunBlock(dir=tmp_path, name="demo")
     with pytest.raises(typer.Exit) as ended, ended_cleanly(), told(run), cluster(num_cpus=2):
+        texts, around = passed_on()
         start(served_llama, tmp_path)
     assert ended.value.exit_code == 1 and not ray.is_initialized()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "cure: "))]
@@ -99,6 +115,10 @@ def test_a_role_that_cannot_start(
     assert second.endswith(f"; the rest is in {path}")
     text = path.read_text()
     assert "Traceback" in text and re.search(r"The end of .*worker-.*:", text), text[-3000:]
+    wanted = actor_environment(private=True)
+    assert "PATH" in wanted and wanted.items() <= around.items()
+    assert [shown for shown in (*texts, json.dumps(actor_environment()), text) if SECRET in shown] == []
+    assert os.environ["HF_TOKEN"] == around["HF_TOKEN"] == SECRET
 
 
 def test_a_cluster_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ class Watched:
         """Start `command` in `folder`; stdout and stderr go to one file."""
         self.folder = folder
         self._born: dict[str, float] = {}
+        self._others = _pids()
         self._mark = f"{_MARK}={uuid.uuid4().hex}".encode()
         self._log = folder / f"output-{uuid.uuid4().hex[:8]}.txt"
         # Ray's socket paths may have 107 characters, which pytest's folders use up.
@@ -168,7 +169,10 @@ class Watched:
 
     def processes(self) -> dict[int, str]:
         """Command lines of the living processes that carry the mark or belong to the session, by id."""
-        return {pid: line for pid in _pids() if (line := _command_line(pid)) and self._owns(pid)}
+        living = _pids()
+        self._others &= living
+        new = living - self._others
+        return {pid: line for pid in new if (line := command_line_of(pid)) and self._owns(pid)}
 
     def _owns(self, pid: int) -> bool:
         try:
@@ -185,11 +189,11 @@ class Watched:
         return {path for pid in self.processes() for path in _mapped(pid) if path.exists()}
 
 
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
-def _command_line(pid: int) -> str:
+def command_line_of(pid: int) -> str:
     """Empty for kernel threads, zombies and processes that have just ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()

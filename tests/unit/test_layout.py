@@ -21,7 +21,6 @@ SMALL = {
     "actors.generator.preloaded": "imported by another process, for what it imports",
     "raylign.data.formats.hh": "each published format has a file of its name",
     "raylign.losses.function": "each family of losses has a file",
-    "recipes.commands.checks.probe": "a program of its own",
     "recipes.commands.resume": "each command has a file",
     "raylign.scoring.vader": "an example that users name and copy",
 }

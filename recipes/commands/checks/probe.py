@@ -7,14 +7,17 @@ import json
 import sys
 from importlib.util import find_spec
 
-import torch
-
+from raylign.boundary.imports import lean_imports
 from raylign.errors import ModelError
-from raylign.models.cache import MANIFEST, cache_root
-from raylign.models.embedded import EMBEDDED, PREFIX, carried_file
+
+with lean_imports("torch"):
+    from raylign.models.cache import MANIFEST, cache_root
+    from raylign.models.embedded import EMBEDDED, PREFIX, carried_file
 
 
 def main() -> None:
+    import torch  # noqa: PLC0415 - beside it transformers would load its models
+
     models = {f"{PREFIX}{name}": _embedded(name) for name in EMBEDDED}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     json.dump({"gpus": gpus, "cuda": torch.version.cuda, "cache": str(cache_root()), "models": models}, sys.stdout)

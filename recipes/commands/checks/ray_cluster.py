@@ -19,6 +19,8 @@ STATUS_TIMEOUT_S = 20.0
 DEFAULT_TOKEN = Path(".ray/auth_token")
 """Ray's own token file, under the home folder."""
 TOKEN_CURE = "set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What a Ray job's driver has in its environment, beside the address of the cluster that started it."""
 FOUND_BY_RAY = ("", "local", "auto")
 """Addresses for which `ray.init` turns token authentication on by itself; for an explicit one it never does."""
 
@@ -36,7 +38,12 @@ def ray_checks(environment: Mapping[str, str], home: Path) -> list[Check]:
 
 
 def require_named_cluster() -> None:
-    """Raises PlacementError in seconds when RAY_ADDRESS names no live cluster; `ray.init` would wait for minutes."""
+    """Raises PlacementError in seconds when RAY_ADDRESS names no live cluster; `ray.init` would wait for minutes.
+
+    A job's own cluster has just started this process: it is not asked.
+    """
+    if JOB in os.environ:
+        return
     check = _cluster_check(os.environ.get("RAY_ADDRESS", ""))
     if check.status == "fail":
         raise PlacementError(f"{check.found}; {check.cure}")

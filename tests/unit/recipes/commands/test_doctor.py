@@ -27,7 +27,7 @@ from recipes.commands.checks.accelerators import (
     requirement_check,
 )
 from recipes.commands.checks.machine import Check, Status
-from recipes.commands.checks.ray_cluster import mlflow_check, ray_checks, require_named_cluster, token_check
+from recipes.commands.checks.ray_cluster import JOB, mlflow_check, ray_checks, require_named_cluster, token_check
 from recipes.commands.cli import app
 
 GIB = 1 << 30
@@ -239,6 +239,12 @@ def test_a_cluster_that_cannot_be_reached_fails_at_once(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(PlacementError, match=message):
         require_named_cluster()
+
+
+def test_a_job_does_not_ask_the_cluster_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv(JOB, "{}")
+    require_named_cluster()
 
 
 @contextmanager
