@@ -20,7 +20,7 @@ from tests.mlflow_servers import put_database
 SCORER = """\
 import pathlib, time, zlib
 
-REPORT = pathlib.Path(__file__).parent / "runs/careless/rounds/0001/report.json"
+REPORT = pathlib.Path("FOLDER/runs/careless/rounds/0001/report.json")
 
 
 def score(prompts, completions):
@@ -59,7 +59,7 @@ def careless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a scorer that fails by prompt, and prompts for it: six to train on, two held out."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "careless.py").write_text(SCORER)
+    (tmp_path / "careless.py").write_text(SCORER.replace("FOLDER", str(tmp_path)))
     splits = {
         "train": [{"prompt": f"Write about a film that is {case}."} for case in CASES],
         "test": [{"prompt": f"Write about a play that is {case}."} for case in ("nan", "plain")],
