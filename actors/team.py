@@ -167,18 +167,24 @@ class Served:
     """A policy for generators: the model in `folder`, as `model` says, with the weights of a run's checkpoint.
 
     `checkpoint` holds an adapter where `model.lora` is set, else model.safetensors; None is the model as it is, which
-    is version 0.
+    is version 0. `adapted` asks for an engine that takes adapters.
     """
 
     folder: str
     model: ModelBlock
     checkpoint: Path | None
     version: int
+    adapted: bool
 
     @property
     def engine(self) -> EngineEnd:
         """How its weights come to an engine that has loaded the model."""
-        return LoraTransport.engine if self.checkpoint and self.model.lora else ShmTransport.engine
+        return LoraTransport.engine if self.adapted else ShmTransport.engine
+
+    def may_follow(self, other: "Served") -> bool:
+        """Whether engines that serve `other` can serve this one next: they never go back to the model as it is."""
+        same = (self.folder, self.model, self.adapted) == (other.folder, other.model, other.adapted)
+        return same and (self.checkpoint is not None or other.checkpoint is None)
 
     def bring(self, engines: Engines, timeout_s: float) -> None:
         """Let engines serve the checkpoint. Raises GeneratorError."""
@@ -192,19 +198,39 @@ class Served:
             engines.call("loading weights", timeout_s, Generator.take_weights, file, self.version)
 
 
-@contextmanager
-def generator_team(
-    config: EvaluateConfig, served: Served, plan: PlacementPlan, incidents: Incidents
-) -> Iterator[SupervisedGenerators]:
-    """Generators alone, which serve a policy that nobody trains; whoever is replaced is brought to it too."""
-    timeout_s = config.generators.weight_sync.timeout_s
-    with _starting(config, served.folder, 0, plan, incidents) as start:
-        generators = _start_generators(config, served.model, start, served.engine, OwnDevices())
-        generators.wait_ready()
-        served.bring(generators, timeout_s)
-        generators.bring_newcomers_up_to_date(lambda handle: served.bring(OneEngine([handle], OwnDevices()), timeout_s))
-        with watched((generators,), config.recovery.heartbeat_s):
-            yield generators
+class Answering:
+    """Generators alone, which serve policies that nobody trains, one after the other.
+
+    Those of one model are served by the same engines; whoever is replaced is brought to the present one too.
+    """
+
+    def __init__(self, config: EvaluateConfig, plan: PlacementPlan, incidents: Incidents) -> None:
+        self._config, self._plan, self._incidents = config, plan, incidents
+        self._timeout_s = config.generators.weight_sync.timeout_s
+        self._open = ExitStack()
+        self._now: tuple[Served, SupervisedGenerators] | None = None
+
+    def serve(self, served: Served) -> SupervisedGenerators:
+        """Until the next one is served. Raises GeneratorError."""
+        if self._now is not None and served.may_follow(self._now[0]):
+            generators = self._now[1]
+        else:
+            self.close()
+            start = self._open.enter_context(_starting(self._config, served.folder, 0, self._plan, self._incidents))
+            generators = _start_generators(self._config, served.model, start, served.engine, OwnDevices())
+            generators.wait_ready()
+            self._open.enter_context(watched((generators,), self._config.recovery.heartbeat_s))
+        self._now = served, generators
+        generators.bring_newcomers_up_to_date(
+            lambda handle: served.bring(OneEngine([handle], OwnDevices()), self._timeout_s)
+        )
+        served.bring(generators, self._timeout_s)
+        return generators
+
+    def close(self) -> None:
+        """End the engines. Others start where one is served again."""
+        self._now = None
+        self._open.close()
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from recipes.commands.plan_evaluate import show_evaluation_plan
 from recipes.opening import evaluation_run
 from recipes.recipe import Recipe
 from recipes.run import Run
-from recipes.sides import Found
+from recipes.sides import Found, in_turn
 
-Serve = Callable[[Found], AbstractContextManager[Generators]]
-"""Generators that serve a side, for as long as the context lasts."""
+Serve = Callable[[Found], Generators]
+"""Generators that serve a side, until another one is served or the scorer starts."""
 Scoring = Callable[[], AbstractContextManager[Scorer]]
 """The scorer, for as long as the context lasts."""
 REPORT = TypeAdapter(Comparison)
@@ -56,16 +56,15 @@ def answer(log: RoundLog, number: int, side: Found, serve: Serve, config: Evalua
         log.sampled(stage, prompts, (side.version,) * block.num_generations, number) as answers,
     ):
         if answers.missing:
-            with serve(side) as generators:
-                generators.sample(
-                    answers.missing,
-                    decoding,
-                    seed=config.run.seed,
-                    round_index=0,
-                    version=side.version,
-                    advance=stage.advance,
-                    on_finished=answers.add,
-                )
+            serve(side).sample(
+                answers.missing,
+                decoding,
+                seed=config.run.seed,
+                round_index=0,
+                version=side.version,
+                advance=stage.advance,
+                on_finished=answers.add,
+            )
     return answers.candidates
 
 
@@ -107,7 +106,7 @@ def pairs_with(
 def compared(run: Run, sides: Sequence[Found], serve: Serve, scoring: Scoring, config: EvaluateConfig) -> Comparison:
     """Every side answers, the scorer compares, and what comes out is on record."""
     log, block = run.round_log(0), config.evaluation
-    answers = [answer(log, number, side, serve, config) for number, side in enumerate(sides)]
+    answers = {number: answer(log, number, sides[number], serve, config) for number in in_turn(sides)}
     prompts, (policy, *opponents) = sides[0].prompts.held_out, sides
     with scoring() as scorer:
         scores = score(log, 0, prompts, answers[0], scorer, config)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -161,19 +161,19 @@ def _describe_scorers(config: OnlineDpoConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRun:
-    """A run that compares, opened: its sides, and who answers and scores, each as long as its context lasts."""
+    """A run that compares, opened: its sides, who answers until the next side does, and who scores when all have."""
 
     run: Run
     sides: Sequence[Found]
-    serve: Callable[[Found], AbstractContextManager[Generators]]
+    serve: Callable[[Found], Generators]
     scoring: Callable[[], AbstractContextManager[Scorer]]
 
 
 @contextmanager
 def evaluation_run(config: EvaluateConfig, recipe: str | None = None) -> Iterator[EvaluationRun]:
-    """A run that trains nothing; generators and the scorer start one after the other. `recipe` as for `online_run`."""
+    """A run that trains nothing; the scorer starts when generators have ended. `recipe` as for `online_run`."""
     from actors.cluster import cluster, log_folder  # noqa: PLC0415 - Ray, which `raylign plan` does without
-    from actors.team import Served, generator_team, scorer_team  # noqa: PLC0415
+    from actors.team import Answering, Served, scorer_team  # noqa: PLC0415
 
     described = _meanwhile(describe_scorer, config.scoring)
     path = run_path(config.run)
@@ -198,12 +198,18 @@ def evaluation_run(config: EvaluateConfig, recipe: str | None = None) -> Iterato
             run = Run(config, directory, tracker, console)
             run.open_record(rows, config.prompts.split)
             console.print(Text(starting(directory, log_folder())), soft_wrap=True)
+            with closing(Answering(config, answering, run.incidents)) as answers:
 
-            def serve(side: Found) -> AbstractContextManager[Generators]:
-                served = Served(side.folder, side.model, side.checkpoint, side.version)
-                return generator_team(config, served, answering, run.incidents)
+                def serve(side: Found) -> Generators:
+                    own = [one for one in sides if (one.folder, one.model) == (side.folder, side.model)]
+                    adapted = side.model.lora is not None and any(one.checkpoint for one in own)
+                    return answers.serve(Served(side.folder, side.model, side.checkpoint, side.version, adapted))
 
-            yield EvaluationRun(run, sides, serve, lambda: scorer_team(config, judging, run.incidents))
+                def scoring() -> AbstractContextManager[Scorer]:
+                    answers.close()
+                    return scorer_team(config, judging, run.incidents)
+
+                yield EvaluationRun(run, sides, serve, scoring)
 
 
 def _meanwhile(function: Callable[[*Ts], T], *args: *Ts) -> Callable[[], T]:

@@ -69,6 +69,17 @@ def find_sides(config: EvaluateConfig, *, quarantine: bool = True) -> list[Found
     return sides
 
 
+def in_turn(sides: Sequence[Found]) -> list[int]:
+    """The numbers of the sides in the order they answer.
+
+    Those of one model come together, and the model as it is before its checkpoints: so they share its engines.
+    """
+    models = [(side.folder, side.model) for side in sides]
+    return sorted(
+        range(len(sides)), key=lambda number: (models.index(models[number]), sides[number].checkpoint is not None)
+    )
+
+
 def _asked(side: Found) -> list[str]:
     return [prompt.id for prompt in side.prompts.held_out]
 

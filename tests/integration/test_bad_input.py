@@ -14,12 +14,13 @@ from raylign.report.tables import sampled
 from raylign.run.directory import open_run
 from recipes.commands.cli import app
 from tests.faults import record
-from tests.integration.tiny import RECIPE, ROOT, SMALLEST, START_S, Watched, campaign_record, command_line
+from tests.integration.tiny import RECIPE, ROOT, SMALLEST, campaign_record
+from tests.mlflow_servers import put_database
 
 SCORER = """\
 import pathlib, time, zlib
 
-REPORT = pathlib.Path(__file__).parent / "runs/careless/rounds/0001/report.json"
+REPORT = pathlib.Path("FOLDER/runs/careless/rounds/0001/report.json")
 
 
 def score(prompts, completions):
@@ -54,9 +55,11 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def careless(tmp_path: Path) -> Path:
+def careless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a scorer that fails by prompt, and prompts for it: six to train on, two held out."""
-    (tmp_path / "careless.py").write_text(SCORER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "careless.py").write_text(SCORER.replace("FOLDER", str(tmp_path)))
     splits = {
         "train": [{"prompt": f"Write about a film that is {case}."} for case in CASES],
         "test": [{"prompt": f"Write about a play that is {case}."} for case in ("nan", "plain")],
@@ -139,14 +142,14 @@ def test_a_missing_recipe_is_named(files: Path, ray_folder: Path) -> None:
         ("run.name=finished", ["runs/finished exists already", "run.name="]),
     ],
 )
-def test_what_only_the_cluster_can_tell_leaves_no_run(
-    setting: str, parts: list[str], files: Path, ray_folder: Path
-) -> None:
+def test_a_run_that_cannot_begin_leaves_nothing(setting: str, parts: list[str], files: Path, ray_folder: Path) -> None:
     before = tree(files)
     message = refused(setting)
     assert [part for part in parts if part not in message] == [], message
     assert tree(files) == before
     assert not ray.is_initialized()
+    only_the_cluster_can_tell = setting.startswith("placement.")
+    assert (tree(ray_folder) != set()) == only_the_cluster_can_tell, "whether a Ray cluster was started"
     record(
         f"refused: {parts[0].split(' (')[0]}",
         setting,
@@ -162,9 +165,10 @@ def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("resources")
 def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path, served_llama: str) -> None:
     """Round 1 goes on with what was scored; in round 2 nothing is, and only that round is lost."""
+    put_database(careless / "runs/mlflow.db")
     settings = (
         *(setting for setting in SMALLEST if not setting.startswith("model.dtype=")),
         *("run.dir=runs", "run.name=careless", "prompts.source=prompts.json"),
@@ -172,10 +176,9 @@ def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Pa
         *("schedule.prompts_per_round=6", "scoring.function=careless:score", "scoring.batch_size=3"),
         *("scoring.timeout_s=2", "scoring.max_unscored=0.6", f"model.path={served_llama}"),
     )
-    with Watched(command_line(*settings), careless) as run:
-        status, _ = run.finish(START_S + 200)
-        output = run.output
-    assert status == 1, output
+    result = CliRunner().invoke(app, ["run", str(ROOT / RECIPE), *settings])
+    output = result.output
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), output
     assert "Traceback" not in output
     directory = open_run(careless / "runs/careless")
     (report,) = directory.reports()
@@ -197,7 +200,7 @@ def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Pa
         "simple": [""] * 3,
     }
     assert directory.checkpoint(1).is_dir()
-    error = output[output.index("error: ") :]
+    error = result.stderr[result.stderr.index("error: ") :]
     for part in ("18 of 18", "60%", "ConnectionError: the judge is gone"):
         assert part in error
     kept = pq.read_table(directory.round(2) / "candidates.parquet").to_pylist()

@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {
     "make fuzz": "tests/unit/test_fuzz.py, fewer inputs",
     "make clean": "below, make -n",
     "python recipes/minimal.py": "tests/integration/test_minimal.py, fewer prompts and a random model",
-    "raylign run": "test_interrupts.py, test_offline_recipes.py, test_model_scorers.py, test_evaluate_recipe.py",
+    "raylign run": "test_interrupts.py, test_offline_recipes.py, test_model_scorers.py",
     "raylign export": "tests/unit/recipes/commands/test_cli.py; test_offline_recipes.py a reward model",
     "raylign review show": "tests/unit/report/test_page.py; tests/unit/recipes/commands/test_cli.py",
     "raylign compare": "tests/unit/recipes/commands/test_compare.py",

@@ -25,6 +25,7 @@ from tests.integration.tiny import (
     wait_until,
     weight_folders,
 )
+from tests.mlflow_servers import put_database
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,6 +71,7 @@ def test_a_signal_ends_the_run_and_leaves_only_its_directory(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "spread.py").write_text(SPREAD_SCORES)
+    put_database(tmp_path / "runs/mlflow.db")
     model = (f"model.path={served_llama}", "scoring.function=spread:score")
     name = f"stop-{uuid.uuid4().hex[:12]}"
     with Watched(command(*SMALLEST, *model, *settings, "run.dir=runs", f"run.name={name}"), tmp_path) as run:

@@ -241,7 +241,9 @@ import sys, time
 from pathlib import Path
 from raylign.records import Prompt
 from raylign.run.directory import RunDirectory
+from raylign.tracking import feed
 from tests.integration.played_runs import CONFIG, open_run, start, write_held_out
+feed._TRACES_SHARE *= 8  # a trace a second or two, not one in ten
 run_dir = Path(sys.argv[1])
 with RunDirectory(run_dir).locked():
     tracker = open_run(run_dir, sys.argv[2])

@@ -101,12 +101,24 @@ def silent_uri() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path) -> None:
-    """In a database that the tracker makes."""
-    uri, tracker = default_uri(CONFIG.tracking, run_dir), open_tracker(run_dir, CONFIG.tracking)
-    play_run(tracker, run_dir)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that is wholly in MLflow, in a database that its tracker has made."""
+    path = tmp_path_factory.mktemp("my runs") / "demo"
+    path.mkdir()
+    tracker = open_tracker(path, CONFIG.tracking)
+    play_run(tracker, path)
     assert tracker.close("FINISHED", timeout_s=120) == 0
-    client = MlflowClient(tracking_uri=uri)
+    return path
+
+
+@pytest.fixture
+def client(finished: Path) -> MlflowClient:
+    """Of the database with the finished run."""
+    return MlflowClient(tracking_uri=default_uri(CONFIG.tracking, finished))
+
+
+def test_a_campaign_is_a_run_with_a_run_per_round(finished: Path, client: MlflowClient) -> None:
     assert_recorded_once(client)
     parent, rounds = campaign_and_rounds(client)
     assert parent.info.run_name == "demo"
@@ -114,8 +126,8 @@ def test_a_campaign_is_a_run_with_a_run_per_round(run_dir: Path) -> None:
     assert parent.data.params["loss.beta"] == "0.1"
     assert parent.data.params["sampling.max_new_tokens"] == "64"
     assert parent.data.tags["mlflow.source.git.commit"] == parent.data.tags["git.sha"] == "abc123"
-    assert parent.data.tags["raylign.run_dir"] == str(run_dir)
-    events = list(read_events(run_dir / "events.jsonl"))
+    assert parent.data.tags["raylign.run_dir"] == str(finished)
+    events = list(read_events(finished / "events.jsonl"))
     assert len(events) == EVENTS
     assert parent.info.start_time == int(events[0].time * 1000)
     assert parent.info.end_time == int(events[-1].time * 1000)
@@ -188,11 +200,7 @@ def test_a_damaged_report_costs_the_page_and_nothing_else(
     assert "the run's page in MLflow stays as it is" in caplog.text
 
 
-def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
-    tracker = open_run(run_dir, uri)
-    play_run(tracker, run_dir)
-    assert tracker.close("FINISHED", timeout_s=120) == 0
-    client = MlflowClient(tracking_uri=uri)
+def test_datasets_and_artifacts_can_be_opened(finished: Path, client: MlflowClient) -> None:
     parent, rounds = campaign_and_rounds(client)
     (prompts,) = datasets(parent)
     assert (prompts.name, prompts.digest) == ("prompts", DIGEST[:36])
@@ -201,8 +209,8 @@ def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
     assert preferences.name == "preferences-round-2"
     assert profile(preferences) == {"num_rows": 3}
     source = Path(mlflow.data.get_source(preferences).load())
-    assert source == run_dir / "rounds/0002/preferences.parquet"
-    assert parent.info.artifact_uri.startswith((run_dir.parent / "mlartifacts").as_uri())
+    assert source == finished / "rounds/0002/preferences.parquet"
+    assert parent.info.artifact_uri.startswith((finished.parent / "mlartifacts").as_uri())
     config = Path(client.download_artifacts(parent.info.run_id, "config.yaml")).read_text()
     assert yaml.safe_load(config) == yaml.safe_load(dump_config(CONFIG))
     folder = "rounds/0002"
@@ -213,12 +221,7 @@ def test_datasets_and_artifacts_can_be_opened(run_dir: Path, uri: str) -> None:
         assert "<script" not in page and "&lt;script&gt;" in page
 
 
-def test_traces_are_found_by_tag_text_and_feedback(run_dir: Path, uri: str) -> None:
-    tracker = open_run(run_dir, uri)
-    play_run(tracker, run_dir)
-    assert tracker.close("FINISHED", timeout_s=120) == 0
-    client = MlflowClient(tracking_uri=uri)
-
+def test_traces_are_found_by_tag_text_and_feedback(client: MlflowClient) -> None:
     def prompts(condition: str) -> list[str]:
         return [trace.info.trace_metadata["prompt_id"] for trace in all_traces(client, condition)]
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -203,9 +204,13 @@ def run_path(block: RunBlock) -> Path:
 
 
 def require_continuable(config: RunConfig) -> None:
-    """Raises ConfigError when the run directory of `config` is that of a run with other settings; names them."""
+    """Raises ConfigError when the run directory of `config` is that of a run with other settings, which it names.
+
+    Also when there is none and none can be made. Leaves nothing behind.
+    """
     path = run_path(config.run)
     if not (path / CONFIG_NAME).is_file():
+        _require_place(path)
         return
     if changed := differences(RunDirectory(path).config(), config):
         lines = "".join(f"\n  {line}" for line in changed)
@@ -237,16 +242,37 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 def create_run(block: RunBlock, config: RunConfig) -> RunDirectory:
     """A new run directory with the resolved config. Raises ConfigError when it exists or cannot be written."""
     path = run_path(block)
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        if any(entry.name != LOCK_NAME for entry in path.iterdir()):
-            raise ConfigError(
-                f"{path} exists already and is no run (no {CONFIG_NAME}); name the run otherwise (run.name=...)"
-            )
+        _require_no_other(path)
         publish_text(path / CONFIG_NAME, settings_text(config))
+    return _opened(path)
+
+
+def _require_place(path: Path) -> None:
+    """Raises ConfigError when no run can begin at `path`."""
+    with _writing(path):
+        if path.exists():
+            _require_no_other(path)
+        else:
+            nearest = next(folder for folder in path.parents if folder.exists())
+            # Access rights do not tell of everything that refuses a folder.
+            TemporaryDirectory(prefix=".raylign-", dir=nearest).cleanup()
+
+
+def _require_no_other(path: Path) -> None:
+    if any(entry.name != LOCK_NAME for entry in path.iterdir()):
+        raise ConfigError(
+            f"{path} exists already and is no run (no {CONFIG_NAME}); name the run otherwise (run.name=...)"
+        )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}; set run.dir to a writable folder") from error
-    return _opened(path)
 
 
 def open_run(path: Path) -> RunDirectory:

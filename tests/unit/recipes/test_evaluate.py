@@ -68,13 +68,12 @@ class Bench:
         finally:
             journal.close()
 
-    @contextmanager
-    def serve(self, one: Found) -> Iterator[Generators]:
+    def serve(self, one: Found) -> Generators:
         if one.name == self.dies_at:
             raise Killed
         engine = FakeEngine(self.events)
         engine.weights = engine.label_now = one.version
-        yield FakeGenerators([engine])
+        return FakeGenerators([engine])
 
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:

@@ -20,7 +20,7 @@ from raylign.run.directory import RunDirectory, create_run
 from raylign.training.memory import GIB
 from recipes.commands.plan_evaluate import show_evaluation_plan
 from recipes.memory import evaluation_memory
-from recipes.sides import find_sides, side_inputs
+from recipes.sides import find_sides, in_turn, side_inputs
 from tests.unit.tiny_policy import PARAMETERS, save_recipe
 
 FOUND = Evaluation(0.5, 0.4, 0.6, 2.0, 8.0, 0.5, 1.0, 3, 0)
@@ -49,6 +49,15 @@ def config_of(run: RunDirectory, opponents: dict[str, Any], **changes: Any) -> E
         "placement": {"device": "cpu", "generator_cpus": 1},
     }
     return parse_tree(raw | changes, EvaluateConfig, "test")
+
+
+def test_sides_of_one_model_answer_one_after_the_other(run: RunDirectory) -> None:
+    """The model as it is first: engines that have taken an adapter never let go of it."""
+    policy = run.path.parents[1] / "policy"
+    initial = {"type": "run", "run": str(run.path), "version": 0}
+    sides = find_sides(config_of(run, {"base": {"type": "model", "path": str(policy)}, "initial": initial}))
+    assert [side.name for side in sides] == ["policy", "base", "initial"]
+    assert [sides[number].name for number in in_turn(sides)] == ["initial", "policy", "base"]
 
 
 def test_a_run_its_first_version_and_a_folder(run: RunDirectory) -> None:

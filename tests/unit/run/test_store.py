@@ -1,7 +1,9 @@
 """What a run leaves on disk: Parquet that reads back, files that are whole or absent, the run directory."""
 
 import json
+import re
 import struct
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RunBlock
 from raylign.errors import ConfigError, DiskError, RecordError
 from raylign.records import Candidate, Evaluation, KlSample, Preference, Prompt, RoundReport, Score
-from raylign.run.directory import RunDirectory, create_run, open_run
+from raylign.run.directory import RunDirectory, create_run, open_run, require_continuable
 from raylign.run.files import publish_file, publish_folder, publish_text
 from raylign.run.tables import read_candidates, read_preferences, write_candidates, write_preferences
 
@@ -225,6 +227,26 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be written: Not a directory; set run.dir to a writable folder"):
         create_run(RunBlock(dir=tmp_path / "file"), OnlineDpoConfig())
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file", "file/one cannot be written: Not a directory; set run.dir"),
+        ("/proc/raylign/runs", "/proc/raylign/runs/one cannot be written: No such file or directory; set run.dir"),
+        ("taken", "taken/one exists already and is no run"),
+        ("new/runs", None),
+    ],
+)
+def test_where_a_run_cannot_begin_is_told_and_nothing_is_left(folder: str, message: str | None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "taken/one").mkdir(parents=True)
+    (tmp_path / "taken/one/notes.txt").write_text("no run")
+    before = {*tmp_path.rglob("*")}
+    config = parse_config({"run": {"name": "one", "dir": str(tmp_path / folder)}})
+    with pytest.raises(ConfigError, match=re.escape(message)) if message else nullcontext():
+        require_continuable(config)
+    assert {*tmp_path.rglob("*")} == before
 
 
 def test_a_folder_without_config_is_no_run(tmp_path: Path) -> None:
