@@ -75,6 +75,10 @@ class Shared:
         patch.setattr(team, "start_ranks", ranks.start_ranks)
         patch.setattr(team, "kill", spare)
 
+    def end_engine(self) -> None:
+        """End the process of engines, whose janitors keep looking at it."""
+        self._engines.end()
+
     def stop(self) -> None:
         self._open.close()
         self._resources, self._ranks, self._engines = {}, Processes(), Engines()
@@ -95,7 +99,8 @@ def resources(shared: Shared) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def ranks(shared: Shared) -> Processes:
-    """Groups of trainer ranks that other test modules use too."""
+    """Groups of trainer ranks that other test modules use too; those with engines are over."""
+    shared.end_engine()
     return shared.ranks()
 
 

@@ -8,6 +8,7 @@ from ray.actor import ActorHandle
 from actors.calls import actor_class, ask
 from actors.generator.actor import EngineSpec
 from actors.generator.engine_process import start_engine
+from actors.supervision.processes import kill
 from actors.supervision.watch import get_all
 from raylign.errors import GeneratorError
 from raylign.roles import Generator
@@ -57,3 +58,8 @@ class Engines:
         """The generator among `handles`, whose engine has been shut down, can be another; returns the others."""
         self._taken = self._taken and self._handle not in handles
         return [handle for handle in handles if handle != self._handle]
+
+    def end(self) -> None:
+        """Whoever asks for a generator next gets another."""
+        kill([] if self._handle is None else [self._handle])
+        self._handle, self._taken = None, False
