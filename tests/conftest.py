@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-# More threads than cores wait for each other: here, and in what the tests start unless it says otherwise. Torch reads it
-# when it is imported, which the process that only hands out tests does not wait for.
+# More threads than cores wait for each other: here, and in what the tests start unless it says otherwise.
+# Torch reads it when it is imported, which the process that only hands out tests does not do.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARING = (

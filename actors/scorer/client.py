@@ -18,7 +18,7 @@ from raylign.errors import ScorerError
 from raylign.records import Candidate, Prompt, Score
 from raylign.roles import ScoredBatch, ScorerProcess
 from raylign.scoring.base import ScoringItem, most_unscored, skipped
-from raylign.scoring.batches import batches, longest_s
+from raylign.scoring.kind import batches, longest_s
 from raylign.scoring.usage import Usage, add_up, summary
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class ScorerClient:
         return scores
 
     def metrics(self) -> Mapping[str, float]:
-        """What the last call took, by scorer: `judge/latency_mean_s`; see `raylign.scoring.summary`.
+        """What the last call took, by scorer: `judge/latency_mean_s`; see `scoring.usage.summary`.
 
         Of a batch that an actor died with nothing is known.
         """

@@ -369,7 +369,7 @@ class Scorer(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """What the last call of `score` took, by scorer: `judge/latency_mean_s`; see `raylign.scoring.summary`."""
+        """What the last call of `score` took, by scorer: `judge/latency_mean_s`; see `scoring.usage.summary`."""
         ...
 
 
@@ -377,10 +377,7 @@ class Publisher(Protocol):
     """Brings the generators to the trainer's weights and proves it."""
 
     def publish(self, version: int) -> Mapping[str, float]:
-        """Generators serve `version` when this returns, or WeightSyncError: then they must be started anew.
-
-        The value is the canary's gaps.
-        """
+        """Have generators serve `version`; the canary's gaps. After a WeightSyncError they must be started anew."""
         ...
 
     def verify(self) -> Mapping[str, float]:

@@ -8,6 +8,7 @@ left out, and its row says so. The status is 1 when a check has failed, 2 when t
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -166,10 +167,15 @@ def run_group(name: str, device: str, tiny: bool, folder: Path, seconds: float) 
     from tests.gpu.stubs import without_ray  # noqa: PLC0415 - before anything of `actors`
 
     without_ray()
-    import torch  # noqa: PLC0415 - the first process does without
+    from raylign.boundary.imports import lean_imports  # noqa: PLC0415 - the first process does without
 
-    from tests.gpu.stage import Stage  # noqa: PLC0415
+    with lean_imports():
+        import torch  # noqa: PLC0415
 
+        from tests.gpu.stage import Stage  # noqa: PLC0415
+
+    # Checks collect garbage to have memory back; what is imported stays.
+    gc.freeze()
     sheet = Sheet(folder / "rows.jsonl", name, seconds - (0 if tiny else time.monotonic() - _STARTED))
     stage = Stage(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), tiny, folder, sheet)
     with sheet.trying("the whole group"):

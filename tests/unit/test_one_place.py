@@ -155,7 +155,7 @@ from pathlib import Path
 from raylign.config import parse_config
 from raylign.records import Prompt
 from raylign.scoring.base import ScoringItem
-from raylign.scoring.batches import batches, longest_s
+from raylign.scoring.kind import batches, longest_s
 from raylign.scoring.load import describe_scorer
 from raylign.scoring.load import load_scorer
 inner = {"long": {"type": "length"}, "short": {"type": "length", "weight": -0.5}}

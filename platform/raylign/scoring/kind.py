@@ -1,4 +1,7 @@
-"""What is particular to one type of scorer. The module that its block names has all of it, as `KIND`."""
+"""What is particular to one type of scorer, and what any is asked in one call.
+
+The module that its block names has all of the first, as `KIND`.
+"""
 
 import hashlib
 import json
@@ -10,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from raylign.config.scoring import LeafBlock
+from raylign.chunks import chunks
+from raylign.config.scoring import CompositionBlock, LeafBlock, ScoringBlock, leaves
 from raylign.run.fingerprints import fingerprint
 from raylign.run.inputs import Input
-from raylign.scoring.base import Compute, ItemScorer, ScoringItem
+from raylign.scoring.base import Compute, ItemScorer, ScoringItem, groups
 from raylign.scoring.cache import CachedScorer, ScoreCache
 from raylign.scoring.usage import MeasuredScorer, Usage
 
@@ -78,6 +82,32 @@ def kind_of(block: LeafBlock) -> Kind[Any]:
     """That of the block's type; a model's loads torch."""
     found: Kind[Any] = import_module(f"raylign.scoring.{block.module}").KIND
     return found
+
+
+def batches(items: Sequence[ScoringItem], block: ScoringBlock) -> list[Sequence[ScoringItem]]:
+    """`items` in order, at most `batch_size` at a time, the largest one of a composition.
+
+    Items of one prompt that are compared stay together, even where they are more.
+    """
+    limit = max(leaf.items_per_call for leaf in leaves(block))
+    return _whole_groups(items, limit) if block.compares else [*chunks(items, limit)]
+
+
+def _whole_groups(items: Sequence[ScoringItem], limit: int) -> list[Sequence[ScoringItem]]:
+    found: list[list[ScoringItem]] = []
+    for group in groups(items):
+        if found and len(found[-1]) + len(group) <= limit:
+            found[-1].extend(group)
+        else:
+            found.append(group)
+    return [*found]
+
+
+def longest_s(batch: Sequence[ScoringItem], block: ScoringBlock) -> float:
+    """Seconds within which any scorer that works answers, even if with failures alone."""
+    if isinstance(block, CompositionBlock):
+        return sum(longest_s(batch, member) for member in block.members.values())
+    return kind_of(block).longest_s(block, batch)
 
 
 def identity(block: LeafBlock, contents: Iterable[str] = ()) -> str:

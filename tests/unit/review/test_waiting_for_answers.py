@@ -16,8 +16,8 @@ from raylign.review.record import Answer, Choice, Pair, ReviewRecord, Said, pair
 from raylign.review.waiting import require_answers, with_answers
 from raylign.run.directory import RunDirectory, run_path
 from raylign.scoring.base import ScoringItem
-from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.composition import PEOPLE, composed
+from raylign.scoring.kind import batches, longest_s
 from raylign.tracking.journal import JOURNAL_NAME, Journal
 from tests.scorers import table
 

@@ -30,8 +30,8 @@ from raylign.pairing import build_preferences
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.choose import directions
 from raylign.scoring.base import ScoringItem
-from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.composition import PEOPLE, composed
+from raylign.scoring.kind import batches, longest_s
 from raylign.scoring.load import describe_scorer, load_scorer
 from tests.judges import Judged, group, honest, values
 from tests.scorers import Told, of_prompt, table

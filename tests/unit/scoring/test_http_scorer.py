@@ -16,8 +16,8 @@ from raylign.config.scoring import HttpScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Prompt, Score
 from raylign.scoring.base import ScoringItem
-from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.http_service import HttpScorer
+from raylign.scoring.kind import batches, longest_s
 from raylign.scoring.load import describe_scorer
 from tests.faults import record
 from tests.loopback import Posted

@@ -13,9 +13,9 @@ from raylign.config import parse_config
 from raylign.config.scoring import JudgeScoringBlock, VerifierScoringBlock
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
-from raylign.scoring.batches import batches as split
-from raylign.scoring.batches import longest_s
 from raylign.scoring.judge import JudgeScorer, questions
+from raylign.scoring.kind import batches as split
+from raylign.scoring.kind import longest_s
 from raylign.scoring.load import describe_scorer
 from tests.judges import Asked, Judged, Reply, first_is_best, group, honest, slow, values
 

@@ -25,8 +25,8 @@ from raylign.config.scoring import (
 from raylign.errors import ConfigError, ScorerError
 from raylign.records import Score
 from raylign.scoring.base import ItemScorer, ScoringItem
-from raylign.scoring.batches import batches, longest_s
 from raylign.scoring.composition import composed
+from raylign.scoring.kind import batches, longest_s
 from raylign.scoring.load import describe_scorer, load_scorer
 from tests.judges import Judged, group, honest, values
 from tests.scorers import Told, of_prompt, table

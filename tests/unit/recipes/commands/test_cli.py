@@ -39,23 +39,30 @@ def raylign(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
-def loaded(arguments: list[str], names: tuple[str, ...]) -> str:
-    """Which of these modules a process has loaded when the command has ended well."""
+HELPS = [["--help"], *([name, "--help"] for name in ("plan", "run", "submit", "doctor", "sync"))]
+
+
+def loaded(*commands: list[str]) -> list[str]:
+    """Which heavy modules a process has loaded each time that one of these commands, run in turn, has ended well."""
     code = (
         "import sys; from typer.testing import CliRunner; from recipes.commands.cli import app\n"
-        f"result = CliRunner().invoke(app, {arguments!r}); assert result.exit_code == 0, result.output\n"
-        f"print([name for name in {names!r} if name in sys.modules])"
+        f"for arguments in {commands!r}:\n"
+        "    result = CliRunner().invoke(app, arguments); assert result.exit_code == 0, result.output\n"
+        f"    print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return child.stdout.strip()
+    return child.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], *([name, "--help"] for name in ("plan", "run", "submit", "doctor", "sync"))]
-)
-def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
-    assert loaded(arguments, HEAVY) == "[]"
+@pytest.fixture(scope="module")
+def loaded_by_helps() -> list[str]:
+    return loaded(*HELPS)
+
+
+@pytest.mark.parametrize("arguments", HELPS)
+def test_help_loads_none_of_the_heavy_libraries(arguments: list[str], loaded_by_helps: list[str]) -> None:
+    assert loaded_by_helps[HELPS.index(arguments)] == "[]"
 
 
 def test_a_plan_loads_tokenizers_and_nothing_that_computes_or_runs(
@@ -63,15 +70,15 @@ def test_a_plan_loads_tokenizers_and_nothing_that_computes_or_runs(
 ) -> None:
     """Each of the others takes seconds; what only torch knows of a new model is asked of a process beside it."""
     monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "cache"))
-    assert loaded(["plan", str(recipe)], HEAVY) == "['transformers']"
+    assert loaded(["plan", str(recipe)]) == ["['transformers']"]
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "torch.py").write_text("import os; os._exit(3)")
     monkeypatch.syspath_prepend(str(broken))
-    assert loaded(["plan", str(recipe)], HEAVY) == "['transformers']", "no torch for a model seen before"
+    assert loaded(["plan", str(recipe)]) == ["['transformers']"], "no torch for a model seen before"
     monkeypatch.setenv("RAYLIGN_CACHE", str(tmp_path / "another"))
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        loaded(["plan", str(recipe)], HEAVY)
+        loaded(["plan", str(recipe)])
     assert "the process that checks the model ended with status 3" in failed.value.stderr
 
 
