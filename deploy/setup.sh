@@ -213,7 +213,7 @@ install_all() {
     --only-binary :all: --require-hashes -r "$wheels" || stop_with_log "deploy/${requirements##*/}"
   find_cuda
   # While DeepSpeed is built the largest libraries are loaded; each of the two finds what the other has compiled.
-  load ray mlflow.server.fastapi_app trl >"$venv/setup-libraries.log" 2>&1 &
+  load ray mlflow trl >"$venv/setup-libraries.log" 2>&1 &
   libraries=$!
   exec {built}> >(load vllm.entrypoints.llm vllm.v1.engine.core -- deepspeed recipes.commands.cli actors.team >"$venv/setup-load.log" 2>&1)
   loading=$!
