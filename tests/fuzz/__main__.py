@@ -12,7 +12,6 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
@@ -81,13 +80,13 @@ def _told(name: str, found: Counter[str], began: float) -> str:
     return f"{name}: {found['inputs']:,} inputs, {found['taken']:,} taken, {seconds:.1f} CPU s"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--examples", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("formats", nargs="*", help="all by default")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args()
     names = asked.formats or list(FORMATS)
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     number, end = asked.seed, time.monotonic() + 60 * asked.minutes
