@@ -59,6 +59,7 @@ def show_run(run: Path, to: Path | None, console: Console) -> Path:
     from raylign.report.summary import rounds_table  # noqa: PLC0415
     from raylign.report.verdict import verdict  # noqa: PLC0415
     from raylign.report.win_rates import win_rate_table  # noqa: PLC0415
+    from raylign.review.waiting import open_questions  # noqa: PLC0415
     from raylign.run.directory import open_run  # noqa: PLC0415
     from raylign.run.files import disk_errors  # noqa: PLC0415
 
@@ -68,6 +69,8 @@ def show_run(run: Path, to: Path | None, console: Console) -> Path:
     record = read_run(open_run(run))
     found = verdict(record)
     say(found.sentence, "bold")
+    if waits := open_questions(record.path):
+        say(f"waiting for people, open questions: {waits}; once they are answered in MLflow the run can go on")
     for note in found.notes:
         say(f"note: {note}")
     for outcome in found.outcomes:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 
 from raylign.config import OnlineDpoConfig
@@ -48,7 +49,7 @@ def require_answers(config: OnlineDpoConfig) -> None:
         return
     try:
         with record.locked():
-            _require_answers(config, record, [pair for pair in record.pairs() if pair.by == "scoring"], anew=False)
+            _require_answers(config, record, _of_rounds(record), anew=False)
     except Waiting:
         _record_waiting(config)
         raise
@@ -89,6 +90,17 @@ def _require_answers(config: OnlineDpoConfig, record: ReviewRecord, pairs: Seque
             f"waiting for people: {left} of {len({pair.id for pair in pairs})} questions have no answer yet; answer "
             f"them at {run_review.address()} and run the same command again"
         )
+
+
+def open_questions(run_dir: Path) -> int:
+    """Questions of the run's rounds that have no answer on record. Raises RecordError."""
+    record = ReviewRecord(run_dir)
+    return _open(_of_rounds(record), record)
+
+
+def _of_rounds(record: ReviewRecord) -> list[Pair]:
+    """What a round is scored by, not what `raylign review send` chose."""
+    return [pair for pair in record.pairs() if pair.by == "scoring"]
 
 
 def _open(pairs: Sequence[Pair], record: ReviewRecord) -> int:

@@ -14,6 +14,7 @@ from raylign.report.measures import measured
 from raylign.report.page import SAMPLES, description, report_page
 from raylign.report.record import read_run
 from raylign.report.verdict import verdict
+from raylign.review.record import ReviewRecord, pair_of
 from raylign.tracking.presented import round_note
 from recipes.commands.review import show_run
 from tests.unit.report.run_records import BASELINE, save_run
@@ -116,8 +117,11 @@ def test_show_prints_the_verdict_and_writes_the_report(tmp_path: Path) -> None:
     assert "rewards/" in text and f"report:  {file}" in text and "raylign resume" in text
     assert file == directory.path / "report.html"
     assert file.read_text().count("data:image/png;base64,") == 5
+    about = ("p1", ({"role": "user", "content": "Why?"},))
+    ReviewRecord(directory.path).add([pair_of("run", 3, about, ("this", "that"), by="scoring", seed=0)])
     elsewhere = show_run(directory.path, tmp_path / "a" / "b.html", console)
     assert elsewhere.is_file()
+    assert "\nwaiting for people, open questions: 1; once" in console.export_text()
 
 
 def test_damaged_answers_are_an_error_that_names_the_file(tmp_path: Path) -> None:

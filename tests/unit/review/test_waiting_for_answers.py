@@ -13,7 +13,7 @@ from raylign.config.scoring import HumanScoringBlock, WeightedScoringBlock, asks
 from raylign.errors import RaylignError, Waiting
 from raylign.records import Candidate, Prompt, Score
 from raylign.review.record import Answer, Choice, Pair, ReviewRecord, Said, pair_of
-from raylign.review.waiting import require_answers, with_answers
+from raylign.review.waiting import open_questions, require_answers, with_answers
 from raylign.run.directory import RunDirectory, run_path
 from raylign.scoring.base import ScoringItem
 from raylign.scoring.composition import PEOPLE, composed
@@ -77,6 +77,14 @@ def test_a_candidate_of_the_same_text_is_a_tie_that_nobody_is_asked_about(asks: 
 def test_declined_pairs_do_not_hold_the_run(asks: OnlineDpoConfig) -> None:
     say(asks, ("a", "b", ["second"]), declined=[pair("a", "c"), pair("b", "c")])
     assert shares(asks, "a", "b", "c") == {"a": 0.0, "b": 1.0}
+
+
+def test_open_questions_are_those_of_rounds_that_nobody_has_settled(asks: OnlineDpoConfig) -> None:
+    assert open_questions(run_path(asks.run)) == 0
+    say(asks, ("a", "b", ["first"]), ("a", "c", []), declined=[pair("b", "c")])
+    chosen = pair_of("c1", 1, (PROMPT.id, PROMPT.messages), ("d", "e"), by="random", seed=0)
+    ReviewRecord(run_path(asks.run)).add([chosen])
+    assert open_questions(run_path(asks.run)) == 1
 
 
 def test_an_answer_counts_whichever_stands_first(asks: OnlineDpoConfig) -> None:
