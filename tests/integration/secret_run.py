@@ -145,10 +145,11 @@ def preferred(answer_a: str, answer_b: str) -> object:
 
 
 @contextmanager
-def finished_run(cluster: Cluster, checkout: Path, model: str, folder: Path) -> Iterator[Finished]:
+def finished_run(cluster: Cluster, checkout: Path, folder: Path) -> Iterator[Finished]:
     """Begun on this machine, where it waits for people, and gone on with as the first job of `cluster`.
 
-    GRPO by a judge and people, with a gold scorer, on hostile prompts; `cluster` has `OF_NODES` around it.
+    GRPO of the embedded model by a judge and people, with a gold scorer, on hostile prompts; `cluster` has `OF_NODES`
+    around it.
     """
     (folder / "spread.py").write_text(SPREAD_SCORES)
     save_prompts(folder)
@@ -158,7 +159,7 @@ def finished_run(cluster: Cluster, checkout: Path, model: str, folder: Path) -> 
         *(setting for setting in SMALLEST if not setting.startswith("pairing.")),
         *(f"run.dir={folder / 'runs'}", f"run.name={name}", f"prompts.source={folder / 'prompts.jsonl'}"),
         *("evaluation.gold={type: function, function: 'spread:score'}",),
-        *(f"model.path={model}", "trainer.per_device_train_batch_size=1"),
+        "trainer.per_device_train_batch_size=1",
     )
     seen = Seen()
     temporary = tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp", ignore_cleanup_errors=True)

@@ -75,10 +75,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    cluster: Cluster, checkout: Path, served_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Finished]:
-    with finished_run(cluster, checkout, served_llama, tmp_path_factory.mktemp("quiet")) as found:
+def finished(cluster: Cluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    with finished_run(cluster, checkout, tmp_path_factory.mktemp("quiet")) as found:
         yield found
 
 
