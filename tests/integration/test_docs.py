@@ -16,7 +16,7 @@ DOCUMENTS = (
 BIN = Path(sys.executable).parent
 
 RUN_ELSEWHERE = {
-    "make demo": "tests/integration/test_interrupts.py runs its recipe, test_job_submission.py its model, with fewer prompts",
+    "make demo": "integration/test_interrupts.py runs its recipe, test_job_submission.py its model, on fewer prompts",
     "make test": "this very run",
     "make setup": "makes the environment this test runs in",
     "make lint": "below, as its three commands",
