@@ -64,9 +64,13 @@ class Shared:
         self._ranks.start(1, 2)
         return self._ranks
 
+    def engines(self) -> Engines:
+        self.resources()
+        return self._engines
+
     def lend(self, patch: pytest.MonkeyPatch) -> None:
         """From now on `actors.team.team` takes the shared processes instead of new ones, and leaves them behind."""
-        ranks, engines = self.ranks(), self._engines
+        ranks, engines = self.ranks(), self.engines()
 
         def spare(handles: Sequence[ActorHandle[Any]]) -> None:
             kill([handle for handle in engines.give_back(handles) if not ranks.owns(handle)])
@@ -110,6 +114,12 @@ def lent(shared: Shared) -> Iterator[dict[str, float]]:
     with pytest.MonkeyPatch.context() as patch:
         shared.lend(patch)
         yield shared.resources()
+
+
+@pytest.fixture(scope="module")
+def engines(shared: Shared) -> Engines:
+    """Starts a generator at a time, in a process that other test modules use too."""
+    return shared.engines()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """An exported model answers like the run's policy: in plain transformers and in a fresh vLLM."""
 
-import asyncio
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.calls import ask
 from actors.generator.actor import EngineSpec
-from actors.generator.engine_process import start_engine
+from actors.supervision.watch import get_all
 from actors.weight_sync.transports import ShmTransport
+from raylign.errors import GeneratorError
 from raylign.export.card import Method, PolicyFacts, framework_versions
 from raylign.export.policy import export_model
 from raylign.records import Evaluation, Prompt
+from raylign.roles import Generator
 from raylign.sampling.decoding import Decoding
+from tests.integration.engines import Engines
+from tests.integration.tiny import START_S
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +59,7 @@ def _greedy(model: Any, ids: tuple[int, ...]) -> list[int]:
     return [int(token) for token in output[0, len(ids) :]]
 
 
-async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], list[float]]]:
+def _served(engines: Engines, folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], list[float]]]:
     spec = EngineSpec(
         model=str(folder),
         dtype="float32",
@@ -74,11 +78,13 @@ async def _served(folder: Path, prompts: list[Prompt]) -> list[tuple[list[int], 
         threads=1,
         stacks=tempfile.gettempdir(),
     )
-    generator = start_engine(spec, "generator-0")
-    await generator.ready()
+    generator = engines.remote(spec, "generator-0")
     decoding = Decoding(num_generations=1, max_new_tokens=_NEW, temperature=0.0, top_p=1.0, top_k=0)
-    found = [(await generator.sample(prompt, decoding, 0, 0))[0] for prompt in prompts]
-    await generator.shutdown()
+    get_all([ask(generator, Generator.ready)], START_S, "starting", GeneratorError)
+    asked = [ask(generator, Generator.sample, prompt, decoding, 0, 0) for prompt in prompts]
+    found = [candidate for (candidate,) in get_all(asked, START_S, "sampling", GeneratorError)]
+    get_all([ask(generator, Generator.shutdown)], START_S, "shutting down", GeneratorError)
+    engines.give_back([generator])
     return [(list(candidate.token_ids), list(candidate.logprobs)) for candidate in found]
 
 
@@ -91,7 +97,7 @@ def base(served_llama: str, tmp_path: Path) -> str:
     return folder
 
 
-def test_merged_export_in_transformers_and_fresh_vllm(base: str, tmp_path: Path) -> None:
+def test_merged_export_in_transformers_and_fresh_vllm(base: str, engines: Engines, tmp_path: Path) -> None:
     _adapter(base, tmp_path / "adapter")
     exported = export_model(tmp_path / "adapter", base, tmp_path / "merged", True, _facts())
     tokenizer = AutoTokenizer.from_pretrained(exported)
@@ -108,7 +114,7 @@ def test_merged_export_in_transformers_and_fresh_vllm(base: str, tmp_path: Path)
     # The merge is exact in fp32 and rounded once to the model's bf16; without it the gap is 1.0.
     assert gap < 0.1
 
-    served = asyncio.run(_served(exported, [Prompt(str(i), (), row) for i, row in enumerate(ids)]))
+    served = _served(engines, exported, [Prompt(str(i), (), row) for i, row in enumerate(ids)])
     for row, expected, (tokens, logprobs) in zip(ids, greedy, served, strict=True):
         assert tokens == expected[: len(tokens)]
         whole = torch.tensor([[*row, *tokens]])
