@@ -20,6 +20,7 @@ from raylign.tracking.mlflow_store import create_database
 
 START_S = 1200.0
 _FORKS = multiprocessing.get_context("forkserver")
+"""A process has one such server: no engine may be started in one that starts MLflow's, where vLLM trips over Flask."""
 
 
 def free_port() -> int:
