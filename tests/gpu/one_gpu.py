@@ -8,7 +8,6 @@ left out, and its row says so. The status is 1 when a check has failed, 2 when t
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -169,13 +168,12 @@ def run_group(name: str, device: str, tiny: bool, folder: Path, seconds: float) 
     without_ray()
     from raylign.boundary.imports import lean_imports  # noqa: PLC0415 - the first process does without
 
+    # Checks collect garbage to have memory back, which need not look at what is imported.
     with lean_imports():
         import torch  # noqa: PLC0415
 
         from tests.gpu.stage import Stage  # noqa: PLC0415
 
-    # Checks collect garbage to have memory back; what is imported stays.
-    gc.freeze()
     sheet = Sheet(folder / "rows.jsonl", name, seconds - (0 if tiny else time.monotonic() - _STARTED))
     stage = Stage(torch.device(device, 0) if device == "cuda" else torch.device("cpu"), tiny, folder, sheet)
     with sheet.trying("the whole group"):
