@@ -56,7 +56,8 @@ def test_a_choice_on_the_page_comes_back(queue: ReviewQueue, tmp_path: Path) -> 
         page.get_by_role("button", name="Submit").click()
         page.get_by_text("1 of 2 reviewed").wait_for()
         page.get_by_text("It was longer. It was longer.").wait_for()  # the next one, cut with a word where the rest is
-        assert page.inner_text("body").count("View full trace") == 3
+        page.get_by_text("View full trace").nth(2).wait_for()
+        assert page.get_by_text("View full trace").count() == 3
         page.get_by_text("View full trace").first.click()
         page.get_by_text("Answer B", exact=True).nth(1).wait_for()
         page.get_by_text("![x](").first.wait_for()
