@@ -132,10 +132,12 @@ def incidents(folder: Path) -> list[Event]:
     return [event for event in read_events(journal) if event.name == "incident"] if journal.is_file() else []
 
 
+SOON_S = 60.0
+"""By the end of a process: the deadlines of its work are at 600."""
 KILLS: dict[str, tuple[str, str, str]] = {
-    "generator": ("ray::Generator", "round 0: held-out score", "generator"),
-    "scorer": ("ray::ScorerProcess", "round 1 sample 24/24", "scorer"),
-    "trainer": ("ray::TrainerRank", "round 1 reference ", "trainer"),
+    "generator": ("Generator", "round 0: held-out score", "generator"),
+    "scorer": ("ScorerProcess", "round 1 sample 24/24", "scorer"),
+    "trainer": ("TrainerRank", "round 1 reference ", "trainer"),
 }
 
 
@@ -163,7 +165,7 @@ def test_a_killed_actor_is_replaced(role: str, disturbed: tuple[Path, dict[str, 
     found = [event for event in incidents(folder) if event.payload["role"] == KILLS[role][2]]
     assert [event.payload["happened"] for event in found] == ["lost", "recovered"]
     detected = found[0].time - moments[role]
-    assert 0 <= detected < 10
+    assert 0 <= detected < SOON_S
     record(
         f"{role} process killed at work",
         "kill -9",

@@ -24,12 +24,17 @@ from actors.supervision.trainers import SupervisedTrainers, start_ranks
 from actors.trainer.actor import TrainerSpec, free_address
 from raylign.config.blocks import RecoveryBlock
 from raylign.errors import TrainerError
-from raylign.records import Preference
+from raylign.records import Candidate, Preference
 from raylign.run.checkpoints import Checkpoints, Metrics
 from tests.faults import record
 from tests.integration.ranks import preferences, spec_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.long_fault, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long_fault,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("resources"),
+]
 
 PAIRS = preferences(12)
 OPTIONS = {"ranks": 2, "zero_stage": 2, "per_device_train_batch_size": 1, "save_steps": 2, "step_timeout_s": 10}
@@ -84,8 +89,8 @@ class Trainers:
     def _put(self, happened: str, detail: Mapping[str, Any]) -> None:
         self.entries.append((time.monotonic(), happened, detail))
 
-    def train(self, round_: Round) -> list[Metrics]:
-        ready = self.group.with_reference(PAIRS, seed=5, rounds_done=0)
+    def train(self, round_: Round, pairs: Sequence[Preference] = PAIRS) -> list[Metrics]:
+        ready = self.group.with_reference(pairs, seed=5, rounds_done=0)
         return self.group.train_round(ready, 5, round_, lambda finished: None)
 
 
@@ -169,13 +174,19 @@ def test_a_checkpoint_that_does_not_fit_the_disk(
     )
 
 
-def test_a_rank_without_memory(ranks_llama: str, tmp_path: Path) -> None:
-    trainers = _trainers(ranks_llama, tmp_path / "stacks")
+def _repeated(candidate: Candidate) -> Candidate:
+    return replace(candidate, token_ids=candidate.token_ids * 300, logprobs=candidate.logprobs * 300)
+
+
+def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
+    """With answers so long that what is free of the memory that a rank has mapped is not enough."""
+    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    long = [replace(pair, candidates=tuple(map(_repeated, pair.candidates))) for pair in PAIRS]
     for handle in trainers.group.handles:
         rank = psutil.Process(process_of(handle).pid)
         rank.rlimit(psutil.RLIMIT_AS, (rank.memory_info().vms + (1 << 20), resource.RLIM_INFINITY))
     with pytest.raises(TrainerError, match=r"ran out of memory .*; what would help: trainer\."):
-        trainers.train(Round(tmp_path / "checkpoints"))
+        trainers.train(Round(tmp_path / "checkpoints"), long)
     kill(trainers.group.handles)
     record(
         "out of memory in a rank",
