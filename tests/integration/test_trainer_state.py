@@ -27,9 +27,9 @@ from tests.integration.ranks import LORA, Processes, preferences, spec_of
 
 pytestmark = pytest.mark.slow
 
-ONE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
-TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
-PAIRS = 24
+ONE: dict[str, Any] = {"per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
+TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-6}
+PAIRS = 12
 DONE = 2
 PERSISTENT = 100_000
 """Weights of a tensor that DeepSpeed's stage 3 leaves whole, at most."""
