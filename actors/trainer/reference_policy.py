@@ -27,9 +27,6 @@ from raylign.training.logprobs import CompletionLogps
 if TYPE_CHECKING:
     from peft import PeftModel
 
-Access = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-"""Makes sharded parameters whole, and what is written to them lasting."""
-
 Storage = Callable[[nn.Parameter], Tensor]
 """This rank's part of a parameter, as it is stored; what is written to it counts from the next use."""
 
@@ -113,35 +110,28 @@ class FollowingCopy(FrozenCopy):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for index, (own, _) in enumerate(self._pairs):
-            kept = self._exact[index] if self._exact else self._storage(own)
-            shape = getattr(own, "ds_shape", None)  # of a parameter that ZeRO-3 shares out
-            yield f"reference/{index}", kept if shape is None else whole(kept, shape)
+            yield f"reference/{index}", _whole(own, self._exact[index] if self._exact else self._storage(own))
 
     def load(self, get: Callable[[str], Tensor]) -> None:
         with torch.no_grad():
             for index, (own, _) in enumerate(self._pairs):
                 stored = self._storage(own)
-                value = get(f"reference/{index}")
-                kept = own_part(value, stored.numel()) if hasattr(own, "ds_id") else value
+                kept = _part(own, get(f"reference/{index}"))
                 if self._exact:
                     self._exact[index].copy_(kept)
                 stored.copy_(kept)
 
 
 class FollowingAdapter:
-    """The policy with the adapter weights of an earlier round in place of its own."""
+    """The policy with the adapter weights of an earlier round in place of its own; a rank swaps its part of them."""
 
-    def __init__(self, policy: "PeftModel", module: nn.Module, pace: Pace, access: Access) -> None:
-        self._module, self._pace, self._access = module, pace, access
+    def __init__(self, policy: "PeftModel", module: nn.Module, pace: Pace, storage: Storage) -> None:
+        self._module, self._pace, self._storage = module, pace, storage
         self._parameters = [parameter for name, parameter in policy.named_parameters() if ".lora_" in name]
         self._weights = self._copies()
 
     def _copies(self) -> list[Tensor]:
-        copies = []
-        for parameter in self._parameters:
-            with self._access([parameter]):
-                copies.append(parameter.detach().float().clone())
-        return copies
+        return [self._storage(parameter).detach().float().clone() for parameter in self._parameters]
 
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
@@ -155,8 +145,7 @@ class FollowingAdapter:
     def _write(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
             for parameter, weight in zip(self._parameters, weights, strict=True):
-                with self._access([parameter]):
-                    parameter.copy_(weight)
+                self._storage(parameter).copy_(weight)
 
     def advance(self, rounds: int) -> None:
         if self._pace.is_due(rounds):
@@ -164,11 +153,24 @@ class FollowingAdapter:
                 own.lerp_(of_policy, self._pace.share)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f"reference/{index}", weight) for index, weight in enumerate(self._weights))
+        for index, (parameter, weight) in enumerate(zip(self._parameters, self._weights, strict=True)):
+            yield f"reference/{index}", _whole(parameter, weight)
 
     def load(self, get: Callable[[str], Tensor]) -> None:
-        for index, weight in enumerate(self._weights):
-            weight.copy_(get(f"reference/{index}"))
+        for index, (parameter, weight) in enumerate(zip(self._parameters, self._weights, strict=True)):
+            weight.copy_(_part(parameter, get(f"reference/{index}")))
+
+
+def _whole(parameter: nn.Parameter, kept: Tensor) -> Tensor:
+    """All of what this rank has `kept` its part of, where ZeRO-3 shares out `parameter`; every rank must ask."""
+    shape = getattr(parameter, "ds_shape", None)
+    return kept if shape is None else whole(kept, shape)
+
+
+def _part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """What this rank keeps of `value`, which is whole."""
+    shared: Tensor | None = getattr(parameter, "ds_tensor", None)
+    return value if shared is None else own_part(value, shared.numel())
 
 
 @dataclass(slots=True)
@@ -215,7 +217,7 @@ def references(
     if isinstance(block, SamplerReferenceBlock | NoReferenceBlock):
         return References(None, initial)
     if is_adapted(policy) and not isinstance(block, ModelReferenceBlock):
-        return References(adapter_reference(block, policy, module, sharding.writable), initial)
+        return References(adapter_reference(block, policy, module, sharding.stored), initial)
     return References(copied_reference(block, copy(), module, sharding.stored), initial)
 
 
@@ -237,10 +239,12 @@ def frozen_copy(spec: TrainerSpec) -> nn.Module:
     return frozen
 
 
-def adapter_reference(block: ReferenceBlock, policy: "PeftModel", module: nn.Module, access: Access) -> ReferencePolicy:
+def adapter_reference(
+    block: ReferenceBlock, policy: "PeftModel", module: nn.Module, storage: Storage
+) -> ReferencePolicy:
     """The reference in the policy's own base, `module` wrapping the policy."""
     follows = pace(block)
-    return DisabledAdapter(policy, module) if follows is None else FollowingAdapter(policy, module, follows, access)
+    return DisabledAdapter(policy, module) if follows is None else FollowingAdapter(policy, module, follows, storage)
 
 
 def copied_reference(block: ReferenceBlock, copy: nn.Module, policy: nn.Module, storage: Storage) -> ReferencePolicy:

@@ -1,18 +1,20 @@
 """A process of a group of trainer ranks for tests; `tests.integration.ranks` starts it."""
 
 import gc
+from itertools import combinations
 
 from raylign.boundary.imports import lean_imports
 
 with lean_imports():
-    import peft  # noqa: F401
     from deepspeed.accelerator import get_accelerator
 
+    from actors.trainer.actor import TrainerSpec, import_peft
     from actors.trainer.device_memory import storages
     from actors.trainer.rank import DeepSpeedRank
     from actors.trainer.reference_policy import FrozenCopy
 
-from actors.trainer.actor import TrainerSpec
+    import_peft()
+
 from raylign.training.sequences import Layout
 
 _SMALLEST = 4096
@@ -24,11 +26,11 @@ class Process(DeepSpeedRank):
 
     def __init__(self) -> None:
         """Empty until `become`."""
-        self._packed: set[object] = set()
+        self._checked: set[object] = set()
 
     def become(self, spec: TrainerSpec, rank: int, address: str, port: int) -> None:
         # What DeepSpeed keeps of the rank before is no tensor of this one, and nobody looks for it among a million.
-        self.__dict__ = {"_packed": self._packed}
+        self.__dict__ = {"_checked": self._checked}
         gc.collect()
         gc.freeze()
         # DeepSpeed asks for CPUs that oneDNN computes float16 on; for tests torch's own kernels do.
@@ -37,16 +39,28 @@ class Process(DeepSpeedRank):
         self._memory.smallest = _SMALLEST
 
     def _supported_layout(self) -> Layout:
-        """The start check, once for each kind of what it computes: it takes as long as a round of a test."""
-        spec, reference = self._spec, self._references.reference
-        forms = (spec.trainer.packing, self._sharding.zero3, spec.trainer.gradient_checkpointing)
-        copy = spec.reference_folder if isinstance(reference, FrozenCopy) else None
-        kind = (spec.folder, copy, spec.model, forms, type(self._engine.module))
-        if kind in self._packed:
-            return spec.trainer.packing
+        """The start check, for every two settings that it depends on together: it takes as long as a round of a test.
+
+        Padded, it also decides which attention rows take.
+        """
+        model, trainer = self._spec.model, self._spec.trainer
+        settings = {
+            "architecture": self._model.config.model_type,
+            "module": type(self._engine.module),
+            "dtype": model.dtype,
+            "adapter": model.lora is not None,
+            "4 bits": model.load_in_4bit,
+            "layout": trainer.packing,
+            "sharded": self._sharding.zero3,
+            "checkpointing": trainer.gradient_checkpointing,
+            "copy": isinstance(self._references.reference, FrozenCopy),
+        }
+        pairs = set(combinations(settings.items(), 2))
+        if pairs <= self._checked:
+            return trainer.packing
         layout = super()._supported_layout()
-        if layout == spec.trainer.packing != "padded":
-            self._packed.add(kind)
+        if layout == trainer.packing != "padded":
+            self._checked |= pairs
         return layout
 
     def held_bytes(self) -> int:

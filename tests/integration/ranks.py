@@ -20,6 +20,8 @@ from raylign.records import Candidate, Preference, Prompt
 from raylign.roles import TrainerRank
 from raylign.run.checkpoints import Metrics
 
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ("v_proj", "down_proj")}
+"""An adapter on one layer of each kind, of attention and of the MLP: others of the same kind would take time alone."""
 _START_S = 1200.0
 _PORTS = 5
 _STEP_S = 1200.0

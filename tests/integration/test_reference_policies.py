@@ -26,7 +26,7 @@ from raylign.config.reference import (
 )
 from raylign.records import Preference
 from raylign.training.preferences import completions_of
-from tests.integration.ranks import Processes, preferences, spec_of, train_round
+from tests.integration.ranks import LORA, Processes, preferences, spec_of, train_round
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,6 @@ PAIRS, HELD_OUT = preferences(9)[:8], preferences(9)[8:]
 SAME = 2e-4
 """Largest difference of the summed log-probs (nats) of a completion that are computed in two ways in float32."""
 LN_2 = pytest.approx(math.log(2), abs=1e-6)
-LORA = {"r": 4, "lora_alpha": 8}
 MODELS: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}}
 TRAINERS: dict[str, dict[str, Any]] = {
     "1 rank": {"per_device_train_batch_size": 4},

@@ -16,15 +16,14 @@ from raylign.config.losses import SigmoidLossBlock
 from raylign.errors import ActorsLost
 from raylign.records import Completions
 from raylign.run.checkpoints import Metrics
-from tests.integration.ranks import Processes, preferences, spec_of, train_round
+from tests.integration.ranks import LORA, Processes, preferences, spec_of, train_round
 
 pytestmark = pytest.mark.slow
 
 Steps = list[Metrics]
 RATE = 1e-2
-STEPS = 6
-PAIRS = 18
-LORA = {"r": 4, "lora_alpha": 8}
+STEPS = 4
+PAIRS = 10
 MODELS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"lora": LORA},
@@ -50,7 +49,9 @@ SAME_STEPS: dict[str, dict[str, Any]] = {
 
 
 def _trajectory(ranks: Processes, folder: str, model: dict[str, Any], options: dict[str, Any]) -> Steps:
-    group = ranks.group(spec_of(folder, model, {"learning_rate": RATE, "num_train_epochs": 2, **BASELINE, **options}))
+    group = ranks.group(
+        spec_of(folder, model, {"learning_rate": 2 * RATE, "num_train_epochs": 2, **BASELINE, **options})
+    )
     assert ray.get(group.handles[0].layout.remote()) == options.get("packing", "shared")
     return train_round(group, preferences(PAIRS))
 

@@ -13,19 +13,23 @@ from transformers import AutoModelForCausalLM
 from actors.trainer.group import TrainerGroup, ask_ranks
 from actors.trainer.state import StoredTensors
 from raylign.config.losses import BcoPairLossBlock
-from raylign.config.reference import EmaReferenceBlock, InitialReferenceBlock, PreviousRoundReferenceBlock
+from raylign.config.reference import (
+    EmaReferenceBlock,
+    InitialReferenceBlock,
+    PreviousRoundReferenceBlock,
+    SamplerReferenceBlock,
+)
 from raylign.errors import TrainerError
 from raylign.roles import TrainerRank
 from raylign.training.memory import TrainerNeeds, size_of
 from tests.faults import record
-from tests.integration.ranks import Processes, preferences, spec_of
+from tests.integration.ranks import LORA, Processes, preferences, spec_of
 
 pytestmark = pytest.mark.slow
 
-LORA = {"r": 4, "lora_alpha": 8}
-ONE: dict[str, Any] = {"per_device_train_batch_size": 8, "adam_epsilon": 1e-6}
-TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
-PAIRS = 24
+ONE: dict[str, Any] = {"per_device_train_batch_size": 4, "adam_epsilon": 1e-6}
+TWO: dict[str, Any] = {"ranks": 2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-6}
+PAIRS = 12
 DONE = 2
 PERSISTENT = 100_000
 """Weights of a tensor that DeepSpeed's stage 3 leaves whole, at most."""
@@ -154,7 +158,7 @@ def test_who_leaves_the_device_between_steps_takes_the_same(
         pytest.param({"dtype": "bfloat16"}, 1, 4, id="bf16-zero-1"),
         pytest.param({"dtype": "bfloat16"}, 2, 0, id="bf16-zero-2"),
         pytest.param({"dtype": "bfloat16"}, 3, 2, id="bf16-zero-3"),
-        pytest.param({"dtype": "bfloat16", "lora": LORA | {"r": 64}}, 2, 0, id="lora-zero-2"),
+        pytest.param({"dtype": "bfloat16", "lora": {"r": 64}}, 2, 0, id="lora-zero-2"),
     ],
 )
 def test_ranks_hold_what_a_plan_says(
@@ -250,7 +254,8 @@ def test_masters_are_the_checkpoint_before_the_first_step(
     ranks_llama: str, ranks: Processes, tmp_path: Path, dtype: str, stage: int
 ) -> None:
     """Weight decay of 10 at a rate of 0.01 would take a tenth off."""
-    group = ranks.group(spec_of(ranks_llama, {"dtype": dtype}, ONE | {"weight_decay": 10.0, "zero_stage": stage}))
+    trainer = ONE | {"weight_decay": 10.0, "zero_stage": stage}
+    group = ranks.group(spec_of(ranks_llama, {"dtype": dtype}, trainer, reference=SamplerReferenceBlock()))
     group.save_state(str(tmp_path / "state"), 0)
     found = StoredTensors(tmp_path / "state")
     checkpoint = load_file(Path(ranks_llama) / "model.safetensors")
@@ -264,7 +269,8 @@ def test_64_micro_batches_add_up_in_fp32(ranks_llama: str, ranks: Processes, tmp
 
     def moments(**options: Any) -> dict[str, torch.Tensor]:
         shape = {"per_device_train_batch_size": 1, "max_grad_norm": 0.0, **options}
-        group = ranks.group(spec_of(ranks_llama, {"dtype": "bfloat16"}, shape))
+        spec = spec_of(ranks_llama, {"dtype": "bfloat16"}, shape, reference=SamplerReferenceBlock())
+        group = ranks.group(spec)
         filled = group.with_reference(preferences(64), seed=4, rounds_done=0)
         assert group.begin_round(filled, 4, 0, []) == 1
         group.train_step()
