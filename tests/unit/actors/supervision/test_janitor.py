@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
+from actors.supervision import janitor
 from actors.supervision.janitor import clean_up_family, clean_up_folder, clean_up_processes, remove_folder
 
 FAMILY = """
@@ -45,6 +47,16 @@ def janitors(pid: int) -> list[psutil.Process]:
     return [one for one in found if str(pid) in one.info["cmdline"]]
 
 
+@pytest.fixture(autouse=True)
+def short_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The janitor's program, but what does not end by itself is killed at once."""
+    text = Path(janitor.__file__).read_text()
+    assert text.count("_GRACE_S = 5.0\n") == 1
+    program = tmp_path / "janitor.py"
+    program.write_text(text.replace("_GRACE_S = 5.0\n", "_GRACE_S = 0.2\n"))
+    monkeypatch.setattr(janitor, "__file__", str(program))
+
+
 def test_children_and_shared_memory_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     program = tmp_path / "family.py"
     program.write_text(FAMILY)
@@ -56,9 +68,9 @@ def test_children_and_shared_memory_of_a_killed_process_are_removed(tmp_path: Pa
         child, name, lock = owner.stdout.readline().split()
         segment, semaphore = Path("/dev/shm") / name.strip("/"), Path("/dev/shm") / f"sem.{lock.strip('/')}"
         assert segment.exists() and semaphore.exists()
-        (janitor,) = janitors(owner.pid)
-        looks = janitor.num_ctx_switches().voluntary
-        assert eventually(lambda: janitor.num_ctx_switches().voluntary > looks + 3), "the janitor looks and sleeps"
+        (watching,) = janitors(owner.pid)
+        looks = watching.num_ctx_switches().voluntary
+        assert eventually(lambda: watching.num_ctx_switches().voluntary > looks + 3), "the janitor looks and sleeps"
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
         assert eventually(lambda: not segment.exists() and not semaphore.exists())
