@@ -131,7 +131,7 @@ def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> 
 
 
 def secret_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that are secrets by their name, those of this process by default, for `without_secrets` of many texts."""
+    """Variables that are secrets by their name, of this process by default: for `without_secrets` of many texts."""
     variables = os.environ if environment is None else environment
     return {name: value for name, value in variables.items() if len(value) >= _SECRET_LENGTH and names_secret(name)}
 
