@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,13 +89,16 @@ def run_facts() -> dict[str, str]:
         "platform": platform.platform(),
         "cpu_count": str(os.cpu_count()),
     }
-    facts.update(_git_facts())
+    return facts | _git_facts() | {f"version.{name}": found for name, found in _versions().items()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
     for package in _PACKAGES:
-        try:
-            facts[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return facts
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _user() -> str:
