@@ -22,6 +22,7 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("*.py
 SMALLER = {"prepare_million": ["--rows", "200000"]}
 BEGUN = """
 import json, os, runpy, subprocess, sys
+from contextlib import nullcontext
 
 class Begun(BaseException):
     pass
@@ -41,6 +42,8 @@ def pairs(new_tokens, seed):
         yield {"conversations": turns} | answers
 
 subprocess.Popen = Popen
+from tests import mlflow_servers
+mlflow_servers.mlflow_server = lambda folder, port: nullcontext(f"http://127.0.0.1:{port}")
 from tests.benchmarks.harness import sampled
 sampled._pairs = pairs
 ends = {}
@@ -56,14 +59,15 @@ for name, words in json.loads(sys.argv[1]).items():
         ends[name] = "ended"
 print(json.dumps(ends))
 """
-"""Runs every benchmark up to the first process that it starts for its work; sampling takes minutes and is left out."""
+"""Runs every benchmark up to the first process that it starts for its work; sampling, which takes minutes, and MLflow's
+servers, which are those of other tests, are left out."""
 
 
 @pytest.mark.slow
 def test_every_benchmark_starts_in_a_bare_clone(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     for folder in ("platform", "actors", "recipes", "tests", "deploy"):
-        shutil.copytree(ROOT / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, clone / folder)
     asked = {name: SMALLER.get(name, []) for name in BENCHMARKS}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(clone), str(clone / "platform")])}
     done = subprocess.run(

@@ -215,8 +215,10 @@ from actors.weight_sync.folder import OneNode
 from actors.weight_sync.publish import Canary
 from actors.weight_sync.publish import WeightPublisher
 from actors.weight_sync.transports import weight_transport
+from raylign.boundary.imports import lean_imports
 from raylign.config import parse_config
-from tests.fakes import FakeEngine, FakeGenerators, FakeRank, fake_trainers
+with lean_imports():
+    from tests.fakes import FakeEngine, FakeGenerators, FakeRank, fake_trainers
 config = parse_config({}, ["generators.weight_sync.transport=disk", f"run.dir={sys.argv[1]}"])
 plan = PlacementPlan("cpu", (), (), ())
 transport = weight_transport(config, "unused", plan, OneNode(Path("unused")))
@@ -234,7 +236,7 @@ CASES = {"loss": LOSS, "pairing": PAIRING, "scorer": SCORER, "transport": TRANSP
 @pytest.mark.parametrize("patch", CASES.values(), ids=CASES.keys())
 def test_one_more_touches_two_files(patch: Patch, tmp_path: Path) -> None:
     for folder in ("platform", "actors", "recipes", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "cases"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("cases"))
     for name, before, after in patch.edits:
         text = (tmp_path / name).read_text()
         assert text.count(before) == 1, f"{before!r} in {name}"

@@ -125,11 +125,15 @@ def without_secrets(text: str, environment: Mapping[str, str] | None = None) -> 
 
     The variables are those of this process by default.
     """
-    variables = os.environ if environment is None else environment
-    values = {value for name, value in variables.items() if len(value) >= _SECRET_LENGTH and names_secret(name)}
-    for value in sorted(values, key=len, reverse=True):
+    for value in sorted(secret_variables(environment).values(), key=len, reverse=True):
         text = text.replace(value, REDACTED)
     return _hidden(text)
+
+
+def secret_variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that are secrets by their name, of this process by default: for `without_secrets` of many texts."""
+    variables = os.environ if environment is None else environment
+    return {name: value for name, value in variables.items() if len(value) >= _SECRET_LENGTH and names_secret(name)}
 
 
 def _hidden(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tries a chat template within limits: `python -P template_limits.py`, with the template as standard input.
+"""Tries a chat template within limits: `python -P template_limits.py CPU_SECONDS`, with the template as standard input.
 
 Jinja's sandbox keeps a template from Python's objects, but lets it loop, raise to powers and write as long as it likes,
 partly in C code that nothing in the same process can stop. So that it is there at once, this file is the whole
@@ -77,7 +77,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def main() -> int:
-    _limit(resource.RLIMIT_CPU, CPU_S)
+    _limit(resource.RLIMIT_CPU, int(sys.argv[1]))
     _limit(resource.RLIMIT_AS, MEMORY)
     try:
         return TOO_LONG if _written(sys.stdin.buffer.read().decode("utf-8", "surrogatepass")) > LONGEST_TEXT else 0

@@ -19,7 +19,7 @@ def require_bounded(template: str, where: str, cure: str) -> None:
 def _excess(template: str) -> str:
     """What the template does too much of, empty if nothing. Raises ModelError when it cannot be tried."""
     tried = subprocess.run(
-        [sys.executable, "-P", str(template_limits.__file__)],
+        [sys.executable, "-P", str(template_limits.__file__), str(template_limits.CPU_S)],
         input=template.encode("utf-8", "surrogatepass"),
         capture_output=True,
         check=False,

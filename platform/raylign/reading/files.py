@@ -16,6 +16,8 @@ LONGEST_TEXT = 64 << 20
 """Bytes of a file that is read as a whole."""
 _RATIO, _FREE = 200, 1 << 20
 """A packed file may become this many times larger, or have this many bytes. Text becomes 3 to 20 times larger."""
+_STEP = 1 << 16
+"""Unpacked bytes between two looks at that."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -82,22 +84,27 @@ class _Unpacked(gzip.GzipFile):
     def __init__(self, packed: BinaryIO) -> None:
         super().__init__(fileobj=packed, mode="rb")
         self._packed = packed
+        self._unchecked = 0
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
-        self._check()
+        self._check(len(data))
         return data
 
     def readline(self, size: int | None = -1) -> bytes:
         line = super().readline(-1 if size is None else size)
-        self._check()
+        self._check(len(line))
         return line
 
     def close(self) -> None:
         super().close()
         self._packed.close()
 
-    def _check(self) -> None:
+    def _check(self, more: int) -> None:
+        self._unchecked += more
+        if self._unchecked < _STEP:
+            return
+        self._unchecked = 0
         packed, unpacked = self._packed.tell(), self.tell()
         if unpacked > _FREE + _RATIO * packed:
             raise Refused(

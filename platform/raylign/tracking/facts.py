@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from raylign.boundary.secrets import REDACTED, names_secret, without_secrets
+from raylign.boundary.secrets import REDACTED, names_secret, secret_variables, without_secrets
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,30 +33,32 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def publishable(tree: Mapping[str, Any]) -> dict[str, str]:
     """`tree` flattened to strings: secrets redacted by name and by looks."""
-    return {key: REDACTED if _hides(key, value) else _text(value) for key, value in flatten(tree).items()}
+    variables = secret_variables()
+    return {key: REDACTED if _hides(key, value) else _text(value, variables) for key, value in flatten(tree).items()}
 
 
 def redacted(tree: Mapping[str, Any]) -> dict[str, Any]:
     """`tree` in its own shape, with the same values withheld as by `publishable`."""
-    return {key: _redacted(key, value) for key, value in tree.items()}
+    variables = secret_variables()
+    return {key: _redacted(key, value, variables) for key, value in tree.items()}
 
 
-def _redacted(name: str, value: Any) -> Any:
+def _redacted(name: str, value: Any, variables: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _redacted(f"{name}.{key}", item) for key, item in value.items()}
+        return {key: _redacted(f"{name}.{key}", item, variables) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_redacted(name, item) for item in value]
+        return [_redacted(name, item, variables) for item in value]
     if _hides(name, value):
         return REDACTED
-    return without_secrets(value) if isinstance(value, str) else value
+    return without_secrets(value, variables) if isinstance(value, str) else value
 
 
 def _hides(name: str, value: Any) -> bool:
     return value is not None and not isinstance(value, bool) and names_secret(name)
 
 
-def _text(value: Any) -> str:
-    return without_secrets(value if isinstance(value, str) else json.dumps(value))
+def _text(value: Any, variables: Mapping[str, str]) -> str:
+    return without_secrets(value if isinstance(value, str) else json.dumps(value), variables)
 
 
 _PACKAGES = (
@@ -85,13 +89,16 @@ def run_facts() -> dict[str, str]:
         "platform": platform.platform(),
         "cpu_count": str(os.cpu_count()),
     }
-    facts.update(_git_facts())
+    return facts | _git_facts() | {f"version.{name}": found for name, found in _versions().items()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
     for package in _PACKAGES:
-        try:
-            facts[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return facts
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _user() -> str:

@@ -4,10 +4,14 @@ import email
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 
 import pytest
+import transformers.models
+import transformers.utils
+from transformers.utils import import_utils
 
 from raylign.boundary.imports import lean_imports
 
@@ -73,3 +77,18 @@ def test_packages_are_known_by_the_headers_of_their_metadata() -> None:
         assert importlib.metadata.packages_distributions() == known and email.message_from_string is not parse
         assert importlib.metadata.metadata("pytest")["Name"] == "pytest"
     assert email.message_from_string is parse
+
+
+def test_transformers_reads_its_models_once_and_finds_the_same() -> None:
+    with lean_imports():
+        [finder, *_] = sys.meta_path
+        spec = finder.find_spec(import_utils.__name__, transformers.utils.__path__)
+    assert finder not in sys.meta_path and spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    models = transformers.models.__path__[0]
+    read = found.create_import_structure_from_path(models)
+    assert read == import_utils.create_import_structure_from_path(models) and len(read) > 128
+    before = found.create_import_structure_from_path.cache_info().misses
+    assert found.create_import_structure_from_path(f"{models}/albert") is read["albert"]
+    assert found.create_import_structure_from_path.cache_info().misses == before

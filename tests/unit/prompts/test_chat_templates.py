@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from raylign.boundary import template_limits
 from raylign.config import dump_config, load_config, parse_config
 from raylign.config.blocks import PromptsBlock
 from raylign.errors import ModelError
@@ -55,8 +56,8 @@ def test_a_file_is_checked(content: bytes | None, problem: str, policy: Path, tm
 
 
 ENDLESS = {
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 3 s of CPU time",
-    "{{ 9 ** (9 ** 9) }}": "takes more than 3 s of CPU time",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 1 s of CPU time",
+    "{{ 9 ** (9 ** 9) }}": "takes more than 1 s of CPU time",
     "{{ 'a' * 10 ** 10 }}": "takes more than 512 MiB",
     "{{ 'a' * 10 ** 7 }}": "writes more than 1 Mi characters",
 }
@@ -64,7 +65,11 @@ ENDLESS = {
 
 @pytest.mark.parametrize("place", ["file", "model"])
 @pytest.mark.parametrize(("piece", "problem"), ENDLESS.items())
-def test_one_without_end_is_refused(piece: str, problem: str, place: str, policy: Path, tmp_path: Path) -> None:
+def test_one_without_end_is_refused(
+    piece: str, problem: str, place: str, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "CPU" in problem:
+        monkeypatch.setattr(template_limits, "CPU_S", 1)
     path = policy / "chat_template.jinja" if place == "model" else tmp_path / "mine.jinja"
     path.write_text(MINE + piece)
     with pytest.raises(ModelError, match=rf"{problem} for a conversation of a few words; correct"):

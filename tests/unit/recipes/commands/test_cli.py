@@ -26,7 +26,7 @@ from recipes.commands.signals import terminable
 from tests.unit.report.run_records import save_run
 from tests.unit.tiny_policy import save_recipe
 
-HEAVY = ("torch", "transformers", "vllm", "ray", "deepspeed", "mlflow", "datasets", "peft")
+HEAVY = ("torch", "transformers", "vllm", "ray", "deepspeed", "mlflow", "datasets", "peft", "sqlalchemy")
 
 
 @pytest.fixture
