@@ -14,8 +14,9 @@ from xdist.scheduler import LoadFileScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARING = (
+    "integration/test_bad_input.py",
     *("integration/test_weight_sync.py", "integration/test_lora_sync.py", "integration/test_qlora_sync.py"),
-    "integration/test_export_serving.py",
+    *("integration/test_export_serving.py", "integration/test_offline_recipes.py"),
     "integration/test_reference_policies.py",
     "integration/test_kl_estimates.py",
     "integration/test_reward_trainer.py",
@@ -27,10 +28,8 @@ SHARING = (
 LONG = (
     "integration/test_job_submission.py",
     *SHARING,
-    *("integration/test_raw_errors.py", "integration/test_bad_input.py"),
-    *("integration/test_interrupts.py", "integration/test_judge.py"),
-    *("integration/test_offline_recipes.py", "integration/test_mlflow_faults.py"),
-    "integration/test_scorer_faults.py",
+    *("integration/test_raw_errors.py", "integration/test_interrupts.py", "integration/test_judge.py"),
+    *("integration/test_mlflow_faults.py", "integration/test_scorer_faults.py"),
 )
 """Begin first of the integration tests, so that no process is left alone with one at the end.
 

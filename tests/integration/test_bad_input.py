@@ -165,7 +165,7 @@ def test_a_dead_cluster_is_refused_at_once(files: Path, ray_folder: Path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("resources")
+@pytest.mark.usefixtures("lent")
 def test_a_careless_scorer_costs_items_and_a_dead_one_stops_the_run(careless: Path, served_llama: str) -> None:
     """Round 1 goes on with what was scored; in round 2 nothing is, and only that round is lost."""
     put_database(careless / "runs/mlflow.db")

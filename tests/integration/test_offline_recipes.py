@@ -25,7 +25,7 @@ from recipes.recipe import recipe_of
 from tests.integration.tiny import SPREAD_SCORES
 from tests.mlflow_servers import put_database
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("resources")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lent")]
 
 ROWS = [
     {"instruction": f"Say {word} number {number}", "chosen": f"good {word}", "rejected": f"bad {word} {number}"}
@@ -58,7 +58,7 @@ def evaluations(directory: RunDirectory) -> list[HeldOutEvaluation]:
 
 
 @pytest.fixture(scope="module")
-def tuned(resources: dict[str, float], served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def tuned(lent: dict[str, float], served_llama: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """The config of a run of SFT that is finished."""
     config = config_of("sft", served_llama, tmp_path_factory.mktemp("tuned"))
     recipe_of(config).main(config)
