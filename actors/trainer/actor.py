@@ -50,27 +50,12 @@ def start_rank(spec: TrainerSpec, rank: int, address: str, port: int) -> Trainer
         from actors.trainer.rank import DeepSpeedRank  # noqa: PLC0415 - DeepSpeed
 
         if spec.model.lora is not None:
-            import_peft()
+            from peft.import_utils import is_bnb_4bit_available  # noqa: PLC0415
+
+            is_bnb_4bit_available()  # once for the process: an adapter loads bitsandbytes where it is found
     # Engines start on the same cores: threads that wait for one another there take twice as long as half of them.
     torch.set_num_threads(max(1, spec.threads // 2))
     return DeepSpeedRank(spec, rank, address, port)
-
-
-def import_peft() -> None:
-    """An adapter loads bitsandbytes where it is found: this settles it for the process.
-
-    Importing it would load torch's compiler, a second's work, for devices that it has no kernels for.
-    """
-    import torch  # noqa: PLC0415
-
-    compiled = torch.compile
-    torch.compile = lambda function, **_: function  # type: ignore[assignment]
-    try:
-        from peft.import_utils import is_bnb_4bit_available  # noqa: PLC0415
-
-        is_bnb_4bit_available()
-    finally:
-        torch.compile = compiled
 
 
 TrainerActor = actor_class(TrainerRank, "actors.trainer.actor:start_rank")

@@ -6,15 +6,14 @@ from itertools import combinations
 from raylign.boundary.imports import lean_imports
 
 with lean_imports():
+    import peft  # noqa: F401
     from deepspeed.accelerator import get_accelerator
 
-    from actors.trainer.actor import TrainerSpec, import_peft
     from actors.trainer.device_memory import storages
     from actors.trainer.rank import DeepSpeedRank
     from actors.trainer.reference_policy import FrozenCopy
 
-    import_peft()
-
+from actors.trainer.actor import TrainerSpec
 from raylign.training.sequences import Layout
 
 _SMALLEST = 4096

@@ -23,6 +23,7 @@ from actors.supervision.slot import Supervision
 from actors.supervision.trainers import SupervisedTrainers, start_ranks
 from actors.trainer.actor import TrainerSpec, free_address
 from raylign.config.blocks import RecoveryBlock
+from raylign.config.reference import ReferenceBlock, SamplerReferenceBlock
 from raylign.errors import TrainerError
 from raylign.records import Candidate, Preference
 from raylign.run.checkpoints import Checkpoints, Metrics
@@ -94,8 +95,8 @@ class Trainers:
         return self.group.train_round(ready, 5, round_, lambda finished: None)
 
 
-def _trainers(ranks_llama: str, stacks: Path) -> Trainers:
-    spec = spec_of(ranks_llama, {"lora": {"r": 4, "lora_alpha": 8}}, OPTIONS)
+def _trainers(model: str, stacks: Path, reference: ReferenceBlock | None = None) -> Trainers:
+    spec = spec_of(model, {"lora": {"r": 4, "lora_alpha": 8}}, OPTIONS, reference=reference)
     return Trainers(replace(spec, stacks=str(stacks)), stacks)
 
 
@@ -180,7 +181,7 @@ def _repeated(candidate: Candidate) -> Candidate:
 
 def test_a_rank_without_memory(tiny_llama: str, tmp_path: Path) -> None:
     """With answers so long that what is free of the memory that a rank has mapped is not enough."""
-    trainers = _trainers(tiny_llama, tmp_path / "stacks")
+    trainers = _trainers(tiny_llama, tmp_path / "stacks", SamplerReferenceBlock())
     long = [replace(pair, candidates=tuple(map(_repeated, pair.candidates))) for pair in PAIRS]
     for handle in trainers.group.handles:
         rank = psutil.Process(process_of(handle).pid)
