@@ -93,9 +93,7 @@ class Cluster:
 
     def holders_of(self, secret: str) -> list[str]:
         """Files of the cluster and command lines of its processes that show it."""
-        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        shown = [str(path) for path in files if secret.encode() in path.read_bytes()]
-        return shown + [line for line in self.head.processes().values() if secret in line]
+        return holders(self.folder, secret) + [line for line in self.head.processes().values() if secret in line]
 
     def job_log(self, job: str) -> str:
         """What the job's driver printed, as it is on the head node."""
@@ -108,6 +106,15 @@ class Cluster:
     def snapshots(self) -> list[Path]:
         """The uploaded folders as the cluster unpacked them."""
         return sorted(self.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def holders(folder: Path, secret: str) -> list[str]:
+    """Files that show it."""
+    return [str(path) for path in files(folder) if secret.encode() in path.read_bytes()]
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from recipes.commands.failures import WAITING
-from tests.integration.job_cluster import Cluster, submission
+from tests.integration.job_cluster import Cluster, files, submission
 from tests.integration.played_reviews import Reviewer
 from tests.integration.tiny import (
     SMALLEST,
@@ -58,14 +58,6 @@ def save_prompts(folder: Path) -> None:
         for number, name in enumerate(NAMES)
     ]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-
-
-def holders(folder: Path) -> list[str]:
-    return [str(path) for path in files(folder) if SECRET.encode() in path.read_bytes()]
 
 
 @dataclass

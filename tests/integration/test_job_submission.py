@@ -28,7 +28,17 @@ from raylign.tracking.journal import read_events
 from recipes.commands.cli import app
 from tests.faults import record
 from tests.integration import secret_run
-from tests.integration.job_cluster import OUTPUTS, PACKAGES, RUNTIME_ENV, Cluster, copy_sources, imported, started
+from tests.integration.job_cluster import (
+    OUTPUTS,
+    PACKAGES,
+    RUNTIME_ENV,
+    Cluster,
+    copy_sources,
+    files,
+    holders,
+    imported,
+    started,
+)
 from tests.integration.secret_run import (
     OF_NODES,
     PICKLE_STARTS,
@@ -36,9 +46,7 @@ from tests.integration.secret_run import (
     SECRET,
     Elements,
     Finished,
-    files,
     finished_run,
-    holders,
 )
 from tests.integration.tiny import (
     LONG_TRAINING,
@@ -193,7 +201,7 @@ def test_a_run_keeps_secrets_to_itself_and_hostile_prompts_stay_data(cluster: Cl
     assert [line for line in lines if SECRET in line] == []
     assert scoring and all(b"PATH=" in environment for environment in scoring)
     assert not any(SECRET.encode() in environment for environment in scoring)
-    assert holders(folder) == holders(finished.ray_folder) == cluster.holders_of(SECRET) == []
+    assert holders(folder, SECRET) == holders(finished.ray_folder, SECRET) == cluster.holders_of(SECRET) == []
     assert any("mlflow.db" in path.name for path in files(folder))
 
     run_directory = finished.run
