@@ -269,7 +269,7 @@ def test_no_weights_and_no_run_output_is_tracked() -> None:
 def test_the_order_of_tests_knows_the_files_that_share_processes() -> None:
     """The last of them ends with what no other test can go on with."""
     files = {path.name: path.read_text() for path in (ROOT / "tests/integration").glob("test_*.py")}
-    asked = ("ranks: Processes", "lent: dict", "engines: Engines")
+    asked = ("ranks: Processes", "lent: dict", 'usefixtures("lent")', "engines: Engines")
     sharing = {f"integration/{name}" for name, text in files.items() if any(fixture in text for fixture in asked)}
     assert sharing == set(SHARING)
     assert "ranks.end(" in files[SHARING[-1].removeprefix("integration/")]
