@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +109,18 @@ class Cluster:
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    """Those inside that are no links. What comes or goes meanwhile, as in Ray's own folders, is there or not."""
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def holders(folder: Path, secret: str) -> list[str]:
     """Files that show it."""
-    return [str(path) for path in files(folder) if secret.encode() in path.read_bytes()]
+    shown = []
+    for path in files(folder):
+        with suppress(FileNotFoundError):
+            shown += [str(path)] if secret.encode() in path.read_bytes() else []
+    return shown
 
 
 def free_ports(count: int) -> list[int]:
