@@ -1,6 +1,5 @@
 """How test processes run side by side: in what order, which files share one, and on how many threads."""
 
-import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -8,6 +7,8 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+from raylign.boundary.imports import uncollected
 
 # More threads than cores wait for each other: here, and in what the tests start unless it says otherwise.
 # Torch reads it when it is imported, which the process that only hands out tests does not do.
@@ -39,13 +40,8 @@ Those that need a process without a Ray cluster come before those that share one
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What imports make stays: garbage collection, which would take seconds, looks at it neither now nor later."""
-    gc.disable()
-    try:
+    with uncollected():
         return (yield)
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
