@@ -18,7 +18,7 @@ from tests.integration.ranks import Processes, spec_of, train_round
 
 pytestmark = pytest.mark.slow
 
-GROUPS, SIZE = 8, 4
+GROUPS, SIZE = 12, 4
 BASELINE: dict[str, Any] = {"per_device_train_batch_size": 4, "adam_epsilon": 1e-6, "learning_rate": 5e-3}
 HALVES = {"ranks": 2, "per_device_train_batch_size": 2}
 SAME_STEPS: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def test_a_round_that_goes_on_elsewhere_keeps_the_policy_that_it_began_with(
 
 
 def test_a_round_of_one_step_needs_no_pass_of_its_own(ranks_llama: str, ranks: Processes) -> None:
-    group = group_for(ranks, ranks_llama, LOSSES["dapo"], {"gradient_accumulation_steps": 2})
+    group = group_for(ranks, ranks_llama, LOSSES["dapo"], {"gradient_accumulation_steps": 3})
     filled = group.with_reference(sampled_groups(group), seed=3, rounds_done=0)
     assert all(one.old_logprobs == () for one in filled)
     (step,) = rest_of_the_round(group, filled)

@@ -14,7 +14,7 @@ from actors.placement import plan_team
 from actors.supervision.incidents import Incidents
 from actors.supervision.processes import process_of
 from actors.team import team
-from raylign.config import parse_config
+from raylign.config import OnlineDpoConfig, parse_config
 from raylign.config.blocks import RecoveryBlock
 from raylign.records import Candidate
 from raylign.roles import Generator
@@ -41,18 +41,22 @@ def nodes(no_cluster: None) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def test_a_node_is_lost_and_another_comes(nodes: Cluster, served_llama: str, tmp_path: Path) -> None:
-    """One of two generators goes with it: the other works alone, publishes too, until a node takes its place."""
-    entries: list[tuple[float, str, Any]] = []
-    config = parse_config(
+def config_of(folder: Path) -> OnlineDpoConfig:
+    return parse_config(
         {
-            "run": {"dir": str(tmp_path), "name": "nodes"},
+            "run": {"dir": str(folder), "name": "nodes"},
             "model": {"dtype": "float32"},
             "generators": {"count": 2, "max_model_len": 512, "max_num_seqs": 8, "kv_cache_gb": 0.1}
             | {"start_timeout_s": START_S},
             "placement": {"mode": "disaggregated", "generator_cpus": 1, "trainer_cpus": 1},
         }
     )
+
+
+def test_a_node_is_lost_and_another_comes(nodes: Cluster, served_llama: str, tmp_path: Path) -> None:
+    """One of two generators goes with it: the other works alone, publishes too, until a node takes its place."""
+    entries: list[tuple[float, str, Any]] = []
+    config = config_of(tmp_path)
     prompts = film_prompts(served_llama)
 
     def note(role: str, happened: str, detail: Any) -> None:

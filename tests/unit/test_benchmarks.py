@@ -22,7 +22,6 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("*.py
 SMALLER = {"prepare_million": ["--rows", "200000"]}
 BEGUN = """
 import json, os, runpy, subprocess, sys
-from contextlib import nullcontext
 
 class Begun(BaseException):
     pass
@@ -42,8 +41,6 @@ def pairs(new_tokens, seed):
         yield {"conversations": turns} | answers
 
 subprocess.Popen = Popen
-from tests import mlflow_servers
-mlflow_servers.mlflow_server = lambda folder, port: nullcontext(f"http://127.0.0.1:{port}")
 from tests.benchmarks.harness import sampled
 sampled._pairs = pairs
 ends = {}
@@ -59,8 +56,7 @@ for name, words in json.loads(sys.argv[1]).items():
         ends[name] = "ended"
 print(json.dumps(ends))
 """
-"""Runs every benchmark up to the first process that it starts for its work; sampling, which takes minutes, and MLflow's
-servers, which are those of other tests, are left out."""
+"""Runs every benchmark up to the first process that it starts for its work; sampling takes minutes and is left out."""
 
 
 @pytest.mark.slow

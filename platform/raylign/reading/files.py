@@ -17,7 +17,7 @@ LONGEST_TEXT = 64 << 20
 _RATIO, _FREE = 200, 1 << 20
 """A packed file may become this many times larger, or have this many bytes. Text becomes 3 to 20 times larger."""
 _STEP = 1 << 16
-"""Unpacked bytes between two looks at that."""
+"""Unpacked bytes between two looks at that; there is one at the end too."""
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -102,7 +102,7 @@ class _Unpacked(gzip.GzipFile):
 
     def _check(self, more: int) -> None:
         self._unchecked += more
-        if self._unchecked < _STEP:
+        if more and self._unchecked < _STEP:
             return
         self._unchecked = 0
         packed, unpacked = self._packed.tell(), self.tell()
